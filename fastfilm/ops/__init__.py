@@ -1,0 +1,7 @@
+"""The operators: schemas, shape functions, gradients, backend choice, and the float64-capable reference."""
+
+from . import conv, pointwise
+from .backends import backend
+from .functional import Pending, conv_norm_film, materialise, moments
+
+__all__ = ["Pending", "backend", "conv", "conv_norm_film", "materialise", "moments", "pointwise"]

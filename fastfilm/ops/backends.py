@@ -1,0 +1,237 @@
+"""Backends: what each supports, as data; which are available here, and why not; which one a call gets.
+
+A *backend* supplies the kernels. A *route* says how a block is put together from them:
+
+``fused``     our own convolution with the pending affine in its prologue and the moments in its epilogue
+``composed``  the vendor's convolution between our pointwise and moments kernels; covers every convolution
+``eager``     plain PyTorch, step by step (the ``reference`` backend)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+from . import routing
+
+ALL_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Convolutions that a backend's own kernels cover."""
+
+    kernel_sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dims: tuple[int, ...] = (2, 3)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of kernels: where it runs, on what, and which module holds its launchers."""
+
+    name: str
+    module: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    unavailable: Callable[[], str | None]
+    fused: Fused | None = None
+
+    def kernels(self) -> ModuleType:
+        """The launchers (imported on first use)."""
+        return importlib.import_module(self.module)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for: everything that decides whether a kernel can serve it."""
+
+    device: str
+    dtype: torch.dtype
+    dims: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    channels: tuple[int, int] = (1, 1)
+    output: tuple[int, ...] = field(default=(), compare=False)
+    batch: int = 1
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (on CPU tensors)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _triton_unavailable() -> str | None:
+    if not _has("triton"):
+        return "the package triton is not installed"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "no CUDA device (set TRITON_INTERPRET=1 to run the kernels on CPU tensors, slowly)"
+
+
+def _cpu_unavailable() -> str | None:
+    if not _has("fastfilm._C"):
+        return "the C++ extension was not built (needs a C++17 compiler at install time)"
+    return None
+
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("reference", "fastfilm.ops.reference", ("cpu", "cuda"), ALL_FLOATS, lambda: None),
+        Backend(
+            "triton",
+            "fastfilm.kernels",
+            ("cuda", "cpu"),
+            (torch.float16, torch.bfloat16, torch.float32),
+            _triton_unavailable,
+            Fused(kernel_sizes=(1, 3), strides=(1, 2)),
+        ),
+        Backend("cpu", "fastfilm.ops.cpu", ("cpu",), ALL_FLOATS, _cpu_unavailable),
+    )
+}
+
+ROUTES = ("fused", "composed", "eager")
+
+
+class _Forced(threading.local):
+    def __init__(self) -> None:
+        self.backend: str | None = os.environ.get("FASTFILM_BACKEND") or None
+        self.route: str | None = os.environ.get("FASTFILM_ROUTE") or None
+
+
+_forced = _Forced()
+
+
+def _check_names(name: str | None, route: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if route is not None and route not in ROUTES:
+        raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
+
+
+_check_names(_forced.backend, _forced.route)
+
+
+@contextlib.contextmanager
+def backend(name: str | None, route: str | None = None) -> Iterator[None]:
+    """Forces one backend, and optionally one route, inside a ``with`` block (this thread only).
+
+    Args:
+        name: ``"reference"``, ``"triton"``, ``"cpu"``, or None for the automatic choice.
+        route: ``"fused"``, ``"composed"``, or None for the automatic choice.
+
+    Raises:
+        ValueError: an unknown name. A call inside the block that the forced combination cannot serve
+            raises NotImplementedError saying what is unsupported.
+    """
+    _check_names(name, route)
+    before = _forced.backend, _forced.route
+    _forced.backend, _forced.route = name, route
+    try:
+        yield
+    finally:
+        _forced.backend, _forced.route = before
+
+
+def why_not_backend(b: Backend, request: Request) -> str | None:
+    """Why backend ``b`` cannot serve ``request`` by any route; None if it can."""
+    reason = b.unavailable()
+    if reason is not None:
+        return reason
+    if request.device not in b.devices or (
+        b.name == "triton" and (request.device == "cpu") != interpreting()
+    ):
+        where = "CPU tensors (TRITON_INTERPRET=1)" if interpreting() else "CUDA tensors"
+        wanted = where if b.name == "triton" else " or ".join(b.devices)
+        return f"it runs on {wanted}, got a tensor on {request.device}"
+    if request.dtype not in b.dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in b.dtypes)
+        return f"it supports {allowed}, got {str(request.dtype).removeprefix('torch.')}"
+    return None
+
+
+def why_not_fused(b: Backend, request: Request) -> str | None:
+    """Why backend ``b`` has no fused convolution for ``request``; None if it has."""
+    f = b.fused
+    if f is None:
+        return "it has no convolution of its own"
+    if request.transposed:
+        return "transposed convolution is not fused"
+    if request.groups != 1:
+        return f"groups must be 1, got {request.groups}"
+    if any(d != 1 for d in request.dilation):
+        return f"dilation must be 1, got {request.dilation}"
+    kernel, stride = request.kernel, request.stride
+    if len(set(kernel)) != 1 or kernel[0] not in f.kernel_sizes:
+        return f"kernel size must be {' or '.join(map(str, f.kernel_sizes))} in every dimension, got {kernel}"
+    if len(set(stride)) != 1 or stride[0] not in f.strides:
+        return f"stride must be {' or '.join(map(str, f.strides))} in every dimension, got {stride}"
+    if request.dims not in f.dims:
+        return f"spatial dimensions must be one of {f.dims}, got {request.dims}"
+    return None
+
+
+def choose(request: Request) -> str:
+    """The plan ``"backend/route"`` for a request, from what is forced, available and supported.
+
+    Raises:
+        NotImplementedError: the forced backend or route cannot serve the request; says why.
+    """
+    name, route = _forced.backend, _forced.route
+    if name is None:
+        # the interpreter is for tests: on CPU tensors it is used only where it is asked for by name
+        name = "triton" if request.device == "cuda" else "cpu"
+        if why_not_backend(BACKENDS[name], request) is not None:
+            name = "reference"
+    b = BACKENDS[name]
+    reason = why_not_backend(b, request)
+    if reason is not None:
+        raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
+    if name == "reference":
+        if route not in (None, "eager"):
+            raise NotImplementedError(f"backend 'reference' has the route 'eager' only, got {route!r}")
+        return "reference/eager"
+    fused_reason = why_not_fused(b, request)
+    if route is None:
+        route = "composed"
+        if fused_reason is None and routing.prefers_fused(
+            request.dtype, request.batch, request.channels, request.kernel, request.stride, request.output
+        ):
+            route = "fused"
+    elif route == "fused" and fused_reason is not None:
+        raise NotImplementedError(f"route 'fused' of backend {name!r} cannot serve this call: {fused_reason}")
+    elif route == "eager":
+        raise NotImplementedError(f"backend {name!r} has the routes 'fused' and 'composed', got 'eager'")
+    return f"{name}/{route}"
+
+
+def describe() -> list[tuple[str, str | None, str]]:
+    """(name, why it is unavailable or None, what it covers) of every backend."""
+    rows = []
+    for b in BACKENDS.values():
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in b.dtypes)
+        covers = f"{'/'.join(b.devices)}; {dtypes}"
+        if b.fused is not None:
+            kernels = "/".join(map(str, b.fused.kernel_sizes))
+            strides = "/".join(map(str, b.fused.strides))
+            covers += f"; fused convolution: kernel {kernels}, stride {strides}, 2D and 3D"
+        rows.append((b.name, b.unavailable(), covers))
+    return rows

@@ -1,0 +1,306 @@
+"""The convolution op: pending affine of its input in front, moments of its output behind.
+
+    y, stats = conv(x, weight, coef, act, pre, pre_act, …)
+
+x is the producer's raw map; coef and act say what is pending on it (None: nothing). Only x, y and
+[N, C]-sized numbers are kept for backward; the activated input is recomputed. In backward
+
+    e   = dy + du/dy · (dmean + 2 (u - mean) dvar) / |S|      gradient at the raw output
+    dv  = convᵀ(e, W),   dW = Σ v ⊗ e
+    dx, dcoef from dv and x by the chain rule of the affine
+
+PyTorch differentiates everything that happens to the moments afterwards, so the normalisation's
+backward arrives as dmean and dvar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import spec
+from .backends import BACKENDS
+from .library import define
+
+_CONV = (
+    "Tensor weight, Tensor? coef, str act, Tensor? pre, str pre_act, int[] stride, int[] padding,"
+    " int[] dilation, bool transposed, int[] output_padding, int groups, bool moments, str plan"
+)
+
+
+def stats_like(y: Tensor) -> Tensor:
+    """Uninitialised [2, N, C] for the moments of ``y``."""
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    return torch.empty((2, y.shape[0], y.shape[1]), dtype=dtype, device=y.device)
+
+
+def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised channels-last feature map of ``shape`` beside ``x``."""
+    return torch.empty(
+        tuple(shape),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=spec.channels_last_format(len(shape)),
+    )
+
+
+def _vendor_input(v: Tensor) -> Tensor:
+    """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1."""
+    if v.shape[1] != 1 or v.is_contiguous(memory_format=spec.channels_last_format(v.dim())) is False:
+        return v
+    strides, step = [], 1
+    for size in reversed(v.shape[2:]):
+        strides.append(step)
+        step *= size
+    return v.as_strided(v.shape, (step, 1, *reversed(strides)))
+
+
+def conv_fwd(
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    pre: Tensor | None,
+    pre_act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    moments: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    """Implementation of ``fastfilm::conv``; see the module docstring."""
+    name, route = plan.split("/")
+    kernels = BACKENDS[name].kernels()
+    x = spec.channels_last(x)
+    if route == "fused":
+        return kernels.fprop(x, weight, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments)
+    v = x if coef is None else kernels.apply(x, coef, act)
+    y = torch.convolution(
+        _vendor_input(v), weight, None, stride, padding, dilation, transposed, output_padding, groups
+    )
+    y = spec.channels_last(y)
+    stats = kernels.moments(y, pre, pre_act) if moments else y.new_empty(0, dtype=torch.float32)
+    return y, stats
+
+
+def conv_bwd(
+    dy: Tensor,
+    dstats: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    pre: Tensor | None,
+    pre_act: str,
+    y: Tensor | None,
+    stats: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    plan: str,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
+    """Implementation of ``fastfilm::conv_backward``: dx, dweight, dcoef, dpre (empty where not needed)."""
+    name, route = plan.split("/")
+    kernels = BACKENDS[name].kernels()
+    x, e = spec.channels_last(x), spec.channels_last(dy)
+    dx = dweight = dcoef = dpre = None
+    if y is not None and stats is not None:
+        e, dpre = kernels.moments_backward(e, dstats, y, stats, pre, pre_act)
+    if route == "fused":
+        if need_input:
+            dx, dcoef = kernels.dgrad(e, weight, x, coef, act, tuple(stride), tuple(padding))
+        if need_weight:
+            dweight = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
+        return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
+    v = x if coef is None else kernels.apply(x, coef, act)
+    dv, dw, _ = torch.ops.aten.convolution_backward(
+        _vendor_input(e),
+        _vendor_input(v),
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [need_input, need_weight, False],
+    )
+    if need_weight:
+        dweight = dw
+    if need_input:
+        dx = spec.channels_last(dv)
+        if coef is not None:
+            del v
+            dx, dcoef = kernels.apply_backward(dx, x, coef, act)
+    return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
+
+
+def _output_shape(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> list[int]:
+    size = spec.conv_output_size(
+        x.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding
+    )
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return [x.shape[0], channels, *size]
+
+
+def _conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    pre: Tensor | None,
+    pre_act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    moments: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    y = raw_like(
+        x, _output_shape(x, weight, stride, padding, dilation, transposed, output_padding, groups)
+    )
+    return y, stats_like(y) if moments else y.new_empty(0, dtype=torch.float32)
+
+
+def _conv_bwd_fake(
+    dy: Tensor,
+    dstats: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    pre: Tensor | None,
+    pre_act: str,
+    y: Tensor | None,
+    stats: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_input, need_weight = rest[-2:]
+    return (
+        raw_like(x, x.shape) if need_input else x.new_empty(0),
+        torch.empty_like(weight) if need_weight else x.new_empty(0),
+        torch.empty_like(coef) if coef is not None and need_input else x.new_empty(0),
+        torch.empty_like(pre) if pre is not None and y is not None else x.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, coef, act, pre, pre_act, *rest = inputs
+    *conv, moments, plan = rest
+    y, stats = output if moments else (None, None)
+    ctx.save_for_backward(x, weight, coef, pre, y, stats)
+    ctx.act, ctx.pre_act, ctx.conv, ctx.plan = act, pre_act, conv, plan
+
+
+def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, coef, pre, y, stats = ctx.saved_tensors
+    need_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+    need_weight = ctx.needs_input_grad[1]
+    dx, dweight, dcoef, dpre = torch.ops.fastfilm.conv_backward(
+        dy,
+        dstats,
+        x,
+        weight,
+        coef,
+        ctx.act,
+        pre,
+        ctx.pre_act,
+        y,
+        stats,
+        *ctx.conv,
+        ctx.plan,
+        need_input,
+        need_weight,
+    )
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        dweight if need_weight else None,
+        dcoef if ctx.needs_input_grad[2] else None,
+        None,
+        dpre if ctx.needs_input_grad[4] and dpre.numel() else None,
+        *(None,) * 9,
+    )
+
+
+def conv_apply(
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    out_coef: Tensor,
+    out_act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    plan: str,
+) -> Tensor:
+    """Implementation of ``fastfilm::conv_apply``: the finished block where its affine is known (inference)."""
+    name, route = plan.split("/")
+    kernels = BACKENDS[name].kernels()
+    x = spec.channels_last(x)
+    if route == "fused":
+        return kernels.fprop_apply(
+            x, weight, coef, act, out_coef, out_act, tuple(stride), tuple(padding)
+        )
+    v = x if coef is None else kernels.apply(x, coef, act)
+    y = torch.convolution(
+        _vendor_input(v), weight, None, stride, padding, dilation, transposed, output_padding, groups
+    )
+    return kernels.apply(spec.channels_last(y), out_coef, out_act, in_place=True)
+
+
+def _conv_apply_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    stride, padding, dilation, transposed, output_padding, groups = rest[4:10]
+    return raw_like(
+        x, _output_shape(x, weight, stride, padding, dilation, transposed, output_padding, groups)
+    )
+
+
+define(
+    f"conv(Tensor x, {_CONV}) -> (Tensor, Tensor)",
+    conv_fwd,
+    _conv_fake,
+    backward=_backward,
+    setup=_setup,
+)
+define(
+    "conv_backward(Tensor dy, Tensor dstats, Tensor x, Tensor weight, Tensor? coef, str act, Tensor? pre,"
+    " str pre_act, Tensor? y, Tensor? stats, int[] stride, int[] padding, int[] dilation, bool transposed,"
+    " int[] output_padding, int groups, str plan, bool need_input, bool need_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    conv_bwd,
+    _conv_bwd_fake,
+)
+define(
+    "conv_apply(Tensor x, Tensor weight, Tensor? coef, str act, Tensor out_coef, str out_act, int[] stride,"
+    " int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, str plan) -> Tensor",
+    conv_apply,
+    _conv_apply_fake,
+)

@@ -1,0 +1,90 @@
+"""Pointwise and reduction ops on an existing feature map: materialise and moments, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import spec
+from .backends import BACKENDS
+from .conv import raw_like, stats_like
+from .library import define
+
+
+def materialise_fwd(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
+    """Implementation of ``fastfilm::materialise``: g * (act(a * (y - p) + b) - q) + s."""
+    return BACKENDS[plan.split("/")[0]].kernels().apply(spec.channels_last(y), coef, act)
+
+
+def materialise_bwd(dv: Tensor, y: Tensor, coef: Tensor, act: str, plan: str) -> tuple[Tensor, Tensor]:
+    """Implementation of ``fastfilm::materialise_backward``: dy and dcoef."""
+    kernels = BACKENDS[plan.split("/")[0]].kernels()
+    return kernels.apply_backward(spec.channels_last(dv), spec.channels_last(y), coef, act)
+
+
+def moments_fwd(y: Tensor, pre: Tensor | None, pre_act: str, plan: str) -> Tensor:
+    """Implementation of ``fastfilm::moments``."""
+    return BACKENDS[plan.split("/")[0]].kernels().moments(spec.channels_last(y), pre, pre_act)
+
+
+def moments_bwd(
+    dstats: Tensor, y: Tensor, stats: Tensor, pre: Tensor | None, pre_act: str, plan: str
+) -> tuple[Tensor, Tensor]:
+    """Implementation of ``fastfilm::moments_backward``: dy and dpre (empty without ``pre``)."""
+    kernels = BACKENDS[plan.split("/")[0]].kernels()
+    dy, dpre = kernels.moments_backward(None, dstats, spec.channels_last(y), stats, pre, pre_act)
+    return dy, y.new_empty(0) if dpre is None else dpre
+
+
+def _materialise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, coef, ctx.act, ctx.plan = inputs
+    ctx.save_for_backward(y, coef)
+
+
+def _materialise_backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+    y, coef = ctx.saved_tensors
+    dy, dcoef = torch.ops.fastfilm.materialise_backward(dv, y, coef, ctx.act, ctx.plan)
+    return dy, dcoef, None, None
+
+
+def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, pre, ctx.pre_act, ctx.plan = inputs
+    ctx.save_for_backward(y, pre, output)
+
+
+def _moments_backward(ctx: Any, dstats: Tensor) -> tuple[Tensor | None, ...]:
+    y, pre, stats = ctx.saved_tensors
+    dy, dpre = torch.ops.fastfilm.moments_backward(dstats, y, stats, pre, ctx.pre_act, ctx.plan)
+    return dy, dpre if dpre.numel() else None, None, None
+
+
+define(
+    "materialise(Tensor y, Tensor coef, str act, str plan) -> Tensor",
+    materialise_fwd,
+    lambda y, coef, act, plan: raw_like(y, y.shape),
+    backward=_materialise_backward,
+    setup=_materialise_setup,
+)
+define(
+    "materialise_backward(Tensor dv, Tensor y, Tensor coef, str act, str plan) -> (Tensor, Tensor)",
+    materialise_bwd,
+    lambda dv, y, coef, act, plan: (raw_like(y, y.shape), torch.empty_like(coef)),
+)
+define(
+    "moments(Tensor y, Tensor? pre, str pre_act, str plan) -> Tensor",
+    moments_fwd,
+    lambda y, pre, pre_act, plan: stats_like(y),
+    backward=_moments_backward,
+    setup=_moments_setup,
+)
+define(
+    "moments_backward(Tensor dstats, Tensor y, Tensor stats, Tensor? pre, str pre_act, str plan)"
+    " -> (Tensor, Tensor)",
+    moments_bwd,
+    lambda dstats, y, stats, pre, pre_act, plan: (
+        raw_like(y, y.shape),
+        y.new_empty(0) if pre is None else torch.empty_like(pre),
+    ),
+)

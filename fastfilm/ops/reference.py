@@ -1,0 +1,194 @@
+"""The definition of right: the whole op and each of its parts in eager, differentiable PyTorch.
+
+Works on any device, in any floating point type including float64, and to any order of derivative.
+Tests and benchmarks import it; the ``reference`` backend runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import spec
+
+
+def activation(x: Tensor, name: str, slope: Tensor | float | None = None) -> Tensor:
+    """Activation ``name`` (see ``spec.ACTIVATIONS``) of ``x`` [N, C, *S].
+
+    Args:
+        slope: negative slope (leaky_relu, prelu) or alpha (elu): a number, or a tensor that
+            broadcasts against ``x``.
+    """
+    if name == "none":
+        return x
+    if name == "relu":
+        return torch.relu(x)
+    if name in ("leaky_relu", "prelu"):
+        return torch.where(x > 0, x, x * slope)
+    if name == "elu":
+        # exp only of the negative part: a large positive x must not turn the gradient into NaN
+        return torch.where(x > 0, x, slope * torch.expm1(x.clamp(max=0)))
+    if name == "silu":
+        return F.silu(x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    raise ValueError(f"activation must be one of {', '.join(spec.ACTIVATIONS)}, got {name!r}")
+
+
+def spread(t: Tensor, ndim: int) -> Tensor:
+    """[..., C] -> [..., C, 1, 1(, 1)] for a feature map of ``ndim`` dimensions."""
+    return t.reshape(t.shape + (1,) * (ndim - 2))
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The vendor's convolution [N, Ci, *S] -> [N, Co, *T]; weight as in ``torch.nn.Conv*``."""
+    return torch.convolution(
+        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
+
+
+def materialise(y: Tensor, coef: Tensor, act: str) -> Tensor:
+    """v = g * (act(a * (y - p) + b) - q) + s.
+
+    Args:
+        y: raw feature map [N, C, *S].
+        coef: coefficients [7, N, C], rows a, b, g, s, p, q, slope (``spec.A`` …).
+        act: activation name.
+
+    Returns:
+        [N, C, *S] in y's dtype; computed in coef's dtype.
+    """
+    a, b, g, s, p, q, slope = (spread(row, y.dim()) for row in coef)
+    z = a * (y.to(coef.dtype) - p) + b
+    return (g * (activation(z, act, slope) - q) + s).to(y.dtype)
+
+
+def moments(y: Tensor, pre: Tensor | None = None, act: str = "none") -> Tensor:
+    """Mean and biased variance over space of u = act(y + shift), per sample and channel.
+
+    Args:
+        y: raw feature map [N, C, *S].
+        pre: None, or [2, C]: shift and slope of the activation in front of the norm.
+        act: activation in front of the norm.
+
+    Returns:
+        [2, N, C]: mean and variance, float32 (float64 for a float64 ``y``).
+    """
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    u = y.to(dtype)
+    if pre is not None:
+        shift, slope = spread(pre.to(dtype), y.dim())
+        u = activation(u + shift, act, slope)
+    space = tuple(range(2, y.dim()))
+    mean = u.mean(space)
+    centred = u - spread(mean, y.dim())
+    return torch.stack([mean, (centred * centred).mean(space)])
+
+
+def normalise(
+    u: Tensor,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_groups: int | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """PyTorch's own normalisation ``norm`` of ``u`` [N, C, *S]; updates running statistics in place."""
+    if norm == "none":
+        return u
+    if norm == "batch":
+        return F.batch_norm(u, running_mean, running_var, weight, bias, training, momentum, eps)
+    if norm == "instance":
+        use_input = training or running_mean is None
+        return F.instance_norm(u, running_mean, running_var, weight, bias, use_input, momentum, eps)
+    groups = 1 if norm == "layer" else num_groups
+    assert groups is not None
+    return F.group_norm(u, groups, weight, bias, eps)
+
+
+def block_tail(
+    y: Tensor,
+    *,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_groups: int | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "none",
+    slope: Tensor | float | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    order: str = "conv-norm-film-act",
+    dropout_mask: Tensor | None = None,
+    dropout_position: str = "end",
+) -> Tensor:
+    """All of a block that follows its convolution, one eager step after another.
+
+    γ, β and the dropout mask (already divided by 1 - p) are [N, C] or [1, C].
+    """
+
+    def drop(u: Tensor, position: str) -> Tensor:
+        if dropout_mask is None or position != dropout_position:
+            return u
+        return u * spread(dropout_mask, u.dim()).to(u.dtype)
+
+    def film(u: Tensor) -> Tensor:
+        u = drop(u, "film")
+        if gamma is not None:
+            u = u * spread(gamma, u.dim()).to(u.dtype)
+        if beta is not None:
+            u = u + spread(beta, u.dim()).to(u.dtype)
+        return u
+
+    def normed(u: Tensor) -> Tensor:
+        return normalise(
+            drop(u, "norm"),
+            norm,
+            norm_weight,
+            norm_bias,
+            running_mean,
+            running_var,
+            num_groups,
+            training,
+            momentum,
+            eps,
+        )
+
+    if isinstance(slope, Tensor):
+        slope = spread(slope.to(y.dtype), y.dim()) if slope.dim() else slope.to(y.dtype)
+
+    def acted(u: Tensor) -> Tensor:
+        return activation(u, act, slope)
+
+    if order == "conv-norm-film-act":
+        v = acted(film(normed(y)))
+    elif order == "conv-norm-act-film":
+        v = film(acted(normed(y)))
+    elif order == "conv-act-norm-film":
+        v = film(normed(acted(y)))
+    else:
+        raise ValueError(f"order must be one of {', '.join(spec.ORDERS)}, got {order!r}")
+    return drop(v, "end")

@@ -1,0 +1,216 @@
+"""Paired, interleaved timing: every provider once a round, so that a drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Call = Callable[[], object]
+
+
+class Clock(Protocol):
+    """Times one region; both methods return seconds."""
+
+    def time(self, call: Call, calls: int) -> float:
+        """Seconds a call, averaged over ``calls`` calls in a row."""
+        ...
+
+    def now(self) -> float:
+        """A monotonic time."""
+        ...
+
+
+class HostClock:
+    """Monotonic clock of the host, for CPU work."""
+
+    def time(self, call: Call, calls: int) -> float:
+        """Seconds a call."""
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter_ns() - start) / (calls * 1e9)
+
+    def now(self) -> float:
+        """``time.monotonic``."""
+        return time.monotonic()
+
+
+class DeviceClock:
+    """CUDA events around the region; the L2 cache is flushed in front of it."""
+
+    def __init__(self, flush_bytes: int = 256 << 20) -> None:
+        self._flush = torch.empty(flush_bytes, dtype=torch.int8, device="cuda")
+
+    def time(self, call: Call, calls: int) -> float:
+        """Seconds a call between two events on the current stream."""
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / (calls * 1e3)
+
+    def now(self) -> float:
+        """``time.monotonic``."""
+        return time.monotonic()
+
+
+def clock_for(device: str) -> Clock:
+    """The clock of a device."""
+    return DeviceClock() if device == "cuda" else HostClock()
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one case.
+
+    Attributes:
+        min_rounds, max_rounds: bounds of the number of rounds.
+        seconds: rounds are added until they are expected to have taken this long.
+        window: a timed region shorter than this is repeated until it is this long.
+    """
+
+    min_rounds: int = 5
+    max_rounds: int = 30
+    seconds: float = 2.0
+    window: float = 2e-3
+
+
+QUICK = Effort(min_rounds=3, max_rounds=9, seconds=0.5)
+
+
+def paired(
+    functions: Mapping[str, Call], clock: Clock, effort: Effort = Effort(), warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round; the functions take turns within a round.
+
+    The order within a round rotates, so that no function always runs after the same one. Warm-up calls
+    are not in the result; the last of them sets the number of rounds and of calls in a region.
+
+    Returns:
+        name -> seconds, one entry a round, the same number of rounds for every name.
+    """
+    names = list(functions)
+    if not names:
+        return {}
+    estimate = {}
+    for name in names:
+        for _ in range(max(warmup, 1)):
+            estimate[name] = clock.time(functions[name], 1)
+    calls = {n: max(1, round(effort.window / max(estimate[n], 1e-7))) for n in names}
+    round_seconds = sum(estimate[n] * calls[n] for n in names)
+    wanted = round(effort.seconds / max(round_seconds, 1e-9))
+    rounds = min(max(wanted, effort.min_rounds), effort.max_rounds)
+    times: dict[str, list[float]] = {n: [] for n in names}
+    for r in range(rounds):
+        shift = r % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(clock.time(functions[name], calls[name]))
+    return times
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Quantile by linear interpolation."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def best(times: Mapping[str, Sequence[float]], names: Sequence[str]) -> str | None:
+    """The name with the smallest median among those that were timed."""
+    timed = [n for n in names if times.get(n)]
+    return min(timed, key=lambda n: statistics.median(times[n])) if timed else None
+
+
+def paired_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
+    """Median over the rounds of baseline / other: above 1, ``other`` is the faster one."""
+    return statistics.median(b / o for b, o in zip(baseline, other, strict=True))
+
+
+class Budget:
+    """Wall-clock time of a run; None is without end."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = None if seconds is None else clock() + seconds
+
+    def left(self) -> float:
+        """Seconds left (infinite without a budget)."""
+        return float("inf") if self._end is None else self._end - self._clock()
+
+    def spent(self) -> bool:
+        """Whether no new row should be started."""
+        return self.left() <= 0
+
+
+class TookTooLong(Exception):
+    """A bounded step ran past its limit."""
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raises TookTooLong inside the block after ``seconds`` (main thread of POSIX systems only)."""
+    possible = hasattr(signal, "setitimer") and (
+        threading.current_thread() is threading.main_thread()
+    )
+    if not possible or seconds == float("inf"):
+        yield
+        return
+
+    def ring(signum: int, frame: object) -> None:
+        raise TookTooLong(f"{what} took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def saved_bytes(forward: Callable[[], object], exclude: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of ``forward()``.
+
+    Every storage that is saved counts once, in full, whichever tensors view it; the storages of
+    ``exclude`` (the parameters) do not count. The input counts if it is saved.
+    """
+    skip = {t.untyped_storage().data_ptr() for t in exclude}
+    seen: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in skip:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward()
+    total = sum(seen.values())
+    del out
+    return total
+
+
+def peak_bytes(call: Call, device: str) -> int | None:
+    """Peak of CUDA memory during ``call()``, above what was allocated before it; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,132 @@
+"""What a result was measured on: the machine, the versions, and the two ceilings."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .harness import Clock
+from .roofline import Ceilings
+
+
+def cpu_model() -> str:
+    """Model name of the CPU, as the system states it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _output(command: list[str], cwd: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=cwd)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    text = done.stdout.strip()
+    return text.splitlines()[0] if done.returncode == 0 and text else None
+
+
+def commit() -> str | None:
+    """Commit of the checkout these benchmarks lie in, with ``-dirty`` if it has changes."""
+    here = Path(__file__).resolve().parent
+    if _output(["git", "rev-parse", "--show-prefix"], here) != "benchmarks/":
+        return None
+    return _output(["git", "describe", "--always", "--dirty", "--exclude", "*"], here)
+
+
+def triton_version() -> str | None:
+    """Version of triton, without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The header of a run, as JSON values."""
+    import fastfilm
+
+    info: dict[str, Any] = {
+        "device": device,
+        "device_name": cpu_model(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": None,
+        "driver": None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "triton": triton_version(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "fastfilm": fastfilm.__version__,
+        "commit": commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(["run.py", *sys.argv[1:]]),
+    }
+    if hasattr(os, "getloadavg"):
+        info["load"] = round(os.getloadavg()[0], 2)
+    if device == "cuda":
+        info["device_name"] = torch.cuda.get_device_name()
+        info["driver"] = _output(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        )
+    return info
+
+
+def ceilings(device: str, dtypes: list[str], clock: Clock, quick: bool = False) -> Ceilings:
+    """Measures the large copy and a large matrix product of every dtype.
+
+    A ceiling is the best of several tries: what disturbs a try can only make it slower.
+    """
+    big = device == "cuda"
+    tries = 3 if quick else 7
+    source = torch.empty((1 << 30) if big else (64 << 20), dtype=torch.int8, device=device)
+    source.random_(0, 100)
+    target = torch.empty_like(source)
+    copy = min(clock.time(lambda: target.copy_(source), 1) for _ in range(tries + 1))
+    bandwidth = 2 * source.numel() / copy
+    del source, target
+    matrix = {}
+    for name in dtypes:
+        matrix[name] = _matrix_rate(device, name, clock, tries, allow_tf32=False)
+        if big and name == "float32":
+            matrix["tf32"] = _matrix_rate(device, name, clock, tries, allow_tf32=True)
+    return Ceilings(bandwidth, matrix)
+
+
+def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int, allow_tf32: bool) -> float:
+    if device == "cuda":
+        sizes = [8192]
+    else:
+        sizes = [256, 1024, 1536]
+    rate = 0.0
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    try:
+        for size in sizes:
+            if rate and 2 * size**3 / rate > 0.5:
+                break  # a dtype this processor only emulates
+            a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+            b = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+            fastest = min(clock.time(lambda a=a, b=b: a @ b, 1) for _ in range(tries + 1))
+            rate = max(rate, 2 * size**3 / fastest)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return rate

@@ -1,0 +1,169 @@
+"""Who is measured: each provider is a function of no arguments, ready to be timed, or a reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import fastfilm
+import torch
+from torch import Tensor, nn
+
+from .harness import TookTooLong, time_limit
+
+EAGER = ("eager", "eager-channels-last")
+"""The two layouts of eager PyTorch; ratios are against the faster of them."""
+
+CANDIDATES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """``t`` [N, C, *S] in channels-last strides."""
+    layout = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+    return t.contiguous(memory_format=layout)
+
+
+def backends(device: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """fastfilm's backends that serve this device, and (name, reason) of those that do not.
+
+    The reference backend is eager PyTorch again: it stands in only where nothing else is available.
+    """
+    usable: list[str] = []
+    missing: list[tuple[str, str]] = []
+    image = torch.zeros(1, 2, 4, 4, device=device)
+    weight = torch.zeros(2, 2, 3, 3, device=device)
+    for name in CANDIDATES[device]:
+        if name == "reference" and usable:
+            continue
+        try:
+            with fastfilm.backend(name):
+                fastfilm.conv_norm_film(image, weight, padding=1)
+            usable.append(name)
+        except (ValueError, NotImplementedError, ImportError) as error:
+            missing.append((name, one_line(error)))
+    return usable, missing
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error's text, at most 120 characters."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:120]
+
+
+def why_not_compile(device: str, quick: bool) -> str | None:
+    """Why torch.compile is left out; None if it can be tried."""
+    if quick:
+        return "left out of quick runs: compiling takes longer than the run"
+    if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "no C++ compiler for torch.compile on a CPU"
+    return None
+
+
+def compile_modes(device: str) -> dict[str, str | None]:
+    """Provider name -> mode of torch.compile."""
+    modes: dict[str, str | None] = {"compile": None}
+    if device == "cuda":
+        modes["compile-max-autotune"] = "max-autotune-no-cudagraphs"
+    return modes
+
+
+def compiled(
+    function: Callable[..., object], mode: str | None, first: Callable[..., object], seconds: float
+) -> tuple[Callable[..., object] | None, str]:
+    """``function`` compiled and run once by ``first(compiled_function)``, or None and the reason."""
+    torch._dynamo.reset()
+    try:
+        with time_limit(seconds, "compiling"):
+            result = torch.compile(function, mode=mode, dynamic=False)
+            first(result)
+        return result, ""
+    except TookTooLong as error:
+        return None, one_line(error)
+    except Exception as error:  # whatever the compiler raises is a reason, not an end of the run
+        if "TookTooLong" in repr(error):
+            return None, f"compiling took longer than {seconds:.0f} s"
+        return None, f"torch.compile failed: {one_line(error)}"
+
+
+@contextlib.contextmanager
+def float32_precision(allow_tf32: bool) -> Iterator[None]:
+    """Whether float32 convolutions and products may use tf32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def amp(device: str, dtype: str) -> AbstractContextManager[object]:
+    """Autocast to a 16-bit dtype; nothing for float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device, getattr(torch, dtype))
+
+
+class Step:
+    """One network on one batch: inference, or a training step's forward and backward pass.
+
+    16-bit inference runs on a network cast to that dtype; 16-bit training runs under autocast with
+    float32 parameters.
+
+    Args:
+        model: any network called as ``model(image, metadata)``.
+        image, metadata: float32 batch.
+        upstream: gradient at the output, so that no loss function is in the figures.
+        layout: "contiguous" or "channels-last", of the image and of the parameters.
+        scope: context in which every call runs (a forced backend).
+        autocast: overrides where autocast is used (None: as above).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        metadata: Tensor | None,
+        upstream: Tensor,
+        *,
+        mode: str,
+        dtype: str,
+        layout: str = "contiguous",
+        scope: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        self.training = mode == "training"
+        storage = getattr(torch, dtype)
+        cast = None if self.training else storage
+        model = copy.deepcopy(model).train(self.training)
+        self.device = image.device.type
+        self.amp_dtype = dtype if self.training else "float32"
+        if layout == "channels-last":
+            form = torch.channels_last if image.dim() == 4 else torch.channels_last_3d
+            model = model.to(memory_format=form)
+            image = channels_last(image)
+        self.model = model.to(cast) if cast else model
+        self.image = image.to(cast) if cast else image
+        self.metadata = metadata if metadata is None or cast is None else metadata.to(cast)
+        self.upstream, self.scope = upstream, scope
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.call: Callable[..., object] = self.model
+
+    def forward(self) -> Tensor:
+        """The output, with a graph when training."""
+        with self.scope(), amp(self.device, self.amp_dtype), torch.set_grad_enabled(self.training):
+            out = self.call(self.image, self.metadata)
+        assert isinstance(out, Tensor)
+        return out
+
+    def __call__(self) -> list[Tensor | None]:
+        """[output], or [output, gradient of each parameter]."""
+        out = self.forward()
+        if not self.training:
+            return [out]
+        with self.scope():
+            gradients = torch.autograd.grad(
+                out, self.parameters, self.upstream.to(out.dtype), allow_unused=True
+            )
+        return [out.detach(), *gradients]

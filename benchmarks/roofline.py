@@ -1,0 +1,100 @@
+"""The floor of a layer: the time its arithmetic or its compulsory traffic takes at the measured ceilings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of a network.
+
+    Attributes:
+        cin, cout: channels.
+        size: spatial size of the input.
+        kernel, stride: the same in every dimension; padding is (kernel - 1) / 2.
+        transposed: a transposed convolution whose kernel is its stride, without padding.
+        input_grad: whether a training step needs the gradient of the input.
+    """
+
+    cin: int
+    cout: int
+    size: tuple[int, ...]
+    kernel: int = 3
+    stride: int = 1
+    transposed: bool = False
+    input_grad: bool = True
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Spatial size of the output."""
+        if self.transposed:
+            return tuple(s * self.stride for s in self.size)
+        return tuple((s - 1) // self.stride + 1 for s in self.size)
+
+    @property
+    def label(self) -> str:
+        """``64→128 3³/2 @ 32×32×32`` and the like."""
+        size = "×".join(map(str, self.size))
+        kernel = f"{self.kernel}{'²³'[len(self.size) - 2]}"
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        arrow = "⇑" if self.transposed else "→"
+        return f"{self.cin}{arrow}{self.cout} {kernel}{stride} @ {size}"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured in the same run: bytes/s of a large copy, FLOP/s of a large matrix product by dtype."""
+
+    bandwidth: float
+    matrix: dict[str, float]
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of a dtype; the slowest one measured if that dtype was not."""
+        return self.matrix.get(dtype) or min(self.matrix.values())
+
+
+def flops(layer: Layer, batch: int) -> int:
+    """Floating point operations of the forward pass (a multiply-add is two)."""
+    places = math.prod(layer.size if layer.transposed else layer.output)
+    return 2 * batch * places * layer.cin * layer.cout * layer.kernel ** len(layer.size)
+
+
+def traffic(layer: Layer, batch: int, dtype: str) -> int:
+    """Bytes of the forward pass: input, weight and output once each."""
+    inputs = batch * layer.cin * math.prod(layer.size)
+    outputs = batch * layer.cout * math.prod(layer.output)
+    weights = layer.cin * layer.cout * layer.kernel ** len(layer.size)
+    return (inputs + outputs + weights) * torch.finfo(getattr(torch, dtype)).bits // 8
+
+
+def passes(layer: Layer, mode: str) -> int:
+    """How many times the forward work a mode does: dgrad and wgrad move and compute as much."""
+    if mode in ("training", "forward+backward"):
+        return 3 if layer.input_grad else 2
+    return 2 if mode == "backward" else 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case must at least do."""
+
+    flops: int
+    bytes: int
+    floor_s: float
+
+
+def work(layers: Iterable[Layer], batch: int, dtype: str, mode: str, ceilings: Ceilings) -> Work:
+    """Sum over the layers of max(bytes / bandwidth, flops / matrix rate), times the passes of ``mode``."""
+    total_flops, total_bytes, floor = 0, 0, 0.0
+    for layer in layers:
+        n = passes(layer, mode)
+        f, b = flops(layer, batch), traffic(layer, batch, dtype)
+        total_flops += n * f
+        total_bytes += n * b
+        floor += n * max(b / ceilings.bandwidth, f / ceilings.rate(dtype))
+    return Work(total_flops, total_bytes, floor)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .harness import Clock
-from .roofline import Ceilings
+from .roofline import DTYPES, Ceilings
 
 
 def cpu_model() -> str:
@@ -105,26 +105,24 @@ def ceilings(device: str, dtypes: list[str], clock: Clock, quick: bool = False) 
     del source, target
     matrix = {}
     for name in dtypes:
-        matrix[name] = _matrix_rate(device, name, clock, tries, allow_tf32=False)
-        if big and name == "float32":
-            matrix["tf32"] = _matrix_rate(device, name, clock, tries, allow_tf32=True)
+        matrix[name] = _matrix_rate(device, name, clock, tries)
     return Ceilings(bandwidth, matrix)
 
 
-def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int, allow_tf32: bool) -> float:
+def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int) -> float:
     if device == "cuda":
         sizes = [8192]
     else:
         sizes = [256, 1024, 1536]
     rate = 0.0
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     try:
         for size in sizes:
             if rate and 2 * size**3 / rate > 0.5:
                 break  # a dtype this processor only emulates
-            a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-            b = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+            a = torch.randn(size, size, device=device).to(DTYPES[dtype])
+            b = torch.randn(size, size, device=device).to(DTYPES[dtype])
             fastest = min(clock.time(lambda a=a, b=b: a @ b, 1) for _ in range(tries + 1))
             rate = max(rate, 2 * size**3 / fastest)
     finally:

@@ -50,10 +50,15 @@ class Network:
         return f"{self.name} {'×'.join(map(str, self.size))} b{self.batch}"
 
     def shrunk(self, factor: int) -> Network:
-        """The same network, batch 1, on a patch ``factor`` times smaller along each axis."""
+        """The same network, batch 1, on a patch ``factor`` times smaller along each axis.
+
+        The coarsest map keeps two places at least: a norm over a single one is undefined.
+        """
         floor = 2 ** (len(self.widths) - (self.kind != "film"))
-        size = tuple(max(s // factor // floor, 1) * floor for s in self.size)
-        return replace(self, batch=1, size=size)
+        size = [max(s // factor // floor, 1) * floor for s in self.size]
+        if set(size) == {floor}:
+            size[0] *= 2
+        return replace(self, batch=1, size=tuple(size))
 
     def build(self, form: FilmForm = "broadcast") -> nn.Module:
         """The network in plain PyTorch."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import fastfilm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .harness import TookTooLong, time_limit
 
@@ -101,69 +100,8 @@ def float32_precision(allow_tf32: bool) -> Iterator[None]:
 
 def amp(device: str, dtype: str) -> AbstractContextManager[object]:
     """Autocast to a 16-bit dtype; nothing for float32."""
-    if dtype == "float32":
+    if dtype not in ("bfloat16", "float16"):
         return contextlib.nullcontext()
     return torch.autocast(device, getattr(torch, dtype))
 
 
-class Step:
-    """One network on one batch: inference, or a training step's forward and backward pass.
-
-    16-bit inference runs on a network cast to that dtype; 16-bit training runs under autocast with
-    float32 parameters.
-
-    Args:
-        model: any network called as ``model(image, metadata)``.
-        image, metadata: float32 batch.
-        upstream: gradient at the output, so that no loss function is in the figures.
-        layout: "contiguous" or "channels-last", of the image and of the parameters.
-        scope: context in which every call runs (a forced backend).
-        autocast: overrides where autocast is used (None: as above).
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        image: Tensor,
-        metadata: Tensor | None,
-        upstream: Tensor,
-        *,
-        mode: str,
-        dtype: str,
-        layout: str = "contiguous",
-        scope: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
-    ) -> None:
-        self.training = mode == "training"
-        storage = getattr(torch, dtype)
-        cast = None if self.training else storage
-        model = copy.deepcopy(model).train(self.training)
-        self.device = image.device.type
-        self.amp_dtype = dtype if self.training else "float32"
-        if layout == "channels-last":
-            form = torch.channels_last if image.dim() == 4 else torch.channels_last_3d
-            model = model.to(memory_format=form)
-            image = channels_last(image)
-        self.model = model.to(cast) if cast else model
-        self.image = image.to(cast) if cast else image
-        self.metadata = metadata if metadata is None or cast is None else metadata.to(cast)
-        self.upstream, self.scope = upstream, scope
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.call: Callable[..., object] = self.model
-
-    def forward(self) -> Tensor:
-        """The output, with a graph when training."""
-        with self.scope(), amp(self.device, self.amp_dtype), torch.set_grad_enabled(self.training):
-            out = self.call(self.image, self.metadata)
-        assert isinstance(out, Tensor)
-        return out
-
-    def __call__(self) -> list[Tensor | None]:
-        """[output], or [output, gradient of each parameter]."""
-        out = self.forward()
-        if not self.training:
-            return [out]
-        with self.scope():
-            gradients = torch.autograd.grad(
-                out, self.parameters, self.upstream.to(out.dtype), allow_unused=True
-            )
-        return [out.detach(), *gradients]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .roofline import ulp
+
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
 
 ERROR_FACTOR = 1.5
@@ -68,7 +70,7 @@ class Row:
 
 def error_passes(error: float, eager_error: float, dtype: str) -> bool:
     """Whether ``error`` is at most 1.5 times eager's plus one ulp of ``dtype``; NaN never passes."""
-    return error <= ERROR_FACTOR * eager_error + torch.finfo(getattr(torch, dtype)).eps
+    return error <= ERROR_FACTOR * eager_error + ulp(dtype)
 
 
 def check(row: Row) -> Row:
@@ -88,7 +90,8 @@ def relative_error(
 
     Args:
         got, reference: tensors pairwise; a pair with a None on either side is left out.
-        pooled: one norm over all tensors together instead of the worst of the single ones.
+        pooled: the worse of the first tensor's error and of one norm over all the others together,
+            instead of the worst of all.
     """
     differences, norms = [], []
     for g, r in zip(got, reference, strict=True):
@@ -100,8 +103,9 @@ def relative_error(
             return math.nan
         differences.append(float((g64 - r64).norm()))
         norms.append(float(r64.norm()))
-    if pooled:
-        differences, norms = [math.hypot(*differences)], [math.hypot(*norms)]
+    if pooled and len(norms) > 1:
+        differences = [differences[0], math.hypot(*differences[1:])]
+        norms = [norms[0], math.hypot(*norms[1:])]
     errors = [d / n if n else d for d, n in zip(differences, norms, strict=True)]
     return math.nan if any(math.isnan(e) for e in errors) else max(errors)
 

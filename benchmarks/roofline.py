@@ -9,6 +9,21 @@ from dataclasses import dataclass
 import torch
 
 
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+"""Storage of each precision that can be asked for; tf32 is float32 with tf32 products allowed."""
+
+
+def ulp(dtype: str) -> float:
+    """Distance from 1 to the next number of a precision."""
+    return 2.0**-10 if dtype == "tf32" else torch.finfo(DTYPES[dtype]).eps
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution of a network.
@@ -69,7 +84,7 @@ def traffic(layer: Layer, batch: int, dtype: str) -> int:
     inputs = batch * layer.cin * math.prod(layer.size)
     outputs = batch * layer.cout * math.prod(layer.output)
     weights = layer.cin * layer.cout * layer.kernel ** len(layer.size)
-    return (inputs + outputs + weights) * torch.finfo(getattr(torch, dtype)).bits // 8
+    return (inputs + outputs + weights) * torch.finfo(DTYPES[dtype]).bits // 8
 
 
 def passes(layer: Layer, mode: str) -> int:

@@ -1,0 +1,195 @@
+"""One convolution block with its tensors, as each provider computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import fastfilm
+import torch
+import torch.nn.functional as F
+from fastfilm.ops import reference
+from torch import Tensor
+
+from .harness import saved_bytes
+from .providers import channels_last
+from .roofline import Layer
+from .session import Results
+
+CONV = {2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
+SLOPE = 0.01
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer with a norm (statistics of the batch), an activation and a FiLM around it."""
+
+    layer: Layer
+    batch: int
+    norm: str = "batch"
+    act: str = "relu"
+    order: str = "conv-act-norm-film"
+
+
+@dataclass
+class Tensors:
+    """The inputs of a block; ``upstream`` is the gradient at its output."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor
+    gamma: Tensor
+    beta: Tensor
+    upstream: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        """All that a training step differentiates, x first."""
+        some = [self.x, self.weight, self.bias, self.norm_weight, self.norm_bias]
+        return [t for t in (*some, self.gamma, self.beta) if t is not None]
+
+    def parameters(self) -> list[Tensor]:
+        """What does not count as saved: weights, not the input."""
+        return self.leaves()[1:-2]
+
+    def to(self, dtype: torch.dtype, layout: str = "contiguous", grad: bool = True) -> Tensors:
+        """Copies in a dtype and a layout; γ and β stay float32 unless ``dtype`` is float64."""
+
+        def copy(t: Tensor | None, spatial: bool = False, film: bool = False) -> Tensor | None:
+            if t is None:
+                return None
+            t = t.detach().to(torch.float32 if film and dtype != torch.float64 else dtype)
+            if spatial and layout == "channels-last":
+                t = channels_last(t)
+            return t.clone().requires_grad_(grad)
+
+        values = {
+            name: copy(
+                getattr(self, name),
+                spatial=name in ("x", "weight", "upstream"),
+                film=name in ("gamma", "beta"),
+            )
+            for name in self.__dataclass_fields__
+        }
+        values["upstream"] = values["upstream"].detach()  # type: ignore[union-attr]
+        return Tensors(**values)  # type: ignore[arg-type]
+
+
+def make(block: Block, device: str, dtype: torch.dtype, seed: int = 0) -> Tensors:
+    """Random inputs, rounded to ``dtype``: every provider and the reference get the same values."""
+    layer, n = block.layer, block.batch
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        values = torch.randn(shape, generator=generator) * scale + shift
+        return values.to(dtype).to(device)
+
+    kernel = (layer.kernel,) * len(layer.size)
+    channels = (layer.cin, layer.cout) if layer.transposed else (layer.cout, layer.cin)
+    fan_in = layer.cin * layer.kernel ** (0 if layer.transposed else len(kernel))
+    bias = block.order == "conv-act-norm-film"  # in front of a norm a bias has no effect
+    return Tensors(
+        x=normal(n, layer.cin, *layer.size),
+        weight=normal(*channels, *kernel, scale=fan_in**-0.5),
+        bias=normal(layer.cout, scale=0.1) if bias else None,
+        norm_weight=normal(layer.cout, scale=0.1, shift=1.0),
+        norm_bias=normal(layer.cout, scale=0.1),
+        gamma=normal(n, layer.cout, scale=0.3, shift=1.0).float(),
+        beta=normal(n, layer.cout, scale=0.3).float(),
+        upstream=normal(n, layer.cout, *layer.output),
+    )
+
+
+def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The layer's convolution by PyTorch."""
+    dims = len(layer.size)
+    if layer.transposed:
+        return TRANSPOSED[dims](x, weight, bias, stride=layer.stride)
+    return CONV[dims](x, weight, bias, stride=layer.stride, padding=(layer.kernel - 1) // 2)
+
+
+def _norm(block: Block, u: Tensor, t: Tensors) -> Tensor:
+    if block.norm == "batch":
+        return F.batch_norm(u, None, None, t.norm_weight, t.norm_bias, training=True)
+    if block.norm == "instance":
+        return F.instance_norm(u, weight=t.norm_weight, bias=t.norm_bias)
+    return F.group_norm(u, 1 if block.norm == "layer" else 8, t.norm_weight, t.norm_bias)
+
+
+def _act(block: Block, u: Tensor) -> Tensor:
+    if block.act == "leaky_relu":
+        return F.leaky_relu(u, SLOPE)
+    return F.silu(u) if block.act == "silu" else F.relu(u)
+
+
+def eager(block: Block, t: Tensors, expanded: bool = False) -> Tensor:
+    """The block layer by layer; ``expanded`` repeats γ and β to full maps first."""
+    y = convolve(block.layer, t.x, t.weight, t.bias)
+    film = torch.cat([t.gamma, t.beta], 1).to(y.dtype)
+    film = film.reshape(*film.shape, *(1,) * (y.dim() - 2))
+    if expanded:
+        film = film.repeat(1, 1, *y.shape[2:])
+    gamma, beta = film.chunk(2, 1)
+    if block.order == "conv-act-norm-film":
+        return gamma * _norm(block, _act(block, y), t) + beta
+    if block.order == "conv-norm-act-film":
+        return gamma * _act(block, _norm(block, y, t)) + beta
+    return _act(block, gamma * _norm(block, y, t) + beta)
+
+
+def fused(block: Block, t: Tensors) -> Tensor:
+    """The block as one fastfilm op."""
+    return fastfilm.conv_norm_film(
+        t.x,
+        t.weight,
+        t.bias,
+        stride=block.layer.stride,
+        padding=(block.layer.kernel - 1) // 2,
+        norm=block.norm,
+        norm_weight=t.norm_weight,
+        norm_bias=t.norm_bias,
+        num_groups=8 if block.norm == "group" else None,
+        training=True,
+        activation=block.act,
+        slope=SLOPE if block.act == "leaky_relu" else None,
+        gamma=t.gamma,
+        beta=t.beta,
+        order=block.order,
+    )
+
+
+def definition(block: Block, t: Tensors) -> Tensor:
+    """The block by fastfilm's reference; called with float64 tensors it is the yardstick."""
+    dims = len(block.layer.size)
+    one, zero = (1,) * dims, (0,) * dims
+    stride, padding = (block.layer.stride,) * dims, ((block.layer.kernel - 1) // 2,) * dims
+    y = reference.convolution(t.x, t.weight, t.bias, stride, padding, one, False, zero, 1)
+    return reference.block_tail(
+        y,
+        norm=block.norm,
+        norm_weight=t.norm_weight,
+        norm_bias=t.norm_bias,
+        num_groups=8 if block.norm == "group" else None,
+        training=True,
+        act=block.act,
+        slope=SLOPE if block.act == "leaky_relu" else None,
+        gamma=t.gamma,
+        beta=t.beta,
+        order=block.order,
+    )
+
+
+def results(function: Callable[[Tensors], Tensor], t: Tensors, mode: str) -> Results:
+    """[output], or [output, gradients of every leaf] in mode "forward+backward"."""
+    if mode == "forward":
+        with torch.no_grad():
+            return [function(t)]
+    out = function(t)
+    return [out.detach(), *torch.autograd.grad(out, t.leaves(), t.upstream)]
+
+
+def saved(function: Callable[[Tensors], Tensor], t: Tensors) -> int:
+    """Bytes kept for the backward pass of ``function(t)``, without the parameters."""
+    return saved_bytes(lambda: function(t), t.parameters())

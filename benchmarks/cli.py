@@ -1,0 +1,184 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import machine, report
+from .harness import QUICK, Budget, Effort, clock_for
+from .record import Record, Row
+from .roofline import DTYPES
+from .session import Session
+from .volume import InputError, load
+
+SUITES = ("model", "memory", "ops", "static")
+"""What ``--suite all`` runs, in this order; ``peers`` is a study of its own and runs by name."""
+
+ALONE = ("peers",)
+DEFAULT_SECONDS = 140.0
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong argument with one line instead of the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+
+def _dtypes(text: str) -> list[str]:
+    names = [n.strip() for n in text.split(",") if n.strip()]
+    known = [n for n in DTYPES if n != "float64"]
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown dtype {name!r}; choose {', '.join(known)}")
+    return names
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number of minutes, got {text!r}")
+    return value
+
+
+def parser() -> Parser:
+    """The command line's parser."""
+    p = Parser(
+        prog="benchmarks/run.py",
+        description="fastfilm beside eager PyTorch, torch.compile and the paper's form.",
+    )
+    suites = (*SUITES, *ALONE, "all")
+    p.add_argument("--suite", choices=suites, help=f"default: all ({', '.join(SUITES)})")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument(
+        "--dtype",
+        type=_dtypes,
+        action="append",
+        metavar="NAME[,NAME]",
+        help="float32, bfloat16, float16, tf32 (CUDA); repeatable",
+    )
+    p.add_argument("--quick", action="store_true", help="small and short: under a minute on a CPU")
+    p.add_argument("--volume", metavar="FILE.nii.gz", help="3D image to cut patches from")
+    p.add_argument("--json", metavar="OUT", default="fastfilm-benchmark.json")
+    p.add_argument("--plot", metavar="OUT.png", default="fastfilm-benchmark.png")
+    p.add_argument("--minutes", type=_minutes, help="start no new row after this time")
+    return p
+
+
+def choose_dtypes(given: list[list[str]] | None, device: str, suite: str) -> list[str]:
+    """The dtypes asked for, or the usual ones of a device and suite."""
+    if given:
+        return list(dict.fromkeys(name for names in given for name in names))
+    if device == "cpu":
+        return ["float32", "bfloat16"]
+    return ["bfloat16", "float16", "tf32", "float32"] if suite == "peers" else ["bfloat16", "float32"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what was asked for; 0: all rows pass, 1: a row FAILED, 2: wrong arguments."""
+    p = parser()
+    args = p.parse_args(argv)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: this machine has no CUDA device")
+    suite = args.suite or "all"
+    dtypes = choose_dtypes(args.dtype, device, suite)
+    if device == "cpu" and "tf32" in dtypes:
+        p.error("--dtype tf32 exists on CUDA devices only")
+    for name, path in (("--json", args.json), ("--plot", args.plot)):
+        if not Path(path).resolve().parent.is_dir():
+            p.error(f"{name}: no such folder: {Path(path).parent}")
+    try:
+        if args.volume is not None:
+            load(args.volume)
+        return run(args, device, suite, dtypes)
+    except InputError as error:
+        p.error(str(error))
+
+
+def run(args: argparse.Namespace, device: str, suite: str, dtypes: list[str]) -> int:
+    """Runs the suites, prints the table, writes the files."""
+    started = time.monotonic()
+    bounded = args.suite is None or (args.quick and suite == "peers")
+    limit = args.minutes * 60 if args.minutes else None
+    if limit is None and bounded and device == "cpu":
+        limit = DEFAULT_SECONDS / (2.5 if args.quick and suite != "peers" else 1)
+    session = prepare(args, device, dtypes, limit)
+    print(report.header(session.record.machine), flush=True)
+    for name in SUITES if suite == "all" else (suite,):
+        if name == "static":
+            session.record.failed |= static(session, quick=args.quick or args.suite is None)
+        else:
+            from .suites import memory, model, ops, peers
+
+            {"model": model, "memory": memory, "ops": ops, "peers": peers}[name].run(session)
+    record = session.record
+    record.machine["finished_s"] = round(time.monotonic() - started, 1)
+    record.write()
+    print(report.table(record.rows))
+    reason = report.plot(record.rows, record.machine, Path(args.plot))
+    print(f"\nwrote {args.json}" + (f"; no plot: {reason}" if reason else f" and {args.plot}"))
+    if session.budget.spent():
+        print("the time budget was used up: some rows were not started")
+    if record.failed:
+        print("FAILED: a row above is wrong or over its limit", file=sys.stderr)
+    return EXIT_FAILED if record.failed else 0
+
+
+def prepare(
+    args: argparse.Namespace, device: str, dtypes: list[str], limit: float | None
+) -> Session:
+    """Describes the machine, measures its ceilings and opens the record."""
+    budget = Budget(limit)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+    clock = clock_for(device)
+    about: dict[str, Any] = machine.describe(device)
+    suite = args.suite or "all"
+    ceilings = machine.Ceilings(1.0, {d: 1.0 for d in dtypes})
+    if suite not in ("memory", "static"):
+        ceilings = machine.ceilings(device, dtypes, clock, args.quick)
+        about["copy_gbps"] = ceilings.bandwidth / 1e9
+        about["matrix_tflops"] = {k: v / 1e12 for k, v in ceilings.matrix.items()}
+    return Session(
+        device=device,
+        dtypes=dtypes,
+        quick=args.quick,
+        effort=QUICK if args.quick else Effort(min_rounds=7),
+        budget=budget,
+        record=Record(about, Path(args.json)),
+        clock=clock,
+        ceilings=ceilings,
+        volume=args.volume,
+        compile_seconds=30.0 if device == "cpu" else 120.0,
+    )
+
+
+def static(session: Session, quick: bool) -> bool:
+    """Adds the rows of the static suite; returns whether it failed."""
+    from .static import run_static
+
+    session.say("static: building the shipped kernel configurations")
+    rows, passed = run_static(quick)
+    fields = set(Row.__dataclass_fields__) - {"extra"}
+    for values in rows:
+        known = {k: v for k, v in values.items() if k in fields}
+        for name in ("suite", "case", "provider", "mode", "dtype", "device"):
+            known.setdefault(name, "static" if name == "suite" else "")
+        extra = {k: v for k, v in values.items() if k not in fields}
+        session.record.add(Row(**known, extra=extra))
+    return not passed

@@ -1,0 +1,183 @@
+"""One run: its options, and the way every case takes from providers to rows."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .harness import Budget, Call, Clock, Effort, best, paired, paired_ratio, peak_bytes, quantile
+from .providers import EAGER, float32_precision, one_line
+from .record import FAILED, SKIPPED, Record, Row, relative_error
+from .roofline import Ceilings, Work
+
+Results = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something to measure.
+
+    Attributes:
+        call: does the work once.
+        check: gives what is compared with the reference, where that is not the result of ``call``.
+        saved: bytes kept for the backward pass, if that is of interest.
+        note: a remark that goes with the row.
+    """
+
+    call: Callable[[], Results]
+    saved: Callable[[], int] | None = None
+    check: Callable[[], Results] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all providers of one comparison share."""
+
+    suite: str
+    case: str
+    mode: str
+    dtype: str
+    work: Work | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Session:
+    """Options and state of a run.
+
+    Attributes:
+        volume: voxels [X, Y, Z] to cut patches from, or None before they are needed.
+        compile_seconds: bound of one compilation.
+        baseline: providers of which the fastest is the one that ratios refer to.
+    """
+
+    device: str
+    dtypes: list[str]
+    quick: bool
+    effort: Effort
+    budget: Budget
+    record: Record
+    clock: Clock
+    ceilings: Ceilings
+    volume: str | None = None
+    compile_seconds: float = 60.0
+    baseline: tuple[str, ...] = EAGER
+    verbose: bool = True
+
+    def say(self, text: str) -> None:
+        """Progress, on stderr: stdout is for the table."""
+        if self.verbose:
+            print(text, file=sys.stderr, flush=True)
+
+    def row(self, case: Case, provider: str, **values: Any) -> Row:
+        """A row of ``case``."""
+        return Row(
+            case.suite,
+            case.case,
+            provider,
+            case.mode,
+            case.dtype,
+            self.device,
+            extra=dict(case.extra),
+            **values,
+        )
+
+    def skip(self, case: Case, provider: str, reason: str) -> None:
+        """Records that a provider was left out, and why."""
+        self.record.add(self.row(case, provider, status=SKIPPED, note=reason))
+
+    def _first_run(
+        self, case: Case, name: str, provider: Provider
+    ) -> tuple[Results | None, Row | None]:
+        """The provider's result, or the row that says why there is none."""
+        try:
+            return (provider.check or provider.call)(), None
+        except NotImplementedError as error:
+            return None, self.row(case, name, status=SKIPPED, note=one_line(error))
+        except Exception as error:  # a peer that cannot run is a finding; one of ours is a failure
+            status = FAILED if name.startswith("fastfilm") else SKIPPED
+            return None, self.row(case, name, status=status, note=one_line(error))
+
+    def measure(
+        self,
+        case: Case,
+        providers: Mapping[str, Provider],
+        reference: Callable[[], Results] | None = None,
+        pooled: bool = False,
+    ) -> None:
+        """Checks, then times the providers of one case side by side and adds their rows.
+
+        Args:
+            reference: the same function in float64; errors are norm-relative against it.
+            pooled: see ``record.relative_error``.
+        """
+        if self.budget.spent():
+            return
+        self.say(f"{case.suite}: {case.case}, {case.mode}, {case.dtype}")
+        with float32_precision(case.dtype == "tf32"):
+            self._measure(case, providers, reference, pooled)
+
+    def _measure(
+        self,
+        case: Case,
+        providers: Mapping[str, Provider],
+        reference: Callable[[], Results] | None,
+        pooled: bool,
+    ) -> None:
+        truth = reference() if reference is not None else None
+        refused, errors = [], {}
+        rows: dict[str, Row] = {}
+        outputs: dict[str, Tensor] = {}
+        for name, provider in providers.items():
+            result, row = self._first_run(case, name, provider)
+            if result is None:
+                assert row is not None
+                refused.append(row)
+                continue
+            if truth is not None:
+                errors[name] = relative_error(result, truth, pooled)
+            if result[0] is not None:
+                outputs[name] = result[0].detach()
+            rows[name] = self.row(case, name, note=provider.note)
+            del result
+            rows[name].peak_bytes = peak_bytes(provider.call, self.device)
+            if provider.saved is not None:
+                rows[name].saved_bytes = provider.saved()
+        calls: dict[str, Call] = {n: providers[n].call for n in rows}
+        times = paired(calls, self.clock, self.effort, warmup=1)
+        baseline = best(times, self.baseline)
+        for name, row in rows.items():
+            _fill(row, times[name], case.work)
+            if name in errors:
+                row.error = errors[name]
+                row.eager_error = errors.get(baseline or "")
+            if baseline is not None:
+                row.ratio = paired_ratio(times[baseline], times[name])
+                if name != baseline and baseline in outputs:
+                    row.extra["max_abs_diff"] = _difference(outputs[name], outputs[baseline])
+            self.record.add(row)
+        for row in refused:
+            self.record.add(row)
+
+
+def _fill(row: Row, seconds: list[float], work: Work | None) -> None:
+    row.median_s = statistics.median(seconds)
+    row.p20_s, row.p80_s = quantile(seconds, 0.2), quantile(seconds, 0.8)
+    row.extra["rounds"] = len(seconds)
+    if work is not None:
+        row.tflops = work.flops / row.median_s / 1e12
+        row.gbps = work.bytes / row.median_s / 1e9
+        row.floor_s = work.floor_s
+        row.fraction_of_floor = work.floor_s / row.median_s
+
+
+def _difference(a: Tensor, b: Tensor) -> float | None:
+    if a.shape != b.shape:
+        return None
+    return float((a.float() - b.float()).abs().max())

@@ -1,0 +1,62 @@
+"""Bytes a FiLMed U-Net keeps for its backward pass: a count, the same on every machine."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import fastfilm
+import torch
+
+from .. import providers
+from ..networks import Network
+from ..record import FAILED
+from ..session import Case, Session
+from ..step import Step
+from .model import one_hot, twin
+
+LIMIT = 0.75
+"""Most that fastfilm may keep, as a part of what eager with broadcast γ and β keeps."""
+
+FORMS = (("eager", "broadcast"), ("paper", "expanded"), ("eager-no-film", "none"))
+
+NETWORK = Network(
+    "FiLMedUNet 2D", "film", 1, 1, 1, (320, 256), (64, 128, 256, 512), norm="batch", act="relu"
+)  # fmt: skip
+
+
+def run(session: Session) -> None:
+    """One forward pass of each form, float32, with saved-tensor hooks."""
+    torch.manual_seed(0)
+    case = Case("memory", NETWORK.case, "training", "float32", extra={"filters": 64, "depth": 4})
+    session.say(f"memory: {NETWORK.case}")
+    image = torch.randn(1, 1, *NETWORK.size).to(session.device)
+    batch = (image, one_hot(1, session.device), image)
+    model = NETWORK.build().to(session.device)
+    step = partial(Step, mode="training", dtype="float32")
+    steps = {}
+    for name, form in FORMS:
+        network = model if form == "broadcast" else NETWORK.build(form).to(session.device)  # type: ignore[arg-type]
+        if form == "expanded":
+            network.load_state_dict(model.state_dict())
+        steps[name] = step(network, *batch)
+    usable, missing = providers.backends(session.device)
+    ours = twin(model).to(session.device)
+    for name in usable:
+        scope = partial(fastfilm.backend, name)
+        steps[f"fastfilm-{name}"] = step(ours, *batch, layout="channels-last", scope=scope)
+    eager_bytes = steps["eager"].saved()
+    with torch.no_grad():
+        expected = steps["eager"].forward()
+    for name, one in steps.items():
+        row = session.row(case, name, saved_bytes=one.saved())
+        part = row.saved_bytes / eager_bytes
+        row.note = f"{row.saved_bytes / 2**20:.1f} MiB, {part:.2f} of eager"
+        row.extra["saved_ratio"] = part
+        if name.startswith("fastfilm"):
+            out = one.forward().detach()
+            row.extra["max_abs_diff"] = float((out - expected).abs().max())
+            if name != "fastfilm-reference" and not part <= LIMIT:
+                row.status, row.note = FAILED, f"{row.note}; at most {LIMIT} allowed"
+        session.record.add(row)
+    for name, reason in missing:
+        session.skip(case, f"fastfilm-{name}", reason)

@@ -1,0 +1,157 @@
+"""Whole FiLMed U-Nets on patches of a real volume, or of the phantom: inference and training step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import fastfilm
+import torch
+from torch import Tensor, nn
+
+from .. import providers, volume
+from ..networks import Network
+from ..roofline import DTYPES, work
+from ..session import Case, Provider, Results, Session
+from ..step import Step
+
+METADATA = 3
+
+
+def networks(session: Session) -> list[Network]:
+    """The networks to run, sized so that a call takes tens of milliseconds."""
+    order = {"act": "relu", "order": "conv-act-norm-film"}
+    if session.device == "cuda":
+        flat = Network(
+            "FiLMedUNet 2D", "film", 16, 1, 1, (320, 256), (64, 128, 256, 512), norm="batch", **order
+        )
+        deep = Network(
+            "FiLMedUNet 3D", "film", 2, 1, 1, (128, 128, 128), (32, 64, 128, 256), **order
+        )
+        return [flat, deep]
+    batch = 2 if session.quick else 4
+    return [
+        Network("FiLMedUNet 2D", "film", batch, 1, 1, (128, 128), (16, 32, 64), norm="batch", **order),
+        Network("FiLMedUNet 3D", "film", 1, 1, 1, (64, 64, 16), (8, 16), **order),
+    ]
+
+
+def one_hot(batch: int, device: str) -> Tensor:
+    """Metadata [N, 3] that differs from sample to sample."""
+    return torch.eye(METADATA, device=device)[torch.arange(batch) % METADATA]
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """fastfilm's network with the weights of an ``EagerFiLMedUNet``."""
+    return fastfilm.FiLMedUNet.from_ivadomed(model.state_dict())
+
+
+def run(session: Session) -> None:
+    """Measures every network in every dtype and mode."""
+    if session.volume is None:
+        voxels, source = volume.phantom(), "phantom"
+    else:
+        voxels, source = volume.load(session.volume), "volume"
+    for network in networks(session):
+        torch.manual_seed(0)
+        if network.dims == 2:
+            image = volume.slices(voxels, network.batch, (network.size[0], network.size[1]))
+        else:
+            x, y, z = network.size
+            image = volume.patches(voxels, network.batch, (x, y, z))
+        image = image.to(session.device)
+        model = network.build().to(session.device)
+        with torch.no_grad():  # running statistics that are not those of a fresh network
+            model.train()(image, one_hot(network.batch, session.device))
+        for dtype in session.dtypes:
+            for mode in ("inference", "training"):
+                if session.budget.spent():
+                    return
+                _case(session, network, model, image, dtype, mode, source)
+
+
+def _case(
+    session: Session,
+    network: Network,
+    model: nn.Module,
+    image: Tensor,
+    dtype: str,
+    mode: str,
+    source: str,
+) -> None:
+    layers = network.layers()
+    case = Case(
+        "model",
+        network.case,
+        mode,
+        dtype,
+        work(layers.elements(), network.batch, dtype, mode, session.ceilings),
+        {"filters": network.widths[0], "depth": len(network.widths), "image": source},
+    )
+    metadata = one_hot(network.batch, session.device)
+    upstream = torch.randn(network.batch, network.classes, *network.size).to(session.device)
+    batch = (image, metadata, upstream)
+    step = partial(Step, mode=mode, dtype=dtype)
+    names = [n for n, _ in model.named_parameters()]
+    expanded = network.build("expanded").to(session.device)
+    expanded.load_state_dict(model.state_dict())
+    make = partial(step, model, *batch, layout="channels-last")
+    candidates: dict[str, Provider] = {
+        "eager": step(model, *batch).provider(names),
+        "eager-channels-last": make().provider(names),
+        "paper": step(expanded, *batch).provider(names),
+    }
+    skipped = compile_into(session, candidates, make, names)
+    usable, missing = providers.backends(session.device)
+    skipped += [(f"fastfilm-{name}", reason) for name, reason in missing]
+    ours = twin(model).to(session.device)
+    for name in usable:
+        scope = partial(fastfilm.backend, name)
+        candidates[f"fastfilm-{name}"] = step(
+            ours, *batch, layout="channels-last", scope=scope
+        ).provider(names)
+    session.measure(case, candidates, partial(truth, model, batch, mode, dtype, names), pooled=True)
+    for name, reason in skipped:
+        session.skip(case, name, reason)
+
+
+def truth(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor | None, Tensor],
+    mode: str,
+    dtype: str,
+    names: list[str],
+) -> Results:
+    """The network in float64, on what the providers get: rounded weights and image in inference."""
+    image, metadata, upstream = batch
+    reference = Step(model, image, metadata, upstream, mode=mode, dtype="float64")
+    if mode == "inference":
+        storage = DTYPES[dtype]
+        reference.model.to(storage).double()
+        reference.image = image.to(storage).double()
+        if metadata is not None:
+            reference.metadata = metadata.to(storage).double()
+    return reference.named_results(names)
+
+
+def compile_into(
+    session: Session, candidates: dict[str, Provider], make: partial[Step], names: list[str] | None
+) -> list[tuple[str, str]]:
+    """Adds the compiled variants of a step to ``candidates``; returns (name, reason) of the others."""
+    skipped = []
+    for name, kind in providers.compile_modes(session.device).items():
+        reason = providers.why_not_compile(session.device, session.quick)
+        if reason is None:
+            step = make()
+
+            def first(function: object, step: Step = step) -> None:
+                step.call = function  # type: ignore[assignment]
+                step()
+
+            session.say(f"compiling for {name}")
+            seconds = min(session.compile_seconds, session.budget.left())
+            function, reason = providers.compiled(step.model, kind, first, seconds)
+            if function is not None:
+                candidates[name] = step.provider(names)
+                continue
+        skipped.append((name, reason))
+    return skipped

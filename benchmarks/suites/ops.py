@@ -1,0 +1,112 @@
+"""Single blocks: fastfilm's op beside eager PyTorch, the paper's form and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import fastfilm
+import torch
+from torch import Tensor
+
+from .. import blocks, providers
+from ..blocks import Block, Tensors
+from ..roofline import DTYPES, Layer, work
+from ..session import Case, Provider, Session
+
+PAPER, NNUNET, FILM = "conv-act-norm-film", "conv-norm-act-film", "conv-norm-film-act"
+
+
+def cases(session: Session) -> list[Block]:
+    """Representative blocks, the most telling first; sized for the device."""
+    if session.device == "cuda":
+        return [
+            Block(Layer(64, 64, (320, 256)), 16, "batch", "relu", PAPER),
+            Block(Layer(32, 32, (128, 128, 128)), 2, "instance", "leaky_relu", NNUNET),
+            Block(Layer(1, 64, (320, 256), input_grad=False), 16, "batch", "relu", PAPER),
+            Block(Layer(256, 256, (80, 64)), 16, "batch", "relu", PAPER),
+            Block(Layer(64, 64, (320, 256)), 16, "group", "silu", FILM),
+            Block(Layer(64, 128, (64, 64, 64), stride=2), 2, "instance", "leaky_relu", NNUNET),
+        ]
+    scale = 64 if session.quick else 96
+    deep = 16 if session.quick else 24
+    return [
+        Block(Layer(64, 64, (scale, scale)), 2, "batch", "relu", PAPER),
+        Block(Layer(32, 32, (deep, deep, deep)), 2, "instance", "leaky_relu", NNUNET),
+        Block(Layer(1, 64, (2 * scale, scale), input_grad=False), 2, "batch", "relu", PAPER),
+        Block(Layer(256, 256, (scale // 4, scale // 4)), 2, "batch", "relu", PAPER),
+        Block(Layer(64, 64, (scale, scale)), 2, "group", "silu", FILM),
+    ]
+
+
+def run(session: Session) -> None:
+    """Measures every block, forward and forward with backward, in every dtype."""
+    usable, missing = providers.backends(session.device)
+    for dtype in session.dtypes:
+        for block in cases(session):
+            for mode in ("forward", "forward+backward"):
+                if session.budget.spent():
+                    return
+                _case(session, block, mode, dtype, usable, missing)
+
+
+def _case(
+    session: Session,
+    block: Block,
+    mode: str,
+    dtype: str,
+    usable: list[str],
+    missing: list[tuple[str, str]],
+) -> None:
+    storage = DTYPES[dtype]
+    source = blocks.make(block, session.device, storage)
+    case = Case(
+        "ops",
+        f"{block.layer.label} b{block.batch} {block.norm} {block.order}",
+        mode,
+        dtype,
+        work([block.layer], block.batch, dtype, mode, session.ceilings),
+    )
+    plain = source.to(storage)
+    last = source.to(storage, "channels-last")
+    eager = partial(blocks.eager, block)
+    candidates = {
+        "eager": provider(eager, plain, mode),
+        "eager-channels-last": provider(eager, last, mode),
+        "paper": provider(partial(blocks.eager, block, expanded=True), plain, mode),
+    }
+    skipped = [(f"fastfilm-{name}", reason) for name, reason in missing]
+    for name, kind in providers.compile_modes(session.device).items():
+        reason = providers.why_not_compile(session.device, session.quick)
+        if reason is None:
+            seconds = min(session.compile_seconds, session.budget.left())
+            # compiled in the mode it is timed in: a training graph is another program
+            first = partial(blocks.results, t=last, mode=mode)
+            function, reason = providers.compiled(eager, kind, first, seconds)
+            if function is not None:
+                candidates[name] = provider(function, last, mode)  # type: ignore[arg-type]
+                continue
+        skipped.append((name, reason))
+    for name in usable:
+        candidates[f"fastfilm-{name}"] = provider(_forced(block, name), last, mode)
+
+    def truth() -> list[Tensor | None]:
+        return blocks.results(partial(blocks.definition, block), source.to(torch.float64), mode)
+
+    session.measure(case, candidates, truth)
+    for name, reason in skipped:
+        session.skip(case, name, reason)
+
+
+def provider(function: Callable[[Tensors], Tensor], t: Tensors, mode: str) -> Provider:
+    """A block function on its tensors."""
+    saved = None if mode == "forward" else partial(blocks.saved, function, t)
+    return Provider(partial(blocks.results, function, t, mode), saved)
+
+
+def _forced(block: Block, backend: str) -> Callable[[Tensors], Tensor]:
+    def function(t: Tensors) -> Tensor:
+        with fastfilm.backend(backend):
+            return blocks.fused(block, t)
+
+    return function

@@ -1,0 +1,163 @@
+// Python bindings. Tensors arrive as addresses and sizes, so that no PyTorch header is needed and one build
+// serves every version of it.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/driver.h"
+
+namespace py = pybind11;
+using namespace fastfilm;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+void check_size(const char* name, int64_t value) {
+  if (value < 0) {
+    throw std::invalid_argument(std::string(name) + " must be >= 0, got " + std::to_string(value));
+  }
+}
+
+void check_code(const char* name, int value, int count) {
+  if (value < 0 || value >= count) {
+    throw std::invalid_argument(std::string(name) + " must be in [0, " + std::to_string(count) +
+                                "), got " + std::to_string(value));
+  }
+}
+
+class Call {
+ public:
+  Call(int storage, int act, int64_t n, int64_t s, int64_t c, int threads) {
+    check_code("dtype", storage, kStorages);
+    check_code("act", act, kActivations);
+    check_size("n", n);
+    check_size("s", s);
+    check_size("c", c);
+    if (threads < 1) {
+      throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
+    }
+    int64_t left = std::numeric_limits<int64_t>::max() / 64;
+    for (int64_t size : {n, s, c}) {
+      if (size > left) throw std::invalid_argument("n * s * c does not fit in 64 bits");
+      if (size > 0) left /= size;
+    }
+    map = {static_cast<Storage>(storage), static_cast<Activation>(act), n, s, c, threads};
+  }
+
+  // A feature map, which must not be null unless it is empty.
+  void* feature_map(const char* name, Address address) const {
+    const size_t align = map.storage == kFloat64 ? 8 : map.storage == kFloat32 ? 4 : 2;
+    return pointer(name, address, align, map.n * map.s * map.c == 0);
+  }
+
+  // Coefficients, moments or their gradients.
+  void* numbers(const char* name, Address address) const {
+    return pointer(name, address, map.storage == kFloat64 ? 8 : 4, map.n * map.c == 0);
+  }
+
+  bool empty() const { return map.n * map.c == 0; }
+
+  Map map;
+
+ private:
+  static void* pointer(const char* name, Address address, size_t align, bool may_be_null) {
+    if (address == 0 && !may_be_null) throw std::invalid_argument(std::string(name) + " is null");
+    if (address % align != 0) {
+      throw std::invalid_argument(std::string(name) + " must be aligned to " +
+                                  std::to_string(align) + " bytes");
+    }
+    return reinterpret_cast<void*>(address);
+  }
+};
+
+void py_apply(Address y, Address coef, Address v, int dtype, int act, int64_t n, int64_t s, int64_t c,
+              int threads) {
+  Call call(dtype, act, n, s, c, threads);
+  const void* y_ = call.feature_map("y", y);
+  const void* coef_ = call.numbers("coef", coef);
+  void* v_ = call.feature_map("v", v);
+  if (!call.empty()) apply(call.map, y_, v_, coef_);
+}
+
+void py_apply_backward(Address dv, Address y, Address coef, Address dy, Address dcoef, int dtype,
+                       int act, int64_t n, int64_t s, int64_t c, int threads) {
+  Call call(dtype, act, n, s, c, threads);
+  const void* dv_ = call.feature_map("dv", dv);
+  const void* y_ = call.feature_map("y", y);
+  const void* coef_ = call.numbers("coef", coef);
+  void* dy_ = call.feature_map("dy", dy);
+  void* dcoef_ = call.numbers("dcoef", dcoef);
+  if (!call.empty()) apply_backward(call.map, dv_, y_, coef_, dy_, dcoef_);
+}
+
+void py_moments(Address y, Address pre, Address stats, int dtype, int act, int64_t n, int64_t s,
+                int64_t c, int threads) {
+  Call call(dtype, act, n, s, c, threads);
+  const void* y_ = call.feature_map("y", y);
+  const void* pre_ = pre ? call.numbers("pre", pre) : nullptr;
+  void* stats_ = call.numbers("stats", stats);
+  if (!pre_) call.map.act = kNone;
+  if (!call.empty()) moments(call.map, y_, pre_, stats_);
+}
+
+void py_moments_backward(Address dy, Address dstats, Address y, Address stats, Address pre, Address e,
+                         Address dpre, int dtype, int act, int64_t n, int64_t s, int64_t c,
+                         int threads) {
+  Call call(dtype, act, n, s, c, threads);
+  const void* dy_ = dy ? call.feature_map("dy", dy) : nullptr;
+  const void* dstats_ = call.numbers("dstats", dstats);
+  const void* y_ = call.feature_map("y", y);
+  const void* stats_ = call.numbers("stats", stats);
+  const void* pre_ = pre ? call.numbers("pre", pre) : nullptr;
+  void* e_ = call.feature_map("e", e);
+  void* dpre_ = pre ? call.numbers("dpre", dpre) : nullptr;
+  if (!pre_) call.map.act = kNone;
+  if (!call.empty()) moments_backward(call.map, dy_, dstats_, y_, stats_, pre_, e_, dpre_);
+}
+
+py::tuple instruction_sets() {
+  const Kernels* const* list;
+  const int count = available_kernels(&list);
+  py::tuple names(count);
+  for (int i = 0; i < count; ++i) names[i] = list[i]->name;
+  return names;
+}
+
+void use_instruction_set(const std::string& name) {
+  if (!use_kernels(name.c_str())) {
+    throw std::invalid_argument("name must be one of instruction_sets(), got '" + name + "'");
+  }
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fastfilm; fastfilm.ops.cpu is their interface.";
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("apply", &py_apply, py::arg("y"), py::arg("coef"), py::arg("v"), py::arg("dtype"),
+        py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
+  m.def("apply_backward", &py_apply_backward, py::arg("dv"), py::arg("y"), py::arg("coef"),
+        py::arg("dy"), py::arg("dcoef"), py::arg("dtype"), py::arg("act"), py::arg("n"), py::arg("s"),
+        py::arg("c"), py::arg("threads"), release());
+  m.def("moments", &py_moments, py::arg("y"), py::arg("pre"), py::arg("stats"), py::arg("dtype"),
+        py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
+  m.def("moments_backward", &py_moments_backward, py::arg("dy"), py::arg("dstats"), py::arg("y"),
+        py::arg("stats"), py::arg("pre"), py::arg("e"), py::arg("dpre"), py::arg("dtype"),
+        py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
+  m.def("instruction_sets", &instruction_sets);
+  m.def("instruction_set", [] { return current_kernels().name; });
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
+  m.attr("openmp") = has_openmp();
+}

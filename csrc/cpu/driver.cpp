@@ -1,0 +1,394 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastfilm {
+namespace {
+
+// A map is cut into chunks whose size depends on its shape only: the order of every sum, and with it every
+// bit of the result, is the same for any number of threads.
+constexpr int64_t kChunk = 16384;
+constexpr int64_t kChunksPerSample = 256;
+constexpr int64_t kParallelFrom = 32768;
+constexpr int64_t kStripElements = 2048;
+constexpr int64_t kMaxStripRows = 32;
+constexpr int64_t kMaxPeriod = 4096;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+void parallel_for(int64_t tasks, int threads, const F& f) {
+#ifdef _OPENMP
+  if (threads > 1 && tasks > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < tasks; ++i) f(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < tasks; ++i) f(i, 0);
+}
+
+// How a sample of S*C elements is walked: rows of `period` elements (whole positions, and whole vectors
+// where that is possible) sharing one expanded row of coefficients, `chunk_rows` rows to a chunk.
+struct Plan {
+  const Kernels& kernels;
+  int64_t itemsize, real_size, lanes;
+  int64_t sample, period, padded, strip_rows, chunk_rows, chunks;
+  int threads;
+
+  explicit Plan(const Map& map) : kernels(current_kernels()) {
+    const bool wide = map.storage == kFloat64;
+    itemsize = wide ? 8 : map.storage == kFloat32 ? 4 : 2;
+    real_size = wide ? 8 : 4;
+    lanes = kernels.vector_bytes / real_size;
+    sample = map.s * map.c;
+    int64_t repeat = lanes / std::gcd(map.c, lanes);
+    if (repeat * map.c > kMaxPeriod) repeat = 1;
+    repeat *= std::max<int64_t>(1, 64 / (repeat * map.c));
+    repeat = std::max<int64_t>(1, std::min(repeat, map.s));
+    period = repeat * map.c;
+    padded = ceil_div(period, lanes) * lanes;
+    strip_rows = std::clamp<int64_t>(kStripElements / period, 4, kMaxStripRows);
+    const int64_t chunk = std::max({kChunk, 64 * map.c, ceil_div(sample, kChunksPerSample)});
+    chunk_rows = ceil_div(ceil_div(chunk, period), strip_rows) * strip_rows;
+    chunks = ceil_div(sample, chunk_rows * period);
+    threads = map.n * sample > kParallelFrom ? map.threads : 1;
+    threads = static_cast<int>(std::min<int64_t>(threads, map.n * chunks));
+  }
+
+  int64_t chunk_start(int64_t i) const { return i * chunk_rows * period; }
+  int64_t chunk_size(int64_t i) const {
+    return std::min(chunk_rows * period, sample - chunk_start(i));
+  }
+};
+
+// Rows of coefficients [rows][N][C] repeated over the period: [N][rows][padded].
+template <class R>
+class Expanded {
+ public:
+  Expanded(const Plan& plan, int64_t rows, int64_t n, int64_t c, const R* source)
+      : stride_(plan.padded), per_sample_(rows * plan.padded), storage_(new R[n * per_sample_]) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t k = 0; k < rows; ++k) {
+        R* to = storage_.get() + i * per_sample_ + k * stride_;
+        const R* from = source + (k * n + i) * c;
+        for (int64_t j = 0; j < stride_; j += c) {
+          std::memcpy(to + j, from, std::min(c, stride_ - j) * sizeof(R));
+        }
+      }
+    }
+  }
+  const R* sample(int64_t i) const { return storage_.get() + i * per_sample_; }
+
+ private:
+  int64_t stride_, per_sample_;
+  std::unique_ptr<R[]> storage_;
+};
+
+// `at` bytes further on; null stays null.
+const void* offset(const void* p, int64_t at) {
+  return p ? static_cast<const char*>(p) + at : nullptr;
+}
+void* offset(void* p, int64_t at) { return p ? static_cast<char*>(p) + at : nullptr; }
+
+// The last vector of a row that is not a whole number of vectors, by way of padded copies.
+void run_partial(const Plan& plan, StripKernel kernel, Strip strip, int64_t count, int64_t sum_rows) {
+  constexpr int kVector = 64;
+  alignas(64) char y[kMaxStripRows * kVector] = {}, dv[kMaxStripRows * kVector] = {};
+  alignas(64) char out[kMaxStripRows * kVector];
+  double sums[kApplySums * kVector / 4] = {};
+  const int64_t bytes = count * plan.itemsize, step = plan.lanes * plan.itemsize;
+  const int64_t row = strip.stride * plan.itemsize;
+  Strip padded = strip;
+  padded.width = padded.stride = padded.sum_stride = plan.lanes;
+  padded.y = y;
+  padded.dv = strip.dv ? dv : nullptr;
+  padded.out = out;
+  padded.sums = strip.sums ? sums : nullptr;
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    std::memcpy(y + r * step, offset(strip.y, r * row), bytes);
+    if (strip.dv) std::memcpy(dv + r * step, offset(strip.dv, r * row), bytes);
+  }
+  kernel(padded);
+  if (strip.out) {
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      std::memcpy(offset(strip.out, r * row), out + r * step, bytes);
+    }
+  }
+  if (strip.sums) {
+    for (int64_t k = 0; k < sum_rows; ++k) {
+      for (int64_t j = 0; j < count; ++j) strip.sums[k * strip.sum_stride + j] += sums[k * plan.lanes + j];
+    }
+  }
+}
+
+// `elements` consecutive elements, the first of which lies on channel 0.
+void run(const Plan& plan, StripKernel kernel, Strip strip, int64_t elements, int64_t sum_rows) {
+  const Strip first = strip;
+  strip.stride = plan.period;
+  for (int64_t done = 0; done < elements;) {
+    const int64_t left = elements - done;
+    const int64_t width = std::min(plan.period, left);
+    strip.rows = std::min(left / width, plan.strip_rows);
+    strip.y = offset(first.y, done * plan.itemsize);
+    strip.dv = offset(first.dv, done * plan.itemsize);
+    strip.out = offset(first.out, done * plan.itemsize);
+    strip.width = width / plan.lanes * plan.lanes;
+    if (strip.width) kernel(strip);
+    if (strip.width < width) {
+      const int64_t j = strip.width;
+      Strip rest = strip;
+      rest.y = offset(strip.y, j * plan.itemsize);
+      rest.dv = offset(strip.dv, j * plan.itemsize);
+      rest.out = offset(strip.out, j * plan.itemsize);
+      rest.coef = offset(strip.coef, j * plan.real_size);
+      if (strip.sums) rest.sums = strip.sums + j;
+      run_partial(plan, kernel, rest, width - j, sum_rows);
+    }
+    done += strip.rows * width;
+  }
+}
+
+// Sums of a chunk over the positions of the period: [rows][padded] -> [rows][C].
+void fold(const Plan& plan, int64_t c, int64_t rows, const double* sums, double* to) {
+  for (int64_t k = 0; k < rows; ++k, sums += plan.padded, to += c) {
+    std::copy(sums, sums + c, to);
+    for (int64_t j = c; j < plan.period; j += c) {
+      for (int64_t i = 0; i < c; ++i) to[i] += sums[j + i];
+    }
+  }
+}
+
+// Walks the whole map; returns the sums of each chunk, [N][chunks][sum_rows][C].
+template <class R>
+std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, const void* y,
+                         const void* dv, void* out, const Expanded<R>& coef, int64_t sum_rows) {
+  const int64_t scratch = sum_rows * plan.padded;
+  std::vector<double> sums(scratch * plan.threads);
+  std::vector<double> partial(map.n * plan.chunks * sum_rows * map.c);
+  parallel_for(map.n * plan.chunks, plan.threads, [&](int64_t task, int thread) {
+    const int64_t i = task / plan.chunks, chunk = task % plan.chunks;
+    const int64_t at = (i * plan.sample + plan.chunk_start(chunk)) * plan.itemsize;
+    double* acc = sum_rows ? sums.data() + thread * scratch : nullptr;
+    std::fill(acc, acc + scratch, 0.0);
+    run(plan, kernel,
+        {offset(y, at), offset(dv, at), offset(out, at), 0, 0, 0, coef.sample(i), plan.padded, acc,
+         plan.padded},
+        plan.chunk_size(chunk), sum_rows);
+    fold(plan, map.c, sum_rows, acc, partial.data() + task * sum_rows * map.c);
+  });
+  return partial;
+}
+
+template <class R>
+void apply_as(const Map& map, const void* y, void* v, const R* coef) {
+  const Plan plan(map);
+  const Expanded<R> expanded(plan, kCoefRows, map.n, map.c, coef);
+  walk(map, plan, plan.kernels.apply[map.storage][map.act], y, nullptr, v, expanded, 0);
+}
+
+template <class R>
+void apply_backward_as(const Map& map, const void* dv, const void* y, const R* coef, void* dy,
+                       R* dcoef) {
+  const Plan plan(map);
+  const Expanded<R> expanded(plan, kCoefRows, map.n, map.c, coef);
+  const auto partial = walk(map, plan, plan.kernels.apply_backward[map.storage][map.act], y, dv, dy,
+                            expanded, kApplySums);
+  const int64_t rows = map.n * map.c;
+  for (int64_t i = 0; i < map.n; ++i) {
+    for (int64_t c = 0; c < map.c; ++c) {
+      double sums[kApplySums] = {};
+      const double* from = partial.data() + i * plan.chunks * kApplySums * map.c + c;
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        for (double& sum : sums) sum += *from, from += map.c;
+      }
+      const int64_t at = i * map.c + c;
+      const double a = coef[kA * rows + at], g = coef[kG * rows + at];
+      dcoef[kA * rows + at] = static_cast<R>(sums[kSumDzY]);
+      dcoef[kB * rows + at] = static_cast<R>(sums[kSumDz]);
+      dcoef[kG * rows + at] = static_cast<R>(sums[kSumDvH]);
+      dcoef[kS * rows + at] = static_cast<R>(sums[kSumDv]);
+      dcoef[kP * rows + at] = static_cast<R>(-a * sums[kSumDz]);
+      dcoef[kQ * rows + at] = static_cast<R>(-g * sums[kSumDv]);
+      dcoef[kSlope * rows + at] = static_cast<R>(sums[kSumSlope]);
+    }
+  }
+}
+
+// Count, mean and sum of squared deviations; `add` is Chan's combination of two of them.
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+
+  void add(const Moments& other) {
+    const double total = count + other.count, delta = other.mean - mean;
+    if (count == 0) {
+      *this = other;
+    } else if (other.count > 0) {
+      mean += delta * (other.count / total);
+      m2 += other.m2 + delta * delta * (count * (other.count / total));
+      count = total;
+    }
+  }
+};
+
+template <class R>
+void moments_as(const Map& map, const void* y, const R* pre, R* stats) {
+  const Plan plan(map);
+  const StripKernel kernel = plan.kernels.moments[map.storage][map.act];
+  const int64_t c = map.c, width = plan.padded;
+  std::vector<R> rows(kMomentsRows * c);
+  if (pre) std::copy(pre, pre + 2 * c, rows.begin());
+  const Plan& p = plan;
+  const Expanded<R> expanded(p, kMomentsRows, 1, c, rows.data());
+  std::vector<double> sums(kMomentsSums * width * plan.threads);
+  std::vector<R> coefs(kMomentsRows * width * plan.threads);
+  std::vector<Moments> partial(map.n * plan.chunks * c);
+  parallel_for(map.n * plan.chunks, plan.threads, [&](int64_t task, int thread) {
+    const int64_t chunk = task % plan.chunks, size = plan.chunk_size(chunk);
+    const int64_t at = task / plan.chunks * plan.sample + plan.chunk_start(chunk);
+    double* acc = sums.data() + thread * kMomentsSums * width;
+    R* coef = coefs.data() + thread * kMomentsRows * width;
+    std::copy(expanded.sample(0), expanded.sample(0) + kMomentsRows * width, coef);
+    const Strip strip{offset(y, at * plan.itemsize), nullptr, nullptr, 0, 0, 0, coef, width, acc, width};
+
+    // deviations from a pivot near the mean lose no digits where the mean is large beside its spread
+    R* pivot = coef + kPivot * width;
+    const int64_t ahead = std::clamp<int64_t>(size / plan.period, 1, 4);
+    std::fill(acc, acc + kMomentsSums * width, 0.0);
+    run(plan, kernel, strip, std::min(size, ahead * plan.period), kMomentsSums);
+    for (int64_t j = 0; j < plan.period; ++j) {
+      const R mean = static_cast<R>(acc[j] / ahead);
+      pivot[j] = std::isfinite(mean) ? mean : R(0);
+    }
+    std::fill(acc, acc + kMomentsSums * width, 0.0);
+    run(plan, kernel, strip, size, kMomentsSums);
+
+    const int64_t full = size / plan.period, tail = size % plan.period;
+    for (int64_t j = 0; j < std::min(size, plan.period); ++j) {
+      const double count = static_cast<double>(full + (j < tail)), mean = acc[j] / count;
+      const double m2 = acc[width + j] - acc[j] * mean;
+      partial[task * c + j % c].add({count, pivot[j] + mean, m2 < 0 ? 0 : m2});
+    }
+  });
+  for (int64_t i = 0; i < map.n; ++i) {
+    for (int64_t j = 0; j < c; ++j) {
+      Moments total;
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        total.add(partial[(i * plan.chunks + chunk) * c + j]);
+      }
+      stats[i * c + j] = static_cast<R>(total.count ? total.mean : NAN);
+      stats[(map.n + i) * c + j] = static_cast<R>(total.count ? total.m2 / total.count : NAN);
+    }
+  }
+}
+
+template <class R>
+void moments_backward_as(const Map& map, const void* dy, const R* dstats, const void* y,
+                         const R* stats, const R* pre, void* e, R* dpre) {
+  const Plan plan(map);
+  const int64_t c = map.c, rows = map.n * c;
+  std::vector<R> coef(kMomentsBackwardRows * rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    coef[kBackShift * rows + i] = pre ? pre[i % c] : R(0);
+    coef[kBackSlope * rows + i] = pre ? pre[c + i % c] : R(0);
+    coef[kMean * rows + i] = stats[i];
+    coef[kDu0 * rows + i] = dstats[i] / static_cast<R>(map.s);
+    coef[kDu1 * rows + i] = R(2) * dstats[rows + i] / static_cast<R>(map.s);
+  }
+  const Expanded<R> expanded(plan, kMomentsBackwardRows, map.n, c, coef.data());
+  const int64_t sum_rows = dpre ? int64_t{kMomentsBackwardSums} : 0;
+  const auto partial = walk(map, plan, plan.kernels.moments_backward[map.storage][map.act], y, dy, e,
+                            expanded, sum_rows);
+  if (!dpre) return;
+  std::vector<double> total(sum_rows * c);
+  for (size_t at = 0; at < partial.size(); at += total.size()) {
+    for (size_t j = 0; j < total.size(); ++j) total[j] += partial[at + j];
+  }
+  for (size_t j = 0; j < total.size(); ++j) dpre[j] = static_cast<R>(total[j]);
+}
+
+std::atomic<const Kernels*> g_kernels{nullptr};
+
+}  // namespace
+
+void apply(const Map& map, const void* y, void* v, const void* coef) {
+  if (map.storage == kFloat64) return apply_as(map, y, v, static_cast<const double*>(coef));
+  apply_as(map, y, v, static_cast<const float*>(coef));
+}
+
+void apply_backward(const Map& map, const void* dv, const void* y, const void* coef, void* dy,
+                    void* dcoef) {
+  if (map.storage == kFloat64) {
+    return apply_backward_as(map, dv, y, static_cast<const double*>(coef), dy,
+                             static_cast<double*>(dcoef));
+  }
+  apply_backward_as(map, dv, y, static_cast<const float*>(coef), dy, static_cast<float*>(dcoef));
+}
+
+void moments(const Map& map, const void* y, const void* pre, void* stats) {
+  if (map.storage == kFloat64) {
+    return moments_as(map, y, static_cast<const double*>(pre), static_cast<double*>(stats));
+  }
+  moments_as(map, y, static_cast<const float*>(pre), static_cast<float*>(stats));
+}
+
+void moments_backward(const Map& map, const void* dy, const void* dstats, const void* y,
+                      const void* stats, const void* pre, void* e, void* dpre) {
+  if (map.storage == kFloat64) {
+    return moments_backward_as(map, dy, static_cast<const double*>(dstats), y,
+                               static_cast<const double*>(stats), static_cast<const double*>(pre), e,
+                               static_cast<double*>(dpre));
+  }
+  moments_backward_as(map, dy, static_cast<const float*>(dstats), y, static_cast<const float*>(stats),
+                      static_cast<const float*>(pre), e, static_cast<float*>(dpre));
+}
+
+int available_kernels(const Kernels* const** list) {
+  static const Kernels* found[3];
+  static const int count = [] {
+    int n = 0;
+#ifdef FASTFILM_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      found[n++] = &kAVX512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &kAVX2;
+#endif
+    found[n++] = &kBaseline;
+    return n;
+  }();
+  *list = found;
+  return count;
+}
+
+const Kernels& current_kernels() {
+  if (const Kernels* chosen = g_kernels.load(std::memory_order_relaxed)) return *chosen;
+  const Kernels* const* list;
+  available_kernels(&list);
+  return *list[0];
+}
+
+bool use_kernels(const char* name) {
+  const Kernels* const* list;
+  const int count = available_kernels(&list);
+  for (int i = 0; i < count; ++i) {
+    if (!std::strcmp(list[i]->name, name)) {
+      g_kernels.store(list[i]);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace fastfilm

@@ -1,0 +1,56 @@
+// The contract between the driver, which walks over a feature map, and the vector kernels, which exist
+// once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastfilm {
+
+enum Storage { kFloat32, kFloat64, kBFloat16, kFloat16, kStorages };
+
+enum Activation { kNone, kReLU, kLeakyReLU, kELU, kSiLU, kGELU, kGELUTanh, kActivations };
+
+// Rows of the coefficients: v = g * (act(a * (y - p) + b; slope) - q) + s.
+enum CoefRow { kA, kB, kG, kS, kP, kQ, kSlope, kCoefRows };
+
+// Sums that the backward pass of `apply` accumulates for each channel.
+enum ApplySum { kSumDvH, kSumDv, kSumDzY, kSumDz, kSumSlope, kApplySums };
+
+// Rows of the coefficients of `moments`, its sums, and the same for its backward pass.
+enum MomentsRow { kShift, kMomentsSlope, kPivot, kMomentsRows };
+enum MomentsSum { kSum, kSumSquares, kMomentsSums };
+enum MomentsBackwardRow { kBackShift, kBackSlope, kMean, kDu0, kDu1, kMomentsBackwardRows };
+enum MomentsBackwardSum { kSumShift, kSumBackSlope, kMomentsBackwardSums };
+
+// `rows` rows of `width` elements, `stride` elements apart, that share one row of coefficients.
+// width is a multiple of the number of lanes. Sums over the rows are added to sums[k * sum_stride + j].
+struct Strip {
+  const void* y;
+  const void* dv;  // incoming gradient; may be null in the backward pass of `moments`
+  void* out;       // may equal y
+  int64_t rows, width, stride;
+  const void* coef;  // coef[k * coef_stride + j], float (double for float64 storage)
+  int64_t coef_stride;
+  double* sums;  // null where they are not wanted
+  int64_t sum_stride;
+};
+
+using StripKernel = void (*)(const Strip&);
+
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  StripKernel apply[kStorages][kActivations];
+  StripKernel apply_backward[kStorages][kActivations];
+  StripKernel moments[kStorages][kActivations];
+  StripKernel moments_backward[kStorages][kActivations];
+};
+
+extern const Kernels kBaseline;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTFILM_X86 1
+extern const Kernels kAVX2;
+extern const Kernels kAVX512;
+#endif
+
+}  // namespace fastfilm

@@ -1,0 +1,45 @@
+"""Kernels of the C++ extension: addresses and sizes in, nothing checked beyond null, alignment and range.
+
+``dtype``: 0 float32, 1 float64, 2 bfloat16, 3 float16. ``act``: 0 none, 1 relu, 2 leaky_relu/prelu, 3 elu,
+4 silu, 5 gelu, 6 gelu_tanh. Maps are dense [n, s, c]; an address of 0 stands for an absent argument.
+"""
+
+openmp: bool
+
+def apply(
+    y: int, coef: int, v: int, dtype: int, act: int, n: int, s: int, c: int, threads: int
+) -> None: ...
+def apply_backward(
+    dv: int,
+    y: int,
+    coef: int,
+    dy: int,
+    dcoef: int,
+    dtype: int,
+    act: int,
+    n: int,
+    s: int,
+    c: int,
+    threads: int,
+) -> None: ...
+def moments(
+    y: int, pre: int, stats: int, dtype: int, act: int, n: int, s: int, c: int, threads: int
+) -> None: ...
+def moments_backward(
+    dy: int,
+    dstats: int,
+    y: int,
+    stats: int,
+    pre: int,
+    e: int,
+    dpre: int,
+    dtype: int,
+    act: int,
+    n: int,
+    s: int,
+    c: int,
+    threads: int,
+) -> None: ...
+def instruction_sets() -> tuple[str, ...]: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> None: ...

@@ -1,0 +1,159 @@
+"""Launchers of the C++ kernels: pointwise passes and moments of channels-last maps in host memory.
+
+The maths is that of ``reference.materialise`` and ``reference.moments``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# after torch: the extension then finds torch's own OpenMP runtime loaded and shares its threads
+from fastfilm import _C
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ACTIVATIONS = {
+    "none": 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "prelu": 2,
+    "elu": 3,
+    "silu": 4,
+    "gelu": 5,
+    "gelu_tanh": 6,
+}
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _map(name: str, t: Tensor) -> Tensor:
+    """``t`` [N, C, *S] dense in channels-last order."""
+    if t.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if t.dim() not in _FORMATS:
+        raise ValueError(f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {tuple(t.shape)}")
+    return t.contiguous(memory_format=_FORMATS[t.dim()])
+
+
+def _like(name: str, t: Tensor, y: Tensor) -> Tensor:
+    """``t`` channels-last in the dtype of ``y``; ValueError unless it has the shape of ``y``."""
+    if t.shape != y.shape:
+        raise ValueError(f"{name} must have the shape of y {tuple(y.shape)}, got {tuple(t.shape)}")
+    return _map(name, t if t.dtype == y.dtype else t.to(y.dtype))
+
+
+def _numbers(name: str, t: Tensor, y: Tensor, *shape: int) -> Tensor:
+    """``t`` contiguous, in float32 (float64 beside a float64 ``y``); ValueError unless of ``shape``."""
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
+
+
+def _call(y: Tensor, act: str) -> tuple[int, int, int, int, int, int]:
+    """Trailing arguments of every kernel: dtype, activation, N, S, C, threads."""
+    code = _ACTIVATIONS.get(act)
+    if code is None:
+        raise ValueError(f"act must be one of {', '.join(_ACTIVATIONS)}, got {act!r}")
+    n, c, *space = y.shape
+    s = 1
+    for size in space:
+        s *= size
+    return _DTYPES[y.dtype], code, n, s, c, torch.get_num_threads()
+
+
+def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
+    """v = g * (act(a * (y - p) + b; slope) - q) + s.
+
+    Args:
+        y: [N, C, *S], channels-last.
+        coef: [7, N, C], rows a, b, g, s, p, q, slope.
+        act: activation name.
+        in_place: overwrite ``y``.
+
+    Returns:
+        v [N, C, *S] in y's dtype, channels-last.
+    """
+    y = _map("y", y)
+    coef = _numbers("coef", coef, y, 7, y.shape[0], y.shape[1])
+    v = y if in_place else torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    _C.apply(y.data_ptr(), coef.data_ptr(), v.data_ptr(), *_call(y, act))
+    return v
+
+
+def apply_backward(dv: Tensor, y: Tensor, coef: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """Gradients of ``apply`` at ``y`` ([N, C, *S]) and at ``coef`` ([7, N, C])."""
+    y = _map("y", y)
+    dv = _like("dv", dv, y)
+    coef = _numbers("coef", coef, y, 7, y.shape[0], y.shape[1])
+    dy = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    dcoef = torch.empty_like(coef)
+    _C.apply_backward(
+        dv.data_ptr(),
+        y.data_ptr(),
+        coef.data_ptr(),
+        dy.data_ptr(),
+        dcoef.data_ptr(),
+        *_call(y, act),
+    )
+    return dy, dcoef
+
+
+def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
+    """Mean and biased variance over space of u = act(y + shift; slope).
+
+    Args:
+        y: [N, C, *S], channels-last.
+        pre: [2, C], shift and slope; None: the moments of ``y`` itself, whatever ``act`` is.
+        act: activation name.
+
+    Returns:
+        [2, N, C], float32 (float64 for a float64 ``y``).
+    """
+    y = _map("y", y)
+    if pre is not None:
+        pre = _numbers("pre", pre, y, 2, y.shape[1])
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    stats = torch.empty((2, y.shape[0], y.shape[1]), dtype=dtype)
+    _C.moments(
+        y.data_ptr(), 0 if pre is None else pre.data_ptr(), stats.data_ptr(), *_call(y, act)
+    )
+    return stats
+
+
+def moments_backward(
+    dy: Tensor | None, dstats: Tensor, y: Tensor, stats: Tensor, pre: Tensor | None, act: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``moments`` at ``y``, added to ``dy``, and at ``pre``.
+
+    Args:
+        dy: gradient that reached ``y`` by other ways, or None.
+        dstats: gradient [2, N, C] at the moments.
+        y: what the moments were taken of.
+        stats: the moments [2, N, C].
+        pre: as in ``moments``.
+        act: as in ``moments``.
+
+    Returns:
+        e [N, C, *S] in y's dtype, and dpre [2, C] (None without ``pre``).
+    """
+    y = _map("y", y)
+    if dy is not None:
+        dy = _like("dy", dy, y)
+    dstats = _numbers("dstats", dstats, y, 2, y.shape[0], y.shape[1])
+    stats = _numbers("stats", stats, y, 2, y.shape[0], y.shape[1])
+    dpre = None
+    if pre is not None:
+        pre = _numbers("pre", pre, y, 2, y.shape[1])
+        dpre = torch.empty_like(pre)
+    e = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    _C.moments_backward(
+        0 if dy is None else dy.data_ptr(),
+        dstats.data_ptr(),
+        y.data_ptr(),
+        stats.data_ptr(),
+        0 if pre is None else pre.data_ptr(),
+        e.data_ptr(),
+        0 if dpre is None else dpre.data_ptr(),
+        *_call(y, act),
+    )
+    return e, dpre

@@ -1,0 +1,218 @@
+"""What the compiler says of every shipped Triton tile, without a GPU.
+
+Each kernel is compiled for sm_80, sm_90 and sm_100 in the variants that a network uses; registers,
+stack bytes (spills), shared memory and matrix instructions are read from the binary with the tools in
+Triton's own package. A 16-bit tile that spills, needs more shared memory than its target has, or lacks
+the target's matrix instructions fails.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory of one block, bytes (CUDA C++ Programming Guide, technical specifications)."""
+
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+RELU = 1
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel in one variant for one target."""
+
+    family: str
+    case: str
+    arch: int
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+    matrix: bool
+
+
+def _tile(config: Any) -> str:
+    sizes = [getattr(config, f) for f in ("th", "tw", "bm", "bn", "bk", "bp") if hasattr(config, f)]
+    return "x".join(map(str, sizes)) + f" w{config.warps} s{config.stages}"
+
+
+def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
+    """Every shipped tile in every variant; ``quick`` keeps the heaviest variants for sm_90."""
+    from fastfilm.kernels import dgrad, fprop, pointwise, wgrad
+
+    for arch in (90,) if quick else archs:
+        for dtype in ("bf16",) if quick else ("bf16", "fp16"):
+            for depth in (3,) if quick else (1, 3):
+                for coef in (True,) if quick else (True, False):
+                    shape = {"KD": depth, "K": 3, "STRIDE": 1, "STRIDE_D": 1, "HAS_COEF": coef}
+                    shape |= {"ACT": RELU, "UPCAST": False, "PRECISION": "ieee"}
+                    label = f"{'3d' if depth == 3 else '2d'} {'affine' if coef else 'plain'}"
+                    for c in fprop.CONFIGS:
+                        tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
+                        for one in (True, False):
+                            more = {"MOMENTS": True, "HAS_PRE": False, "PRE_ACT": 0}
+                            more |= {"FINISH": False, "OUT_ACT": 0, "ONE_BLOCK": one}
+                            case = f"{label} {'one block' if one else 'blocked'} {_tile(c)}"
+                            yield _build("fprop", case, arch, dtype, shape | more | tile, c)
+                    for c in dgrad.CONFIGS:
+                        tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
+                        for one in (True, False):
+                            for stride in (1, 2):
+                                if (stride == 2 or not one) and quick:
+                                    continue
+                                steps = {"STRIDE": stride, "STRIDE_D": stride if depth == 3 else 1}
+                                case = f"{label} stride {stride} {'one block' if one else 'blocked'} {_tile(c)}"
+                                constants = shape | steps | {"ONE_BLOCK": one} | tile
+                                yield _build("dgrad", case, arch, dtype, constants, c)
+                    for c in wgrad.CONFIGS:
+                        tile = {"BM": c.bm, "BN": c.bn, "BP": c.bp}
+                        yield _build("wgrad", f"{label} {_tile(c)}", arch, dtype, shape | tile, c)
+            for channels in (32, 64) if quick else (1, 3, 32, 64, 256):
+                bs, bc, _, _ = pointwise.blocks(1 << 20, channels, 8, reduces=True)
+                block = {"ACT": RELU, "BS": bs, "BC": bc}
+                for family in ("apply", "apply_backward", "moments", "moments_backward"):
+                    constants = dict(block)
+                    if family.startswith("moments"):
+                        constants["HAS_PRE"] = False
+                    if family == "moments_backward":
+                        constants["HAS_DY"] = True
+                    yield Build(
+                        family,
+                        f"{channels} channels {bs}x{bc}",
+                        arch,
+                        dtype,
+                        tuple(constants.items()),
+                        pointwise.NUM_WARPS,
+                        3,
+                        False,
+                    )
+
+
+def _build(
+    family: str, case: str, arch: int, dtype: str, constants: dict[str, Any], config: Any
+) -> Build:
+    return Build(
+        family, case, arch, dtype, tuple(constants.items()), config.warps, config.stages, True
+    )
+
+
+def _kernel(family: str) -> Any:
+    from fastfilm.kernels import dgrad, fprop, moments, pointwise, wgrad
+
+    modules = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad}
+    module = modules.get(family) or (moments if family.startswith("moments") else pointwise)
+    return getattr(module, f"{family}_kernel")
+
+
+FLOAT32_POINTERS = {
+    "coef_ptr",
+    "pre_ptr",
+    "out_coef_ptr",
+    "part_ptr",
+    "count_ptr",
+    "stats_ptr",
+    "dstats_ptr",
+}
+
+
+def compile_one(build: Build) -> dict[str, Any]:
+    """Compiles one variant and reads its binary."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = _kernel(build.family)
+    constants = dict(build.constants)
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{build.dtype}"
+        else:
+            signature[name] = "i32"
+        if name.endswith("_ptr") or name in ("CI", "CO", "C"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    row: dict[str, Any] = {
+        "suite": "static",
+        "case": f"{build.family} {build.case}",
+        "provider": f"sm_{build.arch}",
+        "dtype": build.dtype,
+    }
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", build.arch, 32),
+            options={"num_warps": build.warps, "num_stages": build.stages},
+        )
+    except Exception as error:  # a tile that does not compile is a result, not a crash
+        reason = str(error).strip().splitlines()
+        return row | {"status": f"FAILED: {reason[0] if reason else type(error).__name__}"}
+    registers, stack, matrix = read_binary(compiled.asm["cubin"], build.arch)
+    row |= {
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": compiled.metadata.shared,
+        "mma": matrix,
+    }
+    faults = []
+    if stack > 0:
+        faults.append(f"spills {stack} bytes")
+    if compiled.metadata.shared > SHARED_LIMIT[build.arch]:
+        faults.append(f"needs {compiled.metadata.shared} of {SHARED_LIMIT[build.arch]} B shared")
+    if build.matrix and matrix == 0:
+        faults.append(f"no {MATRIX_INSTRUCTION[build.arch]}")
+    return row | {"status": "FAILED: " + ", ".join(faults) if faults else "ok"}
+
+
+def read_binary(cubin: bytes, arch: int) -> tuple[int, int, int]:
+    """Registers, stack bytes and matrix instructions of a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        raise RuntimeError(f"Triton's package has no {tool.name}; the static suite needs it")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run([str(tool), "-res-usage", file.name])
+        sass = _run([str(tool), "-sass", file.name])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
+    name = MATRIX_INSTRUCTION[arch]
+    return int(found[1]), int(found[2]), len(re.findall(rf"\b{name}\b", sass))
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def run_static(
+    quick: bool, archs: tuple[int, ...] = (80, 90, 100)
+) -> tuple[list[dict[str, Any]], bool]:
+    """Rows of the static table, and whether every shipped tile passed."""
+    work = list(builds(quick, archs))
+    # Triton decides at import whether kernels are interpreted; compiling needs fresh processes without
+    context = multiprocessing.get_context("spawn")
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=context) as pool:
+            rows = list(pool.map(compile_one, work, chunksize=4))
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+    return rows, all(r["status"] == "ok" for r in rows)

@@ -1,0 +1,289 @@
+"""What every kernel shares: activations, the affine, reading coefficients, reducing partial results."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+ACT_CODES = {
+    "none": 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "prelu": 2,
+    "elu": 3,
+    "silu": 4,
+    "gelu": 5,
+    "gelu_tanh": 6,
+}
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one for a launch; nothing on the CPU."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Precision of a float32 dot: IEEE unless PyTorch's own convolutions may use tf32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two that is >= n, kept within [low, high]."""
+    return max(low, min(high, 1 << max(n - 1, 0).bit_length()))
+
+
+def channels_last(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised channels-last map of ``shape`` in ``like``'s dtype."""
+    fmt = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=fmt)
+
+
+@triton.jit
+def _expm1(z):
+    # Kahan: (u - 1) * z / log(u) has no cancellation where u = exp(z) is near 1
+    u = tl.exp(z)
+    d = u - 1.0
+    near = d * (z / tl.log(tl.where(d == 0.0, 2.0, u)))
+    return tl.where(d == 0.0, z, tl.where(d == -1.0, -1.0, near))
+
+
+@triton.jit
+def _tanh(z):
+    return 2.0 * tl.sigmoid(2.0 * z) - 1.0
+
+
+@triton.jit
+def activate(z, slope, ACT: tl.constexpr):
+    """act(z); NaN stays NaN."""
+    if ACT == 1:
+        z = tl.where(z <= 0.0, 0.0, z)
+    elif ACT == 2:
+        z = tl.where(z > 0.0, z, z * slope)
+    elif ACT == 3:
+        z = tl.where(z > 0.0, z, slope * _expm1(tl.minimum(z, 0.0)))
+    elif ACT == 4:
+        z = z * tl.sigmoid(z)
+    elif ACT == 5:
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACT == 6:
+        z = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+    return z
+
+
+@triton.jit
+def activate_grad(z, slope, ACT: tl.constexpr):
+    """act'(z), of z's shape."""
+    if ACT == 0:
+        d = z * 0.0 + 1.0
+    elif ACT == 1:
+        d = tl.where(z > 0.0, 1.0, 0.0)
+    elif ACT == 2:
+        d = tl.where(z > 0.0, 1.0, z * 0.0 + slope)
+    elif ACT == 3:
+        d = tl.where(z > 0.0, 1.0, slope * tl.exp(tl.minimum(z, 0.0)))
+    elif ACT == 4:
+        k = tl.sigmoid(z)
+        d = k * (1.0 + z * (1.0 - k))
+    elif ACT == 5:
+        d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    else:
+        t = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
+        d = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * z * z)
+    return d
+
+
+@triton.jit
+def activate_slope_grad(z, ACT: tl.constexpr):
+    """d act / d slope: z where it is negative (leaky), exp(z) - 1 there (elu)."""
+    if ACT == 2:
+        d = tl.where(z > 0.0, 0.0, z)
+    elif ACT == 3:
+        d = tl.where(z > 0.0, 0.0, _expm1(tl.minimum(z, 0.0)))
+    else:
+        d = z * 0.0
+    return d
+
+
+@triton.jit
+def load_coef(coef_ptr, n, channel, mask, N, C):
+    """Rows a, b, g, s, p, q, slope [BC] of sample n."""
+    base = coef_ptr + n * C + channel
+    row = N * C
+    a = tl.load(base, mask=mask, other=0.0)
+    b = tl.load(base + row, mask=mask, other=0.0)
+    g = tl.load(base + 2 * row, mask=mask, other=0.0)
+    s = tl.load(base + 3 * row, mask=mask, other=0.0)
+    p = tl.load(base + 4 * row, mask=mask, other=0.0)
+    q = tl.load(base + 5 * row, mask=mask, other=0.0)
+    slope = tl.load(base + 6 * row, mask=mask, other=0.0)
+    return a, b, g, s, p, q, slope
+
+
+@triton.jit
+def affine(y, a, b, g, s, p, q, slope, ACT: tl.constexpr):
+    """v = g * (act(a * (y - p) + b) - q) + s for y [R, BC] float32 and coefficients [BC]."""
+    z = a[None, :] * (y - p[None, :]) + b[None, :]
+    return g[None, :] * (activate(z, slope[None, :], ACT) - q[None, :]) + s[None, :]
+
+
+@triton.jit
+def affine_grad(dv, y, a, b, g, p, q, slope, ACT: tl.constexpr):
+    """Gradient at y and the five sums over rows: of dv(h - q), dv, dz(y - p), dz, dslope."""
+    centred = y - p[None, :]
+    z = a[None, :] * centred + b[None, :]
+    h = activate(z, slope[None, :], ACT) - q[None, :]
+    dz = dv * g[None, :] * activate_grad(z, slope[None, :], ACT)
+    dg = tl.sum(dv * h, axis=0)
+    ds = tl.sum(dv, axis=0)
+    da = tl.sum(dz * centred, axis=0)
+    db = tl.sum(dz, axis=0)
+    dslope = tl.sum(dv * g[None, :] * activate_slope_grad(z, ACT), axis=0)
+    return dz * a[None, :], dg, ds, da, db, dslope
+
+
+@triton.jit
+def store_partials(ptr, slot, channel, mask, C, dg, ds, da, db, dslope):
+    """One slot [5, C] of partial sums; every slot has a single writer."""
+    base = ptr + slot * 5 * C + channel
+    tl.store(base, dg, mask=mask)
+    tl.store(base + C, ds, mask=mask)
+    tl.store(base + 2 * C, da, mask=mask)
+    tl.store(base + 3 * C, db, mask=mask)
+    tl.store(base + 4 * C, dslope, mask=mask)
+
+
+@triton.jit
+def coef_grad_kernel(part_ptr, coef_ptr, out_ptr, T, N, C, BT: tl.constexpr, BC: tl.constexpr):
+    """Partial sums [N, T, 5, C] -> dcoef [7, N, C], in a fixed order."""
+    n = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = channel < C
+    row = N * C
+    base = part_ptr + n * T * 5 * C + channel[None, :]
+    dg = tl.zeros((BC,), tl.float32)
+    ds = tl.zeros((BC,), tl.float32)
+    da = tl.zeros((BC,), tl.float32)
+    db = tl.zeros((BC,), tl.float32)
+    dslope = tl.zeros((BC,), tl.float32)
+    for t0 in range(0, T, BT):
+        t = t0 + tl.arange(0, BT)
+        m = (t < T)[:, None] & mask[None, :]
+        at = base + (t.to(tl.int64) * 5 * C)[:, None]
+        dg += tl.sum(tl.load(at, mask=m, other=0.0), axis=0)
+        ds += tl.sum(tl.load(at + C, mask=m, other=0.0), axis=0)
+        da += tl.sum(tl.load(at + 2 * C, mask=m, other=0.0), axis=0)
+        db += tl.sum(tl.load(at + 3 * C, mask=m, other=0.0), axis=0)
+        dslope += tl.sum(tl.load(at + 4 * C, mask=m, other=0.0), axis=0)
+    a = tl.load(coef_ptr + n * C + channel, mask=mask, other=0.0)
+    g = tl.load(coef_ptr + 2 * row + n * C + channel, mask=mask, other=0.0)
+    out = out_ptr + n * C + channel
+    tl.store(out, da, mask=mask)
+    tl.store(out + row, db, mask=mask)
+    tl.store(out + 2 * row, dg, mask=mask)
+    tl.store(out + 3 * row, ds, mask=mask)
+    tl.store(out + 4 * row, -a * db, mask=mask)
+    tl.store(out + 5 * row, -g * ds, mask=mask)
+    tl.store(out + 6 * row, dslope, mask=mask)
+
+
+def coef_grad(partials: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
+    """dcoef [7, N, C] from partial sums [N, T, 5, C]."""
+    n, tiles, _, channels = partials.shape
+    out = torch.empty_like(coef)
+    block = power_of_two(channels, 1, 32)
+    coef_grad_kernel[(n, triton.cdiv(channels, block))](
+        partials, coef, out, tiles, n, channels, BT=64, BC=block
+    )
+    return out
+
+
+@triton.jit
+def sum_rows_kernel(part_ptr, out_ptr, R, W, BR: tl.constexpr, BW: tl.constexpr):
+    """[R, W] float32 -> [W], rows added in a fixed order."""
+    column = tl.program_id(0) * BW + tl.arange(0, BW)
+    mask = column < W
+    total = tl.zeros((BW,), tl.float32)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        at = part_ptr + r.to(tl.int64)[:, None] * W + column[None, :]
+        total += tl.sum(tl.load(at, mask=(r < R)[:, None] & mask[None, :], other=0.0), axis=0)
+    tl.store(out_ptr + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Sums float32 ``partials`` [R, W] over R into ``out`` (W values, any float dtype)."""
+    rows, width = partials.shape
+    block = power_of_two(width, 1, 128)
+    block_rows = power_of_two(rows, 1, 32)
+    sum_rows_kernel[(triton.cdiv(width, block),)](
+        partials, out, rows, width, BR=block_rows, BW=block
+    )
+    return out
+
+
+@triton.jit
+def tile_moments(u, valid, count):
+    """Mean and sum of squared deviations [BC] over the valid rows of u [R, BC]."""
+    u = tl.where(valid[:, None], u, 0.0)
+    mean = tl.sum(u, axis=0) / count
+    d = tl.where(valid[:, None], u - mean[None, :], 0.0)
+    return mean, tl.sum(d * d, axis=0)
+
+
+@triton.jit
+def store_moments(ptr, count_ptr, slot, channel, mask, C, mean, m2, count):
+    """One slot of moment partials: mean and M2 [2, C], and its number of values."""
+    base = ptr + slot * 2 * C + channel
+    tl.store(base, mean, mask=mask)
+    tl.store(base + C, m2, mask=mask)
+    tl.store(count_ptr + slot + channel * 0, count + channel * 0.0, mask=channel == 0)
+
+
+@triton.jit
+def finish_moments_kernel(
+    part_ptr, count_ptr, out_ptr, T, N, C, total, BT: tl.constexpr, BC: tl.constexpr
+):
+    """Partials (count, mean, M2) [N, T] -> mean and variance [2, N, C] (Chan et al. 1983)."""
+    n = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = channel < C
+    base = part_ptr + n * T * 2 * C + channel
+    # deviations from the first tile's mean: the sum keeps its digits when the mean is large
+    first = tl.load(base, mask=mask, other=0.0)
+    drift = tl.zeros((BC,), tl.float32)
+    for t0 in range(0, T, BT):
+        t = t0 + tl.arange(0, BT)
+        m = (t < T)[:, None] & mask[None, :]
+        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0)
+        mean_t = tl.load(base[None, :] + (t.to(tl.int64) * 2 * C)[:, None], mask=m, other=0.0)
+        drift += tl.sum(count[:, None] * tl.where(m, mean_t - first[None, :], 0.0), axis=0)
+    mean = first + drift / total
+    m2 = tl.zeros((BC,), tl.float32)
+    for t0 in range(0, T, BT):
+        t = t0 + tl.arange(0, BT)
+        m = (t < T)[:, None] & mask[None, :]
+        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0)
+        at = base[None, :] + (t.to(tl.int64) * 2 * C)[:, None]
+        d = tl.where(m, tl.load(at, mask=m, other=0.0) - mean[None, :], 0.0)
+        m2 += tl.sum(tl.load(at + C, mask=m, other=0.0) + count[:, None] * d * d, axis=0)
+    out = out_ptr + n * C + channel
+    tl.store(out, mean, mask=mask)
+    tl.store(out + N * C, m2 / total, mask=mask)
+
+
+def finish_moments(partials: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:
+    """Mean and variance [2, N, C] from partials [N, T, 2, C] and counts [N, T]."""
+    n, tiles, _, channels = partials.shape
+    out = torch.empty((2, n, channels), dtype=torch.float32, device=partials.device)
+    block = power_of_two(channels, 1, 16)
+    finish_moments_kernel[(n, triton.cdiv(channels, block))](
+        partials, counts, out, tiles, n, channels, float(total), BT=128, BC=block
+    )
+    return out

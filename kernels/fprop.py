@@ -1,0 +1,326 @@
+"""Forward convolution: pending affine of the input in the prologue, moments or the finished block behind.
+
+2D and 3D are one kernel: a 2D map has depth 1 and a kernel of depth 1. A program computes a tile of
+TH x TW output voxels of one sample and one depth, for BN output channels; one sample per program makes
+the input's coefficients vectors over channels instead of matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    ACT_CODES,
+    INTERPRETED,
+    activate,
+    affine,
+    channels_last,
+    finish_moments,
+    guard,
+    load_coef,
+    power_of_two,
+    precision,
+    store_moments,
+    tile_moments,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of a convolution kernel: TH x TW voxels by BN channels out, BK channels in at a time."""
+
+    th: int
+    tw: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+CONFIGS = (
+    Config(8, 16, 128, 64, 8, 3),
+    Config(8, 16, 64, 64, 4, 3),
+    Config(8, 16, 64, 32, 4, 3),
+    Config(8, 16, 32, 32, 4, 3),
+    Config(8, 16, 16, 16, 4, 3),
+    Config(4, 16, 64, 64, 4, 3),
+    Config(4, 4, 64, 64, 4, 3),
+)
+"""Shipped tiles for 16-bit types; each is compiled and checked for spills by the static suite."""
+
+CONFIGS_FLOAT32 = (Config(8, 8, 32, 32, 4, 2), Config(4, 4, 32, 32, 4, 2))
+
+
+def pick(dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int) -> Config:
+    """The shipped tile that wastes least: channels first, then the size of the map."""
+    if dtype == torch.float32:
+        return CONFIGS_FLOAT32[0] if height * width > 64 else CONFIGS_FLOAT32[1]
+    if height * width <= 64:
+        return CONFIGS[6]
+    if height * width <= 1024 and channels_out > 64:
+        return CONFIGS[5]
+    if channels_out <= 16:
+        return CONFIGS[4]
+    if channels_out <= 32:
+        return CONFIGS[3]
+    if channels_in <= 32:
+        return CONFIGS[2]
+    return CONFIGS[0] if channels_out >= 128 else CONFIGS[1]
+
+
+def as_3d(shape: tuple[int, ...] | torch.Size) -> tuple[int, int, int]:
+    """(D, H, W) of spatial sizes (H, W) or (D, H, W)."""
+    return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+
+
+@triton.jit
+def fprop_kernel(
+    x_ptr,
+    w_ptr,
+    coef_ptr,
+    pre_ptr,
+    out_coef_ptr,
+    y_ptr,
+    part_ptr,
+    count_ptr,
+    N,
+    CI,
+    CO,
+    D,
+    H,
+    W,
+    OD,
+    OH,
+    OW,
+    KD: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    PD,
+    PH,
+    PW,
+    HAS_COEF: tl.constexpr,
+    ACT: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    HAS_PRE: tl.constexpr,
+    PRE_ACT: tl.constexpr,
+    FINISH: tl.constexpr,
+    OUT_ACT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    BM: tl.constexpr = TH * TW
+    tiles_w = tl.cdiv(OW, TW)
+    tiles_h = tl.cdiv(OH, TH)
+    tiles = OD * tiles_h * tiles_w
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    t = tl.program_id(0) % tiles
+    od = t // (tiles_h * tiles_w)
+    th = (t // tiles_w) % tiles_h
+    tw = t % tiles_w
+    row = tl.arange(0, BM)
+    oh = th * TH + row // TW
+    ow = tw * TW + row % TW
+    valid = (oh < OH) & (ow < OW)
+    co = tl.program_id(1) * BN + tl.arange(0, BN)
+    comask = co < CO
+    ci0 = tl.arange(0, BK)
+    if ONE_BLOCK and HAS_COEF:
+        a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci0, ci0 < CI, N, CI)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for kd in range(KD):
+        # a vector, not a scalar: Triton's interpreter widens a scalar mask when it broadcasts it
+        dd = row * 0 + (od * STRIDE_D - PD + kd)
+        inside_d = (dd >= 0) & (dd < D)
+        for kh in range(K):
+            ih = oh * STRIDE - PH + kh
+            inside_h = valid & inside_d & (ih >= 0) & (ih < H)
+            line = ((n * D + dd) * H + ih) * W
+            for kw in tl.static_range(K):
+                iw = ow * STRIDE - PW + kw
+                inside = inside_h & (iw >= 0) & (iw < W)
+                x_row = x_ptr + (line + iw) * CI
+                w_col = w_ptr + ((co * KD + kd) * K + kh) * K * CI + kw * CI
+                if ONE_BLOCK:
+                    mask = inside[:, None] & (ci0 < CI)[None, :]
+                    x = tl.load(x_row[:, None] + ci0[None, :], mask=mask, other=0.0)
+                    w = tl.load(
+                        w_col[None, :] + ci0[:, None],
+                        mask=(ci0 < CI)[:, None] & comask[None, :],
+                        other=0.0,
+                    )
+                    if HAS_COEF:
+                        v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
+                        # padding is zero after the affine, not act(b)
+                        x = tl.where(mask, v, 0.0).to(x.dtype)
+                    if UPCAST:
+                        x = x.to(tl.float32)
+                        w = w.to(tl.float32)
+                    acc = tl.dot(x, w, acc, input_precision=PRECISION)
+                else:
+                    for k0 in range(0, CI, BK):
+                        ci = k0 + ci0
+                        mask = inside[:, None] & (ci < CI)[None, :]
+                        x = tl.load(x_row[:, None] + ci[None, :], mask=mask, other=0.0)
+                        w = tl.load(
+                            w_col[None, :] + ci[:, None],
+                            mask=(ci < CI)[:, None] & comask[None, :],
+                            other=0.0,
+                        )
+                        if HAS_COEF:
+                            a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, ci < CI, N, CI)
+                            v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
+                            x = tl.where(mask, v, 0.0).to(x.dtype)
+                        if UPCAST:
+                            x = x.to(tl.float32)
+                            w = w.to(tl.float32)
+                        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if MOMENTS:
+        u = acc
+        if HAS_PRE:
+            shift = tl.load(pre_ptr + co, mask=comask, other=0.0)
+            slope_out = tl.load(pre_ptr + CO + co, mask=comask, other=0.0)
+            u = activate(u + shift[None, :], slope_out[None, :], PRE_ACT)
+        count = tl.sum(valid.to(tl.float32), axis=0)
+        mean, m2 = tile_moments(u, valid, count)
+        slot = n * tiles + t
+        store_moments(part_ptr, count_ptr, slot, co, comask, CO, mean, m2, count)
+    if FINISH:
+        oa, ob, og, os, op, oq, oslope = load_coef(out_coef_ptr, n, co, comask, N, CO)
+        acc = affine(acc, oa, ob, og, os, op, oq, oslope, OUT_ACT)
+    at = (((n * OD + od) * OH + oh) * OW + ow)[:, None] * CO + co[None, :]
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & comask[None, :])
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    coef: torch.Tensor | None,
+    act: str,
+    pre: torch.Tensor | None,
+    pre_act: str,
+    out_coef: torch.Tensor | None,
+    out_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    moments: bool,
+    config: Config | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    n, ci = x.shape[:2]
+    co = weight.shape[0]
+    kernel = weight.shape[2:]
+    size = tuple(
+        (i + 2 * p - k) // s + 1
+        for i, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)
+    )
+    d, h, w = as_3d(x.shape[2:])
+    od, oh, ow = as_3d(size)
+    pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
+    c = config or pick(x.dtype, ci, co, oh, ow)
+    bk = power_of_two(ci, 16, c.bk)
+    bn = power_of_two(co, 16, c.bn)
+    y = channels_last((n, co, *size), x)
+    tiles = od * triton.cdiv(oh, c.th) * triton.cdiv(ow, c.tw)
+    slots = tiles if moments else 1
+    partials = torch.empty((n, slots, 2, co), dtype=torch.float32, device=x.device)
+    counts = torch.empty((n, slots), dtype=torch.float32, device=x.device)
+    with guard(x):
+        fprop_kernel[(n * tiles, triton.cdiv(co, bn))](
+            x,
+            weight.contiguous(memory_format=_format(weight)),
+            x if coef is None else coef.contiguous(),
+            x if pre is None else pre.contiguous(),
+            x if out_coef is None else out_coef.contiguous(),
+            y,
+            partials,
+            counts,
+            n,
+            ci,
+            co,
+            d,
+            h,
+            w,
+            od,
+            oh,
+            ow,
+            KD=1 if len(kernel) == 2 else kernel[0],
+            K=kernel[-1],
+            STRIDE=stride[-1],
+            STRIDE_D=1 if len(stride) == 2 else stride[0],
+            PD=pd,
+            PH=ph,
+            PW=pw,
+            HAS_COEF=coef is not None,
+            ACT=ACT_CODES[act],
+            MOMENTS=moments,
+            HAS_PRE=pre is not None,
+            PRE_ACT=ACT_CODES[pre_act],
+            FINISH=out_coef is not None,
+            OUT_ACT=ACT_CODES[out_act],
+            ONE_BLOCK=ci <= bk,
+            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            PRECISION=precision(x.dtype),
+            TH=c.th,
+            TW=c.tw,
+            BN=bn,
+            BK=bk,
+            num_warps=c.warps,
+            num_stages=c.stages,
+        )
+        stats = finish_moments(partials, counts, od * oh * ow) if moments else None
+    return y, stats
+
+
+def _format(t: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+
+
+def fprop(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    coef: torch.Tensor | None,
+    act: str,
+    pre: torch.Tensor | None,
+    pre_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    moments: bool,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw output [N, Co, *T] channels-last, and its moments [2, N, Co] (empty without ``moments``).
+
+    Args:
+        x: raw input [N, Ci, *S] channels-last; ``coef`` [7, N, Ci] and ``act`` are pending on it.
+        weight: [Co, Ci, *K], K 1 or 3 in every dimension.
+        pre: [2, Co], shift and slope of ``pre_act`` in front of the norm.
+    """
+    y, stats = _launch(
+        x, weight, coef, act, pre, pre_act, None, "none", stride, padding, moments, config
+    )
+    return y, torch.empty(0, dtype=torch.float32, device=x.device) if stats is None else stats
+
+
+def fprop_apply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    coef: torch.Tensor | None,
+    act: str,
+    out_coef: torch.Tensor,
+    out_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    config: Config | None = None,
+) -> torch.Tensor:
+    """The finished block [N, Co, *T] where the output's coefficients are known beforehand."""
+    return _launch(
+        x, weight, coef, act, None, "none", out_coef, out_act, stride, padding, False, config
+    )[0]

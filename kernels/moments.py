@@ -1,0 +1,189 @@
+"""Moments of a channels-last map [N, S, C] per sample and channel, and their gradient.
+
+Two stages: each program combines its blocks into (count, mean, M2); a second kernel combines those.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    ACT_CODES,
+    activate,
+    activate_grad,
+    activate_slope_grad,
+    channels_last,
+    finish_moments,
+    guard,
+    store_moments,
+    sum_rows,
+    tile_moments,
+)
+from .pointwise import NUM_WARPS, blocks
+
+
+@triton.jit
+def load_pre(pre_ptr, channel, mask, C, HAS_PRE: tl.constexpr):
+    """Shift and slope [BC] of the activation in front of the norm."""
+    if HAS_PRE:
+        shift = tl.load(pre_ptr + channel, mask=mask, other=0.0)
+        slope = tl.load(pre_ptr + C + channel, mask=mask, other=0.0)
+    else:
+        shift = tl.zeros_like(channel).to(tl.float32)
+        slope = shift
+    return shift, slope
+
+
+@triton.jit
+def moments_kernel(
+    y_ptr,
+    pre_ptr,
+    part_ptr,
+    count_ptr,
+    S,
+    C,
+    iters,
+    HAS_PRE: tl.constexpr,
+    ACT: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    n = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    cmask = channel < C
+    shift, slope = load_pre(pre_ptr, channel, cmask, C, HAS_PRE)
+    mean = tl.zeros((BC,), tl.float32)
+    m2 = tl.zeros((BC,), tl.float32)
+    seen = 0.0
+    for i in range(iters):
+        start = (t.to(tl.int64) * iters + i) * BS
+        voxel = start + tl.arange(0, BS)
+        valid = voxel < S
+        at = (n * S + voxel)[:, None] * C + channel[None, :]
+        y = tl.load(y_ptr + at, mask=valid[:, None] & cmask[None, :], other=0.0).to(tl.float32)
+        u = activate(y + shift[None, :], slope[None, :], ACT)
+        count = tl.sum(valid.to(tl.float32), axis=0)
+        mean_i, m2_i = tile_moments(u, valid, tl.maximum(count, 1.0))
+        total = tl.maximum(seen + count, 1.0)
+        delta = mean_i - mean
+        share = count / total
+        mean += delta * share
+        m2 += m2_i + delta * delta * (seen * share)
+        seen += count
+    slot = n * tl.num_programs(0) + t
+    store_moments(part_ptr, count_ptr, slot, channel, cmask, C, mean, m2, seen)
+
+
+@triton.jit
+def moments_backward_kernel(
+    dy_ptr,
+    dstats_ptr,
+    y_ptr,
+    stats_ptr,
+    pre_ptr,
+    e_ptr,
+    part_ptr,
+    S,
+    N,
+    C,
+    iters,
+    HAS_DY: tl.constexpr,
+    HAS_PRE: tl.constexpr,
+    ACT: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    n = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    cmask = channel < C
+    shift, slope = load_pre(pre_ptr, channel, cmask, C, HAS_PRE)
+    at_nc = n * C + channel
+    scale = 1.0 / S
+    dmean = tl.load(dstats_ptr + at_nc, mask=cmask, other=0.0) * scale
+    dvar = tl.load(dstats_ptr + N * C + at_nc, mask=cmask, other=0.0) * (2.0 * scale)
+    mean = tl.load(stats_ptr + at_nc, mask=cmask, other=0.0)
+    dshift = tl.zeros((BC,), tl.float32)
+    dslope = tl.zeros((BC,), tl.float32)
+    for i in range(iters):
+        voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
+        mask = (voxel < S)[:, None] & cmask[None, :]
+        at = (n * S + voxel)[:, None] * C + channel[None, :]
+        z = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32) + shift[None, :]
+        u = activate(z, slope[None, :], ACT)
+        du = dmean[None, :] + (u - mean[None, :]) * dvar[None, :]
+        dz = du * activate_grad(z, slope[None, :], ACT)
+        if HAS_PRE:
+            dshift += tl.sum(tl.where(mask, dz, 0.0), axis=0)
+            dslope += tl.sum(tl.where(mask, du * activate_slope_grad(z, ACT), 0.0), axis=0)
+        if HAS_DY:
+            dz += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(e_ptr + at, dz.to(e_ptr.dtype.element_ty), mask=mask)
+    if HAS_PRE:
+        base = part_ptr + (n * tl.num_programs(0) + t) * 2 * C + channel
+        tl.store(base, dshift, mask=cmask)
+        tl.store(base + C, dslope, mask=cmask)
+
+
+def moments(y: torch.Tensor, pre: torch.Tensor | None, act: str) -> torch.Tensor:
+    """Mean and biased variance [2, N, C] float32 of act(y + shift), y [N, C, *S] channels-last."""
+    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    bs, bc, iters, programs = blocks(space, channels, n, reduces=True)
+    partials = torch.empty((n, programs, 2, channels), dtype=torch.float32, device=y.device)
+    counts = torch.empty((n, programs), dtype=torch.float32, device=y.device)
+    with guard(y):
+        moments_kernel[(programs, triton.cdiv(channels, bc), n)](
+            y,
+            y if pre is None else pre.contiguous(),
+            partials,
+            counts,
+            space,
+            channels,
+            iters,
+            HAS_PRE=pre is not None,
+            ACT=ACT_CODES[act],
+            BS=bs,
+            BC=bc,
+            num_warps=NUM_WARPS,
+        )
+        return finish_moments(partials, counts, space)
+
+
+def moments_backward(
+    dy: torch.Tensor | None,
+    dstats: torch.Tensor,
+    y: torch.Tensor,
+    stats: torch.Tensor,
+    pre: torch.Tensor | None,
+    act: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """e = dy + gradient through the moments [N, C, *S], and dpre [2, C] (None without ``pre``)."""
+    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    bs, bc, iters, programs = blocks(space, channels, n, reduces=pre is not None)
+    e = channels_last(tuple(y.shape), y)
+    slots = n * programs if pre is not None else 1
+    partials = torch.empty((slots, 2 * channels), dtype=torch.float32, device=y.device)
+    with guard(y):
+        moments_backward_kernel[(programs, triton.cdiv(channels, bc), n)](
+            y if dy is None else dy,
+            dstats.contiguous(),
+            y,
+            stats,
+            y if pre is None else pre.contiguous(),
+            e,
+            partials,
+            space,
+            n,
+            channels,
+            iters,
+            HAS_DY=dy is not None,
+            HAS_PRE=pre is not None,
+            ACT=ACT_CODES[act],
+            BS=bs,
+            BC=bc,
+            num_warps=NUM_WARPS,
+        )
+        return e, None if pre is None else sum_rows(partials, torch.empty_like(pre))

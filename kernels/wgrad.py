@@ -1,0 +1,225 @@
+"""Gradient at a convolution's weight: dW = Σ e ⊗ v, with v recomputed from the raw input.
+
+One program computes one tap for BM x BN (output x input) channels over a share of the voxels; the
+shares are added by a second kernel in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    ACT_CODES,
+    INTERPRETED,
+    affine,
+    guard,
+    load_coef,
+    power_of_two,
+    precision,
+    sum_rows,
+)
+from .fprop import _format, as_3d
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of the weight gradient: BM output by BN input channels, BP voxels at a time."""
+
+    bm: int
+    bn: int
+    bp: int
+    warps: int
+    stages: int
+
+
+CONFIGS = (
+    Config(128, 64, 64, 8, 3),
+    Config(64, 64, 64, 4, 3),
+    Config(64, 32, 64, 4, 3),
+    Config(64, 16, 64, 4, 3),
+)
+"""Shipped tiles for 16-bit types."""
+
+CONFIGS_FLOAT32 = (Config(32, 32, 32, 4, 2),)
+
+PROGRAMS = 512
+"""Programs to aim for: enough for every multiprocessor, few enough that the second stage is cheap."""
+
+
+def pick(dtype: torch.dtype, channels_in: int, channels_out: int) -> Config:
+    """The shipped tile that wastes least."""
+    if dtype == torch.float32:
+        return CONFIGS_FLOAT32[0]
+    if channels_in <= 16:
+        return CONFIGS[3]
+    if channels_in <= 32:
+        return CONFIGS[2]
+    return CONFIGS[0] if channels_out >= 128 else CONFIGS[1]
+
+
+def split(batch: int, voxels: int, programs: int, bp: int) -> tuple[int, int, int]:
+    """(groups of samples, shares of a sample's voxels, voxels in a share).
+
+    Samples are split first because the coefficients change with the sample.
+    """
+    wanted = max(1, PROGRAMS // programs)
+    groups = min(batch, wanted)
+    shares = max(1, min(triton.cdiv(voxels, 4 * bp), wanted // groups))
+    span = triton.cdiv(triton.cdiv(voxels, shares), bp) * bp
+    return groups, triton.cdiv(voxels, span), span
+
+
+@triton.jit
+def wgrad_kernel(
+    e_ptr,
+    x_ptr,
+    coef_ptr,
+    part_ptr,
+    N,
+    CI,
+    CO,
+    D,
+    H,
+    W,
+    OD,
+    OH,
+    OW,
+    groups,
+    shares,
+    span,
+    KD: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    PD,
+    PH,
+    PW,
+    HAS_COEF: tl.constexpr,
+    ACT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BP: tl.constexpr,
+):
+    TAPS: tl.constexpr = KD * K * K
+    tap = tl.program_id(0) % TAPS
+    part = tl.program_id(0) // TAPS
+    group = part // shares
+    share = part % shares
+    kd = tap // (K * K)
+    kh = (tap // K) % K
+    kw = tap % K
+    co = tl.program_id(1) * BM + tl.arange(0, BM)
+    ci = tl.program_id(2) * BN + tl.arange(0, BN)
+    comask = co < CO
+    cimask = ci < CI
+    voxels = OD * OH * OW
+    first = share * span
+    last = tl.minimum(first + span, voxels)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for sample in range(group, N, groups):
+        n = tl.cast(sample, tl.int64)
+        if HAS_COEF:
+            a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, cimask, N, CI)
+        for v0 in range(first, last, BP):
+            voxel = v0 + tl.arange(0, BP)
+            ow = voxel % OW
+            oh = (voxel // OW) % OH
+            od = voxel // (OW * OH)
+            d = od * STRIDE_D - PD + kd
+            h = oh * STRIDE - PH + kh
+            w = ow * STRIDE - PW + kw
+            valid = voxel < last
+            inside = valid & (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            e = tl.load(
+                e_ptr + (n * voxels + voxel)[:, None] * CO + co[None, :],
+                mask=valid[:, None] & comask[None, :],
+                other=0.0,
+            )
+            mask = inside[:, None] & cimask[None, :]
+            at = (((n * D + d) * H + h) * W + w)[:, None] * CI + ci[None, :]
+            x = tl.load(x_ptr + at, mask=mask, other=0.0)
+            if HAS_COEF:
+                v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
+                x = tl.where(mask, v, 0.0).to(x.dtype)
+            if UPCAST:
+                e = e.to(tl.float32)
+                x = x.to(tl.float32)
+            acc = tl.dot(tl.trans(e), x, acc, input_precision=PRECISION)
+    base = part_ptr + part.to(tl.int64) * CO * TAPS * CI
+    at = (co[:, None] * TAPS + tap) * CI + ci[None, :]
+    tl.store(base + at, acc, mask=comask[:, None] & cimask[None, :])
+
+
+def wgrad(
+    e: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    coef: torch.Tensor | None,
+    act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    config: Config | None = None,
+) -> torch.Tensor:
+    """dW, of ``weight``'s shape and dtype, channels-last.
+
+    Args:
+        e: gradient at the raw output [N, Co, *T], channels-last.
+        x: raw input [N, Ci, *S], channels-last; ``coef`` [7, N, Ci] and ``act`` are pending on it.
+    """
+    n, ci = x.shape[:2]
+    co = weight.shape[0]
+    kernel = weight.shape[2:]
+    taps = kernel.numel()
+    d, h, w = as_3d(x.shape[2:])
+    od, oh, ow = as_3d(e.shape[2:])
+    pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
+    c = config or pick(x.dtype, ci, co)
+    bm, bn = power_of_two(co, 16, c.bm), power_of_two(ci, 16, c.bn)
+    blocks_m, blocks_n = triton.cdiv(co, bm), triton.cdiv(ci, bn)
+    groups, shares, span = split(n, od * oh * ow, taps * blocks_m * blocks_n, c.bp)
+    partials = torch.empty(
+        (groups * shares, co * taps * ci), dtype=torch.float32, device=x.device
+    )
+    dweight = torch.empty_like(weight, memory_format=_format(weight))
+    with guard(x):
+        wgrad_kernel[(taps * groups * shares, blocks_m, blocks_n)](
+            e,
+            x,
+            x if coef is None else coef.contiguous(),
+            partials,
+            n,
+            ci,
+            co,
+            d,
+            h,
+            w,
+            od,
+            oh,
+            ow,
+            groups,
+            shares,
+            span,
+            KD=1 if len(kernel) == 2 else kernel[0],
+            K=kernel[-1],
+            STRIDE=stride[-1],
+            STRIDE_D=1 if len(stride) == 2 else stride[0],
+            PD=pd,
+            PH=ph,
+            PW=pw,
+            HAS_COEF=coef is not None,
+            ACT=ACT_CODES[act],
+            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            PRECISION=precision(x.dtype),
+            BM=bm,
+            BN=bn,
+            BP=c.bp,
+            num_warps=c.warps,
+            num_stages=c.stages,
+        )
+        return sum_rows(partials, dweight)

@@ -48,7 +48,7 @@ def _tile(config: Any) -> str:
 
 def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
     """Every shipped tile in every variant; ``quick`` keeps the heaviest variants for sm_90."""
-    from fastfilm.kernels import dgrad, fprop, pointwise, wgrad
+    from fastfilm.kernels import conv_dgrad, conv_fprop, conv_wgrad, pointwise
 
     for arch in (90,) if quick else archs:
         for dtype in ("bf16",) if quick else ("bf16", "fp16"):
@@ -57,14 +57,14 @@ def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
                     shape = {"KD": depth, "K": 3, "STRIDE": 1, "STRIDE_D": 1, "HAS_COEF": coef}
                     shape |= {"ACT": RELU, "UPCAST": False, "PRECISION": "ieee"}
                     label = f"{'3d' if depth == 3 else '2d'} {'affine' if coef else 'plain'}"
-                    for c in fprop.CONFIGS:
+                    for c in conv_fprop.CONFIGS:
                         tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
                         for one in (True, False):
                             more = {"MOMENTS": True, "HAS_PRE": False, "PRE_ACT": 0}
-                            more |= {"FINISH": False, "OUT_ACT": 0, "ONE_BLOCK": one}
+                            more |= {"FINISH": False, "OUT_ACT": 0, "ONE_BLOCK": one, "WIDE": False}
                             case = f"{label} {'one block' if one else 'blocked'} {_tile(c)}"
                             yield _build("fprop", case, arch, dtype, shape | more | tile, c)
-                    for c in dgrad.CONFIGS:
+                    for c in conv_dgrad.CONFIGS:
                         tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
                         for one in (True, False):
                             for stride in (1, 2):
@@ -72,9 +72,9 @@ def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
                                     continue
                                 steps = {"STRIDE": stride, "STRIDE_D": stride if depth == 3 else 1}
                                 case = f"{label} stride {stride} {'one block' if one else 'blocked'} {_tile(c)}"
-                                constants = shape | steps | {"ONE_BLOCK": one} | tile
+                                constants = shape | steps | {"ONE_BLOCK": one, "WIDE": False} | tile
                                 yield _build("dgrad", case, arch, dtype, constants, c)
-                    for c in wgrad.CONFIGS:
+                    for c in conv_wgrad.CONFIGS:
                         tile = {"BM": c.bm, "BN": c.bn, "BP": c.bp}
                         yield _build("wgrad", f"{label} {_tile(c)}", arch, dtype, shape | tile, c)
             for channels in (32, 64) if quick else (1, 3, 32, 64, 256):
@@ -107,10 +107,10 @@ def _build(
 
 
 def _kernel(family: str) -> Any:
-    from fastfilm.kernels import dgrad, fprop, moments, pointwise, wgrad
+    from fastfilm.kernels import conv_dgrad, conv_fprop, conv_wgrad, pointwise, spatial_moments
 
-    modules = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad}
-    module = modules.get(family) or (moments if family.startswith("moments") else pointwise)
+    modules = {"fprop": conv_fprop, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
+    module = modules.get(family) or (spatial_moments if family.startswith("moments") else pointwise)
     return getattr(module, f"{family}_kernel")
 
 

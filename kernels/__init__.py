@@ -1,10 +1,10 @@
 """Triton kernels: one file a family, with kernel, launcher and its tiles together."""
 
-from .dgrad import dgrad
-from .fprop import fprop, fprop_apply
-from .moments import moments, moments_backward
+from .conv_dgrad import dgrad
+from .conv_fprop import fprop, fprop_apply
+from .spatial_moments import moments, moments_backward
 from .pointwise import apply, apply_backward
-from .wgrad import wgrad
+from .conv_wgrad import wgrad
 
 __all__ = [
     "apply",

@@ -22,7 +22,7 @@ from .common import (
     precision,
     sum_rows,
 )
-from .fprop import _format, as_3d
+from .conv_fprop import _format, as_3d
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,7 @@ def wgrad(
     bm, bn = power_of_two(co, 16, c.bm), power_of_two(ci, 16, c.bn)
     blocks_m, blocks_n = triton.cdiv(co, bm), triton.cdiv(ci, bn)
     groups, shares, span = split(n, od * oh * ow, taps * blocks_m * blocks_n, c.bp)
-    partials = torch.empty(
-        (groups * shares, co * taps * ci), dtype=torch.float32, device=x.device
-    )
+    partials = torch.empty((groups * shares, co * taps * ci), dtype=torch.float32, device=x.device)
     dweight = torch.empty_like(weight, memory_format=_format(weight))
     with guard(x):
         wgrad_kernel[(taps * groups * shares, blocks_m, blocks_n)](

@@ -22,7 +22,7 @@ from .common import (
     precision,
     store_partials,
 )
-from .fprop import Config, _format, as_3d
+from .conv_fprop import Config, _format, as_3d, wide
 
 CONFIGS = (
     Config(8, 16, 64, 64, 8, 3),
@@ -30,14 +30,16 @@ CONFIGS = (
     Config(8, 16, 32, 32, 4, 3),
     Config(8, 16, 16, 16, 4, 3),
     Config(4, 16, 64, 64, 4, 3),
-    Config(4, 4, 64, 64, 4, 3),
+    Config(8, 8, 64, 64, 4, 3),
 )
 """Shipped tiles for 16-bit types: bn counts input channels here, bk output channels."""
 
 CONFIGS_FLOAT32 = (Config(8, 8, 32, 32, 4, 2), Config(4, 4, 32, 32, 4, 2))
 
 
-def pick(dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int) -> Config:
+def pick(
+    dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int
+) -> Config:
     """The shipped tile that wastes least: channels first, then the size of the map."""
     if dtype == torch.float32:
         return CONFIGS_FLOAT32[0] if height * width > 64 else CONFIGS_FLOAT32[1]
@@ -79,6 +81,7 @@ def dgrad_kernel(
     HAS_COEF: tl.constexpr,
     ACT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     TH: tl.constexpr,
@@ -103,6 +106,9 @@ def dgrad_kernel(
     ih = (th * TH + row // TW) * STRIDE + rh
     iw = (tw * TW + row % TW) * STRIDE + rw
     valid = (ih < H) & (iw < W)
+    if WIDE:
+        ih = ih.to(tl.int64)
+        iw = iw.to(tl.int64)
     ci = tl.program_id(1) * BN + tl.arange(0, BN)
     cimask = ci < CI
     co0 = tl.arange(0, BK)
@@ -110,20 +116,19 @@ def dgrad_kernel(
     for kd in range(KD):
         nd = d + PD - kd
         hits_d = (nd >= 0) & (nd < OD * STRIDE_D) & (nd % STRIDE_D == 0)
-        od = nd // STRIDE_D
+        plane = e_ptr + (n * OD + nd // STRIDE_D) * OH * OW * CO
         for kh in range(K):
             # + 2 K keeps the remainder's operand positive
             hits_h = hits_d & ((rh + PH - kh + 2 * K * STRIDE) % STRIDE == 0)
             nh = ih + PH - kh
             oh = nh // STRIDE
             inside_h = valid & (nh >= 0) & (oh < OH)
-            line = ((n * OD + od) * OH + oh) * OW
             for kw in tl.static_range(K):
                 if hits_h & ((rw + PW - kw + 2 * K * STRIDE) % STRIDE == 0):
                     nw = iw + PW - kw
                     ow = nw // STRIDE
                     inside = inside_h & (nw >= 0) & (ow < OW)
-                    e_row = e_ptr + (line + ow) * CO
+                    e_row = plane + (oh * OW + ow) * CO
                     w_col = w_ptr + ((kd * K + kh) * K + kw) * CI + ci
                     for k0 in range(0, BK if ONE_BLOCK else CO, BK):
                         co = k0 + co0
@@ -141,17 +146,18 @@ def dgrad_kernel(
                             e = e.to(tl.float32)
                             w = w.to(tl.float32)
                         acc = tl.dot(e, w, acc, input_precision=PRECISION)
-    at = (((n * D + d) * H + ih) * W + iw)[:, None] * CI + ci[None, :]
+    at = (ih * W + iw)[:, None] * CI + ci[None, :]
+    here = (n * D + d) * H * W * CI
     mask = valid[:, None] & cimask[None, :]
     if HAS_COEF:
         a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, cimask, N, CI)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + here + at, mask=mask, other=0.0).to(tl.float32)
         # a masked element has dv = 0 and x = p, so it adds nothing to any sum
         x = tl.where(mask, x, p[None, :])
         dv = tl.where(mask, acc, 0.0)
         acc, dg, ds, da, db, dslope = affine_grad(dv, x, a, b, g, p, q, slope, ACT)
         store_partials(part_ptr, n * tiles + t, ci, cimask, CI, dg, ds, da, db, dslope)
-    tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + here + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def dgrad(
@@ -213,6 +219,7 @@ def dgrad(
             HAS_COEF=coef is not None,
             ACT=ACT_CODES[act],
             ONE_BLOCK=co <= bk,
+            WIDE=wide(h * w * ci, oh * ow * co),
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             PRECISION=precision(x.dtype),
             TH=c.th,

@@ -42,20 +42,22 @@ class Config:
 
 
 CONFIGS = (
-    Config(8, 16, 128, 64, 8, 3),
-    Config(8, 16, 64, 64, 4, 3),
-    Config(8, 16, 64, 32, 4, 3),
-    Config(8, 16, 32, 32, 4, 3),
-    Config(8, 16, 16, 16, 4, 3),
-    Config(4, 16, 64, 64, 4, 3),
-    Config(4, 4, 64, 64, 4, 3),
+    Config(8, 16, 128, 64, 8, 2),
+    Config(8, 16, 64, 64, 8, 2),
+    Config(8, 16, 64, 32, 4, 2),
+    Config(8, 16, 32, 32, 4, 2),
+    Config(8, 16, 16, 16, 4, 2),
+    Config(4, 16, 64, 64, 4, 2),
+    Config(8, 8, 64, 64, 4, 2),
 )
 """Shipped tiles for 16-bit types; each is compiled and checked for spills by the static suite."""
 
 CONFIGS_FLOAT32 = (Config(8, 8, 32, 32, 4, 2), Config(4, 4, 32, 32, 4, 2))
 
 
-def pick(dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int) -> Config:
+def pick(
+    dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int
+) -> Config:
     """The shipped tile that wastes least: channels first, then the size of the map."""
     if dtype == torch.float32:
         return CONFIGS_FLOAT32[0] if height * width > 64 else CONFIGS_FLOAT32[1]
@@ -75,6 +77,11 @@ def pick(dtype: torch.dtype, channels_in: int, channels_out: int, height: int, w
 def as_3d(shape: tuple[int, ...] | torch.Size) -> tuple[int, int, int]:
     """(D, H, W) of spatial sizes (H, W) or (D, H, W)."""
     return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+
+
+def wide(*sizes: int) -> bool:
+    """Whether an offset inside a plane of one of these sizes needs 64 bits (with room for the halo)."""
+    return max(sizes) >= 2**30
 
 
 @triton.jit
@@ -111,6 +118,7 @@ def fprop_kernel(
     FINISH: tl.constexpr,
     OUT_ACT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     TH: tl.constexpr,
@@ -131,24 +139,27 @@ def fprop_kernel(
     oh = th * TH + row // TW
     ow = tw * TW + row % TW
     valid = (oh < OH) & (ow < OW)
+    if WIDE:
+        # offsets inside one plane are 32-bit unless the plane itself is larger
+        oh = oh.to(tl.int64)
+        ow = ow.to(tl.int64)
     co = tl.program_id(1) * BN + tl.arange(0, BN)
     comask = co < CO
     ci0 = tl.arange(0, BK)
-    if ONE_BLOCK and HAS_COEF:
-        a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci0, ci0 < CI, N, CI)
     acc = tl.zeros((BM, BN), tl.float32)
     for kd in range(KD):
         # a vector, not a scalar: Triton's interpreter widens a scalar mask when it broadcasts it
-        dd = row * 0 + (od * STRIDE_D - PD + kd)
-        inside_d = (dd >= 0) & (dd < D)
+        depth = od * STRIDE_D - PD + kd
+        depths = row * 0 + depth
+        inside_d = (depths >= 0) & (depths < D)
+        plane = x_ptr + (n * D + depth) * H * W * CI
         for kh in range(K):
             ih = oh * STRIDE - PH + kh
             inside_h = valid & inside_d & (ih >= 0) & (ih < H)
-            line = ((n * D + dd) * H + ih) * W
             for kw in tl.static_range(K):
                 iw = ow * STRIDE - PW + kw
                 inside = inside_h & (iw >= 0) & (iw < W)
-                x_row = x_ptr + (line + iw) * CI
+                x_row = plane + (ih * W + iw) * CI
                 w_col = w_ptr + ((co * KD + kd) * K + kh) * K * CI + kw * CI
                 if ONE_BLOCK:
                     mask = inside[:, None] & (ci0 < CI)[None, :]
@@ -159,6 +170,7 @@ def fprop_kernel(
                         other=0.0,
                     )
                     if HAS_COEF:
+                        a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci0, ci0 < CI, N, CI)
                         v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
                         # padding is zero after the affine, not act(b)
                         x = tl.where(mask, v, 0.0).to(x.dtype)
@@ -197,8 +209,12 @@ def fprop_kernel(
     if FINISH:
         oa, ob, og, os, op, oq, oslope = load_coef(out_coef_ptr, n, co, comask, N, CO)
         acc = affine(acc, oa, ob, og, os, op, oq, oslope, OUT_ACT)
-    at = (((n * OD + od) * OH + oh) * OW + ow)[:, None] * CO + co[None, :]
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & comask[None, :])
+    at = (oh * OW + ow)[:, None] * CO + co[None, :]
+    tl.store(
+        y_ptr + (n * OD + od) * OH * OW * CO + at,
+        acc.to(y_ptr.dtype.element_ty),
+        mask=valid[:, None] & comask[None, :],
+    )
 
 
 def _launch(
@@ -267,6 +283,7 @@ def _launch(
             FINISH=out_coef is not None,
             OUT_ACT=ACT_CODES[out_act],
             ONE_BLOCK=ci <= bk,
+            WIDE=wide(h * w * ci, oh * ow * co),
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             PRECISION=precision(x.dtype),
             TH=c.th,

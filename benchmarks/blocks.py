@@ -34,7 +34,10 @@ class Block:
 
 @dataclass
 class Tensors:
-    """The inputs of a block; ``upstream`` is the gradient at its output."""
+    """The inputs of a block; ``upstream`` is the gradient at its output.
+
+    ``input_grad`` says whether x is differentiated; a network's first layer does not need that.
+    """
 
     x: Tensor
     weight: Tensor
@@ -44,15 +47,17 @@ class Tensors:
     gamma: Tensor
     beta: Tensor
     upstream: Tensor
+    input_grad: bool = True
 
     def leaves(self) -> list[Tensor]:
-        """All that a training step differentiates, x first."""
-        some = [self.x, self.weight, self.bias, self.norm_weight, self.norm_bias]
-        return [t for t in (*some, self.gamma, self.beta) if t is not None]
+        """All that a training step differentiates."""
+        first = [self.x] if self.input_grad else []
+        return [*first, *self.parameters(), self.gamma, self.beta]
 
     def parameters(self) -> list[Tensor]:
-        """What does not count as saved: weights, not the input."""
-        return self.leaves()[1:-2]
+        """What does not count as saved: the weights, not the input."""
+        some = (self.weight, self.bias, self.norm_weight, self.norm_bias)
+        return [t for t in some if t is not None]
 
     def to(self, dtype: torch.dtype, layout: str = "contiguous", grad: bool = True) -> Tensors:
         """Copies in a dtype and a layout; γ and β stay float32 unless ``dtype`` is float64."""
@@ -72,9 +77,11 @@ class Tensors:
                 film=name in ("gamma", "beta"),
             )
             for name in self.__dataclass_fields__
+            if name != "input_grad"
         }
-        values["upstream"] = values["upstream"].detach()  # type: ignore[union-attr]
-        return Tensors(**values)  # type: ignore[arg-type]
+        for name in ("upstream",) if self.input_grad else ("upstream", "x"):
+            values[name] = values[name].detach()  # type: ignore[union-attr]
+        return Tensors(**values, input_grad=self.input_grad)  # type: ignore[arg-type]
 
 
 def make(block: Block, device: str, dtype: torch.dtype, seed: int = 0) -> Tensors:
@@ -99,6 +106,7 @@ def make(block: Block, device: str, dtype: torch.dtype, seed: int = 0) -> Tensor
         gamma=normal(n, layer.cout, scale=0.3, shift=1.0).float(),
         beta=normal(n, layer.cout, scale=0.3).float(),
         upstream=normal(n, layer.cout, *layer.output),
+        input_grad=layer.input_grad,
     )
 
 

@@ -77,12 +77,14 @@ def parser() -> Parser:
     return p
 
 
-def choose_dtypes(given: list[list[str]] | None, device: str, suite: str) -> list[str]:
+def choose_dtypes(
+    given: list[list[str]] | None, device: str, suite: str, quick: bool = False
+) -> list[str]:
     """The dtypes asked for, or the usual ones of a device and suite."""
     if given:
         return list(dict.fromkeys(name for names in given for name in names))
     if device == "cpu":
-        return ["float32", "bfloat16"]
+        return ["float32"] if quick and suite == "peers" else ["float32", "bfloat16"]
     return ["bfloat16", "float16", "tf32", "float32"] if suite == "peers" else ["bfloat16", "float32"]
 
 
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no CUDA device")
     suite = args.suite or "all"
-    dtypes = choose_dtypes(args.dtype, device, suite)
+    dtypes = choose_dtypes(args.dtype, device, suite, args.quick)
     if device == "cpu" and "tf32" in dtypes:
         p.error("--dtype tf32 exists on CUDA devices only")
     for name, path in (("--json", args.json), ("--plot", args.plot)):

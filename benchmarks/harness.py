@@ -77,7 +77,7 @@ class Effort:
 
     Attributes:
         min_rounds, max_rounds: bounds of the number of rounds.
-        seconds: rounds are added until they are expected to have taken this long.
+        seconds: between these bounds, rounds are added until they have taken this long.
         window: a timed region shorter than this is repeated until it is this long.
     """
 
@@ -87,7 +87,7 @@ class Effort:
     window: float = 2e-3
 
 
-QUICK = Effort(min_rounds=3, max_rounds=9, seconds=0.5)
+QUICK = Effort(min_rounds=3, max_rounds=15, seconds=0.4)
 
 
 def paired(
@@ -96,7 +96,7 @@ def paired(
     """Seconds of each function in each round; the functions take turns within a round.
 
     The order within a round rotates, so that no function always runs after the same one. Warm-up calls
-    are not in the result; the last of them sets the number of rounds and of calls in a region.
+    are not in the result; the fastest of them sets the number of calls in a region.
 
     Returns:
         name -> seconds, one entry a round, the same number of rounds for every name.
@@ -104,16 +104,15 @@ def paired(
     names = list(functions)
     if not names:
         return {}
-    estimate = {}
+    calls = {}
     for name in names:
-        for _ in range(max(warmup, 1)):
-            estimate[name] = clock.time(functions[name], 1)
-    calls = {n: max(1, round(effort.window / max(estimate[n], 1e-7))) for n in names}
-    round_seconds = sum(estimate[n] * calls[n] for n in names)
-    wanted = round(effort.seconds / max(round_seconds, 1e-9))
-    rounds = min(max(wanted, effort.min_rounds), effort.max_rounds)
+        estimate = min(clock.time(functions[name], 1) for _ in range(max(warmup, 1)))
+        calls[name] = max(1, round(effort.window / max(estimate, 1e-7)))
     times: dict[str, list[float]] = {n: [] for n in names}
-    for r in range(rounds):
+    start = clock.now()
+    for r in range(effort.max_rounds):
+        if r >= effort.min_rounds and clock.now() - start >= effort.seconds:
+            break
         shift = r % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].append(clock.time(functions[name], calls[name]))

@@ -15,6 +15,9 @@ from .roofline import ulp
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
 
+OURS = ("fastfilm", "triton")
+"""Beginnings of our providers' names: only their failures fail the run, a peer's is shown."""
+
 ERROR_FACTOR = 1.5
 """How much larger than eager's a provider's error may be, before one ulp is added."""
 
@@ -122,7 +125,7 @@ class Record:
     def add(self, row: Row) -> None:
         """Checks a row, appends it and writes the file."""
         self.rows.append(check(row))
-        self.failed |= row.status == FAILED
+        self.failed |= row.status == FAILED and row.provider.startswith(OURS)
         self.write()
 
     def write(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .harness import Budget, Call, Clock, Effort, best, paired, paired_ratio, peak_bytes, quantile
 from .providers import EAGER, float32_precision, one_line
-from .record import FAILED, SKIPPED, Record, Row, relative_error
+from .record import FAILED, SKIPPED, Record, Row, error_passes, relative_error
 from .roofline import Ceilings, Work
 
 Results = list[Tensor | None]
@@ -69,6 +69,7 @@ class Session:
     compile_seconds: float = 60.0
     baseline: tuple[str, ...] = EAGER
     verbose: bool = True
+    told: set[tuple[str, str, str]] = field(default_factory=set)
 
     def say(self, text: str) -> None:
         """Progress, on stderr: stdout is for the table."""
@@ -89,8 +90,19 @@ class Session:
         )
 
     def skip(self, case: Case, provider: str, reason: str) -> None:
-        """Records that a provider was left out, and why."""
-        self.record.add(self.row(case, provider, status=SKIPPED, note=reason))
+        """Records that a provider was left out, and why; the same reason once a suite."""
+        told = (case.suite, provider, reason)
+        if told not in self.told:
+            self.told.add(told)
+            self.record.add(self.row(case, provider, status=SKIPPED, note=reason))
+
+    def _trusted(self, errors: Mapping[str, float], dtype: str) -> list[str]:
+        """The baseline's layouts without one that is wrong beside the other."""
+        known = [errors[n] for n in self.baseline if n in errors]
+        least = min(known, default=float("inf"))
+        return [
+            n for n in self.baseline if n not in errors or error_passes(errors[n], least, dtype)
+        ]
 
     def _first_run(
         self, case: Case, name: str, provider: Provider
@@ -150,8 +162,8 @@ class Session:
             if provider.saved is not None:
                 rows[name].saved_bytes = provider.saved()
         calls: dict[str, Call] = {n: providers[n].call for n in rows}
-        times = paired(calls, self.clock, self.effort, warmup=1)
-        baseline = best(times, self.baseline)
+        times = paired(calls, self.clock, self.effort)
+        baseline = best(times, self._trusted(errors, case.dtype))
         for name, row in rows.items():
             _fill(row, times[name], case.work)
             if name in errors:

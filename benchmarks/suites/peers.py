@@ -1,12 +1,13 @@
 """What the peers reach today: whole networks, then their layers from the heaviest to the lightest.
 
-Needs no kernel of fastfilm. The layers' convolutions are timed alone (forward, dgrad, wgrad), then with
-their norm, activation and FiLM (forward, backward).
+Needs no kernel of fastfilm. A layer's convolution is timed alone (forward, dgrad, wgrad), then with its
+norm, activation and FiLM (forward, backward).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from .. import blocks, providers
 from ..blocks import Block, Tensors
+from ..harness import Effort
 from ..networks import NETWORKS, Network
 from ..roofline import DTYPES, Layer, flops, work
 from ..session import Case, Provider, Results, Session
 from ..step import Step
 from .model import compile_into, one_hot
 
-SHRINK_ON_CPU = 4
+SHRINK_ON_CPU, SHRINK_QUICK = 4, 8
 LAYOUTS = {"eager": "contiguous", "eager-channels-last": "channels-last"}
+QUICK_LAYER = Effort(min_rounds=3, max_rounds=9, seconds=0.1, window=1e-3)
 KINDS = ("forward", "dgrad", "wgrad")
 
 
@@ -30,7 +33,7 @@ def networks(session: Session) -> list[Network]:
     """The networks at their usual sizes; on a CPU with batch 1 and small patches."""
     if session.device == "cuda":
         return list(NETWORKS)
-    return [n.shrunk(SHRINK_ON_CPU) for n in NETWORKS]
+    return [n.shrunk(SHRINK_QUICK if session.quick else SHRINK_ON_CPU) for n in NETWORKS]
 
 
 def ranked(nets: list[Network]) -> list[tuple[Layer, Network, dict[str, int]]]:
@@ -64,22 +67,26 @@ def run(session: Session) -> None:
                 if session.budget.spent():
                     return
                 _network(session, net, dtype, mode)
-    layers = ranked(nets)
-    for dtype in session.dtypes:
-        for layer, net, counts in layers:
-            for kind in KINDS:
-                if session.budget.spent():
-                    return
-                if kind != "dgrad" or layer.input_grad:
-                    _convolution(session, layer, net, counts, dtype, kind)
-    for dtype in session.dtypes:
-        for layer, net, counts in layers:
-            if layer.transposed or layer.kernel == 1 or layer.cout == net.classes:
-                continue  # no norm behind these
-            for mode in ("forward", "backward"):
-                if session.budget.spent():
-                    return
-                _block(session, layer, net, counts, dtype, mode)
+    if session.quick:
+        session = replace(session, effort=QUICK_LAYER)
+    for layer, net, counts in ranked(nets):
+        for dtype in session.dtypes:
+            _layer(session, layer, net, counts, dtype)
+            if session.budget.spent():
+                return
+
+
+def _layer(
+    session: Session, layer: Layer, net: Network, counts: dict[str, int], dtype: str
+) -> None:
+    for kind in KINDS:
+        if kind != "dgrad" or layer.input_grad:
+            _convolution(session, layer, net, counts, dtype, kind)
+    if layer.transposed or layer.kernel == 1 or layer.cout == net.classes:
+        return  # no norm behind these
+    for mode in ("forward", "backward"):
+        if not session.budget.spent():
+            _block(session, layer, net, counts, dtype, mode)
 
 
 def _network(session: Session, net: Network, dtype: str, mode: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import fastfilm
 import torch
 import torch.nn.functional as F
-from fastfilm.ops import reference
 from torch import Tensor
+
+import fastfilm
+from fastfilm.ops import reference
 
 from .harness import saved_bytes
 from .providers import channels_last
@@ -149,7 +150,7 @@ def eager(block: Block, t: Tensors, expanded: bool = False) -> Tensor:
 
 def fused(block: Block, t: Tensors) -> Tensor:
     """The block as one fastfilm op."""
-    return fastfilm.conv_norm_film(
+    out = fastfilm.conv_norm_film(
         t.x,
         t.weight,
         t.bias,
@@ -166,6 +167,8 @@ def fused(block: Block, t: Tensors) -> Tensor:
         beta=t.beta,
         order=block.order,
     )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def definition(block: Block, t: Tensors) -> Tensor:

@@ -85,7 +85,9 @@ def choose_dtypes(
         return list(dict.fromkeys(name for names in given for name in names))
     if device == "cpu":
         return ["float32"] if quick and suite == "peers" else ["float32", "bfloat16"]
-    return ["bfloat16", "float16", "tf32", "float32"] if suite == "peers" else ["bfloat16", "float32"]
+    return (
+        ["bfloat16", "float16", "tf32", "float32"] if suite == "peers" else ["bfloat16", "float32"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class Generator(nn.Module):
 
 
 class Film(nn.Module):
-    """γ·x + β; ``expanded`` repeats γ and β to one map of 2C full channels first, as ivadomed does."""
+    """γ·x + β; ``expanded`` first repeats γ and β to 2C full channels, as ivadomed does."""
 
     def __init__(self, metadata: int, channels: int, form: FilmForm) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class EagerFiLMedUNet(nn.Module):
         self._tie()
 
     def _tie(self) -> None:
-        """One pair of hidden weight matrices for all generators; the biases are each layer's own."""
+        """One pair of hidden weight matrices for all generators; biases are each layer's own."""
         films = [m for m in self.modules() if isinstance(m, Generator)]
         for generator in films[1:]:
             generator.linear1.weight = films[0].linear1.weight
@@ -132,19 +132,23 @@ class EagerFiLMedUNet(nn.Module):
     def forward(self, image: Tensor, metadata: Tensor | None = None) -> Tensor:
         """Image [N, C, *S] and metadata [N, M] -> probabilities [N, classes, *S]."""
 
-        def film(layer: nn.Module | None, x: Tensor) -> Tensor:
+        def film(layer: Any, x: Tensor) -> Tensor:
             return x if layer is None else layer(x, metadata)
 
-        x, skips = image, []
-        down, up = self.encoder.down_path, self.decoder.up_path
+        x: Tensor = image
+        skips: list[Tensor] = []
+        down: Any = self.encoder.down_path
+        up: Any = self.decoder.up_path
+        bottom: Any = self.encoder.conv_bottom
+        last: Any = self.decoder.last_conv
         for i in range(self.depth):
             x = film(_at(down, 3 * i + 1), _at(down, 3 * i)(x))
             skips.append(x)
             x = _at(down, 3 * i + 2)(x)
-        x = film(self.encoder.film_bottom, self.encoder.conv_bottom(x))
+        x = film(self.encoder.film_bottom, bottom(x))
         for j in range(self.depth):
             x = film(_at(up, 2 * j + 1), _at(up, 2 * j)(x, skips.pop()))
-        return torch.sigmoid(film(self.decoder.last_film, self.decoder.last_conv(x)))
+        return torch.sigmoid(film(self.decoder.last_film, last(x)))
 
 
 def _pool(dims: int) -> nn.Module:
@@ -160,7 +164,7 @@ def _indexed(modules: list[nn.Module | None]) -> nn.Module:
     return holder
 
 
-def _at(holder: nn.Module, index: int) -> nn.Module | None:
+def _at(holder: nn.Module, index: int) -> Any:
     return getattr(holder, str(index), None)
 
 

@@ -1,4 +1,4 @@
-"""Paired, interleaved timing: every provider once a round, so that a drift of the machine hits all alike."""
+"""Paired, interleaved timing: every provider once a round, so that a drift hits all alike."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def paired(
 ) -> dict[str, list[float]]:
     """Seconds of each function in each round; the functions take turns within a round.
 
-    The order within a round rotates, so that no function always runs after the same one. Warm-up calls
-    are not in the result; the fastest of them sets the number of calls in a region.
+    The order within a round rotates, so that no function always runs after the same one. Warm-up
+    calls are not in the result; the fastest of them sets the number of calls in a region.
 
     Returns:
         name -> seconds, one entry a round, the same number of rounds for every name.

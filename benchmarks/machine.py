@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ def ceilings(device: str, dtypes: list[str], clock: Clock, quick: bool = False) 
     source = torch.empty((1 << 30) if big else (64 << 20), dtype=torch.int8, device=device)
     source.random_(0, 100)
     target = torch.empty_like(source)
-    copy = min(clock.time(lambda: target.copy_(source), 1) for _ in range(tries))
-    bandwidth = 2 * source.numel() / copy
-    del source, target
+    copy = partial(target.copy_, source)
+    bandwidth = 2 * source.numel() / min(clock.time(copy, 1) for _ in range(tries))
+    del source, target, copy
     matrix = {}
     for name in dtypes:
         matrix[name] = _matrix_rate(device, name, clock, tries)
@@ -119,7 +120,7 @@ def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int) -> float:
             if rate and 2 * size**3 / rate > 1.0:
                 break  # a dtype that this processor only emulates
             a, b = (torch.randn(size, size).to(DTYPES[dtype]).to(device) for _ in range(2))
-            fastest = min(clock.time(lambda a=a, b=b: a @ b, 1) for _ in range(2 * tries))
+            fastest = min(clock.time(partial(torch.matmul, a, b), 1) for _ in range(2 * tries))
             rate = max(rate, 2 * size**3 / fastest)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,8 +1,8 @@
 """The networks of the studies as data: channels, strides, patch sizes; and their layers, counted.
 
-nnU-Net's ResidualEncoderUNet with the channels and blocks of its "L" preset (Isensee et al. 2024) and
-MONAI's DynUNet with its default filters, both at the usual 128³ patch with a batch of 2 and four MR
-contrasts. Deep supervision heads are left out: their work is below a thousandth.
+nnU-Net's ResidualEncoderUNet with the channels and blocks of its "L" preset (Isensee et al. 2024)
+and MONAI's DynUNet with its default filters, both at the usual 128³ patch with a batch of 2 and
+four MR contrasts. Deep supervision heads are left out: their work is below a thousandth.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is measured: each provider is a function of no arguments, ready to be timed, or a reason why not."""
+"""Who is measured: fastfilm's backends, torch.compile, and the reasons why one is left out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-import fastfilm
 import torch
 from torch import Tensor
+
+import fastfilm
 
 from .harness import TookTooLong, time_limit
 
@@ -72,7 +73,7 @@ def compile_modes(device: str) -> dict[str, str | None]:
 def compiled(
     function: Callable[..., object], mode: str | None, first: Callable[..., object], seconds: float
 ) -> tuple[Callable[..., object] | None, str]:
-    """``function`` compiled and run once by ``first(compiled_function)``, or None and the reason."""
+    """``function`` compiled and run once by ``first(compiled)``, or None and the reason."""
     torch._dynamo.reset()
     try:
         with time_limit(seconds, "compiling"):
@@ -103,5 +104,3 @@ def amp(device: str, dtype: str) -> AbstractContextManager[object]:
     if dtype not in ("bfloat16", "float16"):
         return contextlib.nullcontext()
     return torch.autocast(device, getattr(torch, dtype))
-
-

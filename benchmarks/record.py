@@ -1,4 +1,4 @@
-"""Rows of the result, the check that decides whether a row may show a speed-up, and the JSON file."""
+"""Rows of the result, the check whether a row may show a speed-up, and the JSON file."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Row:
 
 
 def error_passes(error: float, eager_error: float, dtype: str) -> bool:
-    """Whether ``error`` is at most 1.5 times eager's plus one ulp of ``dtype``; NaN never passes."""
+    """Whether ``error`` is at most 1.5 times eager's plus one ulp; NaN never passes."""
     return error <= ERROR_FACTOR * eager_error + ulp(dtype)
 
 

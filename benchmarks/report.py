@@ -91,7 +91,10 @@ def align(cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of equal columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
 
@@ -106,7 +109,7 @@ def table(rows: Iterable[Row]) -> str:
         lines = align([names, *([show(r) for _, show in COLUMNS] for r in timed)])
         parts += ["", lines[0]]
         previous = None
-        for row, line in zip(timed, lines[1:]):
+        for row, line in zip(timed, lines[1:], strict=True):
             case = f"{row.suite}: {row.case}, {row.mode}, {SHORT.get(row.dtype, row.dtype)}"
             if case != previous:
                 parts += ["", case]

@@ -1,4 +1,4 @@
-"""The floor of a layer: the time its arithmetic or its compulsory traffic takes at the measured ceilings."""
+"""The floor of a layer: its arithmetic or its compulsory traffic at the measured ceilings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-
 
 DTYPES = {
     "float32": torch.float32,
@@ -63,7 +62,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured in the same run: bytes/s of a large copy, FLOP/s of a large matrix product by dtype."""
+    """Measured in the same run: bytes/s of a large copy, FLOP/s of a large product by dtype."""
 
     bandwidth: float
     matrix: dict[str, float]
@@ -104,7 +103,7 @@ class Work:
 
 
 def work(layers: Iterable[Layer], batch: int, dtype: str, mode: str, ceilings: Ceilings) -> Work:
-    """Sum over the layers of max(bytes / bandwidth, flops / matrix rate), times the passes of ``mode``."""
+    """Sum over the layers of max(bytes / bandwidth, flops / rate), times the passes of ``mode``."""
     total_flops, total_bytes, floor = 0, 0, 0.0
     for layer in layers:
         n = passes(layer, mode)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def load_package() -> None:
-    """Makes this folder importable as ``benchmarks`` without putting the checkout on ``sys.path``."""
+    """Makes this folder importable as ``benchmarks``, the checkout staying off ``sys.path``."""
     if "benchmarks" in sys.modules:
         return
     here = Path(__file__).resolve().parent

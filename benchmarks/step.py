@@ -49,7 +49,7 @@ class Step:
         model = copy.deepcopy(model).train(self.training)
         if layout == "channels-last":
             form = torch.channels_last if image.dim() == 4 else torch.channels_last_3d
-            model = model.to(memory_format=form)
+            model = model.to(memory_format=form)  # type: ignore[call-overload]
             image = channels_last(image)
         if dtype == "float64" or not self.training:
             storage = DTYPES[dtype]
@@ -98,7 +98,7 @@ class Step:
 
 
 def _renamed(model: nn.Module, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Gradients under ivadomed's names: they travel through ``to_ivadomed`` in the parameters' place."""
+    """Gradients under ivadomed's names: they go through ``to_ivadomed`` as the parameters do."""
     carrier = copy.deepcopy(model)
     with torch.no_grad():
         for name, p in carrier.named_parameters():

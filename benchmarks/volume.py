@@ -19,7 +19,7 @@ def load(path: str) -> NDArray[np.float32]:
     """Voxels [X, Y, Z] of a NIfTI file.
 
     Raises:
-        InputError: the file is missing, unreadable, not three-dimensional, or has no finite contrast.
+        InputError: the file is missing, unreadable, not 3D, constant, or not finite.
     """
     try:
         import nibabel
@@ -45,7 +45,9 @@ def check(voxels: NDArray[np.float32], name: str) -> NDArray[np.float32]:
     if not np.isfinite(voxels).all():
         raise InputError(f"--volume must hold finite values, found NaN or infinity in {name}")
     if float(voxels.std()) == 0.0:
-        raise InputError(f"--volume must not be constant, got {voxels.flat[0]} everywhere in {name}")
+        raise InputError(
+            f"--volume must not be constant, got {voxels.flat[0]} everywhere in {name}"
+        )
     return voxels
 
 
@@ -67,8 +69,8 @@ def z_score(voxels: NDArray[np.float32]) -> Tensor:
 def slices(voxels: NDArray[np.float32], count: int, size: tuple[int, int]) -> Tensor:
     """The ``count`` central axial slices as a batch [count, 1, H, W].
 
-    Larger slices are cropped to ``size`` around their centre, smaller ones resampled up to it; a volume
-    with fewer slices gives some of them twice.
+    Larger slices are cropped to ``size`` around their centre, smaller ones resampled up to it; a
+    volume with fewer slices gives some of them twice.
     """
     t = z_score(voxels)
     depth = t.shape[2]

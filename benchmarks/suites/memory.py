@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
-import fastfilm
 import torch
 
+import fastfilm
+
 from .. import providers
-from ..networks import Network
+from ..eager import FilmForm
+from ..networks import NETWORKS
 from ..record import FAILED
 from ..session import Case, Session
 from ..step import Step
@@ -17,11 +20,13 @@ from .model import one_hot, twin
 LIMIT = 0.75
 """Most that fastfilm may keep, as a part of what eager with broadcast γ and β keeps."""
 
-FORMS = (("eager", "broadcast"), ("paper", "expanded"), ("eager-no-film", "none"))
+FORMS: tuple[tuple[str, FilmForm], ...] = (
+    ("eager", "broadcast"),
+    ("paper", "expanded"),
+    ("eager-no-film", "none"),
+)
 
-NETWORK = Network(
-    "FiLMedUNet 2D", "film", 1, 1, 1, (320, 256), (64, 128, 256, 512), norm="batch", act="relu"
-)  # fmt: skip
+NETWORK = replace(NETWORKS[0], batch=1)
 
 
 def run(session: Session) -> None:
@@ -35,7 +40,7 @@ def run(session: Session) -> None:
     step = partial(Step, mode="training", dtype="float32")
     steps = {}
     for name, form in FORMS:
-        network = model if form == "broadcast" else NETWORK.build(form).to(session.device)  # type: ignore[arg-type]
+        network = model if form == "broadcast" else NETWORK.build(form).to(session.device)
         if form == "expanded":
             network.load_state_dict(model.state_dict())
         steps[name] = step(network, *batch)
@@ -48,9 +53,9 @@ def run(session: Session) -> None:
     with torch.no_grad():
         expected = steps["eager"].forward()
     for name, one in steps.items():
-        row = session.row(case, name, saved_bytes=one.saved())
-        part = row.saved_bytes / eager_bytes
-        row.note = f"{row.saved_bytes / 2**20:.1f} MiB, {part:.2f} of eager"
+        kept = one.saved()
+        part = kept / eager_bytes
+        row = session.row(case, name, saved_bytes=kept, note=f"{part:.2f} of eager's")
         row.extra["saved_ratio"] = part
         if name.startswith("fastfilm"):
             out = one.forward().detach()

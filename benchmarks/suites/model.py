@@ -1,15 +1,17 @@
-"""Whole FiLMed U-Nets on patches of a real volume, or of the phantom: inference and training step."""
+"""Whole FiLMed U-Nets on patches of a volume or of the phantom: inference and training step."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
-import fastfilm
 import torch
 from torch import Tensor, nn
 
+import fastfilm
+
 from .. import providers, volume
-from ..networks import Network
+from ..networks import NETWORKS, Network
 from ..roofline import DTYPES, work
 from ..session import Case, Provider, Results, Session
 from ..step import Step
@@ -19,19 +21,12 @@ METADATA = 3
 
 def networks(session: Session) -> list[Network]:
     """The networks to run, sized so that a call takes tens of milliseconds."""
-    order = {"act": "relu", "order": "conv-act-norm-film"}
     if session.device == "cuda":
-        flat = Network(
-            "FiLMedUNet 2D", "film", 16, 1, 1, (320, 256), (64, 128, 256, 512), norm="batch", **order
-        )
-        deep = Network(
-            "FiLMedUNet 3D", "film", 2, 1, 1, (128, 128, 128), (32, 64, 128, 256), **order
-        )
-        return [flat, deep]
-    batch = 2 if session.quick else 4
+        return list(NETWORKS[:2])
+    flat, deep = NETWORKS[:2]
     return [
-        Network("FiLMedUNet 2D", "film", batch, 1, 1, (128, 128), (16, 32, 64), norm="batch", **order),
-        Network("FiLMedUNet 3D", "film", 1, 1, 1, (64, 64, 16), (8, 16), **order),
+        replace(flat, batch=2 if session.quick else 4, size=(128, 128), widths=(16, 32, 64)),
+        replace(deep, batch=1, size=(64, 64, 16), widths=(8, 16)),
     ]
 
 
@@ -136,7 +131,7 @@ def truth(
 def compile_into(
     session: Session, candidates: dict[str, Provider], make: partial[Step], names: list[str] | None
 ) -> list[tuple[str, str]]:
-    """Adds the compiled variants of a step to ``candidates``; returns (name, reason) of the others."""
+    """Adds the compiled variants of a step to ``candidates``; (name, reason) of the others."""
     skipped = []
     for name, kind in providers.compile_modes(session.device).items():
         reason = providers.why_not_compile(session.device, session.quick)

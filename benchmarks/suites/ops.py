@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import fastfilm
 import torch
 from torch import Tensor
+
+import fastfilm
 
 from .. import blocks, providers
 from ..blocks import Block, Tensors

@@ -1,7 +1,7 @@
 """What the peers reach today: whole networks, then their layers from the heaviest to the lightest.
 
-Needs no kernel of fastfilm. A layer's convolution is timed alone (forward, dgrad, wgrad), then with its
-norm, activation and FiLM (forward, backward).
+Needs no kernel of fastfilm. A layer's convolution is timed alone (forward, dgrad, wgrad), then with
+its norm, activation and FiLM (forward, backward).
 """
 
 from __future__ import annotations

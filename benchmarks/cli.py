@@ -131,7 +131,8 @@ def run(args: argparse.Namespace, device: str, suite: str, dtypes: list[str]) ->
 
             {"model": model, "memory": memory, "ops": ops, "peers": peers}[name].run(session)
     record = session.record
-    record.machine["finished_s"] = round(time.monotonic() - started, 1)
+    record.machine["seconds"] = round(time.monotonic() - started, 1)
+    record.machine["load_end"] = machine.load()
     record.write()
     print(report.table(record.rows))
     reason = report.plot(record.rows, record.machine, Path(args.plot))

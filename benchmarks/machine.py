@@ -58,6 +58,11 @@ def triton_version() -> str | None:
         return "unknown"
 
 
+def load() -> float | None:
+    """Load average of the last minute, where the system has one."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 def describe(device: str) -> dict[str, Any]:
     """The header of a run, as JSON values."""
     import fastfilm
@@ -69,7 +74,7 @@ def describe(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "load": None,
+        "load": load(),
         "driver": None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -82,8 +87,6 @@ def describe(device: str) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(["run.py", *sys.argv[1:]]),
     }
-    if hasattr(os, "getloadavg"):
-        info["load"] = round(os.getloadavg()[0], 2)
     if device == "cuda":
         info["device_name"] = torch.cuda.get_device_name()
         info["driver"] = _output(

@@ -97,7 +97,7 @@ def _network(session: Session, net: Network, dtype: str, mode: str) -> None:
         mode,
         dtype,
         work(net.layers().elements(), net.batch, dtype, mode, session.ceilings),
-        {"kind": "network", "network": net.case},
+        {"kind": "network", "network": net.case, "layers": len(net.layers())},
     )
     image = torch.randn(net.batch, net.channels, *net.size).to(session.device)
     upstream = torch.randn(net.batch, net.classes, *net.size).to(session.device)

@@ -242,8 +242,8 @@ def versions(machine: RowDict) -> str:
     rates = ", ".join(f"{SHORT[k]} {v:.3g}" for k, v in machine["matrix_tflops"].items())
     return (
         f"{machine['device_name']}, {machine['threads']} threads of {machine['cores']} cores, load"
-        f" {machine['load']} at the start and {machine.get('load_end')} at the end; torch {machine['torch']}, cuDNN {machine['cudnn']},"
-        f" triton {machine['triton']}, python {machine['python']}, driver {machine['driver']};"
+        f" {machine['load']} at the start and {machine.get('load_end')} at the end;"
+        f" torch {machine['torch']}, triton {machine['triton']}, python {machine['python']}, driver {machine['driver']};"
         f" commit {machine['commit']}. Ceilings of the run: copy {machine['copy_gbps']:.3g} GB/s,"
         f" matrix product {rates} TFLOP/s. Command: `{machine['command']}`."
     )

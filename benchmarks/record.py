@@ -22,6 +22,17 @@ ERROR_FACTOR = 1.5
 """How much larger than eager's a provider's error may be, before one ulp is added."""
 
 
+PLAUSIBLE = {
+    "float32": 1e-4,
+    "tf32": 1e-2,
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+    "float64": 1e-10,
+}
+"""Largest norm-relative error that rounding explains. An eager layout beyond it is wrong, and is then
+neither the baseline of a ratio nor the measure of an error."""
+
+
 @dataclass
 class Row:
     """One provider on one case. Times in seconds, sizes in bytes; None is "not measured".
@@ -33,7 +44,7 @@ class Row:
         tflops, gbps: arithmetic and compulsory traffic of the case over the median time.
         floor_s, fraction_of_floor: roofline floor, and floor / median (1 is at the floor).
         peak_bytes: peak device memory of a call; saved_bytes: kept for the backward pass.
-        error, eager_error: norm-relative error against float64, and that of the best eager layout.
+        error, eager_error: norm-relative error against float64, and the larger one of eager's layouts.
         status: "ok", "FAILED" (error or limit exceeded) or "skipped".
         note: a reason or a remark.
         extra: further keys of a suite, merged into the JSON object.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .harness import Budget, Call, Clock, Effort, best, paired, paired_ratio, peak_bytes, quantile
 from .providers import EAGER, float32_precision, one_line
-from .record import FAILED, SKIPPED, Record, Row, error_passes, relative_error
+from .record import FAILED, PLAUSIBLE, SKIPPED, Record, Row, relative_error
 from .roofline import Ceilings, Work
 
 Results = list[Tensor | None]
@@ -97,12 +98,12 @@ class Session:
             self.record.add(self.row(case, provider, status=SKIPPED, note=reason))
 
     def _trusted(self, errors: Mapping[str, float], dtype: str) -> list[str]:
-        """The baseline's layouts without one that is wrong beside the other."""
-        known = [errors[n] for n in self.baseline if n in errors]
-        least = min(known, default=float("inf"))
-        return [
-            n for n in self.baseline if n not in errors or error_passes(errors[n], least, dtype)
-        ]
+        """The baseline's layouts that are right; if none seems to be, the better one."""
+        known = {n: errors[n] for n in self.baseline if n in errors}
+        right = [n for n, e in known.items() if e <= PLAUSIBLE[dtype]]
+        if known and not right:
+            right = [min(known, key=lambda n: (math.isnan(known[n]), known[n]))]
+        return right or list(self.baseline)
 
     def _first_run(
         self, case: Case, name: str, provider: Provider
@@ -163,12 +164,13 @@ class Session:
                 rows[name].saved_bytes = provider.saved()
         calls: dict[str, Call] = {n: providers[n].call for n in rows}
         times = paired(calls, self.clock, self.effort)
-        baseline = best(times, self._trusted(errors, case.dtype))
+        trusted = self._trusted(errors, case.dtype)
+        baseline = best(times, trusted)
         for name, row in rows.items():
             _fill(row, times[name], case.work)
             if name in errors:
                 row.error = errors[name]
-                row.eager_error = errors.get(baseline or "")
+                row.eager_error = max((errors[n] for n in trusted if n in errors), default=None)
             if baseline is not None:
                 row.ratio = paired_ratio(times[baseline], times[name])
                 if name != baseline and baseline in outputs:

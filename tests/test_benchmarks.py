@@ -198,6 +198,25 @@ def test_a_wrong_provider_prints_failed_instead_of_a_speed_up(tmp_path):
     assert "FAILED" in line and "x " not in line.split("FAILED")[0]
 
 
+def test_a_wrong_eager_layout_is_neither_baseline_nor_yardstick():
+    clock = FakeClock()
+    x = torch.randn(64)
+    session = _session(clock=clock)
+    seconds = {"eager": 2.0, "eager-channels-last": 1.0, "fastfilm-a": 1.0}
+    results = {"eager": x, "eager-channels-last": 2 * x, "fastfilm-a": x * (1 + 1e-3)}
+
+    providers = {
+        name: Provider(
+            lambda name=name: (name, seconds[name]), check=lambda name=name: [results[name]]
+        )
+        for name in seconds
+    }
+    session.measure(Case("ops", "c", "forward", "float32"), providers, lambda: [x.double()])
+    rows = {r.provider: r for r in session.record.rows}
+    assert rows["eager-channels-last"].status == "FAILED" and rows["eager"].ratio == 1.0
+    assert rows["fastfilm-a"].status == "FAILED" and rows["fastfilm-a"].eager_error == 0.0
+
+
 def test_nan_and_a_wrong_shape_never_pass():
     good = torch.ones(3)
     assert math.isnan(record.relative_error([good * math.nan], [good]))

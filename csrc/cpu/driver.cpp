@@ -20,8 +20,12 @@ namespace {
 constexpr int64_t kChunk = 16384;
 constexpr int64_t kChunksPerSample = 256;
 constexpr int64_t kParallelFrom = 32768;
-constexpr int64_t kStripElements = 2048;
-constexpr int64_t kMaxStripRows = 32;
+constexpr int64_t kMinPeriod = 32;
+// Elements that are taken together with their coefficients in registers: the fewer, the closer a pass comes to
+// reading memory in order; sums want more.
+constexpr int64_t kPlainBlock = 256;
+constexpr int64_t kSumBlock = 2048;
+constexpr int64_t kMaxBlockRows = 32;
 constexpr int64_t kMaxPeriod = 4096;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -43,7 +47,7 @@ void parallel_for(int64_t tasks, int threads, const F& f) {
 struct Plan {
   const Kernels& kernels;
   int64_t itemsize, real_size, lanes;
-  int64_t sample, period, padded, strip_rows, chunk_rows, chunks;
+  int64_t sample, period, padded, sum_block, plain_block, chunk_rows, chunks;
   int threads;
 
   explicit Plan(const Map& map) : kernels(current_kernels()) {
@@ -54,13 +58,14 @@ struct Plan {
     sample = map.s * map.c;
     int64_t repeat = lanes / std::gcd(map.c, lanes);
     if (repeat * map.c > kMaxPeriod) repeat = 1;
-    repeat *= std::max<int64_t>(1, 64 / (repeat * map.c));
+    repeat *= std::max<int64_t>(1, kMinPeriod / (repeat * map.c));
     repeat = std::max<int64_t>(1, std::min(repeat, map.s));
     period = repeat * map.c;
     padded = ceil_div(period, lanes) * lanes;
-    strip_rows = std::clamp<int64_t>(kStripElements / period, 4, kMaxStripRows);
+    sum_block = std::clamp<int64_t>(kSumBlock / period, 8, kMaxBlockRows);
+    plain_block = std::clamp<int64_t>(kPlainBlock / period, 2, 4);
     const int64_t chunk = std::max({kChunk, 64 * map.c, ceil_div(sample, kChunksPerSample)});
-    chunk_rows = ceil_div(ceil_div(chunk, period), strip_rows) * strip_rows;
+    chunk_rows = ceil_div(ceil_div(chunk, period), kMaxBlockRows) * kMaxBlockRows;
     chunks = ceil_div(sample, chunk_rows * period);
     threads = map.n * sample > kParallelFrom ? map.threads : 1;
     threads = static_cast<int>(std::min<int64_t>(threads, map.n * chunks));
@@ -101,62 +106,66 @@ const void* offset(const void* p, int64_t at) {
 }
 void* offset(void* p, int64_t at) { return p ? static_cast<char*>(p) + at : nullptr; }
 
-// The last vector of a row that is not a whole number of vectors, by way of padded copies.
-void run_partial(const Plan& plan, StripKernel kernel, Strip strip, int64_t count, int64_t sum_rows) {
+// The last vector of each row where a row is not a whole number of vectors, by way of padded copies.
+void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip, int64_t count,
+                 int64_t sum_rows) {
   constexpr int kVector = 64;
-  alignas(64) char y[kMaxStripRows * kVector] = {}, dv[kMaxStripRows * kVector] = {};
-  alignas(64) char out[kMaxStripRows * kVector];
-  double sums[kApplySums * kVector / 4] = {};
+  alignas(64) char y[kMaxBlockRows * kVector] = {}, dv[kMaxBlockRows * kVector] = {};
+  alignas(64) char out[kMaxBlockRows * kVector];
   const int64_t bytes = count * plan.itemsize, step = plan.lanes * plan.itemsize;
-  const int64_t row = strip.stride * plan.itemsize;
-  Strip padded = strip;
-  padded.width = padded.stride = padded.sum_stride = plan.lanes;
-  padded.y = y;
-  padded.dv = strip.dv ? dv : nullptr;
-  padded.out = out;
-  padded.sums = strip.sums ? sums : nullptr;
-  for (int64_t r = 0; r < strip.rows; ++r) {
-    std::memcpy(y + r * step, offset(strip.y, r * row), bytes);
-    if (strip.dv) std::memcpy(dv + r * step, offset(strip.dv, r * row), bytes);
-  }
-  kernel(padded);
-  if (strip.out) {
-    for (int64_t r = 0; r < strip.rows; ++r) {
-      std::memcpy(offset(strip.out, r * row), out + r * step, bytes);
+  const int64_t pitch = strip.stride * plan.itemsize;
+  for (int64_t row = 0; row < strip.rows; row += strip.block) {
+    double sums[kApplySums * kVector / 4] = {};
+    Strip padded = strip;
+    padded.rows = std::min(strip.block, strip.rows - row);
+    padded.width = padded.stride = padded.sum_stride = plan.lanes;
+    padded.y = y;
+    padded.dv = strip.dv ? dv : nullptr;
+    padded.out = out;
+    padded.sums = strip.sums ? sums : nullptr;
+    for (int64_t r = 0; r < padded.rows; ++r) {
+      std::memcpy(y + r * step, offset(strip.y, (row + r) * pitch), bytes);
+      if (strip.dv) std::memcpy(dv + r * step, offset(strip.dv, (row + r) * pitch), bytes);
     }
-  }
-  if (strip.sums) {
-    for (int64_t k = 0; k < sum_rows; ++k) {
-      for (int64_t j = 0; j < count; ++j) strip.sums[k * strip.sum_stride + j] += sums[k * plan.lanes + j];
+    kernel(padded);
+    for (int64_t r = 0; strip.out && r < padded.rows; ++r) {
+      std::memcpy(offset(strip.out, (row + r) * pitch), out + r * step, bytes);
+    }
+    for (int64_t k = 0; strip.sums && k < sum_rows; ++k) {
+      for (int64_t j = 0; j < count; ++j) {
+        strip.sums[k * strip.sum_stride + j] += sums[k * plan.lanes + j];
+      }
     }
   }
 }
 
-// `elements` consecutive elements, the first of which lies on channel 0.
-void run(const Plan& plan, StripKernel kernel, Strip strip, int64_t elements, int64_t sum_rows) {
-  const Strip first = strip;
+// `rows` rows of `width` elements, the first of which lies on channel 0.
+void run_rows(const Plan& plan, StripKernel kernel, Strip strip, int64_t rows, int64_t width,
+              int64_t sum_rows) {
+  if (rows == 0 || width == 0) return;
+  strip.rows = rows;
   strip.stride = plan.period;
-  for (int64_t done = 0; done < elements;) {
-    const int64_t left = elements - done;
-    const int64_t width = std::min(plan.period, left);
-    strip.rows = std::min(left / width, plan.strip_rows);
-    strip.y = offset(first.y, done * plan.itemsize);
-    strip.dv = offset(first.dv, done * plan.itemsize);
-    strip.out = offset(first.out, done * plan.itemsize);
-    strip.width = width / plan.lanes * plan.lanes;
-    if (strip.width) kernel(strip);
-    if (strip.width < width) {
-      const int64_t j = strip.width;
-      Strip rest = strip;
-      rest.y = offset(strip.y, j * plan.itemsize);
-      rest.dv = offset(strip.dv, j * plan.itemsize);
-      rest.out = offset(strip.out, j * plan.itemsize);
-      rest.coef = offset(strip.coef, j * plan.real_size);
-      if (strip.sums) rest.sums = strip.sums + j;
-      run_partial(plan, kernel, rest, width - j, sum_rows);
-    }
-    done += strip.rows * width;
-  }
+  strip.block = strip.sums ? plan.sum_block : plan.plain_block;
+  strip.width = width / plan.lanes * plan.lanes;
+  if (strip.width) kernel(strip);
+  const int64_t j = strip.width;
+  if (j == width) return;
+  strip.y = offset(strip.y, j * plan.itemsize);
+  strip.dv = offset(strip.dv, j * plan.itemsize);
+  strip.out = offset(strip.out, j * plan.itemsize);
+  strip.coef = offset(strip.coef, j * plan.real_size);
+  if (strip.sums) strip.sums += j;
+  run_partial(plan, kernel, strip, width - j, sum_rows);
+}
+
+// `elements` consecutive elements: whole periods, then the rest.
+void run(const Plan& plan, StripKernel kernel, Strip strip, int64_t elements, int64_t sum_rows) {
+  const int64_t rows = elements / plan.period, done = rows * plan.period;
+  run_rows(plan, kernel, strip, rows, plan.period, sum_rows);
+  strip.y = offset(strip.y, done * plan.itemsize);
+  strip.dv = offset(strip.dv, done * plan.itemsize);
+  strip.out = offset(strip.out, done * plan.itemsize);
+  run_rows(plan, kernel, strip, 1, elements - done, sum_rows);
 }
 
 // Sums of a chunk over the positions of the period: [rows][padded] -> [rows][C].
@@ -182,7 +191,7 @@ std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, c
     double* acc = sum_rows ? sums.data() + thread * scratch : nullptr;
     std::fill(acc, acc + scratch, 0.0);
     run(plan, kernel,
-        {offset(y, at), offset(dv, at), offset(out, at), 0, 0, 0, coef.sample(i), plan.padded, acc,
+        {offset(y, at), offset(dv, at), offset(out, at), 0, 0, 0, 0, coef.sample(i), plan.padded, acc,
          plan.padded},
         plan.chunk_size(chunk), sum_rows);
     fold(plan, map.c, sum_rows, acc, partial.data() + task * sum_rows * map.c);
@@ -225,22 +234,6 @@ void apply_backward_as(const Map& map, const void* dv, const void* y, const R* c
   }
 }
 
-// Count, mean and sum of squared deviations; `add` is Chan's combination of two of them.
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-
-  void add(const Moments& other) {
-    const double total = count + other.count, delta = other.mean - mean;
-    if (count == 0) {
-      *this = other;
-    } else if (other.count > 0) {
-      mean += delta * (other.count / total);
-      m2 += other.m2 + delta * delta * (count * (other.count / total));
-      count = total;
-    }
-  }
-};
-
 template <class R>
 void moments_as(const Map& map, const void* y, const R* pre, R* stats) {
   const Plan plan(map);
@@ -248,46 +241,63 @@ void moments_as(const Map& map, const void* y, const R* pre, R* stats) {
   const int64_t c = map.c, width = plan.padded;
   std::vector<R> rows(kMomentsRows * c);
   if (pre) std::copy(pre, pre + 2 * c, rows.begin());
-  const Plan& p = plan;
-  const Expanded<R> expanded(p, kMomentsRows, 1, c, rows.data());
+  const Expanded<R> expanded(plan, kMomentsRows, 1, c, rows.data());
   std::vector<double> sums(kMomentsSums * width * plan.threads);
   std::vector<R> coefs(kMomentsRows * width * plan.threads);
-  std::vector<Moments> partial(map.n * plan.chunks * c);
+  std::vector<double> partial(map.n * plan.chunks * 2 * c);
   parallel_for(map.n * plan.chunks, plan.threads, [&](int64_t task, int thread) {
     const int64_t chunk = task % plan.chunks, size = plan.chunk_size(chunk);
     const int64_t at = task / plan.chunks * plan.sample + plan.chunk_start(chunk);
     double* acc = sums.data() + thread * kMomentsSums * width;
     R* coef = coefs.data() + thread * kMomentsRows * width;
     std::copy(expanded.sample(0), expanded.sample(0) + kMomentsRows * width, coef);
-    const Strip strip{offset(y, at * plan.itemsize), nullptr, nullptr, 0, 0, 0, coef, width, acc, width};
+    const Strip strip{offset(y, at * plan.itemsize), nullptr, nullptr, 0, 0, 0, 0, coef, width, acc, width};
+    double* mean = partial.data() + task * 2 * c;
+    double* m2 = mean + c;
 
     // deviations from a pivot near the mean lose no digits where the mean is large beside its spread
-    R* pivot = coef + kPivot * width;
-    const int64_t ahead = std::clamp<int64_t>(size / plan.period, 1, 4);
+    const int64_t ahead = std::min(size, 4 * plan.period);
     std::fill(acc, acc + kMomentsSums * width, 0.0);
-    run(plan, kernel, strip, std::min(size, ahead * plan.period), kMomentsSums);
-    for (int64_t j = 0; j < plan.period; ++j) {
-      const R mean = static_cast<R>(acc[j] / ahead);
-      pivot[j] = std::isfinite(mean) ? mean : R(0);
+    run(plan, kernel, strip, ahead, kMomentsSums);
+    fold(plan, c, 1, acc, mean);
+    R* pivot = coef + kPivot * width;
+    for (int64_t j = 0; j < c; ++j) {
+      const R value = static_cast<R>(mean[j] / (ahead / c));
+      pivot[j] = std::isfinite(value) ? value : R(0);
     }
+    for (int64_t j = c; j < width; ++j) pivot[j] = pivot[j - c];
+
     std::fill(acc, acc + kMomentsSums * width, 0.0);
     run(plan, kernel, strip, size, kMomentsSums);
-
-    const int64_t full = size / plan.period, tail = size % plan.period;
-    for (int64_t j = 0; j < std::min(size, plan.period); ++j) {
-      const double count = static_cast<double>(full + (j < tail)), mean = acc[j] / count;
-      const double m2 = acc[width + j] - acc[j] * mean;
-      partial[task * c + j % c].add({count, pivot[j] + mean, m2 < 0 ? 0 : m2});
+    fold(plan, c, kMomentsSums, acc, mean);
+    const double inverse = static_cast<double>(c) / size;
+    for (int64_t j = 0; j < c; ++j) {
+      const double delta = mean[j] * inverse;
+      m2[j] -= mean[j] * delta;
+      m2[j] = m2[j] < 0 ? 0 : m2[j];
+      mean[j] = pivot[j] + delta;
     }
   });
+
+  // Chan's combination of (count, mean, sum of squared deviations), chunk after chunk
   for (int64_t i = 0; i < map.n; ++i) {
-    for (int64_t j = 0; j < c; ++j) {
-      Moments total;
-      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        total.add(partial[(i * plan.chunks + chunk) * c + j]);
+    double* mean = partial.data() + i * plan.chunks * 2 * c;
+    double* m2 = mean + c;
+    double count = plan.chunks ? plan.chunk_size(0) / c : 0;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+      const double* other = mean + chunk * 2 * c;
+      const double other_count = plan.chunk_size(chunk) / c, total = count + other_count;
+      const double weight = other_count / total, both = count * weight;
+      for (int64_t j = 0; j < c; ++j) {
+        const double delta = other[j] - mean[j];
+        mean[j] += delta * weight;
+        m2[j] += other[c + j] + delta * delta * both;
       }
-      stats[i * c + j] = static_cast<R>(total.count ? total.mean : NAN);
-      stats[(map.n + i) * c + j] = static_cast<R>(total.count ? total.m2 / total.count : NAN);
+      count = total;
+    }
+    for (int64_t j = 0; j < c; ++j) {
+      stats[i * c + j] = static_cast<R>(plan.chunks ? mean[j] : NAN);
+      stats[(map.n + i) * c + j] = static_cast<R>(plan.chunks ? m2[j] / count : NAN);
     }
   }
 }

@@ -23,12 +23,14 @@ enum MomentsBackwardRow { kBackShift, kBackSlope, kMean, kDu0, kDu1, kMomentsBac
 enum MomentsBackwardSum { kSumShift, kSumBackSlope, kMomentsBackwardSums };
 
 // `rows` rows of `width` elements, `stride` elements apart, that share one row of coefficients.
-// width is a multiple of the number of lanes. Sums over the rows are added to sums[k * sum_stride + j].
+// width is a multiple of the number of lanes. The rows are taken in blocks of `block`: within a block a column
+// of vectors keeps its coefficients and its sums in registers; the sums are then added, in double, to
+// sums[k * sum_stride + j].
 struct Strip {
   const void* y;
   const void* dv;  // incoming gradient; may be null in the backward pass of `moments`
   void* out;       // may equal y
-  int64_t rows, width, stride;
+  int64_t rows, width, stride, block;
   const void* coef;  // coef[k * coef_stride + j], float (double for float64 storage)
   int64_t coef_stride;
   double* sums;  // null where they are not wanted

@@ -114,9 +114,7 @@ def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
         pre = _numbers("pre", pre, y, 2, y.shape[1])
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     stats = torch.empty((2, y.shape[0], y.shape[1]), dtype=dtype)
-    _C.moments(
-        y.data_ptr(), 0 if pre is None else pre.data_ptr(), stats.data_ptr(), *_call(y, act)
-    )
+    _C.moments(y.data_ptr(), 0 if pre is None else pre.data_ptr(), stats.data_ptr(), *_call(y, act))
     return stats
 
 

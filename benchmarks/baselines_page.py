@@ -243,9 +243,10 @@ def versions(machine: RowDict) -> str:
     return (
         f"{machine['device_name']}, {machine['threads']} threads of {machine['cores']} cores, load"
         f" {machine['load']} at the start and {machine.get('load_end')} at the end;"
-        f" torch {machine['torch']}, triton {machine['triton']}, python {machine['python']}, driver {machine['driver']};"
-        f" commit {machine['commit']}. Ceilings of the run: copy {machine['copy_gbps']:.3g} GB/s,"
-        f" matrix product {rates} TFLOP/s. Command: `{machine['command']}`."
+        f" torch {machine['torch']}, triton {machine['triton']}, python {machine['python']},"
+        f" driver {machine['driver']}; commit {machine['commit']}. Ceilings of the run:"
+        f" copy {machine['copy_gbps']:.3g} GB/s, matrix product {rates} TFLOP/s."
+        f" Command: `{machine['command']}`."
     )
 
 

@@ -14,9 +14,6 @@ import fastfilm
 
 from .harness import TookTooLong, time_limit
 
-EAGER = ("eager", "eager-channels-last")
-"""The two layouts of eager PyTorch; ratios are against the faster of them."""
-
 CANDIDATES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 

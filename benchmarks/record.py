@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from .roofline import ulp
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
 
+EAGER = ("eager", "eager-channels-last")
+"""The two layouts of eager PyTorch; ratios are against the faster of them."""
+
 OURS = ("fastfilm", "triton")
 """Beginnings of our providers' names: only their failures fail the run, a peer's is shown."""
 
@@ -23,14 +27,21 @@ ERROR_FACTOR = 1.5
 
 
 PLAUSIBLE = {
-    "float32": 1e-4,
+    "float32": 1e-5,
     "tf32": 1e-2,
     "float16": 1e-2,
     "bfloat16": 5e-2,
     "float64": 1e-10,
 }
-"""Largest norm-relative error that rounding explains. An eager layout beyond it is wrong, and is then
-neither the baseline of a ratio nor the measure of an error."""
+"""Largest norm-relative error of an eager layout that may serve as the measure of another's."""
+
+GRADIENT_FLOOR = 5e-2
+"""Error of a whole network's gradient that a few flipped signs in front of ReLUs explain."""
+
+
+def wrong_layout(error: float, other: float) -> bool:
+    """Whether an eager layout is wrong: an error above 0.1 and ten times the other's."""
+    return math.isnan(error) or (error > 0.1 and error > 10 * other)
 
 
 @dataclass
@@ -44,7 +55,8 @@ class Row:
         tflops, gbps: arithmetic and compulsory traffic of the case over the median time.
         floor_s, fraction_of_floor: roofline floor, and floor / median (1 is at the floor).
         peak_bytes: peak device memory of a call; saved_bytes: kept for the backward pass.
-        error, eager_error: norm-relative error against float64, and the larger one of eager's layouts.
+        error: norm-relative error against float64.
+        eager_error: that of eager PyTorch, the larger one of its layouts.
         status: "ok", "FAILED" (error or limit exceeded) or "skipped".
         note: a reason or a remark.
         extra: further keys of a suite, merged into the JSON object.
@@ -89,23 +101,30 @@ def error_passes(error: float, eager_error: float, dtype: str) -> bool:
 
 def check(row: Row) -> Row:
     """Marks a row whose error check fails; such a row keeps its times but has no speed-up."""
-    if row.error is None or row.eager_error is None or row.status == SKIPPED:
+    if row.error is None or row.eager_error is None or row.status in (SKIPPED, FAILED):
         return row
-    if not error_passes(row.error, row.eager_error, row.dtype):
+    gradient, eager_gradient = row.extra.get("grad_error"), row.extra.get("eager_grad_error")
+    if row.provider in EAGER:
+        return row
+    if gradient is not None and not gradient <= max(ERROR_FACTOR * eager_gradient, GRADIENT_FLOOR):
+        row.status, row.ratio = FAILED, None
+        row.note = f"gradient error {gradient:.1e} against eager's {eager_gradient:.1e}"
+    elif not error_passes(row.error, row.eager_error, row.dtype):
         row.status, row.ratio = FAILED, None
         row.note = f"error {row.error:.1e} against eager's {row.eager_error:.1e}"
     return row
 
 
 def relative_error(
-    got: list[torch.Tensor | None], reference: list[torch.Tensor | None], pooled: bool = False
+    got: Sequence[torch.Tensor | None],
+    reference: Sequence[torch.Tensor | None],
+    pooled: bool = False,
 ) -> float:
     """Norm-relative error ‖got − reference‖ / ‖reference‖ in float64.
 
     Args:
         got, reference: tensors pairwise; a pair with a None on either side is left out.
-        pooled: the worse of the first tensor's error and of one norm over all the others together,
-            instead of the worst of all.
+        pooled: one norm over all tensors together, instead of the worst of their errors.
     """
     differences, norms = [], []
     for g, r in zip(got, reference, strict=True):
@@ -117,9 +136,8 @@ def relative_error(
             return math.nan
         differences.append(float((g64 - r64).norm()))
         norms.append(float(r64.norm()))
-    if pooled and len(norms) > 1:
-        differences = [differences[0], math.hypot(*differences[1:])]
-        norms = [norms[0], math.hypot(*norms[1:])]
+    if pooled:
+        differences, norms = [math.hypot(*differences)], [math.hypot(*norms)]
     errors = [d / n if n else d for d, n in zip(differences, norms, strict=True)]
     return math.nan if any(math.isnan(e) for e in errors) else max(errors)
 

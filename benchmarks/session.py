@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -12,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .harness import Budget, Call, Clock, Effort, best, paired, paired_ratio, peak_bytes, quantile
-from .providers import EAGER, float32_precision, one_line
-from .record import FAILED, PLAUSIBLE, SKIPPED, Record, Row, relative_error
+from .providers import float32_precision, one_line
+from .record import EAGER, FAILED, PLAUSIBLE, SKIPPED, Record, Row, relative_error, wrong_layout
 from .roofline import Ceilings, Work
 
 Results = list[Tensor | None]
@@ -97,13 +96,17 @@ class Session:
             self.told.add(told)
             self.record.add(self.row(case, provider, status=SKIPPED, note=reason))
 
-    def _trusted(self, errors: Mapping[str, float], dtype: str) -> list[str]:
-        """The baseline's layouts that are right; if none seems to be, the better one."""
-        known = {n: errors[n] for n in self.baseline if n in errors}
-        right = [n for n, e in known.items() if e <= PLAUSIBLE[dtype]]
-        if known and not right:
-            right = [min(known, key=lambda n: (math.isnan(known[n]), known[n]))]
-        return right or list(self.baseline)
+    def _right(self, errors: Mapping[str, float]) -> list[str]:
+        """The baseline's layouts without one that computes something else."""
+        known = [errors[n] for n in self.baseline if n in errors]
+        least = min(known, default=0.0)
+        return [n for n in self.baseline if n not in errors or not wrong_layout(errors[n], least)]
+
+    def _yardstick(self, errors: Mapping[str, float], dtype: str) -> float | None:
+        """Eager's error: the larger of its layouts' that is plausible, else the smaller."""
+        known = [errors[n] for n in self.baseline if n in errors]
+        plausible = [e for e in known if e <= PLAUSIBLE[dtype]]
+        return max(plausible) if plausible else min(known, default=None)
 
     def _first_run(
         self, case: Case, name: str, provider: Provider
@@ -128,7 +131,8 @@ class Session:
 
         Args:
             reference: the same function in float64; errors are norm-relative against it.
-            pooled: see ``record.relative_error``.
+            pooled: whether all tensors but the first are a network's gradient, of which one norm is
+                taken; otherwise the worst error of all tensors counts.
         """
         if self.budget.spent():
             return
@@ -144,7 +148,9 @@ class Session:
         pooled: bool,
     ) -> None:
         truth = reference() if reference is not None else None
-        refused, errors = [], {}
+        refused: list[Row] = []
+        errors: dict[str, float] = {}
+        gradients: dict[str, float] = {}
         rows: dict[str, Row] = {}
         outputs: dict[str, Tensor] = {}
         for name, provider in providers.items():
@@ -154,7 +160,10 @@ class Session:
                 refused.append(row)
                 continue
             if truth is not None:
-                errors[name] = relative_error(result, truth, pooled)
+                split = 1 if pooled else len(result)
+                errors[name] = relative_error(result[:split], truth[:split])
+                if result[split:]:
+                    gradients[name] = relative_error(result[split:], truth[split:], pooled=True)
             if result[0] is not None:
                 outputs[name] = result[0].detach()
             rows[name] = self.row(case, name, note=provider.note)
@@ -164,14 +173,19 @@ class Session:
                 rows[name].saved_bytes = provider.saved()
         calls: dict[str, Call] = {n: providers[n].call for n in rows}
         times = paired(calls, self.clock, self.effort)
-        trusted = self._trusted(errors, case.dtype)
-        baseline = best(times, trusted)
+        right = self._right({n: max(e, gradients.get(n, 0.0)) for n, e in errors.items()})
+        baseline = best(times, right)
         for name, row in rows.items():
             _fill(row, times[name], case.work)
             if name in errors:
                 row.error = errors[name]
-                row.eager_error = max((errors[n] for n in trusted if n in errors), default=None)
-            if baseline is not None:
+                row.eager_error = self._yardstick(errors, case.dtype)
+            if name in gradients:
+                row.extra["grad_error"] = gradients[name]
+                row.extra["eager_grad_error"] = self._yardstick(gradients, case.dtype)
+            if name in self.baseline and name not in right:
+                row.status, row.note = FAILED, "this layout gives a wrong result"
+            elif baseline is not None:
                 row.ratio = paired_ratio(times[baseline], times[name])
                 if name != baseline and baseline in outputs:
                     row.extra["max_abs_diff"] = _difference(outputs[name], outputs[baseline])

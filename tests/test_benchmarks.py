@@ -214,6 +214,7 @@ def test_a_wrong_eager_layout_is_neither_baseline_nor_yardstick():
     session.measure(Case("ops", "c", "forward", "float32"), providers, lambda: [x.double()])
     rows = {r.provider: r for r in session.record.rows}
     assert rows["eager-channels-last"].status == "FAILED" and rows["eager"].ratio == 1.0
+    assert rows["eager-channels-last"].ratio is None
     assert rows["fastfilm-a"].status == "FAILED" and rows["fastfilm-a"].eager_error == 0.0
 
 

@@ -26,7 +26,7 @@ def networks(session: Session) -> list[Network]:
     flat, deep = NETWORKS[:2]
     return [
         replace(flat, batch=2 if session.quick else 4, size=(128, 128), widths=(16, 32, 64)),
-        replace(deep, batch=1, size=(64, 64, 16), widths=(8, 16)),
+        replace(deep, batch=2, size=(48, 48, 16), widths=(8, 16)),
     ]
 
 
@@ -38,6 +38,17 @@ def one_hot(batch: int, device: str) -> Tensor:
 def twin(model: nn.Module) -> nn.Module:
     """fastfilm's network with the weights of an ``EagerFiLMedUNet``."""
     return fastfilm.FiLMedUNet.from_ivadomed(model.state_dict())
+
+
+def initialise(model: nn.Module) -> None:
+    """He's initialisation, and β near 0: without it the gradient is the noise of dead channels."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.normal_(module.bias, std=0.05)
+            elif isinstance(module, nn.Linear) and module.in_features == 16:
+                module.bias[module.out_features // 2 :] = -2.0
 
 
 def run(session: Session) -> None:
@@ -55,6 +66,7 @@ def run(session: Session) -> None:
             image = volume.patches(voxels, network.batch, (x, y, z))
         image = image.to(session.device)
         model = network.build().to(session.device)
+        initialise(model)
         with torch.no_grad():  # running statistics that are not those of a fresh network
             model.train()(image, one_hot(network.batch, session.device))
         for dtype in session.dtypes:

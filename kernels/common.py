@@ -165,36 +165,36 @@ def store_partials(ptr, slot, channel, mask, C, dg, ds, da, db, dslope):
 
 @triton.jit
 def coef_grad_kernel(part_ptr, coef_ptr, out_ptr, T, N, C, BT: tl.constexpr, BC: tl.constexpr):
-    """Partial sums [N, T, 5, C] -> dcoef [7, N, C], in a fixed order."""
+    """Partial sums [N, T, 5, C] -> dcoef [7, N, C], in a fixed order and float64."""
     n = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = channel < C
     row = N * C
     base = part_ptr + n * T * 5 * C + channel[None, :]
-    dg = tl.zeros((BC,), tl.float32)
-    ds = tl.zeros((BC,), tl.float32)
-    da = tl.zeros((BC,), tl.float32)
-    db = tl.zeros((BC,), tl.float32)
-    dslope = tl.zeros((BC,), tl.float32)
+    dg = tl.zeros((BC,), tl.float64)
+    ds = tl.zeros((BC,), tl.float64)
+    da = tl.zeros((BC,), tl.float64)
+    db = tl.zeros((BC,), tl.float64)
+    dslope = tl.zeros((BC,), tl.float64)
     for t0 in range(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
         at = base + (t.to(tl.int64) * 5 * C)[:, None]
-        dg += tl.sum(tl.load(at, mask=m, other=0.0), axis=0)
-        ds += tl.sum(tl.load(at + C, mask=m, other=0.0), axis=0)
-        da += tl.sum(tl.load(at + 2 * C, mask=m, other=0.0), axis=0)
-        db += tl.sum(tl.load(at + 3 * C, mask=m, other=0.0), axis=0)
-        dslope += tl.sum(tl.load(at + 4 * C, mask=m, other=0.0), axis=0)
+        dg += tl.sum(tl.load(at, mask=m, other=0.0).to(tl.float64), axis=0)
+        ds += tl.sum(tl.load(at + C, mask=m, other=0.0).to(tl.float64), axis=0)
+        da += tl.sum(tl.load(at + 2 * C, mask=m, other=0.0).to(tl.float64), axis=0)
+        db += tl.sum(tl.load(at + 3 * C, mask=m, other=0.0).to(tl.float64), axis=0)
+        dslope += tl.sum(tl.load(at + 4 * C, mask=m, other=0.0).to(tl.float64), axis=0)
     a = tl.load(coef_ptr + n * C + channel, mask=mask, other=0.0)
     g = tl.load(coef_ptr + 2 * row + n * C + channel, mask=mask, other=0.0)
     out = out_ptr + n * C + channel
-    tl.store(out, da, mask=mask)
-    tl.store(out + row, db, mask=mask)
-    tl.store(out + 2 * row, dg, mask=mask)
-    tl.store(out + 3 * row, ds, mask=mask)
-    tl.store(out + 4 * row, -a * db, mask=mask)
-    tl.store(out + 5 * row, -g * ds, mask=mask)
-    tl.store(out + 6 * row, dslope, mask=mask)
+    tl.store(out, (da).to(tl.float32), mask=mask)
+    tl.store(out + row, (db).to(tl.float32), mask=mask)
+    tl.store(out + 2 * row, (dg).to(tl.float32), mask=mask)
+    tl.store(out + 3 * row, (ds).to(tl.float32), mask=mask)
+    tl.store(out + 4 * row, (-a * db).to(tl.float32), mask=mask)
+    tl.store(out + 5 * row, (-g * ds).to(tl.float32), mask=mask)
+    tl.store(out + 6 * row, (dslope).to(tl.float32), mask=mask)
 
 
 def coef_grad(partials: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
@@ -210,15 +210,16 @@ def coef_grad(partials: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def sum_rows_kernel(part_ptr, out_ptr, R, W, BR: tl.constexpr, BW: tl.constexpr):
-    """[R, W] float32 -> [W], rows added in a fixed order."""
+    """[R, W] float32 -> [W], rows added in a fixed order and float64."""
     column = tl.program_id(0) * BW + tl.arange(0, BW)
     mask = column < W
-    total = tl.zeros((BW,), tl.float32)
+    total = tl.zeros((BW,), tl.float64)
     for r0 in range(0, R, BR):
         r = r0 + tl.arange(0, BR)
         at = part_ptr + r.to(tl.int64)[:, None] * W + column[None, :]
-        total += tl.sum(tl.load(at, mask=(r < R)[:, None] & mask[None, :], other=0.0), axis=0)
-    tl.store(out_ptr + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+        rows = tl.load(at, mask=(r < R)[:, None] & mask[None, :], other=0.0)
+        total += tl.sum(rows.to(tl.float64), axis=0)
+    tl.store(out_ptr + column, total.to(tl.float32).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -238,7 +239,9 @@ def tile_moments(u, valid, count):
     u = tl.where(valid[:, None], u, 0.0)
     mean = tl.sum(u, axis=0) / count
     d = tl.where(valid[:, None], u - mean[None, :], 0.0)
-    return mean, tl.sum(d * d, axis=0)
+    # the deviations' own mean is what rounding took from the first sum
+    rest = tl.sum(d, axis=0) / count
+    return mean + rest, tl.sum(d * d, axis=0) - count * rest * rest
 
 
 @triton.jit
@@ -258,28 +261,26 @@ def finish_moments_kernel(
     n = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = channel < C
-    base = part_ptr + n * T * 2 * C + channel
-    # deviations from the first tile's mean: the sum keeps its digits when the mean is large
-    first = tl.load(base, mask=mask, other=0.0)
-    drift = tl.zeros((BC,), tl.float32)
+    base = part_ptr + n * T * 2 * C + channel[None, :]
+    mean = tl.zeros((BC,), tl.float64)
     for t0 in range(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
-        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0)
-        mean_t = tl.load(base[None, :] + (t.to(tl.int64) * 2 * C)[:, None], mask=m, other=0.0)
-        drift += tl.sum(count[:, None] * tl.where(m, mean_t - first[None, :], 0.0), axis=0)
-    mean = first + drift / total
-    m2 = tl.zeros((BC,), tl.float32)
+        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0).to(tl.float64)
+        mean_t = tl.load(base + (t.to(tl.int64) * 2 * C)[:, None], mask=m, other=0.0)
+        mean += tl.sum(count[:, None] * mean_t.to(tl.float64), axis=0)
+    mean = mean / total
+    m2 = tl.zeros((BC,), tl.float64)
     for t0 in range(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
-        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0)
-        at = base[None, :] + (t.to(tl.int64) * 2 * C)[:, None]
-        d = tl.where(m, tl.load(at, mask=m, other=0.0) - mean[None, :], 0.0)
+        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0).to(tl.float64)
+        at = base + (t.to(tl.int64) * 2 * C)[:, None]
+        d = tl.where(m, tl.load(at, mask=m, other=0.0).to(tl.float64) - mean[None, :], 0.0)
         m2 += tl.sum(tl.load(at + C, mask=m, other=0.0) + count[:, None] * d * d, axis=0)
     out = out_ptr + n * C + channel
-    tl.store(out, mean, mask=mask)
-    tl.store(out + N * C, m2 / total, mask=mask)
+    tl.store(out, mean.to(tl.float32), mask=mask)
+    tl.store(out + N * C, (m2 / total).to(tl.float32), mask=mask)
 
 
 def finish_moments(partials: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:

@@ -48,12 +48,12 @@ def as_tuple(name: str, value: int | Sequence[int], dims: int, minimum: int = 0)
         TypeError: not an integer or a sequence of integers.
         ValueError: wrong length or an entry below ``minimum``.
     """
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if not all(isinstance(v, int) for v in values):
+    values = (value,) * dims if isinstance(value, int) else value
+    if not isinstance(values, Sequence) or not all(isinstance(v, int) for v in values):
         raise TypeError(f"{name} must be an integer or {dims} integers, got {value!r}")
     if len(values) != dims or any(v < minimum for v in values):
         raise ValueError(f"{name} must be {dims} integers >= {minimum}, got {value!r}")
-    return values
+    return tuple(values)
 
 
 def choice(name: str, value: str | None, allowed: Sequence[str]) -> str:

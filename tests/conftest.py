@@ -1,0 +1,58 @@
+"""Shared fixtures: Triton's interpreter where there is no GPU, and buffers poisoned with NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    # before Triton is imported: kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` skip, with a reason, where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter"),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where Triton kernels run: the interpreter on CPU tensors, or a GPU."""
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter is not active where a GPU is used")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fills every uninitialised float buffer with NaN, so that an element nothing wrote shows."""
+
+    def poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+            t = function(*args, **kwargs)
+            # a fake tensor (shape propagation) has no storage to fill
+            if type(t) is torch.Tensor and t.is_floating_point():
+                t.fill_(float("nan"))
+            return t
+
+        return allocate
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    yield

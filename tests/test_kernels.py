@@ -1,0 +1,341 @@
+"""Triton kernels against float64, by the yardstick, on the interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastfilm
+from fastfilm.ops import reference, spec
+from tests.case import Case
+from tests.yardstick import assert_as_good_as_eager, relative_error
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def compare(case: Case, route: str, dtype: torch.dtype, device: str, draws: int = 8) -> None:
+    """Runs a case on Triton, and eager PyTorch beside it on several draws."""
+    eager = []
+    for seed in range(case.seed, case.seed + draws):
+        drawn = replace(case, seed=seed)
+        exact = drawn.run("reference", None, torch.float64, storage=dtype, device=device)
+        eager.append((drawn.run("reference", None, dtype, device=device), exact))
+    ours = case.run("triton", route, dtype, device=device)
+    assert_as_good_as_eager(ours, eager[0][1], eager, dtype)
+
+
+ORDERS_NORMS = [(order, norm) for order, norm in itertools.product(spec.ORDERS, spec.NORMS)]
+
+
+@pytest.mark.parametrize("route", ["fused", "composed"])
+@pytest.mark.parametrize(("order", "norm"), ORDERS_NORMS)
+def test_every_order_and_norm(order: str, norm: str, route: str, device: str) -> None:
+    compare(Case(order=order, norm=norm), route, torch.float32, device)
+
+
+@pytest.mark.parametrize("activation", spec.ACTIVATIONS)
+@pytest.mark.parametrize("order", ["conv-norm-act-film", "conv-act-norm-film"])
+def test_every_activation(activation: str, order: str, device: str) -> None:
+    compare(Case(activation=activation, order=order, norm="group"), "fused", torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [(7, 6), (3, 5, 4)], ids=["2d", "3d"])
+def test_every_kernel_size_stride_and_dtype(
+    size: tuple[int, ...], kernel: int, stride: int, dtype: torch.dtype, device: str
+) -> None:
+    case = Case(size=size, kernel=kernel, stride=stride, norm="group", batch=2)
+    compare(case, "fused", dtype, device)
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (1, 33), (33, 3), (17, 130), (70, 16)], ids=str)
+def test_awkward_channel_counts(channels: tuple[int, int], device: str) -> None:
+    compare(Case(size=(5, 4), batch=1, channels=channels), "fused", torch.float16, device)
+
+
+@pytest.mark.parametrize("position", spec.DROPOUT_POSITIONS)
+@pytest.mark.parametrize("order", spec.ORDERS)
+def test_channel_dropout_in_every_position(order: str, position: str, device: str) -> None:
+    case = Case(order=order, norm="instance", dropout_position=position, running=False)
+    compare(case, "composed", torch.float32, device)
+
+
+def test_one_pixel_maps_and_batch_of_one(device: str) -> None:
+    for size in ((1, 1), (1, 1, 1), (1, 9)):
+        case = Case(size=size, batch=1, norm="group", channels=(3, 4))
+        compare(case, "fused", torch.float32, device)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_evaluation_with_running_statistics(norm: str, device: str) -> None:
+    case = Case(norm=norm, training=False)
+    for route in ("fused", "composed"):
+        compare(case, route, torch.float32, device)
+        with torch.no_grad():
+            finished = _inference(case, route, device)
+        exact = _inference(case, None, "cpu")
+        assert relative_error(finished, exact) < 1e-6
+
+
+def _inference(case: Case, route: str | None, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    dtype = torch.float64 if route is None else torch.float32
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    x, weight, gamma, mean = draw(2, 3, 7, 6), draw(5, 3, 3, 3), draw(2, 5), draw(5)
+    with fastfilm.backend("reference" if route is None else "triton", route):
+        v = fastfilm.conv_norm_film(
+            x,
+            weight,
+            padding=1,
+            norm=case.norm,
+            running_mean=mean,
+            running_var=mean.abs() + 1,
+            gamma=gamma,
+            beta=gamma + 1,
+            activation="relu",
+        )
+    assert isinstance(v, torch.Tensor)
+    return v
+
+
+def test_padding_is_zero_after_the_affine(device: str) -> None:
+    """With a large pending shift, act(b) leaking into the halo would dominate the border."""
+    x = torch.randn(1, 4, 6, 6, device=device)
+    weight = torch.randn(4, 4, 3, 3, device=device)
+    shift = torch.full((1, 4), 100.0, device=device)
+    results = {}
+    for name, route in (("reference", None), ("triton", "fused"), ("triton", "composed")):
+        with fastfilm.backend(name, route):
+            pending = fastfilm.conv_norm_film(
+                x, torch.eye(4, device=device)[:, :, None, None], beta=shift, deferred=True
+            )
+            results[name, route] = fastfilm.conv_norm_film(pending, weight, padding=1)
+    exact = results.pop(("reference", None))
+    for value in results.values():
+        assert isinstance(value, torch.Tensor) and isinstance(exact, torch.Tensor)
+        assert relative_error(value, exact) < 1e-6
+
+
+@pytest.mark.parametrize("order", spec.ORDERS)
+def test_mean_a_thousand_times_the_deviation(order: str, device: str) -> None:
+    """Moments, values and gradients keep their digits where E[x²] - E[x]² would have none."""
+
+    def run(name: str, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, 3, 40, 30, generator=generator) + 1000.0
+        weight = torch.eye(3)[:, :, None, None]
+        gamma = torch.randn(2, 3, generator=generator)
+        leaves = [
+            t.detach().to(device, dtype).requires_grad_() for t in (x, weight, gamma, gamma + 2)
+        ]
+        with fastfilm.backend(name):
+            v = fastfilm.conv_norm_film(
+                leaves[0],
+                leaves[1],
+                norm="batch",
+                training=True,
+                activation="gelu",
+                order=order,
+                gamma=leaves[2],
+                beta=leaves[3],
+            )
+        assert isinstance(v, torch.Tensor)
+        wave = torch.randn(v.shape, generator=generator).to(device, dtype)
+        grads = torch.autograd.grad((v * wave).sum(), leaves)
+        return dict(zip(("v", "x", "weight", "gamma", "beta"), (v, *grads), strict=True))
+
+    eager = [
+        (run("reference", torch.float32, seed), run("reference", torch.float64, seed))
+        for seed in range(8)
+    ]
+    assert_as_good_as_eager(run("triton", torch.float32), eager[0][1], eager, torch.float32)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.5, "per sample"])
+def test_gamma_zero_negative_and_different_per_sample(gamma: float | str, device: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 6, 6, generator=generator)
+    weight = torch.randn(4, 3, 3, 3, generator=generator)
+    g = (
+        torch.randn(2, 4, generator=generator)
+        if isinstance(gamma, str)
+        else torch.full((2, 4), gamma)
+    )
+
+    def run(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = [t.detach().to(device, dtype).requires_grad_() for t in (x, weight, g)]
+        with fastfilm.backend(name):
+            v = fastfilm.conv_norm_film(
+                leaves[0], leaves[1], padding=1, norm="instance", gamma=leaves[2], activation="relu"
+            )
+        assert isinstance(v, torch.Tensor)
+        grads = torch.autograd.grad(v.square().sum(), leaves, materialize_grads=True)
+        return dict(zip(("v", "x", "weight", "gamma"), (v, *grads), strict=True))
+
+    ours, exact = run("triton", torch.float32), run("reference", torch.float64)
+    assert_as_good_as_eager(ours, exact, [(run("reference", torch.float32), exact)], torch.float32)
+    if isinstance(gamma, str):
+        for n in range(2):
+            with fastfilm.backend("triton"):
+                alone = fastfilm.conv_norm_film(
+                    x[n : n + 1].to(device),
+                    weight.to(device),
+                    padding=1,
+                    norm="instance",
+                    gamma=g[n : n + 1].to(device),
+                    activation="relu",
+                )
+            assert isinstance(alone, torch.Tensor)
+            assert relative_error(ours["v"][n : n + 1], alone) < 1e-6
+
+
+@pytest.mark.parametrize("route", ["fused", "composed"])
+def test_two_runs_give_the_same_bits(route: str, device: str) -> None:
+    case = Case(size=(9, 17), norm="batch")
+    first = case.run("triton", route, torch.float32, device=device)
+    second = case.run("triton", route, torch.float32, device=device)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_every_shipped_tile_computes_the_same(device: str) -> None:
+    """All tiles, not only the one that is picked: a miscompiled one must not ship."""
+    from fastfilm.kernels import conv_dgrad, conv_fprop, conv_wgrad
+
+    generator = torch.Generator().manual_seed(2)
+    for dtype, fprops, dgrads, wgrads in (
+        (torch.float16, conv_fprop.CONFIGS, conv_dgrad.CONFIGS, conv_wgrad.CONFIGS),
+        (
+            torch.float32,
+            conv_fprop.CONFIGS_FLOAT32,
+            conv_dgrad.CONFIGS_FLOAT32,
+            conv_wgrad.CONFIGS_FLOAT32,
+        ),
+    ):
+        x = torch.randn(1, 35, 9, 10, generator=generator)
+        weight = torch.randn(34, 35, 3, 3, generator=generator) / 20
+        e = torch.randn(1, 34, 9, 10, generator=generator)
+        coef = torch.randn(7, 1, 35, generator=generator).to(device)
+        x, weight, e = (
+            t.to(device, dtype).contiguous(memory_format=torch.channels_last)
+            for t in (x, weight, e)
+        )
+        x64 = x.detach().cpu().double().requires_grad_()
+        w64 = weight.detach().cpu().double().requires_grad_()
+        c64 = coef.detach().cpu().double().requires_grad_()
+        v64 = reference.materialise(x64, c64, "relu")
+        y64 = torch.nn.functional.conv2d(v64, w64, padding=1)
+        dx64, dw64, dc64 = torch.autograd.grad(y64, (x64, w64, c64), e.cpu().double())
+        bound = 3 * torch.finfo(dtype).eps
+        geometry = ((1, 1), (1, 1))
+        for config in fprops:
+            y, stats = conv_fprop.fprop(
+                x, weight, coef, "relu", None, "none", *geometry, True, config
+            )
+            assert relative_error(y, y64) < bound, config
+            assert relative_error(stats, reference.moments(y64)) < bound, config
+        for config in dgrads:
+            dx, dcoef = conv_dgrad.dgrad(e, weight, x, coef, "relu", *geometry, config)
+            assert dcoef is not None
+            assert relative_error(dx, dx64) < bound, config
+            assert relative_error(dcoef, dc64) < bound, config
+        for config in wgrads:
+            dw = conv_wgrad.wgrad(e, x, weight, coef, "relu", *geometry, config)
+            assert relative_error(dw, dw64) < bound, config
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    size=st.one_of(
+        st.tuples(st.integers(1, 9), st.integers(1, 9)),
+        st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
+    ),
+    channels=st.tuples(st.sampled_from([1, 2, 3, 8, 33]), st.sampled_from([1, 3, 5, 33])),
+    kernel=st.sampled_from([1, 3]),
+    stride=st.sampled_from([1, 2]),
+    batch=st.integers(1, 3),
+    norm=st.sampled_from(["none", "group", "layer", "batch"]),
+    order=st.sampled_from(spec.ORDERS),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    route=st.sampled_from(["fused", "composed"]),
+    seed=st.integers(0, 1000),
+)
+def test_random_calls(
+    size: tuple[int, ...],
+    channels: tuple[int, int],
+    kernel: int,
+    stride: int,
+    batch: int,
+    norm: str,
+    order: str,
+    flags: tuple[bool, bool, bool, bool],
+    route: str,
+    seed: int,
+    device: str,
+) -> None:
+    bias, affine, film, pending = flags
+    voxels = 1
+    for s in size:
+        voxels *= (s - 1) // stride + 1
+    if norm != "none" and voxels * (batch if norm == "batch" else 1) < 4:
+        norm = "none"  # statistics of a few values amplify rounding without bound
+    case = Case(
+        size=size,
+        batch=batch,
+        channels=channels,
+        kernel=kernel,
+        stride=stride,
+        norm=norm,
+        order=order,
+        bias=bias,
+        affine=affine,
+        film=film,
+        pending=pending,
+        seed=seed,
+    )
+    compare(case, route, torch.float32, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "channels", "batch"),
+    [((256, 320), (64, 64), 4), ((64, 64, 48), (32, 32), 2), ((15, 17), (512, 512), 8)],
+    ids=["2d", "3d", "deep"],
+)
+def test_large_shapes(
+    size: tuple[int, ...], channels: tuple[int, int], batch: int, dtype: torch.dtype
+) -> None:
+    case = Case(size=size, channels=channels, batch=batch, norm="instance", running=False)
+    for route in ("fused", "composed"):
+        compare(case, route, dtype, "cuda", draws=1)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements() -> None:
+    """Offsets are 64-bit: the last voxels of a map of 2^31 elements are right."""
+    x = torch.zeros((1, 32, 512, 512, 256), dtype=torch.float16, device="cuda")
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    x[..., -2:, -2:, -2:] = 1.0
+    weight = torch.ones((1, 32, 3, 3, 3), dtype=torch.float16, device="cuda")
+    with fastfilm.backend("triton", "fused"):
+        y = fastfilm.conv_norm_film(x, weight, padding=1)
+    assert isinstance(y, torch.Tensor)
+    assert y[0, 0, -1, -1, -1].item() == 32 * 8
+    assert y[0, 0, 0, 0, 0].item() == 0
+    coef = torch.zeros((7, 1, 32), device="cuda")
+    coef[spec.A], coef[spec.G], coef[spec.S] = 2.0, 3.0, 1.0
+    with fastfilm.backend("triton"):
+        v = fastfilm.materialise(x, coef)
+    assert v[0, :, -1, -1, -1].eq(7.0).all()
+    assert v[0, :, 0, 0, 0].eq(1.0).all()

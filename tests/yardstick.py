@@ -1,0 +1,35 @@
+"""The yardstick of every numerical test: our error against float64, beside eager PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Norm-relative error of ``value`` against float64 ``exact``."""
+    assert value.shape == exact.shape, f"{tuple(value.shape)}, expected {tuple(exact.shape)}"
+    scale = exact.norm().item()
+    difference = (value.detach().cpu().double() - exact.detach().cpu().double()).norm().item()
+    return difference / scale if scale > 0 else difference
+
+
+def assert_as_good_as_eager(
+    ours: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    eager: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+    dtype: torch.dtype,
+) -> None:
+    """Each of ``ours`` may err 1.5 times as much as eager does, plus one ulp of ``dtype``.
+
+    Args:
+        eager: (values, exact values) of eager PyTorch, one pair a draw of the inputs. The rounding error
+            of a short sum is itself random, so eager's is taken as its largest over the draws.
+    """
+    for name, value in ours.items():
+        own = relative_error(value, exact[name])
+        theirs = max(relative_error(e[name], x[name]) for e, x in eager)
+        bound = 1.5 * theirs + torch.finfo(dtype).eps
+        assert own <= bound, f"{name}: error {own:.3e}, eager's {theirs:.3e}, bound {bound:.3e}"

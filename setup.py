@@ -1,4 +1,4 @@
-"""Builds fastfilm. The C++ extension is optional: without a compiler everything else still installs."""
+"""Builds fastfilm. The C++ extension is optional: without a compiler the rest still installs."""
 
 from __future__ import annotations
 

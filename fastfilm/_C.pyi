@@ -1,7 +1,8 @@
-"""Kernels of the C++ extension: addresses and sizes in, nothing checked beyond null, alignment and range.
+"""Kernels of the C++ extension: addresses and sizes in; null, alignment and range are checked.
 
-``dtype``: 0 float32, 1 float64, 2 bfloat16, 3 float16. ``act``: 0 none, 1 relu, 2 leaky_relu/prelu, 3 elu,
-4 silu, 5 gelu, 6 gelu_tanh. Maps are dense [n, s, c]; an address of 0 stands for an absent argument.
+``dtype``: 0 float32, 1 float64, 2 bfloat16, 3 float16. ``act``: 0 none, 1 relu, 2 leaky_relu and
+prelu, 3 elu, 4 silu, 5 gelu, 6 gelu_tanh. Maps are dense [n, s, c]; an address of 0 stands for an
+absent argument.
 """
 
 openmp: bool

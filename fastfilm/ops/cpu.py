@@ -42,7 +42,7 @@ def _like(name: str, t: Tensor, y: Tensor) -> Tensor:
 
 
 def _numbers(name: str, t: Tensor, y: Tensor, *shape: int) -> Tensor:
-    """``t`` contiguous, float32 (float64 beside a float64 ``y``); ValueError unless of ``shape``."""
+    """``t`` contiguous, float32 (float64 if ``y`` is); ValueError unless it has ``shape``."""
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32

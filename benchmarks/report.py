@@ -133,6 +133,7 @@ def table(rows: Iterable[Row]) -> str:
 COLOURS = {
     "eager": "#9e9e9e",
     "eager-channels-last": "#616161",
+    "eager-no-film": "#cfcfcf",
     "paper": "#c0842d",
     "compile": "#4c8c6b",
     "compile-max-autotune": "#7cb79a",
@@ -176,6 +177,11 @@ def plot(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> str | None
         _speed_bars(axes[0][0], chosen, groups, names, ours)
     if memory:
         _memory_bars(axes[0][-1], memory, [r.provider for r in memory if "fastfilm" in r.provider])
+    if groups:
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False
+        )
     figure.supxlabel(_conditions(machine), fontsize=7.5, color="#444444")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -211,7 +217,6 @@ def _speed_bars(
     axis.set_xlim(0, 1.15 * max([r.ratio or 0.0 for r in rows] + [1.0]))
     axis.set_xlabel("speed relative to the faster eager layout (higher is faster)")
     axis.set_title(f"Time per call, suite {rows[0].suite}", fontsize=10)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=7, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
 
 

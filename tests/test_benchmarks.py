@@ -372,3 +372,9 @@ def test_a_suite_runs_from_the_command_line_to_its_files(tmp_path, monkeypatch, 
     assert "vs eager" in text and "copy" in text
     assert "matplotlib" in text or picture.stat().st_size > 0
     assert "benchmarks" in sys.modules
+
+
+def test_the_baseline_is_the_layout_that_wins_most_rounds():
+    times = {"a": [1.0, 9.0, 9.0, 1.0, 9.0], "b": [1.1, 8.0, 8.0, 1.1, 8.0], "c": []}
+    assert harness.best(times, ["a", "b", "c"]) == "b"
+    assert harness.best(times, ["c"]) is None

@@ -85,13 +85,15 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The row as it stands in the file; numbers that JSON cannot hold become None."""
+        """The row as it stands in the file: six digits; numbers that JSON cannot hold are None."""
         data = asdict(self)
         extra = data.pop("extra")
         data.update(extra)
-        return {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()
-        }
+        return {k: _rounded(v) if isinstance(v, float) else v for k, v in data.items()}
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def error_passes(error: float, eager_error: float, dtype: str) -> bool:
@@ -161,7 +163,9 @@ class Record:
         """Writes the JSON file (to a neighbour first: a reader never sees half a file)."""
         if self.path is None:
             return
-        data = {"machine": self.machine, "rows": [r.as_json() for r in self.rows]}
+        rows = ",\n".join(json.dumps(r.as_json(), ensure_ascii=False) for r in self.rows)
+        machine = json.dumps(self.machine, indent=1)
         partial = self.path.with_name(self.path.name + ".part")
-        partial.write_text(json.dumps(data, indent=1) + "\n")
+        text = f'{{"machine": {machine},\n"rows": [\n{rows}\n]}}\n'
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path)

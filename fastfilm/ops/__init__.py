@@ -2,6 +2,15 @@
 
 from . import conv, pointwise
 from .backends import backend
-from .functional import Pending, conv_norm_film, materialise, moments
+from .functional import Pending, conv_norm_film, materialise, moments, norm_film
 
-__all__ = ["Pending", "backend", "conv", "conv_norm_film", "materialise", "moments", "pointwise"]
+__all__ = [
+    "Pending",
+    "backend",
+    "conv",
+    "conv_norm_film",
+    "materialise",
+    "moments",
+    "norm_film",
+    "pointwise",
+]

@@ -207,19 +207,30 @@ def choose(request: Request) -> str:
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
     if name == "reference":
         if route not in (None, "eager"):
-            raise NotImplementedError(f"backend 'reference' has the route 'eager' only, got {route!r}")
+            raise NotImplementedError(
+                f"backend 'reference' has the route 'eager' only, got {route!r}"
+            )
         return "reference/eager"
     fused_reason = why_not_fused(b, request)
     if route is None:
         route = "composed"
         if fused_reason is None and routing.prefers_fused(
-            request.dtype, request.batch, request.channels, request.kernel, request.stride, request.output
+            request.dtype,
+            request.batch,
+            request.channels,
+            request.kernel,
+            request.stride,
+            request.output,
         ):
             route = "fused"
     elif route == "fused" and fused_reason is not None:
-        raise NotImplementedError(f"route 'fused' of backend {name!r} cannot serve this call: {fused_reason}")
+        raise NotImplementedError(
+            f"route 'fused' of backend {name!r} cannot serve this call: {fused_reason}"
+        )
     elif route == "eager":
-        raise NotImplementedError(f"backend {name!r} has the routes 'fused' and 'composed', got 'eager'")
+        raise NotImplementedError(
+            f"backend {name!r} has the routes 'fused' and 'composed', got 'eager'"
+        )
     return f"{name}/{route}"
 
 

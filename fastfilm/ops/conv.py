@@ -24,6 +24,7 @@ from torch import Tensor
 from . import spec
 from .backends import BACKENDS
 from .library import define
+from .tail import accumulate_dtype
 
 _CONV = (
     "Tensor weight, Tensor? coef, str act, Tensor? pre, str pre_act, int[] stride, int[] padding,"
@@ -33,8 +34,8 @@ _CONV = (
 
 def stats_like(y: Tensor) -> Tensor:
     """Uninitialised [2, N, C] for the moments of ``y``."""
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    return torch.empty((2, y.shape[0], y.shape[1]), dtype=dtype, device=y.device)
+    shape = (2, y.shape[0], y.shape[1])
+    return torch.empty(shape, dtype=accumulate_dtype(y), device=y.device)
 
 
 def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -49,7 +50,10 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
 
 def _vendor_input(v: Tensor) -> Tensor:
     """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1."""
-    if v.shape[1] != 1 or v.is_contiguous(memory_format=spec.channels_last_format(v.dim())) is False:
+    if (
+        v.shape[1] != 1
+        or v.is_contiguous(memory_format=spec.channels_last_format(v.dim())) is False
+    ):
         return v
     strides, step = [], 1
     for size in reversed(v.shape[2:]):
@@ -79,10 +83,20 @@ def conv_fwd(
     kernels = BACKENDS[name].kernels()
     x = spec.channels_last(x)
     if route == "fused":
-        return kernels.fprop(x, weight, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments)
+        return kernels.fprop(
+            x, weight, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
+        )
     v = x if coef is None else kernels.apply(x, coef, act)
     y = torch.convolution(
-        _vendor_input(v), weight, None, stride, padding, dilation, transposed, output_padding, groups
+        _vendor_input(v),
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
     )
     y = spec.channels_last(y)
     stats = kernels.moments(y, pre, pre_act) if moments else y.new_empty(0, dtype=torch.float32)
@@ -271,7 +285,15 @@ def conv_apply(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     y = torch.convolution(
-        _vendor_input(v), weight, None, stride, padding, dilation, transposed, output_padding, groups
+        _vendor_input(v),
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
     )
     return kernels.apply(spec.channels_last(y), out_coef, out_act, in_place=True)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference, spec
-from .coefficients import coefficients, norm_statistics
-from .conv import stats_like
+from .coefficients import coefficients
+from .tail import Tail, accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -161,49 +161,13 @@ def conv_norm_film(
     raw = x.raw if isinstance(x, Pending) else x
     dims = spec.check_feature_map("x", raw)
     raw, weight = _autocast(raw, weight)
-    norm = spec.choice("norm", norm, spec.NORMS)
-    act = spec.choice("activation", activation, spec.ACTIVATIONS)
-    order = spec.choice("order", order, spec.ORDERS)
-    dropout_position = spec.choice("dropout_position", dropout_position, spec.DROPOUT_POSITIONS)
     stride = spec.as_tuple("stride", stride, dims, 1)
     padding = spec.as_tuple("padding", padding, dims)
     dilation = spec.as_tuple("dilation", dilation, dims, 1)
     output_padding = spec.as_tuple("output_padding", output_padding, dims)
     channels = _check_weight(raw, weight, groups, transposed)
-    for name, vector in (
-        ("bias", bias),
-        ("norm_weight", norm_weight),
-        ("norm_bias", norm_bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        spec.check_channel_vector(name, vector, channels)
+    spec.check_channel_vector("bias", bias, channels)
     batch = raw.shape[0]
-    gamma = spec.check_film("gamma", gamma, batch, channels)
-    beta = spec.check_film("beta", beta, batch, channels)
-    dropout_mask = spec.check_film("dropout_mask", dropout_mask, batch, channels)
-    slope = _check_slope(act, slope, channels)
-    spec.check_same_device(
-        x=raw,
-        weight=weight,
-        bias=bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        gamma=gamma,
-        beta=beta,
-        dropout_mask=dropout_mask,
-        slope=slope if isinstance(slope, Tensor) else None,
-    )
-    if norm == "group" and (num_groups is None or num_groups < 1 or channels % num_groups):
-        raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must be given together")
-    if norm == "batch" and not training and running_mean is None:
-        raise ValueError("norm='batch' with training=False needs running_mean and running_var")
-    if dropout_mask is not None and dropout_position == "norm" and norm == "none":
-        raise ValueError("dropout_position='norm' needs a norm")
     size = spec.conv_output_size(
         raw.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding
     )
@@ -212,11 +176,25 @@ def conv_norm_film(
             f"kernel {tuple(weight.shape[2:])} is larger than the padded input {tuple(raw.shape[2:])}"
             f" (padding {padding})"
         )
-    uses_input = norm in ("group", "layer") or (
-        norm == "batch" and training or norm == "instance" and (training or running_mean is None)
+    tail = Tail(
+        norm=norm or "none",
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_groups=num_groups,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation or "none",
+        slope=slope,
+        gamma=gamma,
+        beta=beta,
+        order=order,
+        dropout_mask=dropout_mask,
+        dropout_position=dropout_position,
     )
-    _check_count(norm, uses_input, batch, channels, num_groups, size)
-
+    tail.check(batch, channels, size, x=raw, weight=weight, bias=bias)
     plan = backends.choose(
         backends.Request(
             device=raw.device.type,
@@ -238,95 +216,104 @@ def conv_norm_film(
         y = reference.convolution(
             v, weight, None if bias is None else bias.to(weight.dtype), *geometry
         )
-        v = reference.block_tail(
-            y,
-            norm=norm,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            num_groups=num_groups,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            act=act,
-            slope=slope,
-            gamma=gamma,
-            beta=beta,
-            order=order,
-            dropout_mask=dropout_mask,
-            dropout_position=dropout_position,
-        )
-        v = spec.channels_last(v)
+        v = spec.channels_last(tail.eager(y))
         return _identity(v) if deferred else v
 
     coef, x_act = (x.coef, x.act) if isinstance(x, Pending) else (None, "none")
-    act_first = order == "conv-act-norm-film"
-    pre = None
-    if act_first and uses_input and (act != "none" or bias is not None):
-        pre = _pre_activation(bias, slope, channels, stats_like(raw).dtype, raw.device)
-    pre_act = act if act_first else "none"
-    tail = {
-        "eps": eps,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "conv_bias": bias,
-        "gamma": gamma,
-        "beta": beta,
-        "slope": slope,
-        "order": order,
-        "dropout_mask": dropout_mask,
-        "dropout_position": dropout_position,
-        "dtype": torch.float64 if raw.dtype == torch.float64 else torch.float32,
-        "device": raw.device,
-    }
-    if not uses_input:
-        known = {}
-        if norm != "none":
-            assert running_mean is not None and running_var is not None
-            centre = running_mean.to(tail["dtype"]).unsqueeze(0)
-            pivot = centre if act_first or bias is None else centre - bias.to(tail["dtype"])
-            known = {
-                "mean": centre,
-                "var": running_var.to(tail["dtype"]).unsqueeze(0),
-                "pivot": pivot.detach(),
-            }
-        out_coef = coefficients(batch, channels, **known, **tail)
-        if not deferred and not _needs_grad(raw, weight, coef, out_coef):
-            return torch.ops.fastfilm.conv_apply(
-                raw, weight, coef, x_act, out_coef, act, *geometry, plan
-            )
-        y, _ = torch.ops.fastfilm.conv(
-            raw, weight, coef, x_act, None, "none", *geometry, False, plan
+    ops = torch.ops.fastfilm
+    if tail.uses_input:
+        pre = tail.pre(bias, channels, raw)
+        y, stats = ops.conv(
+            raw, weight, coef, x_act, pre, tail.pre_activation, *geometry, True, plan
         )
+        out_coef = tail.coefficients(batch, channels, raw, bias, stats, math.prod(size))
     else:
-        y, stats = torch.ops.fastfilm.conv(
-            raw, weight, coef, x_act, pre, pre_act, *geometry, True, plan
-        )
-        mask = dropout_mask if dropout_position == "norm" else None
-        mean, var = norm_statistics(
-            stats,
-            norm,
-            math.prod(size),
-            running_mean=running_mean,
-            running_var=running_var,
-            num_groups=num_groups,
-            training=training,
-            momentum=momentum,
-            shift=None if act_first else bias,
-            scale=None if mask is None else mask.to(stats.dtype),
-        )
-        pivot = stats[0].detach()
-        if norm == "batch" and mask is None:
-            pivot = (mean if act_first or bias is None else mean - bias.to(mean.dtype)).detach()
-        out_coef = coefficients(batch, channels, mean=mean, var=var, pivot=pivot, **tail)
-    pending = Pending(y, out_coef, act, plan)
+        out_coef = tail.coefficients(batch, channels, raw, bias, None, math.prod(size))
+        if not deferred and not _needs_grad(raw, weight, coef, out_coef):
+            return ops.conv_apply(
+                raw, weight, coef, x_act, out_coef, tail.activation, *geometry, plan
+            )
+        y, _ = ops.conv(raw, weight, coef, x_act, None, "none", *geometry, False, plan)
+    pending = Pending(y, out_coef, tail.activation, plan)
+    return pending if deferred else pending.materialise()
+
+
+def norm_film(
+    x: Tensor,
+    *,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_groups: int | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float | Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    order: str = "conv-norm-film-act",
+    dropout_mask: Tensor | None = None,
+    dropout_position: str = "end",
+    deferred: bool = False,
+) -> Tensor | Pending:
+    """What ``conv_norm_film`` does behind its convolution, on a map that exists already.
+
+    Args:
+        x: feature map [N, C, H, W] or [N, C, D, H, W], any layout.
+        norm: as in ``conv_norm_film``, like all the other arguments; ``order`` says where the activation
+            and FiLM stand (its "conv" is ``x``).
+
+    Returns:
+        [N, C, *S] in x's dtype with channels-last strides, or the ``Pending`` map if ``deferred``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as ``conv_norm_film``.
+
+    Example:
+        >>> import torch, fastfilm
+        >>> x, gamma = torch.randn(2, 8, 6, 6), torch.rand(2, 8)
+        >>> fastfilm.norm_film(x, norm="instance", activation="leaky_relu", gamma=gamma).shape
+        torch.Size([2, 8, 6, 6])
+    """
+    spec.check_feature_map("x", x)
+    tail = Tail(
+        norm=norm or "none",
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_groups=num_groups,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation or "none",
+        slope=slope,
+        gamma=gamma,
+        beta=beta,
+        order=order,
+        dropout_mask=dropout_mask,
+        dropout_position=dropout_position,
+    )
+    batch, channels = x.shape[:2]
+    tail.check(batch, channels, x.shape[2:], x=x)
+    plan = _pointwise_plan(x)
+    if _is_eager(plan) or x.numel() == 0:
+        v = spec.channels_last(tail.eager(x))
+        return _identity(v) if deferred else v
+    stats = None
+    if tail.uses_input:
+        pre = tail.pre(None, channels, x)
+        stats = moments(x, pre, tail.pre_activation, plan=plan)
+    coef = tail.coefficients(batch, channels, x, None, stats, x[0, 0].numel())
+    pending = Pending(x, coef, tail.activation, plan)
     return pending if deferred else pending.materialise()
 
 
 def _identity(v: Tensor) -> Pending:
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    coef = coefficients(v.shape[0], v.shape[1], dtype=dtype, device=v.device)
+    coef = coefficients(v.shape[0], v.shape[1], dtype=accumulate_dtype(v), device=v.device)
     return Pending(v, coef, "none", "reference/eager")
 
 
@@ -374,55 +361,3 @@ def _check_weight(raw: Tensor, weight: Tensor, groups: int, transposed: bool) ->
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide weight.shape[0] = {weight.shape[0]}, got {groups}")
     return weight.shape[1] * groups if transposed else weight.shape[0]
-
-
-def _check_slope(act: str, slope: float | Tensor | None, channels: int) -> float | Tensor | None:
-    if act not in spec.DEFAULT_SLOPE:
-        if slope is not None:
-            raise ValueError(f"slope has no meaning for activation {act!r}, got {slope!r}")
-        return None
-    if slope is None:
-        return spec.DEFAULT_SLOPE[act]
-    if isinstance(slope, Tensor):
-        if slope.numel() not in (1, channels) or slope.dim() > 1 or not slope.is_floating_point():
-            raise ValueError(
-                f"slope must be floating point with 1 or {channels} values, got {slope.dtype} {tuple(slope.shape)}"
-            )
-        return slope.reshape(-1)
-    return float(slope)
-
-
-def _check_count(
-    norm: str, uses_input: bool, batch: int, channels: int, num_groups: int | None, size: Sequence[int]
-) -> None:
-    """PyTorch's refusal to normalise a single value."""
-    if not uses_input or batch == 0:
-        return
-    voxels = math.prod(size)
-    shape = (batch, channels, *size)
-    if norm == "batch" and batch * voxels == 1:
-        raise ValueError(f"norm='batch' needs more than 1 value per channel when training, got {shape}")
-    if norm == "instance" and voxels == 1:
-        raise ValueError(f"norm='instance' needs more than 1 spatial element, got {shape}")
-    if norm in ("group", "layer"):
-        groups = num_groups if norm == "group" else 1
-        assert groups is not None
-        if batch * (channels // groups) * voxels == 1:
-            raise ValueError(f"norm={norm!r} needs more than 1 value per group, got {shape}")
-
-
-def _pre_activation(
-    bias: Tensor | None,
-    slope: float | Tensor | None,
-    channels: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """[2, C]: shift and slope of an activation in front of the norm."""
-    zero = torch.zeros(channels, dtype=dtype, device=device)
-    shift = zero if bias is None else bias.to(dtype)
-    if isinstance(slope, Tensor):
-        row = slope.to(dtype).expand(channels)
-    else:
-        row = zero if slope is None else torch.full_like(zero, slope)
-    return torch.stack([shift, row])

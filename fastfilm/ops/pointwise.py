@@ -18,7 +18,9 @@ def materialise_fwd(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
     return BACKENDS[plan.split("/")[0]].kernels().apply(spec.channels_last(y), coef, act)
 
 
-def materialise_bwd(dv: Tensor, y: Tensor, coef: Tensor, act: str, plan: str) -> tuple[Tensor, Tensor]:
+def materialise_bwd(
+    dv: Tensor, y: Tensor, coef: Tensor, act: str, plan: str
+) -> tuple[Tensor, Tensor]:
     """Implementation of ``fastfilm::materialise_backward``: dy and dcoef."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
     return kernels.apply_backward(spec.channels_last(dv), spec.channels_last(y), coef, act)

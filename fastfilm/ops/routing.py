@@ -34,7 +34,9 @@ def key(
     voxels = batch * math.prod(output)
     bucket = [1 << max(v - 1, 0).bit_length() for v in (*channels, voxels)]
     name = str(dtype).removeprefix("torch.")
-    return f"{name}-{len(kernel)}d-k{kernel[0]}s{stride[0]}-ci{bucket[0]}-co{bucket[1]}-v{bucket[2]}"
+    return (
+        f"{name}-{len(kernel)}d-k{kernel[0]}s{stride[0]}-ci{bucket[0]}-co{bucket[1]}-v{bucket[2]}"
+    )
 
 
 @functools.cache

@@ -69,7 +69,9 @@ def check_feature_map(name: str, x: Tensor) -> int:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() not in (4, 5):
-        raise ValueError(f"{name} must be [N, C, H, W] or [N, C, D, H, W], got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must be [N, C, H, W] or [N, C, D, H, W], got shape {tuple(x.shape)}"
+        )
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     return x.dim() - 2
@@ -133,7 +135,9 @@ def conv_output_size(
     if transposed:
         return [
             (i - 1) * s - 2 * p + d * (k - 1) + o + 1
-            for i, k, s, p, d, o in zip(size, kernel, stride, padding, dilation, output_padding, strict=True)
+            for i, k, s, p, d, o in zip(
+                size, kernel, stride, padding, dilation, output_padding, strict=True
+            )
         ]
     return [
         (i + 2 * p - d * (k - 1) - 1) // s + 1

@@ -1,8 +1,8 @@
-"""A head with a lesion, made from formulas: something to run, test and plot on where no data is at hand.
+"""A head with a lesion, made from formulas: something to run, test and plot on without any data.
 
-It is a phantom, not a simulation of a scanner or of a disease. What it shares with real data is the structure
-of the problem: three tumour types are made of the same three parts, and which parts are the target depends on
-the type, so that a network cannot always tell the target from the image alone.
+It is a phantom, not a simulation of a scanner or of a disease. What it shares with real data is the
+structure of the problem: three tumour types are made of the same three parts, and which parts are
+the target depends on the type, so that the metadata carries what the image alone may not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BIAS = 0.12
 
 @dataclass(frozen=True)
 class Lesion:
-    """How one tumour type looks. Lengths are in half fields of view, intensities in those of the tissues.
+    """How one tumour type looks. Lengths in half fields of view, intensities as the tissues' above.
 
     Attributes:
         centre: (x, y, z) in the right half of the head; x is mirrored for every other draw.
@@ -112,18 +112,19 @@ def make_phantom(
 ) -> tuple[Nifti1Image, Nifti1Image]:
     """A brain-like volume with a lesion, and the mask of the target.
 
-    The contrast is that of FLAIR: dark fluid, grey matter brighter than white, bright oedema. The head fills
-    the field of view whatever ``shape`` is; ``spacing`` only enters the affine. The same seed gives the
-    same anatomy, noise and bias field for every tumour type.
+    The contrast is that of FLAIR: dark fluid, grey matter brighter than white, bright oedema. The
+    head fills the field of view whatever ``shape`` is; ``spacing`` only enters the affine. The same
+    seed gives the same anatomy, noise and bias field for every tumour type.
 
-    ================  ==============================  =======================================  ======================
-    tumour_type       where                           look                                     target (the mask)
-    ================  ==============================  =======================================  ======================
-    astrocytoma       white matter of a hemisphere    mottled, ragged, small cavity, no rim,   core, cavity, oedema
-                                                      wide oedema
-    ependymoma        beside a lateral ventricle      bright, round, central cavity, dark rim  core, cavity
-    hemangioblastoma  low and at the back             large dark cyst with a bright nodule     core (nodule)
-    ================  ==============================  =======================================  ======================
+    ================  ==================  ===================================  ====================
+    tumour_type       where               look                                 target (the mask)
+    ================  ==================  ===================================  ====================
+    astrocytoma       white matter of a   mottled, ragged, small cavity, no    core, cavity, oedema
+                      hemisphere          rim, wide oedema
+    ependymoma        beside a lateral    bright, round, central cavity, dark  core, cavity
+                      ventricle           rim, little oedema
+    hemangioblastoma  low, at the back    large dark cyst, bright nodule       core (the nodule)
+    ================  ==================  ===================================  ====================
 
     The figures behind the table are in ``LESIONS``.
 
@@ -203,10 +204,12 @@ def _draw(size: tuple[int, int, int], lesion: Lesion, seed: int) -> tuple[Field,
     soft = 2.0 / min(size[:2])  # edges are one voxel wide
     grid = _grid(size)
     x, y, z = grid
-    bend = [0.03 * _waves(grid, anatomy, 6, 2.0) for _ in range(3)]
+    bend = [0.02 * _waves(grid, anatomy, 6, 2.0) for _ in range(3)]
     warped = (x + bend[0], y + bend[1], z + bend[2])
-    voxels, inside = _head(warped, anatomy, soft)
-    voxels, target = _add_lesion(voxels, inside, warped, lesion, position, soft)
+    folds = _waves(grid, anatomy, 24, 20.0)
+    coarse = _waves(grid, anatomy, 10, 9.0)
+    voxels, inside = _head(warped, folds, coarse, soft)
+    voxels, target = _add_lesion(voxels, inside, grid, lesion, position, soft)
 
     voxels = voxels * np.exp(BIAS * _waves(grid, noise, 4, 1.2))
     real, imaginary = noise.standard_normal((2, *size), dtype=np.float32) * NOISE
@@ -220,20 +223,23 @@ def _grid(size: tuple[int, int, int]) -> Grid:
 
 
 def _waves(grid: Grid, rng: np.random.Generator, count: int, frequency: float) -> Field:
-    """A smooth random field of about unit variance: ``count`` plane waves."""
-    total = np.zeros((), np.float32)
-    for _ in range(count):
-        direction = rng.standard_normal(3)
-        k = direction / np.linalg.norm(direction) * frequency * rng.uniform(0.7, 1.3)
-        wave = k[0] * grid[0] + k[1] * grid[1] + k[2] * grid[2] + rng.uniform(0, 2 * np.pi)
-        total = total + np.cos(wave).astype(np.float32)
-    return np.asarray(total * np.float32(np.sqrt(2 / count)))
+    """A smooth random field of about unit variance: the mean of ``count`` plane waves."""
+    directions = rng.standard_normal((count, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    k = directions * frequency * rng.uniform(0.7, 1.3, (count, 1))
+    phase = np.exp(2j * np.pi * rng.uniform(size=count))
+    # cos(k · r) is the real part of a product of three functions of one coordinate each
+    u, v, w = (np.exp(1j * np.outer(a.ravel(), k[:, i])) for i, a in enumerate(grid))
+    plane = (u[:, None] * (v * phase)).astype(np.complex64)  # [X, Y, count]
+    axis = w.T.astype(np.complex64)  # [count, Z]
+    field = plane.real @ axis.real - plane.imag @ axis.imag
+    return np.asarray(field * np.float32(np.sqrt(2 / count)), dtype=np.float32)
 
 
 def _ellipsoid(
     grid: Grid, centre: Sequence[float], radii: Sequence[float], tilt: float = 0.0
 ) -> Field:
-    """Distance from ``centre`` in units of ``radii``; ``tilt`` turns it in the axial plane (radians)."""
+    """Distance from ``centre`` in units of ``radii``, turned by ``tilt`` radians about z."""
     x, y, z = (axis - c for axis, c in zip(grid, centre, strict=True))
     cos, sin = np.cos(tilt), np.sin(tilt)
     u, v = cos * x + sin * y, cos * y - sin * x
@@ -250,12 +256,10 @@ def _paint(voxels: Field, weight: Field, value: float | Field) -> Field:
     return np.asarray(voxels + weight * (value - voxels), dtype=np.float32)
 
 
-def _head(grid: Grid, rng: np.random.Generator, soft: float) -> tuple[Field, Field]:
+def _head(grid: Grid, folds: Field, coarse: Field, soft: float) -> tuple[Field, Field]:
     """Intensities of a healthy head, and a map of 1 inside the brain."""
-    x, y, z = grid
+    x = grid[0]
     r = _ellipsoid(grid, (0, 0, 0), (0.78, 0.94, 0.96))
-    folds = _waves(grid, rng, 14, 16.0)
-    coarse = _waves(grid, rng, 10, 9.0)
 
     voxels = np.full(r.shape, AIR, np.float32)
     voxels = _paint(voxels, _below(r, 1.0, soft), SCALP * (1 + 0.08 * coarse))
@@ -266,11 +270,11 @@ def _head(grid: Grid, rng: np.random.Generator, soft: float) -> tuple[Field, Fie
 
     # sulci: thin sheets of fluid near the surface, with cortex on both sides
     sheet = np.abs(folds)
-    depth = np.float32(0.72) + 0.03 * coarse
-    white = _below(r, 0.80 - 0.03 * coarse, soft) * (1 - _below(sheet, 0.30, 0.15))
+    depth = np.float32(0.70) + 0.03 * coarse
+    white = _below(r, 0.80 - 0.03 * coarse, soft) * (1 - _below(sheet, 0.45, 0.20))
     white = np.maximum(white, _below(r, depth - 0.09, 2 * soft))
     voxels = _paint(voxels, white, WHITE * (1 + 0.015 * coarse))
-    sulcus = _below(sheet, 0.10, 0.10) * (1 - _below(r, depth, 2 * soft)) * inside
+    sulcus = _below(sheet, 0.10, 0.14) * (1 - _below(r, depth, 2 * soft)) * inside
     voxels = _paint(voxels, 0.8 * sulcus, CSF)
 
     fissure = _below(np.abs(x) + 0 * r, 0.012, soft) * (1 - _below(r, 0.42, soft)) * inside
@@ -285,7 +289,8 @@ def _head(grid: Grid, rng: np.random.Generator, soft: float) -> tuple[Field, Fie
             ((0.30, -0.42, -0.62), (0.28, 0.26, 0.22), GREY - 30),  # cerebellum
         ):
             d = _ellipsoid(grid, (side * centre[0], centre[1], centre[2]), radii, side * 0.25)
-            voxels = _paint(voxels, _below(d, 1.0, 4 * soft), value * (1 + 0.02 * folds))
+            weight = _below(d, 1.0, 4 * soft) * inside
+            voxels = _paint(voxels, weight, value * (1 + 0.02 * folds))
         front = _ellipsoid(grid, (side * 0.105, 0.20, 0.08), (0.055, 0.20, 0.20), side * 0.30)
         back = _ellipsoid(grid, (side * 0.16, -0.26, 0.08), (0.055, 0.20, 0.22), -side * 0.35)
         body = _ellipsoid(grid, (side * 0.09, 0.0, 0.20), (0.055, 0.28, 0.09))
@@ -315,9 +320,11 @@ def _add_lesion(
     wander = lesion.ragged * _waves(grid, rng, 12, 2.2 / radius) * 0.5
     mottle = _waves(grid, rng, 16, 7.0 / radius)
     # measured in units of the radius, so that one voxel is soft / radius wide
-    d = _ellipsoid(grid, centre, (radius, radius, 1.2 * radius)) + wander
+    d = _ellipsoid(grid, centre.tolist(), (radius, radius, 1.2 * radius)) + wander
     edge = soft / radius
-    fluid = _ellipsoid(grid, centre + shift, (radius, radius, 1.2 * radius)) + 0.5 * wander
+    fluid = (
+        _ellipsoid(grid, (centre + shift).tolist(), (radius, radius, 1.5 * radius)) + 0.5 * wander
+    )
     whole = _below(d, 1.0, edge) * inside
     cavity = _below(fluid, lesion.cavity_radius, edge) * whole
     halo = _below(d, 1.0 + lesion.oedema, max(edge, 0.6 * lesion.oedema)) * inside

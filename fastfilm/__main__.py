@@ -15,7 +15,7 @@ Table = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name, one line of help, its arguments, and what it does (returns a status)."""
+    """A subcommand: its name, one line of help, what it does (returns a status), its arguments."""
 
     name: str
     summary: str
@@ -24,7 +24,7 @@ class Command:
 
 
 def info(_: argparse.Namespace) -> int:
-    """Prints versions, devices, environment variables, and every backend or why it is unavailable."""
+    """Prints versions, devices, each backend or why it is unavailable, environment variables."""
     sections: list[tuple[str, Table]] = [
         ("versions", _versions()),
         ("devices", _devices()),

@@ -1,9 +1,23 @@
 """Fused convolution + normalisation + activation + FiLM for segmentation networks conditioned on metadata."""
 
+from .nn import (
+    ConvNormFiLM2d,
+    ConvNormFiLM3d,
+    FiLM,
+    FiLMedUNet,
+    FiLMGenerator,
+    Modified3DUNet,
+)
 from .ops import Pending, backend, conv_norm_film, materialise, moments, norm_film
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConvNormFiLM2d",
+    "ConvNormFiLM3d",
+    "FiLM",
+    "FiLMGenerator",
+    "FiLMedUNet",
+    "Modified3DUNet",
     "Pending",
     "__version__",
     "backend",

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -123,6 +124,19 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
         return torch.exp(y) * torch.exp(y)[:, :4]  # keeps each exp's output once
 
     assert harness.saved_bytes(forward, [weight]) == x.nbytes + 2 * (5 * 4 * 4)
+
+
+def test_counting_saved_bytes_leaves_no_graph_behind():
+    weight = torch.randn(64, 64, requires_grad=True)
+    watched = []
+
+    def forward():
+        out = torch.exp(torch.randn(8, 64) @ weight)  # exp keeps its own output
+        watched.append(weakref.ref(out))
+        return out
+
+    harness.saved_bytes(forward, [weight])
+    assert watched[0]() is None
 
 
 def test_floor_of_a_layer_is_pinned():

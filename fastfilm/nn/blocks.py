@@ -1,0 +1,271 @@
+"""Convolution + norm + activation + dropout + FiLM as a module, and two of them in a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastfilm.ops import Pending, conv_norm_film, spec
+
+
+class ConvNormFiLM(nn.Module):
+    """One block around ``fastfilm.conv_norm_film``; see ``ConvNormFiLM2d`` and ``ConvNormFiLM3d``.
+
+    Args:
+        in_channels, out_channels: Ci, Co.
+        kernel_size, stride, dilation, groups, bias: as in ``torch.nn.Conv2d``.
+        padding: None keeps the size at stride 1 (odd kernels).
+        norm: None, "batch", "instance", "group" (with ``num_groups``) or "layer".
+        affine: learn the norm's weight and bias.
+        track_running_stats: None means yes for batch norm and no for instance norm, as in PyTorch.
+        momentum: of the running statistics; None for a cumulative average.
+        activation, slope: see ``fastfilm.conv_norm_film``; "prelu" learns one slope, or one a channel where
+            ``slope`` is a sequence of ``out_channels`` start values.
+        order: where activation and FiLM stand.
+        dropout: probability of dropping a channel of a sample in training.
+        dropout_position: "end", "film" (in front of FiLM) or "norm" (in front of the norm).
+    """
+
+    spatial_dims = 2
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm: str | None = "batch",
+        num_groups: int | None = None,
+        affine: bool = True,
+        track_running_stats: bool | None = None,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        activation: str | None = "relu",
+        slope: float | Sequence[float] | None = None,
+        order: str = "conv-norm-film-act",
+        dropout: float = 0.0,
+        dropout_position: str = "end",
+    ) -> None:
+        super().__init__()
+        dims = self.spatial_dims
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if (
+            not isinstance(groups, int)
+            or groups < 1
+            or in_channels % groups
+            or out_channels % groups
+        ):
+            raise ValueError(
+                f"groups must divide in_channels={in_channels} and out_channels={out_channels}, got {groups}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = spec.as_tuple("kernel_size", kernel_size, dims, 1)
+        self.stride = spec.as_tuple("stride", stride, dims, 1)
+        self.dilation = spec.as_tuple("dilation", dilation, dims, 1)
+        if padding is None:
+            if any(k % 2 == 0 for k in self.kernel_size):
+                raise ValueError(f"padding must be given for the even kernel {self.kernel_size}")
+            padding = [d * (k // 2) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        self.padding = spec.as_tuple("padding", padding, dims)
+        self.norm = spec.choice("norm", norm, spec.NORMS)
+        self.activation = spec.choice("activation", activation, spec.ACTIVATIONS)
+        self.order = spec.choice("order", order, spec.ORDERS)
+        self.dropout_position = spec.choice(
+            "dropout_position", dropout_position, spec.DROPOUT_POSITIONS
+        )
+        if self.norm == "group" and (num_groups is None or out_channels % num_groups):
+            raise ValueError(
+                f"num_groups must divide out_channels={out_channels}, got {num_groups}"
+            )
+        if dropout > 0 and self.dropout_position == "norm" and self.norm == "none":
+            raise ValueError("dropout_position='norm' needs a norm")
+        self.num_groups, self.momentum, self.eps, self.dropout = num_groups, momentum, eps, dropout
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        affine = affine and self.norm != "none"
+        self.norm_weight = nn.Parameter(torch.ones(out_channels)) if affine else None
+        self.norm_bias = nn.Parameter(torch.zeros(out_channels)) if affine else None
+        track = self.norm == "batch" if track_running_stats is None else track_running_stats
+        track = track and self.norm in ("batch", "instance")
+        self.register_buffer("running_mean", torch.zeros(out_channels) if track else None)
+        self.register_buffer("running_var", torch.ones(out_channels) if track else None)
+        count = torch.zeros((), dtype=torch.long) if track else None
+        self.register_buffer("num_batches_tracked", count)
+        self.slope: float | nn.Parameter | None
+        if self.activation == "prelu":
+            start = [spec.DEFAULT_SLOPE["prelu"]] if slope is None else slope
+            values = [start] if isinstance(start, (int, float)) else list(start)
+            self.slope = nn.Parameter(torch.tensor(values, dtype=torch.float32))
+        elif slope is not None and not isinstance(slope, (int, float)):
+            raise TypeError(f"slope must be a number for {self.activation!r}, got {slope!r}")
+        else:
+            self.slope = slope
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as ``torch.nn.Conv2d`` does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self,
+        x: Tensor | Pending,
+        gamma: Tensor | None = None,
+        beta: Tensor | None = None,
+        *,
+        deferred: bool = False,
+    ) -> Tensor | Pending:
+        """The block's output [N, Co, *T], or the ``Pending`` map for the next block if ``deferred``.
+
+        Args:
+            x: [N, Ci, *S], or the ``Pending`` map of the block before.
+            gamma, beta: FiLM [N, Co], [1, Co] or [Co]; each optional.
+        """
+        raw = x.raw if isinstance(x, Pending) else x
+        if raw.dim() != self.spatial_dims + 2:
+            raise ValueError(
+                f"x must have {self.spatial_dims + 2} dimensions for this block, got {tuple(raw.shape)}"
+            )
+        mask = None
+        if self.training and self.dropout > 0:
+            keep = 1 - self.dropout
+            mask = torch.full((raw.shape[0], self.out_channels), keep, device=raw.device)
+            mask = torch.bernoulli(mask).div_(keep)
+        return conv_norm_film(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            norm=self.norm,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            num_groups=self.num_groups,
+            training=self.training or (self.norm == "batch" and self.running_mean is None),
+            momentum=self._count_batch(),
+            eps=self.eps,
+            activation=self.activation,
+            slope=self.slope,
+            gamma=gamma,
+            beta=beta,
+            order=self.order,
+            dropout_mask=mask,
+            dropout_position=self.dropout_position,
+            deferred=deferred,
+        )
+
+    def _count_batch(self) -> float:
+        """Momentum of this forward; counts the batch as ``torch.nn.BatchNorm2d`` does."""
+        if not self.training or self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            return 1.0 / float(self.num_batches_tracked)
+        return self.momentum
+
+    def extra_repr(self) -> str:
+        """Shapes and what the block consists of."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        parts += [f"stride={self.stride}", f"norm={self.norm!r}", f"activation={self.activation!r}"]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout} ({self.dropout_position})")
+        return ", ".join([*parts, f"order={self.order!r}"])
+
+
+class ConvNormFiLM2d(ConvNormFiLM):
+    """``ConvNormFiLM`` for maps [N, C, H, W].
+
+    Example:
+        >>> import torch, fastfilm
+        >>> block = fastfilm.ConvNormFiLM2d(3, 8, norm="instance")
+        >>> gamma = torch.rand(2, 8)
+        >>> block(torch.randn(2, 3, 16, 16), gamma, gamma).shape
+        torch.Size([2, 8, 16, 16])
+    """
+
+    spatial_dims = 2
+
+
+class ConvNormFiLM3d(ConvNormFiLM):
+    """``ConvNormFiLM`` for maps [N, C, D, H, W]."""
+
+    spatial_dims = 3
+
+
+class DoubleConv(nn.Module):
+    """Two blocks in a row; the map between them is never written, and FiLM acts behind the second.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels, out_channels: Ci, Co.
+        norm, affine, activation, order, dropout: of both blocks, see ``ConvNormFiLM``.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: str | None,
+        affine: bool,
+        num_groups: int | None = None,
+        activation: str | None,
+        order: str,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        block = ConvNormFiLM2d if spatial_dims == 2 else ConvNormFiLM3d
+
+        def make(channels: int, position: str) -> ConvNormFiLM:
+            return block(
+                channels,
+                out_channels,
+                norm=norm,
+                affine=affine,
+                num_groups=num_groups,
+                activation=activation,
+                order=order,
+                dropout=dropout,
+                dropout_position=position,
+            )
+
+        self.first = make(in_channels, "end")
+        # the dropout of the second convolution comes before FiLM, as in the paper's code
+        self.second = make(out_channels, "end" if order == "conv-norm-film-act" else "film")
+
+    def forward(
+        self,
+        x: Tensor | Pending,
+        gamma: Tensor | None = None,
+        beta: Tensor | None = None,
+        *,
+        deferred: bool = False,
+    ) -> Tensor | Pending:
+        """[N, Ci, *S] -> [N, Co, *S]; γ and β [N, Co] modulate the second block."""
+        out: Tensor | Pending = self.second(
+            self.first(x, deferred=True), gamma, beta, deferred=deferred
+        )
+        return out

@@ -1,0 +1,179 @@
+"""Weights of ivadomed's FiLM networks: which tensor of ours stands under which of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import ConvNormFiLM, DoubleConv
+from .generator import FiLMGenerator
+
+Keys = dict[str, str]
+"""ivadomed's name -> our name in ``state_dict()``; several of theirs may be one of ours."""
+
+
+def generator_keys(theirs: str, ours: str) -> Keys:
+    """Names of one FiLM generator."""
+    keys = {}
+    for i, mine in enumerate(("hidden.0", "hidden.1", "last"), start=1):
+        for part in ("weight", "bias"):
+            keys[f"{theirs}.generator.linear{i}.{part}"] = f"{ours}.{mine}.{part}"
+    return keys
+
+
+def _double_keys(theirs: str, ours: str, block: DoubleConv) -> Keys:
+    keys = {}
+    for i, name in ((1, "first"), (2, "second")):
+        layer = getattr(block, name)
+        assert isinstance(layer, ConvNormFiLM)
+        keys[f"{theirs}.conv{i}.weight"] = f"{ours}.{name}.weight"
+        keys[f"{theirs}.conv{i}.bias"] = f"{ours}.{name}.bias"
+        for part, mine in (
+            ("weight", "norm_weight"),
+            ("bias", "norm_bias"),
+            ("running_mean", "running_mean"),
+            ("running_var", "running_var"),
+            ("num_batches_tracked", "num_batches_tracked"),
+        ):
+            if getattr(layer, mine) is not None:
+                keys[f"{theirs}.conv{i}_bn.{part}"] = f"{ours}.{name}.{mine}"
+    return keys
+
+
+def unet_keys(model: Any) -> Keys:
+    """Names of a ``FiLMedUNet``."""
+    depth = model.depth
+    if model.heads:
+        raise ValueError("a network with deep supervision has no ivadomed form")
+    keys: Keys = {}
+    film = [f"encoder.down_path.{3 * i + 1}" for i in range(depth)]
+    film += ["encoder.film_bottom", *(f"decoder.up_path.{2 * j + 1}" for j in range(depth))]
+    film.append("decoder.last_film")
+    for i, block in enumerate(model.encoder):
+        keys |= _double_keys(f"encoder.down_path.{3 * i}", f"encoder.{i}", block)
+    keys |= _double_keys("encoder.conv_bottom", "bottom", model.bottom)
+    for j, block in enumerate(model.decoder):
+        keys |= _double_keys(f"decoder.up_path.{2 * j}.downconv", f"decoder.{j}", block)
+    keys |= {f"decoder.last_conv.{p}": f"last.{p}" for p in ("weight", "bias")}
+    return keys | film_keys(model.film, film)
+
+
+_CONTEXT = ("conv3d_c1_1", "conv3d_c2", "conv3d_c3", "conv3d_c4", "conv3d_c5")
+
+
+def modified_keys(model: Any) -> Keys:
+    """Names of a ``Modified3DUNet``; the lowest block is named after whether it is modulated."""
+    ours = {"stem": _CONTEXT[0], "inner.0": "conv3d_c1_2", "outer": "lrelu_conv_c1.1"}
+    ours |= {f"down.{i}": _CONTEXT[i + 1] for i in range(4)}
+    ours |= {f"inner.{i}": f"norm_lrelu_conv_c{i + 1}.2" for i in range(1, 5)}
+    lowest = "upscale_conv_norm_lrelu_0.1"
+    if not model.film_layers[4]:
+        lowest = "norm_lrelu_upscale_conv_norm_lrelu_l0.3"
+    ours |= {"up.0": lowest, "bottom": "conv3d_l0", "last": "conv3d_l4"}
+    ours |= {f"up.{i}": f"norm_lrelu_upscale_conv_norm_lrelu_l{i}.3" for i in (1, 2, 3)}
+    ours |= {f"local.{i}": f"conv_norm_lrelu_l{i + 1}.0" for i in range(4)}
+    ours |= {f"reduce.{i}": f"conv3d_l{i + 1}" for i in range(3)}
+    ours |= {f"heads.{i}": f"ds{i + 2}_1x1_conv3d" for i in range(2)}
+    keys = {f"{theirs}.weight": f"{mine}.weight" for mine, theirs in ours.items()}
+    return keys | film_keys(model.film, _MODIFIED_FILM)
+
+
+_MODIFIED_FILM = tuple(f"film_layer{i}" for i in range(1, 11))
+
+
+def read_modified(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the ``Modified3DUNet`` that a state_dict belongs to."""
+    first, last = f"{_CONTEXT[0]}.weight", "conv3d_l4.weight"
+    if first not in state or last not in state:
+        raise ValueError(f"state_dict is not a Modified3DUNet's: it has no {first!r} and {last!r}")
+    if any(name.startswith(("gating.", "attentionblock")) for name in state):
+        raise NotImplementedError("Modified3DUNet with attention gates is not supported")
+    switches, metadata_size = read_film(state, _MODIFIED_FILM)
+    return {
+        "in_channels": state[first].shape[1],
+        "out_channels": state[last].shape[0],
+        "base_filters": state[first].shape[0],
+        "metadata_size": metadata_size,
+        "film_layers": switches,
+    }
+
+
+def film_keys(film: nn.ModuleList, names: Iterable[str]) -> Keys:
+    """Names of a network's generators, in the order of its FiLM layers."""
+    keys: Keys = {}
+    for i, (generator, name) in enumerate(zip(film, names, strict=True)):
+        if isinstance(generator, FiLMGenerator):
+            keys |= generator_keys(name, f"film.{i}")
+    return keys
+
+
+def _count(state: Mapping[str, Tensor], pattern: str, step: int) -> int:
+    n = 0
+    while pattern.format(n * step) in state:
+        n += 1
+    return n
+
+
+def read_unet(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the ``FiLMedUNet`` that a state_dict belongs to."""
+    first = "encoder.down_path.0.conv1.weight"
+    last = "decoder.last_conv.weight"
+    if first not in state or last not in state:
+        raise ValueError(f"state_dict is not a FiLMedUnet's: it has no {first!r} and {last!r}")
+    depth = _count(state, "encoder.down_path.{}.conv1.weight", 3)
+    film = [f"encoder.down_path.{3 * i + 1}" for i in range(depth)]
+    film += ["encoder.film_bottom", *(f"decoder.up_path.{2 * j + 1}" for j in range(depth))]
+    film.append("decoder.last_film")
+    switches, metadata_size = read_film(state, film)
+    dims = state[first].dim() - 2
+    batch = "encoder.down_path.0.conv1_bn.running_mean" in state
+    return {
+        "in_channels": state[first].shape[1],
+        "out_channels": state[last].shape[0],
+        "spatial_dims": dims,
+        "depth": depth,
+        "base_filters": state[first].shape[0],
+        "metadata_size": metadata_size,
+        "film_layers": switches,
+        "norm": "batch" if batch else "instance",
+        "norm_affine": "encoder.down_path.0.conv1_bn.weight" in state,
+    }
+
+
+def read_film(state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[list[int], int]:
+    """Which FiLM layers a state_dict has, and the width of its metadata."""
+    keys = [f"{name}.generator.linear1.weight" for name in names]
+    size = next((state[k].shape[1] for k in keys if k in state), 0)
+    return [int(k in state) for k in keys], size
+
+
+@torch.no_grad()
+def load(model: nn.Module, state: Mapping[str, Tensor], keys: Keys) -> None:
+    """Copies ``state`` into the model; the first of several names for a shared tensor wins.
+
+    Raises:
+        ValueError: missing or left-over names, or a tensor of another shape.
+    """
+    missing, extra = sorted(keys.keys() - state.keys()), sorted(state.keys() - keys.keys())
+    if missing or extra:
+        raise ValueError(f"state_dict does not fit: missing {missing[:4]}, unexpected {extra[:4]}")
+    own = model.state_dict(keep_vars=True)
+    done: set[int] = set()
+    for theirs, ours in keys.items():
+        target, value = own[ours], state[theirs]
+        if target.shape != value.shape:
+            raise ValueError(
+                f"{theirs} must have shape {tuple(target.shape)}, got {tuple(value.shape)}"
+            )
+        if id(target) not in done:
+            done.add(id(target))
+            target.copy_(value)
+
+
+def save(model: nn.Module, keys: Keys) -> dict[str, Tensor]:
+    """The model's tensors, copied, under ivadomed's names."""
+    own = model.state_dict()
+    return {theirs: own[ours].detach().clone() for theirs, ours in keys.items()}

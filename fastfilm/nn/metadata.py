@@ -1,0 +1,57 @@
+"""Metadata as a user has them (lists, arrays, tensors) -> one float tensor on the network's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Metadata = Tensor | np.ndarray | Sequence[Any]
+
+
+def as_metadata(
+    metadata: Metadata | None,
+    size: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Metadata rows [N or 1, M] for a batch of N, moved to ``device`` once.
+
+    Args:
+        metadata: [N, M], [1, M] or [M] (one row for all samples): nested lists, an array, or a tensor of any
+            real dtype.
+        size: M, the number of metadata values per sample.
+        batch: N.
+
+    Raises:
+        TypeError: None, or something that is not numbers.
+        ValueError: wrong shape, or NaN/infinity. Values that are already on a GPU are not looked at, since
+            that would stall the GPU; NaN then shows in the output.
+    """
+    if metadata is None:
+        raise TypeError(f"metadata is missing: the model was built with metadata_size={size}")
+    if isinstance(metadata, Tensor):
+        t = metadata
+        if t.is_complex():
+            raise TypeError(f"metadata must be real numbers, got {t.dtype}")
+    else:
+        try:
+            array = np.asarray(metadata)
+        except ValueError as error:
+            raise ValueError(f"metadata rows must have one length, got {metadata!r}") from error
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"metadata must be numbers, got {array.dtype} values: {metadata!r}")
+        t = torch.from_numpy(np.array(array, dtype=np.float64))
+    if t.dim() == 1:
+        t = t.unsqueeze(0)
+    if t.dim() != 2 or t.shape[1] != size or t.shape[0] not in (1, batch):
+        raise ValueError(
+            f"metadata must have shape ({batch}, {size}), (1, {size}) or ({size},), got {tuple(t.shape)}"
+        )
+    if t.device.type == "cpu" and t.is_floating_point() and not t.isfinite().all():
+        raise ValueError(f"metadata must be finite, got {t.tolist()}")
+    return t.to(device=device, dtype=dtype)

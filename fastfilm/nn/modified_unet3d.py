@@ -1,0 +1,218 @@
+"""The paper code's 3D network: strided residual encoder, two-scale heads, ten FiLM layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, cat, nn
+
+from fastfilm.ops import Pending, conv_norm_film, norm_film, spec
+
+from . import ivadomed
+from .blocks import ConvNormFiLM3d
+from .metadata import Metadata
+from .unet import FINAL_ACTIVATIONS, Conditioned, check_film_layers, final, generators
+
+LEVELS = 5
+FILM_LAYERS = 10
+
+
+def _block(ci: int, co: int, kernel: int = 3, **options: Any) -> ConvNormFiLM3d:
+    defaults: dict[str, Any] = {
+        "bias": False,
+        "affine": False,
+        "norm": "instance",
+        "activation": "leaky_relu",
+        "order": "conv-norm-act-film",
+    }
+    return ConvNormFiLM3d(ci, co, kernel, **(defaults | options))
+
+
+def _bare(ci: int, co: int, kernel: int = 3, stride: int = 1) -> ConvNormFiLM3d:
+    return _block(ci, co, kernel, stride=stride, norm=None, activation=None)
+
+
+def _tensor(x: Tensor | Pending) -> Tensor:
+    return x.materialise() if isinstance(x, Pending) else x
+
+
+class Modified3DUNet(Conditioned):
+    """3D U-Net with residual context blocks and FiLM (Isensee et al. 2017; the FiLM paper's code).
+
+    Five levels of f, 2f, … 16f filters, stride-2 convolutions down, nearest-neighbour ×2 up, instance norm
+    without affine, leaky ReLU 0.01, convolutions without bias. Logits of two coarser levels are upsampled
+    and added to the full-size ones.
+
+    Args:
+        in_channels, out_channels: channels of image and output.
+        base_filters: f.
+        metadata_size: M values per sample; 0 builds the plain network.
+        film_layers: 10 switches: context levels 1-4, level 5, the lowest localisation block, the three
+            localisation blocks above it, logits. None switches all on if ``metadata_size`` > 0.
+        dropout: channel dropout between the two convolutions of each context block.
+        generator: "paper" or "identity", see ``FiLMGenerator``.
+        final_activation: None (logits), "sigmoid" or "softmax".
+        drop_background: leave out channel 0 after the final activation.
+
+    Every spatial size must be divisible by 16.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        base_filters: int = 16,
+        metadata_size: int = 0,
+        film_layers: Sequence[int | bool] | None = None,
+        dropout: float = 0.0,
+        generator: str = "paper",
+        final_activation: str | None = None,
+        drop_background: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("base_filters", base_filters),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.base_filters, self.metadata_size = base_filters, metadata_size
+        self.film_layers = check_film_layers(film_layers, FILM_LAYERS, metadata_size)
+        self.final_activation = spec.choice("final_activation", final_activation, FINAL_ACTIVATIONS)
+        self.drop_background = drop_background
+        widths = [base_filters * 2**i for i in range(LEVELS)]
+        drop = {"dropout": dropout, "dropout_position": "norm"}
+        # the first level's block has no norm: its dropout follows the convolution directly
+        drop_first = {"dropout": dropout, "norm": None, "activation": "leaky_relu"}
+        self.stem = _bare(in_channels, widths[0])
+        self.inner = nn.ModuleList(
+            [
+                _block(widths[0], widths[0], **drop_first),
+                *(_block(w, w, **drop) for w in widths[1:]),
+            ]
+        )
+        self.outer = _bare(widths[0], widths[0])
+        self.down = nn.ModuleList(
+            _bare(a, b, stride=2) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        # lowest first: 16f -> 8f, then (after concatenation and a 1x1) 8f -> 4f -> 2f -> f
+        ups = [(widths[4], widths[3])] + [(widths[i], widths[i - 1]) for i in (3, 2, 1)]
+        self.up = nn.ModuleList(_block(a, b) for a, b in ups)
+        self.bottom = _block(widths[3], widths[3], 1)
+        self.local = nn.ModuleList(_block(2 * w, 2 * w) for w in (widths[3], *widths[2::-1]))
+        self.reduce = nn.ModuleList(_block(2 * w, w, 1) for w in (widths[3], widths[2], widths[1]))
+        self.last = _bare(2 * widths[0], out_channels, 1)
+        self.heads = nn.ModuleList(_bare(2 * w, out_channels, 1) for w in (widths[2], widths[1]))
+        channels = [
+            *widths[:4],
+            widths[4],
+            widths[3],
+            widths[2],
+            widths[1],
+            widths[0],
+            out_channels,
+        ]
+        self.film = generators(channels, self.film_layers, metadata_size, generator)
+
+    def forward(self, image: Tensor, metadata: Metadata | None = None) -> Tensor:
+        """Logits or probabilities [N, out_channels, D, H, W] for ``image`` [N, in_channels, D, H, W].
+
+        Raises:
+            TypeError, ValueError: as ``FiLMedUNet``; ValueError for sizes not divisible by 16.
+        """
+        self.check_image(image, self.in_channels, 3)
+        if any(s % 2 ** (LEVELS - 1) for s in image.shape[2:]):
+            raise ValueError(
+                f"image must be divisible by {2 ** (LEVELS - 1)} in every dimension, got {tuple(image.shape[2:])}"
+            )
+        film = self.modulation(metadata, image)
+        skips = self._context(image, film)
+        x = _tensor(self.bottom(self.up[0](_double(skips.pop()), deferred=True), *film[5]))
+        pyramid = []
+        for i, local in enumerate(self.local):
+            skip = skips.pop()
+            finest = i == len(self.local) - 1
+            joined = cat([skip, x] if finest else [x, skip], dim=1)
+            here = local(joined, deferred=finest)
+            pyramid.append(here)
+            if not finest:
+                x = self.up[i + 1](_double(_tensor(self.reduce[i](here))), *film[6 + i])
+        coarse = _double(_tensor(self.heads[0](pyramid[1]))) + _tensor(self.heads[1](pyramid[2]))
+        logits = _tensor(self.last(pyramid[3])) + _double(coarse)
+        gamma, beta = film[9]
+        if gamma is not None:
+            logits = _tensor(norm_film(logits, gamma=gamma, beta=beta))
+        return final(logits, self.final_activation, self.drop_background)
+
+    def _context(self, image: Tensor, film: list[Any]) -> list[Tensor]:
+        """The encoder: the skips of levels 1 to 4 and the map of level 5."""
+        residual = _tensor(self.stem(image))
+        x = norm_film(residual, activation="leaky_relu", deferred=True)
+        x = _tensor(self.outer(self.inner[0](x, deferred=True)))
+        # the first skip is taken before norm and FiLM, the others behind them
+        x = _tensor(norm_film(x + residual, activation="leaky_relu"))
+        maps = [x]
+        for level, down in enumerate(self.down, start=1):
+            x = _norm_act(x, *film[level - 1])
+            if level > 1:
+                maps.append(x)
+            residual = _tensor(down(x))
+            inner = self.inner[level]
+            # the block's one convolution runs twice, each time behind norm and activation
+            twice = inner(_pending_norm_act(residual), deferred=True)
+            x = _tensor(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual
+        return [*maps, _norm_act(x, *film[LEVELS - 1])]
+
+    @classmethod
+    def from_ivadomed(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        *,
+        final_activation: str | None = "sigmoid",
+        dropout: float = 0.0,
+    ) -> Modified3DUNet:
+        """The network of an ivadomed ``Modified3DUNet`` state_dict, bit for bit.
+
+        Raises:
+            NotImplementedError: a network with attention gates.
+            ValueError: keys or shapes that are not such a network's.
+        """
+        structure = ivadomed.read_modified(state_dict)
+        model = cls(
+            **structure,
+            dropout=dropout,
+            final_activation=final_activation,
+            drop_background=structure["out_channels"] > 1,
+        )
+        ivadomed.load(model, state_dict, ivadomed.modified_keys(model))
+        return model
+
+    def to_ivadomed(self) -> dict[str, Tensor]:
+        """The state_dict under ivadomed's names (values are copies); inverse of ``from_ivadomed``."""
+        return ivadomed.save(self, ivadomed.modified_keys(self))
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _norm_act(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    return _tensor(
+        norm_film(
+            x,
+            norm="instance",
+            activation="leaky_relu",
+            gamma=gamma,
+            beta=beta,
+            order="conv-norm-act-film",
+        )
+    )
+
+
+def _pending_norm_act(x: Tensor) -> Tensor | Pending:
+    return norm_film(x, norm="instance", activation="leaky_relu", deferred=True)

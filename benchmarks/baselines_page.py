@@ -287,10 +287,10 @@ layout. Uses: how often the five networks hold the layer. The last two columns a
 time over that of its bare convolutions."""
 
 
-WRONG_NOTE = """These rows have no speed-up, and their time is in no figure above. On a CPU, PyTorch 2.13's
-`instance_norm` reads a channels-last gradient as if it were contiguous when the batch is 1: every
-gradient of the block is then wrong, in float64 too. With a batch of 2 or a contiguous gradient it is
-right."""
+WRONG_NOTE = """These rows have no speed-up, and their time is in no figure above. On a CPU,
+PyTorch 2.13's `instance_norm` reads a channels-last gradient as if it were contiguous when the
+batch is 1: every gradient of the block is then wrong, in float64 too. With a batch of 2, or with a
+contiguous gradient, it is right."""
 
 
 def section(data: dict[str, Any], title: str, image: str) -> str:

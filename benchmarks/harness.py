@@ -176,7 +176,8 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         raise TookTooLong(f"{what} took longer than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # again every second: an exception that rings inside a destructor is swallowed
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)
     try:
         yield
     finally:
@@ -191,19 +192,21 @@ def saved_bytes(forward: Callable[[], object], exclude: Sequence[torch.Tensor] =
     ``exclude`` (the parameters) do not count. The input counts if it is saved.
     """
     skip = {t.untyped_storage().data_ptr() for t in exclude}
-    seen: dict[int, int] = {}
+    # the storages themselves are held, so that no address is used twice; holding the tensors would
+    # tie an output to its own graph, and neither would ever be freed
+    seen: dict[int, torch.UntypedStorage] = {}
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
+    def pack(t: torch.Tensor) -> None:
         storage = t.untyped_storage()
         if storage.data_ptr() not in skip:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
+            seen[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = forward()
-    total = sum(seen.values())
-    del out
-    return total
+    def unpack(_: None) -> torch.Tensor:
+        raise RuntimeError("this graph is for counting only")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        forward()
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 def peak_bytes(call: Call, device: str) -> int | None:

@@ -277,6 +277,11 @@ CPU's ratio of arithmetic to bandwidth is another one, and so are the layers it 
 """
 
 
+BUSY_NOTE = """**This machine was busy with other work, and not evenly so.**
+Providers of one row group share their rounds, so ratios between them hold; absolute times, fractions
+of the floor and everything that compares one row group with another are rough. A gain below 1 in the
+table below says no more than that. Repeat the run on a quiet machine before deciding anything by it."""
+
 GAIN_NOTE = """The network's best measured time over the summed times of its convolutions, each at
 its best peer, with everything else free. A network and its layers are not timed in the same rounds:
 a change of the machine's load between them is in these figures. No gain is stated where a layer was
@@ -299,7 +304,10 @@ def section(data: dict[str, Any], title: str, image: str) -> str:
     name = f"baselines-{image}.png"
     plot(rows, machine, DOCS / "img" / name)
     dtypes = [d for d in SHORT if any(r["dtype"] == d for r in rows)]
-    parts = [f"## {title}", versions(machine), "### Reading"]
+    parts = [f"## {title}", versions(machine)]
+    if max(machine.get("load") or 0, machine.get("load_end") or 0) > machine["cores"]:
+        parts.append(BUSY_NOTE)
+    parts.append("### Reading")
     parts += [text for d in dtypes if (text := reading(rows, d))]
     parts += [
         "### The best possible end-to-end gain",

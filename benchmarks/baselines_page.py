@@ -278,9 +278,9 @@ CPU's ratio of arithmetic to bandwidth is another one, and so are the layers it 
 
 
 BUSY_NOTE = """**This machine was busy with other work, and not evenly so.**
-Providers of one row group share their rounds, so ratios between them hold; absolute times, fractions
-of the floor and everything that compares one row group with another are rough. A gain below 1 in the
-table below says no more than that. Repeat the run on a quiet machine before deciding anything by it."""
+The providers of one case share their rounds, so ratios between them hold; absolute times, fractions
+of the floor and all that compares one case with another are rough. A gain below 1 in the table
+below says no more than that. Repeat the run on a quiet machine before deciding anything by it."""
 
 GAIN_NOTE = """The network's best measured time over the summed times of its convolutions, each at
 its best peer, with everything else free. A network and its layers are not timed in the same rounds:

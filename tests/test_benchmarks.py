@@ -8,6 +8,7 @@ import math
 import sys
 import time
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -392,3 +393,19 @@ def test_the_baseline_is_the_layout_that_wins_most_rounds():
     times = {"a": [1.0, 9.0, 9.0, 1.0, 9.0], "b": [1.1, 8.0, 8.0, 1.1, 8.0], "c": []}
     assert harness.best(times, ["a", "b", "c"]) == "b"
     assert harness.best(times, ["c"]) is None
+
+
+def test_the_networks_agree_with_eager_in_output_and_gradient(tmp_path, monkeypatch):
+    pytest.importorskip("nibabel")
+    tiny = [
+        replace(net, batch=2, size=(16,) * net.dims, widths=(4, 8)) for net in networks.NETWORKS[:2]
+    ]
+    monkeypatch.setattr("benchmarks.suites.model.networks", lambda session: tiny)
+    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    out = tmp_path / "o.json"
+    arguments = ["--suite", "model", "--quick", "--device", "cpu", "--dtype", "float32"]
+    assert cli.main([*arguments, "--json", str(out), "--plot", str(tmp_path / "o.png")]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    ours = [r for r in rows if r["provider"].startswith("fastfilm") and r["status"] == "ok"]
+    assert len(ours) >= 4 and all(r["max_abs_diff"] < 1e-3 for r in ours)
+    assert all(r["grad_error"] < 0.05 for r in ours if r["mode"] == "training")

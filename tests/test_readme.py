@@ -67,5 +67,5 @@ def test_backend_tables_agree_with_the_registry() -> None:
 def test_the_two_commands_are_those_of_ci() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     command = 'pip install -e ".[test]" && pytest'
-    assert f"\n    {command}\n" in README and f"\n{command}\n" in ci
+    assert f"\n    {command}\n" in README and f"bash -c '{command}'\n" in ci
     assert "python benchmarks/run.py --quick" in README and "benchmarks/run.py --quick" in ci

@@ -27,7 +27,7 @@ ERROR_FACTOR = 1.5
 
 
 PLAUSIBLE = {
-    "float32": 1e-5,
+    "float32": 1e-4,
     "tf32": 1e-2,
     "float16": 1e-2,
     "bfloat16": 5e-2,

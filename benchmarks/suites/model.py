@@ -24,9 +24,10 @@ def networks(session: Session) -> list[Network]:
     if session.device == "cuda":
         return list(NETWORKS[:2])
     flat, deep = NETWORKS[:2]
+    side, cube = (96, 32) if session.quick else (128, 48)
     return [
-        replace(flat, batch=2 if session.quick else 4, size=(128, 128), widths=(16, 32, 64)),
-        replace(deep, batch=2, size=(48, 48, 16), widths=(8, 16)),
+        replace(flat, batch=2 if session.quick else 4, size=(side, side), widths=(16, 32, 64)),
+        replace(deep, batch=2, size=(cube, cube, 16), widths=(8, 16)),
     ]
 
 

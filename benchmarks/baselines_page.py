@@ -78,7 +78,7 @@ def layer_table(rows: list[RowDict], dtype: str, limit: int = 40) -> str:
         some = next(iter(found.values()))
         cells = [name, str(sum(some["networks"].values()))]
         for mode in CONVOLUTIONS:
-            r = found.get(f"convolution {mode}")
+            r: RowDict | None = found.get(f"convolution {mode}")
             text = f"{_ms(r['median_s'])} ({100 * r['fraction_of_floor']:.0f} %)" if r else ""
             cells.append(text + (" cl" if r and r["provider"] == "eager-channels-last" else ""))
         for mode, parts in (("forward", ("forward",)), ("backward", ("dgrad", "wgrad"))):

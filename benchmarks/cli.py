@@ -177,7 +177,7 @@ def prepare(
         clock=clock,
         ceilings=ceilings,
         volume=args.volume,
-        compile_seconds=30.0 if device == "cpu" else 120.0,
+        compile_seconds=120.0 if device == "cuda" else 30.0 if args.suite else 15.0,
     )
 
 

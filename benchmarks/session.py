@@ -54,6 +54,7 @@ class Session:
     Attributes:
         volume: voxels [X, Y, Z] to cut patches from, or None before they are needed.
         compile_seconds: bound of one compilation.
+        slow_to_compile: compiled providers that ran into that bound on a whole network.
         baseline: providers of which the fastest is the one that ratios refer to.
     """
 
@@ -69,6 +70,7 @@ class Session:
     compile_seconds: float = 60.0
     baseline: tuple[str, ...] = EAGER
     verbose: bool = True
+    slow_to_compile: set[str] = field(default_factory=set)
     told: set[tuple[str, str, str]] = field(default_factory=set)
 
     def say(self, text: str) -> None:

@@ -55,8 +55,7 @@ def phantom(shape: tuple[int, int, int] = (128, 128, 32)) -> NDArray[np.float32]
     """Voxels of the built-in phantom."""
     from fastfilm.phantom import make_phantom
 
-    image = make_phantom(None, shape=shape, seed=0)
-    image = image[0] if isinstance(image, tuple) else image
+    image, _ = make_phantom(None, shape=shape, seed=0)
     return np.asarray(image.get_fdata(dtype=np.float32))
 
 

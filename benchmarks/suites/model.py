@@ -47,7 +47,8 @@ def initialise(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.normal_(module.bias, std=0.05)
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, std=0.05)
             elif isinstance(module, nn.Linear) and module.in_features == 16:
                 module.bias[module.out_features // 2 :] = -2.0
 
@@ -148,6 +149,8 @@ def compile_into(
     skipped = []
     for name, kind in providers.compile_modes(session.device).items():
         reason = providers.why_not_compile(session.device, session.quick)
+        if name in session.slow_to_compile:
+            reason = "not tried again: an earlier case took too long to compile"
         if reason is None:
             step = make()
 
@@ -161,5 +164,7 @@ def compile_into(
             if function is not None:
                 candidates[name] = step.provider(names)
                 continue
+            if "took longer" in reason:
+                session.slow_to_compile.add(name)
         skipped.append((name, reason))
     return skipped

@@ -24,7 +24,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
-RELU = 1
+RELU = 1  # fastfilm.kernels.common.ACT_CODES["relu"]; Triton is imported only where it is used
 
 
 @dataclass(frozen=True)
@@ -46,56 +46,73 @@ def _tile(config: Any) -> str:
     return "x".join(map(str, sizes)) + f" w{config.warps} s{config.stages}"
 
 
+VARIANTS = (
+    # (dtype, depth of the kernel, pending affine, channel blocks, strides); the heaviest one first
+    ("bf16", 3, True, (True, False), (1,)),
+    ("bf16", 3, True, (True, False), (2,)),
+    ("bf16", 1, False, (True, False), (1,)),
+    ("fp16", 1, True, (True,), (1,)),
+)
+"""What is compiled of each tile; ``quick`` takes the first."""
+
+
 def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
-    """Every shipped tile in every variant; ``quick`` keeps the heaviest variants for sm_90."""
-    from fastfilm.kernels import conv_dgrad, conv_fprop, conv_wgrad, pointwise
+    """Every shipped tile in the variants above; ``quick`` keeps the heaviest for sm_90."""
+    from fastfilm.kernels import pointwise
 
     for arch in (90,) if quick else archs:
-        for dtype in ("bf16",) if quick else ("bf16", "fp16"):
-            for depth in (3,) if quick else (1, 3):
-                for coef in (True,) if quick else (True, False):
-                    shape = {"KD": depth, "K": 3, "STRIDE": 1, "STRIDE_D": 1, "HAS_COEF": coef}
-                    shape |= {"ACT": RELU, "UPCAST": False, "PRECISION": "ieee"}
-                    label = f"{'3d' if depth == 3 else '2d'} {'affine' if coef else 'plain'}"
-                    for c in conv_fprop.CONFIGS:
-                        tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
-                        for one in (True, False):
-                            more = {"MOMENTS": True, "HAS_PRE": False, "PRE_ACT": 0}
-                            more |= {"FINISH": False, "OUT_ACT": 0, "ONE_BLOCK": one, "WIDE": False}
-                            case = f"{label} {'one block' if one else 'blocked'} {_tile(c)}"
-                            yield _build("fprop", case, arch, dtype, shape | more | tile, c)
-                    for c in conv_dgrad.CONFIGS:
-                        tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
-                        for one in (True, False):
-                            for stride in (1, 2):
-                                if (stride == 2 or not one) and quick:
-                                    continue
-                                steps = {"STRIDE": stride, "STRIDE_D": stride if depth == 3 else 1}
-                                case = f"{label} stride {stride} {'one block' if one else 'blocked'} {_tile(c)}"
-                                constants = shape | steps | {"ONE_BLOCK": one, "WIDE": False} | tile
-                                yield _build("dgrad", case, arch, dtype, constants, c)
-                    for c in conv_wgrad.CONFIGS:
-                        tile = {"BM": c.bm, "BN": c.bn, "BP": c.bp}
-                        yield _build("wgrad", f"{label} {_tile(c)}", arch, dtype, shape | tile, c)
-            for channels in (32, 64) if quick else (1, 3, 32, 64, 256):
-                bs, bc, _, _ = pointwise.blocks(1 << 20, channels, 8, reduces=True)
-                block = {"ACT": RELU, "BS": bs, "BC": bc}
-                for family in ("apply", "apply_backward", "moments", "moments_backward"):
-                    constants = dict(block)
-                    if family.startswith("moments"):
-                        constants["HAS_PRE"] = False
-                    if family == "moments_backward":
-                        constants["HAS_DY"] = True
-                    yield Build(
-                        family,
-                        f"{channels} channels {bs}x{bc}",
-                        arch,
-                        dtype,
-                        tuple(constants.items()),
-                        pointwise.NUM_WARPS,
-                        3,
-                        False,
-                    )
+        for variant in VARIANTS[:1] if quick else VARIANTS:
+            yield from _convolutions(arch, *variant)
+        for channels in (32, 64) if quick else (1, 3, 32, 64, 256):
+            bs, bc, _, _ = pointwise.blocks(1 << 20, channels, 8, reduces=True)
+            for family in ("apply", "apply_backward", "moments", "moments_backward"):
+                constants: dict[str, Any] = {"ACT": RELU, "BS": bs, "BC": bc}
+                if family.startswith("moments"):
+                    constants["HAS_PRE"] = False
+                if family == "moments_backward":
+                    constants["HAS_DY"] = True
+                case = f"{channels} channels {bs}x{bc}"
+                items = tuple(constants.items())
+                yield Build(family, case, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
+
+
+def _convolutions(
+    arch: int,
+    dtype: str,
+    depth: int,
+    affine: bool,
+    blockings: tuple[bool, ...],
+    strides: tuple[int, ...],
+) -> Iterator[Build]:
+    from fastfilm.kernels import conv_dgrad, conv_fprop, conv_wgrad
+
+    for stride in strides:
+        shape: dict[str, Any] = {"KD": depth, "K": 3, "STRIDE": stride}
+        shape |= {"STRIDE_D": stride if depth == 3 else 1, "HAS_COEF": affine, "ACT": RELU}
+        shape |= {"UPCAST": False, "PRECISION": "ieee"}
+        label = f"{'3d' if depth == 3 else '2d'} {'affine' if affine else 'plain'} stride {stride}"
+        for one in blockings:
+            blocking = "one block" if one else "blocked"
+            more = {"ONE_BLOCK": one, "WIDE": False}
+            epilogue = {
+                "HAS_BIAS": True,
+                "MOMENTS": True,
+                "HAS_PRE": False,
+                "PRE_ACT": 0,
+                "FINISH": False,
+            }
+            epilogue |= {"OUT_ACT": 0}
+            for c in conv_fprop.CONFIGS:
+                tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
+                constants = shape | more | epilogue | tile
+                yield _build("fprop", f"{label} {blocking} {_tile(c)}", arch, dtype, constants, c)
+            for c in conv_dgrad.CONFIGS:
+                tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
+                constants = shape | more | tile
+                yield _build("dgrad", f"{label} {blocking} {_tile(c)}", arch, dtype, constants, c)
+        for c in conv_wgrad.CONFIGS:
+            tile = {"BM": c.bm, "BN": c.bn, "BP": c.bp}
+            yield _build("wgrad", f"{label} {_tile(c)}", arch, dtype, shape | tile, c)
 
 
 def _build(

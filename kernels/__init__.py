@@ -2,9 +2,9 @@
 
 from .conv_dgrad import dgrad
 from .conv_fprop import fprop, fprop_apply
-from .spatial_moments import moments, moments_backward
-from .pointwise import apply, apply_backward
 from .conv_wgrad import wgrad
+from .pointwise import apply, apply_backward
+from .spatial_moments import moments, moments_backward
 
 __all__ = [
     "apply",

@@ -23,6 +23,9 @@ ACT_CODES = {
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+ADDS_IN_ROWS = tl.constexpr(INTERPRETED)
+"""Whether ``tl.sum`` adds row after row (numpy, interpreted) and not as a tree (a GPU)."""
+
 
 def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one for a launch; nothing on the CPU."""
@@ -43,6 +46,16 @@ def channels_last(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Uninitialised channels-last map of ``shape`` in ``like``'s dtype."""
     fmt = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=fmt)
+
+
+@triton.jit
+def row_sum(x):
+    """Sum over rows [R, BC] -> [BC]; interpreted, float64 stands in for the GPU's tree."""
+    if ADDS_IN_ROWS:
+        total = tl.sum(x.to(tl.float64), axis=0).to(tl.float32)
+    else:
+        total = tl.sum(x, axis=0)
+    return total
 
 
 @triton.jit
@@ -144,11 +157,11 @@ def affine_grad(dv, y, a, b, g, p, q, slope, ACT: tl.constexpr):
     z = a[None, :] * centred + b[None, :]
     h = activate(z, slope[None, :], ACT) - q[None, :]
     dz = dv * g[None, :] * activate_grad(z, slope[None, :], ACT)
-    dg = tl.sum(dv * h, axis=0)
-    ds = tl.sum(dv, axis=0)
-    da = tl.sum(dz * centred, axis=0)
-    db = tl.sum(dz, axis=0)
-    dslope = tl.sum(dv * g[None, :] * activate_slope_grad(z, ACT), axis=0)
+    dg = row_sum(dv * h)
+    ds = row_sum(dv)
+    da = row_sum(dz * centred)
+    db = row_sum(dz)
+    dslope = row_sum(dv * g[None, :] * activate_slope_grad(z, ACT))
     return dz * a[None, :], dg, ds, da, db, dslope
 
 
@@ -237,11 +250,11 @@ def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def tile_moments(u, valid, count):
     """Mean and sum of squared deviations [BC] over the valid rows of u [R, BC]."""
     u = tl.where(valid[:, None], u, 0.0)
-    mean = tl.sum(u, axis=0) / count
+    mean = row_sum(u) / count
     d = tl.where(valid[:, None], u - mean[None, :], 0.0)
     # the deviations' own mean is what rounding took from the first sum
-    rest = tl.sum(d, axis=0) / count
-    return mean + rest, tl.sum(d * d, axis=0) - count * rest * rest
+    rest = row_sum(d) / count
+    return mean + rest, row_sum(d * d) - count * rest * rest
 
 
 @triton.jit

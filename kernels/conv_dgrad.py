@@ -18,19 +18,17 @@ from .common import (
     coef_grad,
     guard,
     load_coef,
-    power_of_two,
     precision,
     store_partials,
 )
-from .conv_fprop import Config, _format, as_3d, wide
+from .conv_fprop import Config, _format, as_3d, interpreter_tile, wide
 
 CONFIGS = (
-    Config(8, 16, 64, 64, 8, 3),
-    Config(8, 16, 64, 32, 8, 3),
-    Config(8, 16, 32, 32, 4, 3),
-    Config(8, 16, 16, 16, 4, 3),
-    Config(4, 16, 64, 64, 4, 3),
-    Config(8, 8, 64, 64, 4, 3),
+    Config(8, 16, 64, 64, 8, 2),
+    Config(8, 16, 64, 32, 8, 2),
+    Config(8, 16, 32, 32, 8, 2),
+    Config(8, 16, 16, 16, 4, 2),
+    Config(8, 8, 64, 64, 4, 2),
 )
 """Shipped tiles for 16-bit types: bn counts input channels here, bk output channels."""
 
@@ -41,11 +39,11 @@ def pick(
     dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int
 ) -> Config:
     """The shipped tile that wastes least: channels first, then the size of the map."""
+    if INTERPRETED:
+        return interpreter_tile(height, width)
     if dtype == torch.float32:
         return CONFIGS_FLOAT32[0] if height * width > 64 else CONFIGS_FLOAT32[1]
     if height * width <= 64:
-        return CONFIGS[5]
-    if height * width <= 1024 and channels_in > 64:
         return CONFIGS[4]
     if channels_in <= 16:
         return CONFIGS[3]
@@ -123,7 +121,7 @@ def dgrad_kernel(
             nh = ih + PH - kh
             oh = nh // STRIDE
             inside_h = valid & (nh >= 0) & (oh < OH)
-            for kw in tl.static_range(K):
+            for kw in range(K):
                 if hits_h & ((rw + PW - kw + 2 * K * STRIDE) % STRIDE == 0):
                     nw = iw + PW - kw
                     ow = nw // STRIDE
@@ -185,15 +183,13 @@ def dgrad(
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
     s = stride[-1]
     c = config or pick(x.dtype, ci, co, -(-h // s), -(-w // s))
-    bk = power_of_two(co, 16, c.bk)
-    bn = power_of_two(ci, 16, c.bn)
     tiles = d * s * s * triton.cdiv(-(-h // s), c.th) * triton.cdiv(-(-w // s), c.tw)
     dx = channels_last(tuple(x.shape), x)
     slots = tiles if coef is not None else 1
     partials = torch.empty((n, slots, 5, ci), dtype=torch.float32, device=x.device)
     coef = None if coef is None else coef.contiguous()
     with guard(x):
-        dgrad_kernel[(n * tiles, triton.cdiv(ci, bn))](
+        dgrad_kernel[(n * tiles, triton.cdiv(ci, c.bn))](
             e,
             weight.contiguous(memory_format=_format(weight)),
             x,
@@ -218,14 +214,14 @@ def dgrad(
             PW=pw,
             HAS_COEF=coef is not None,
             ACT=ACT_CODES[act],
-            ONE_BLOCK=co <= bk,
+            ONE_BLOCK=co <= c.bk,
             WIDE=wide(h * w * ci, oh * ow * co),
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             PRECISION=precision(x.dtype),
             TH=c.th,
             TW=c.tw,
-            BN=bn,
-            BK=bk,
+            BN=c.bn,
+            BK=c.bk,
             num_warps=c.warps,
             num_stages=c.stages,
         )

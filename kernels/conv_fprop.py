@@ -42,12 +42,11 @@ class Config:
 
 
 CONFIGS = (
-    Config(8, 16, 128, 64, 8, 2),
+    Config(8, 8, 128, 64, 8, 2),
     Config(8, 16, 64, 64, 8, 2),
-    Config(8, 16, 64, 32, 4, 2),
-    Config(8, 16, 32, 32, 4, 2),
-    Config(8, 16, 16, 16, 4, 2),
-    Config(4, 16, 64, 64, 4, 2),
+    Config(8, 16, 64, 32, 8, 2),
+    Config(8, 16, 32, 64, 8, 2),
+    Config(8, 16, 16, 16, 8, 2),
     Config(8, 8, 64, 64, 4, 2),
 )
 """Shipped tiles for 16-bit types; each is compiled and checked for spills by the static suite."""
@@ -55,15 +54,20 @@ CONFIGS = (
 CONFIGS_FLOAT32 = (Config(8, 8, 32, 32, 4, 2), Config(4, 4, 32, 32, 4, 2))
 
 
+def interpreter_tile(height: int, width: int) -> Config:
+    """Larger tiles where kernels are interpreted: the time there goes by programs, not by elements."""
+    return Config(power_of_two(height, 4, 16), power_of_two(width, 4, 32), 64, 64, 4, 2)
+
+
 def pick(
     dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int
 ) -> Config:
     """The shipped tile that wastes least: channels first, then the size of the map."""
+    if INTERPRETED:
+        return interpreter_tile(height, width)
     if dtype == torch.float32:
         return CONFIGS_FLOAT32[0] if height * width > 64 else CONFIGS_FLOAT32[1]
     if height * width <= 64:
-        return CONFIGS[6]
-    if height * width <= 1024 and channels_out > 64:
         return CONFIGS[5]
     if channels_out <= 16:
         return CONFIGS[4]
@@ -88,6 +92,7 @@ def wide(*sizes: int) -> bool:
 def fprop_kernel(
     x_ptr,
     w_ptr,
+    bias_ptr,
     coef_ptr,
     pre_ptr,
     out_coef_ptr,
@@ -110,6 +115,7 @@ def fprop_kernel(
     PD,
     PH,
     PW,
+    HAS_BIAS: tl.constexpr,
     HAS_COEF: tl.constexpr,
     ACT: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -156,21 +162,23 @@ def fprop_kernel(
         for kh in range(K):
             ih = oh * STRIDE - PH + kh
             inside_h = valid & inside_d & (ih >= 0) & (ih < H)
-            for kw in tl.static_range(K):
+            for kw in range(K):
                 iw = ow * STRIDE - PW + kw
                 inside = inside_h & (iw >= 0) & (iw < W)
                 x_row = plane + (ih * W + iw) * CI
                 w_col = w_ptr + ((co * KD + kd) * K + kh) * K * CI + kw * CI
-                if ONE_BLOCK:
-                    mask = inside[:, None] & (ci0 < CI)[None, :]
-                    x = tl.load(x_row[:, None] + ci0[None, :], mask=mask, other=0.0)
+                # a loop of one turn dissolves: the taps of a row are then the innermost loop
+                for k0 in range(0, BK if ONE_BLOCK else CI, BK):
+                    ci = k0 + ci0
+                    mask = inside[:, None] & (ci < CI)[None, :]
+                    x = tl.load(x_row[:, None] + ci[None, :], mask=mask, other=0.0)
                     w = tl.load(
-                        w_col[None, :] + ci0[:, None],
-                        mask=(ci0 < CI)[:, None] & comask[None, :],
+                        w_col[None, :] + ci[:, None],
+                        mask=(ci < CI)[:, None] & comask[None, :],
                         other=0.0,
                     )
                     if HAS_COEF:
-                        a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci0, ci0 < CI, N, CI)
+                        a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, ci < CI, N, CI)
                         v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
                         # padding is zero after the affine, not act(b)
                         x = tl.where(mask, v, 0.0).to(x.dtype)
@@ -178,24 +186,8 @@ def fprop_kernel(
                         x = x.to(tl.float32)
                         w = w.to(tl.float32)
                     acc = tl.dot(x, w, acc, input_precision=PRECISION)
-                else:
-                    for k0 in range(0, CI, BK):
-                        ci = k0 + ci0
-                        mask = inside[:, None] & (ci < CI)[None, :]
-                        x = tl.load(x_row[:, None] + ci[None, :], mask=mask, other=0.0)
-                        w = tl.load(
-                            w_col[None, :] + ci[:, None],
-                            mask=(ci < CI)[:, None] & comask[None, :],
-                            other=0.0,
-                        )
-                        if HAS_COEF:
-                            a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, ci < CI, N, CI)
-                            v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
-                            x = tl.where(mask, v, 0.0).to(x.dtype)
-                        if UPCAST:
-                            x = x.to(tl.float32)
-                            w = w.to(tl.float32)
-                        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + co, mask=comask, other=0.0).to(tl.float32)[None, :]
     if MOMENTS:
         u = acc
         if HAS_PRE:
@@ -220,6 +212,7 @@ def fprop_kernel(
 def _launch(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     coef: torch.Tensor | None,
     act: str,
     pre: torch.Tensor | None,
@@ -242,17 +235,16 @@ def _launch(
     od, oh, ow = as_3d(size)
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
     c = config or pick(x.dtype, ci, co, oh, ow)
-    bk = power_of_two(ci, 16, c.bk)
-    bn = power_of_two(co, 16, c.bn)
     y = channels_last((n, co, *size), x)
     tiles = od * triton.cdiv(oh, c.th) * triton.cdiv(ow, c.tw)
     slots = tiles if moments else 1
     partials = torch.empty((n, slots, 2, co), dtype=torch.float32, device=x.device)
     counts = torch.empty((n, slots), dtype=torch.float32, device=x.device)
     with guard(x):
-        fprop_kernel[(n * tiles, triton.cdiv(co, bn))](
+        fprop_kernel[(n * tiles, triton.cdiv(co, c.bn))](
             x,
             weight.contiguous(memory_format=_format(weight)),
+            x if bias is None else bias.contiguous(),
             x if coef is None else coef.contiguous(),
             x if pre is None else pre.contiguous(),
             x if out_coef is None else out_coef.contiguous(),
@@ -275,6 +267,7 @@ def _launch(
             PD=pd,
             PH=ph,
             PW=pw,
+            HAS_BIAS=bias is not None,
             HAS_COEF=coef is not None,
             ACT=ACT_CODES[act],
             MOMENTS=moments,
@@ -282,14 +275,14 @@ def _launch(
             PRE_ACT=ACT_CODES[pre_act],
             FINISH=out_coef is not None,
             OUT_ACT=ACT_CODES[out_act],
-            ONE_BLOCK=ci <= bk,
+            ONE_BLOCK=ci <= c.bk,
             WIDE=wide(h * w * ci, oh * ow * co),
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             PRECISION=precision(x.dtype),
             TH=c.th,
             TW=c.tw,
-            BN=bn,
-            BK=bk,
+            BN=c.bn,
+            BK=c.bk,
             num_warps=c.warps,
             num_stages=c.stages,
         )
@@ -304,6 +297,7 @@ def _format(t: torch.Tensor) -> torch.memory_format:
 def fprop(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     coef: torch.Tensor | None,
     act: str,
     pre: torch.Tensor | None,
@@ -318,10 +312,11 @@ def fprop(
     Args:
         x: raw input [N, Ci, *S] channels-last; ``coef`` [7, N, Ci] and ``act`` are pending on it.
         weight: [Co, Ci, *K], K 1 or 3 in every dimension.
+        bias: [Co], added before the output is rounded and its moments are taken.
         pre: [2, Co], shift and slope of ``pre_act`` in front of the norm.
     """
     y, stats = _launch(
-        x, weight, coef, act, pre, pre_act, None, "none", stride, padding, moments, config
+        x, weight, bias, coef, act, pre, pre_act, None, "none", stride, padding, moments, config
     )
     return y, torch.empty(0, dtype=torch.float32, device=x.device) if stats is None else stats
 
@@ -329,6 +324,7 @@ def fprop(
 def fprop_apply(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     coef: torch.Tensor | None,
     act: str,
     out_coef: torch.Tensor,
@@ -339,5 +335,5 @@ def fprop_apply(
 ) -> torch.Tensor:
     """The finished block [N, Co, *T] where the output's coefficients are known beforehand."""
     return _launch(
-        x, weight, coef, act, None, "none", out_coef, out_act, stride, padding, False, config
+        x, weight, bias, coef, act, None, "none", out_coef, out_act, stride, padding, False, config
     )[0]

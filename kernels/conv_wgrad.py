@@ -18,7 +18,6 @@ from .common import (
     affine,
     guard,
     load_coef,
-    power_of_two,
     precision,
     sum_rows,
 )
@@ -40,18 +39,20 @@ CONFIGS = (
     Config(128, 64, 64, 8, 3),
     Config(64, 64, 64, 4, 3),
     Config(64, 32, 64, 4, 3),
-    Config(64, 16, 64, 4, 3),
+    Config(64, 16, 64, 4, 2),
 )
 """Shipped tiles for 16-bit types."""
 
 CONFIGS_FLOAT32 = (Config(32, 32, 32, 4, 2),)
 
-PROGRAMS = 512
+PROGRAMS = 64 if INTERPRETED else 512
 """Programs to aim for: enough for every multiprocessor, few enough that the second stage is cheap."""
 
 
 def pick(dtype: torch.dtype, channels_in: int, channels_out: int) -> Config:
     """The shipped tile that wastes least."""
+    if INTERPRETED:
+        return Config(64, 64, 1024, 4, 2)
     if dtype == torch.float32:
         return CONFIGS_FLOAT32[0]
     if channels_in <= 16:
@@ -180,8 +181,7 @@ def wgrad(
     od, oh, ow = as_3d(e.shape[2:])
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
     c = config or pick(x.dtype, ci, co)
-    bm, bn = power_of_two(co, 16, c.bm), power_of_two(ci, 16, c.bn)
-    blocks_m, blocks_n = triton.cdiv(co, bm), triton.cdiv(ci, bn)
+    blocks_m, blocks_n = triton.cdiv(co, c.bm), triton.cdiv(ci, c.bn)
     groups, shares, span = split(n, od * oh * ow, taps * blocks_m * blocks_n, c.bp)
     partials = torch.empty((groups * shares, co * taps * ci), dtype=torch.float32, device=x.device)
     dweight = torch.empty_like(weight, memory_format=_format(weight))
@@ -214,8 +214,8 @@ def wgrad(
             ACT=ACT_CODES[act],
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             PRECISION=precision(x.dtype),
-            BM=bm,
-            BN=bn,
+            BM=c.bm,
+            BN=c.bn,
             BP=c.bp,
             num_warps=c.warps,
             num_stages=c.stages,

@@ -22,7 +22,7 @@ from .common import (
 )
 
 ELEMENTS = 4096
-"""Elements of one block [BS, BC]."""
+"""Elements of one block [BS, BC]; a kernel that also reduces takes half, to stay in registers."""
 
 NUM_WARPS = 4
 
@@ -33,7 +33,7 @@ MAX_SLOTS = 4096
 def blocks(space: int, channels: int, batch: int, reduces: bool) -> tuple[int, int, int, int]:
     """(BS, BC, blocks per program, programs per sample) for a map [N, S, C]."""
     bc = power_of_two(channels, 1, 128)
-    bs = power_of_two(space, 1, ELEMENTS // bc)
+    bs = power_of_two(space, 1, ELEMENTS // (2 * bc) if reduces else ELEMENTS // bc)
     total = triton.cdiv(space, bs)
     iters = max(1, triton.cdiv(total * batch, MAX_SLOTS)) if reduces else 1
     return bs, bc, iters, triton.cdiv(total, iters)

@@ -17,6 +17,7 @@ from .common import (
     channels_last,
     finish_moments,
     guard,
+    row_sum,
     store_moments,
     sum_rows,
     tile_moments,
@@ -116,11 +117,12 @@ def moments_backward_kernel(
         u = activate(z, slope[None, :], ACT)
         du = dmean[None, :] + (u - mean[None, :]) * dvar[None, :]
         dz = du * activate_grad(z, slope[None, :], ACT)
-        if HAS_PRE:
-            dshift += tl.sum(tl.where(mask, dz, 0.0), axis=0)
-            dslope += tl.sum(tl.where(mask, du * activate_slope_grad(z, ACT), 0.0), axis=0)
         if HAS_DY:
             dz += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_PRE:
+            # of the whole gradient: taken apart, the two halves of it nearly cancel
+            dshift += row_sum(tl.where(mask, dz, 0.0))
+            dslope += row_sum(tl.where(mask, du * activate_slope_grad(z, ACT), 0.0))
         tl.store(e_ptr + at, dz.to(e_ptr.dtype.element_ty), mask=mask)
     if HAS_PRE:
         base = part_ptr + (n * tl.num_programs(0) + t) * 2 * C + channel
@@ -160,7 +162,10 @@ def moments_backward(
     pre: torch.Tensor | None,
     act: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """e = dy + gradient through the moments [N, C, *S], and dpre [2, C] (None without ``pre``)."""
+    """e = dy + gradient through the moments [N, C, *S], and dpre [2, C] (None without ``pre``).
+
+    dpre's first row is the sum of e: the gradient of the shift, and of a bias that y already has.
+    """
     n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
     bs, bc, iters, programs = blocks(space, channels, n, reduces=pre is not None)
     e = channels_last(tuple(y.shape), y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -60,43 +61,63 @@ def forced(backend: str, route: str | None) -> Any:
     return fastfilm.backend(backend, route)
 
 
+def run(data: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every array of the golden file but γ and β, under its name there, from our network."""
+    model = load(data).to(dtype)
+    image, context = data["input"].to(dtype), data["context"]
+    with torch.no_grad():
+        found = {"eval_output": model.eval()(image, context)}
+    image = image.clone().requires_grad_()
+    output = model.train()(image, context)
+    (output * data["loss_weights"]).sum().backward()
+    assert image.grad is not None
+    found |= {"train_output": output.detach(), "grad_input": image.grad}
+    keys = ivadomed.modified_keys if isinstance(model, Modified3DUNet) else ivadomed.unet_keys
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for theirs, ours in keys(model).items():
+        if f"grad/{theirs}" in data:
+            grad = parameters[ours].grad
+            assert grad is not None, ours
+            found[f"grad/{theirs}"] = grad
+    return found
+
+
 def assert_close(ours: Tensor, theirs: Tensor, name: str) -> None:
-    error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-12)
+    error = (ours - theirs).norm() / theirs.norm()
     assert error <= 1e-5, f"{name}: {error:.2e}"
+
+
+@functools.cache
+def exact(name: str) -> dict[str, Tensor]:
+    with fastfilm.backend("reference"):
+        return run(golden(name), torch.float64)
 
 
 @pytest.mark.parametrize(("backend", "route"), ROUTES, ids=lambda v: str(v))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_array(name: str, backend: str, route: str | None) -> None:
+    """Arrays within 1e-5 of their norm, outputs within 1e-6 absolute.
+
+    The golden arrays are float32 results with errors of their own (up to 1.3e-5 of the norm, 1.9e-6
+    absolute, in the 3D network whose lowest level has four voxels). A backend with other rounding than
+    theirs may differ by that much more; the reference, which runs the same PyTorch kernels, may not.
+    """
     data = golden(name)
     with forced(backend, route):
-        model = load(data).eval()
-        with torch.no_grad():
-            output = model(data["input"], data["context"])
-        assert (output - data["eval_output"]).abs().max() <= 1e-6
-        assert_close(output, data["eval_output"], "eval_output")
-
-        image = data["input"].clone().requires_grad_()
-        output = model.train()(image, data["context"])
-        assert (output - data["train_output"]).abs().max() <= 1e-6
-        assert_close(output, data["train_output"], "train_output")
-        (output * data["loss_weights"]).sum().backward()
-    assert image.grad is not None
-    assert_close(image.grad, data["grad_input"], "grad_input")
-    keys = ivadomed.modified_keys if isinstance(model, Modified3DUNet) else ivadomed.unet_keys
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    checked = 0
-    scale = max(v.norm().item() for k, v in data.items() if k.startswith("grad/"))
-    for theirs, ours in keys(model).items():
-        if f"grad/{theirs}" in data:
-            expected, grad = data[f"grad/{theirs}"], parameters[ours].grad
-            assert grad is not None, ours
-            if expected.norm() < 1e-5 * scale:  # zero but for rounding, in both
-                assert (grad - expected).norm() <= 1e-6 * scale, theirs
-            else:
-                assert_close(grad, expected, theirs)
-            checked += 1
-    assert checked == sum(k.startswith("grad/") for k in data)
+        found = run(data, torch.float32)
+    names = [k for k in data if k in ("eval_output", "train_output") or k.startswith("grad")]
+    assert found.keys() == set(names)
+    truth = exact(name)
+    for key in names:
+        ours, theirs = found[key], data[key]
+        own_error = theirs - truth[key]
+        slack = 0.0 if backend == "reference" else 1.0
+        difference = (ours - theirs).norm()
+        bound = 1e-5 * theirs.norm() + slack * own_error.norm()
+        # a bias in front of an instance norm has no gradient but rounding
+        assert difference <= max(bound, 1e-7), f"{key}: {difference / theirs.norm():.2e}"
+        if key.endswith("output"):
+            assert (ours - theirs).abs().max() <= 1e-6 + slack * own_error.abs().max(), key
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -240,7 +240,7 @@ def test_every_shipped_tile_computes_the_same(device: str) -> None:
         geometry = ((1, 1), (1, 1))
         for config in fprops:
             y, stats = conv_fprop.fprop(
-                x, weight, coef, "relu", None, "none", *geometry, True, config
+                x, weight, None, coef, "relu", None, "none", *geometry, True, config
             )
             assert relative_error(y, y64) < bound, config
             assert relative_error(stats, reference.moments(y64)) < bound, config
@@ -249,7 +249,7 @@ def test_every_shipped_tile_computes_the_same(device: str) -> None:
             assert dcoef is not None
             assert relative_error(dx, dx64) < bound, config
             assert relative_error(dcoef, dc64) < bound, config
-        for config in wgrads:
+        for config in (*wgrads, conv_wgrad.Config(16, 16, 16, 4, 2)):
             dw = conv_wgrad.wgrad(e, x, weight, coef, "relu", *geometry, config)
             assert relative_error(dw, dw64) < bound, config
 

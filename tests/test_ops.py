@@ -128,6 +128,7 @@ def test_opcheck(order: str, kernels: str) -> None:
 
     x = draw(2, 3, 5, 4).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, coef, pre = draw(4, 3, 3, 3), draw(7, 2, 3), draw(2, 4)
+    bias = draw(4, grad=False)
     first = order == "conv-act-norm-film"
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     for route in ("fused", "composed") if kernels == "triton" else ("composed",):
@@ -135,15 +136,16 @@ def test_opcheck(order: str, kernels: str) -> None:
         tail = (pre if first else None, "silu" if first else "none", *geometry)
         ops = torch.ops.fastfilm
         torch.library.opcheck(
-            ops.conv, (x, weight, coef, "silu", *tail, True, plan), rtol=1e-3, atol=1e-4
+            ops.conv, (x, weight, bias, coef, "silu", *tail, True, plan), rtol=1e-3, atol=1e-4
         )
         torch.library.opcheck(
-            ops.conv, (x, weight, None, "none", *tail, False, plan), rtol=1e-3, atol=1e-4
+            ops.conv, (x, weight, None, None, "none", *tail, False, plan), rtol=1e-3, atol=1e-4
         )
         finished = (draw(7, 2, 4, grad=False), "relu", *geometry, plan)
         with torch.no_grad():
             torch.library.opcheck(
-                ops.conv_apply, (x.detach(), weight.detach(), coef.detach(), "silu", *finished)
+                ops.conv_apply,
+                (x.detach(), weight.detach(), bias, coef.detach(), "silu", *finished),
             )
     y = draw(2, 4, 5, 4).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(

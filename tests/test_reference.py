@@ -211,3 +211,13 @@ def test_activations_equal_pytorchs() -> None:
     }
     for name, expected in pairs.items():
         torch.testing.assert_close(reference.activation(x, name, 0.1), expected)
+
+
+def test_instance_norm_of_one_sample_with_a_channels_last_gradient() -> None:
+    x = torch.randn(1, 4, 6, 5, dtype=FLOAT64, requires_grad=True)
+    grad = torch.randn(1, 4, 6, 5, dtype=FLOAT64)
+    mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, unbiased=False)
+    (expected,) = torch.autograd.grad((x - mean) * (var + 1e-5).rsqrt(), x, grad)
+    v = reference.block_tail(x, norm="instance")
+    (ours,) = torch.autograd.grad(v, x, grad.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)

@@ -1,8 +1,10 @@
 """The convolution op: pending affine of its input in front, moments of its output behind.
 
-    y, stats = conv(x, weight, coef, act, pre, pre_act, …)
+    y, stats = conv(x, weight, bias, coef, act, pre, pre_act, …)
 
-x is the producer's raw map; coef and act say what is pending on it (None: nothing). Only x, y and
+x is the producer's raw map; coef and act say what is pending on it (None: nothing). bias is added
+before y is rounded to its dtype; it has a gradient where there are moments with ``pre`` (whose shift is then
+a constant), and is a constant otherwise. Only x, y and
 [N, C]-sized numbers are kept for backward; the activated input is recomputed. In backward
 
     e   = dy + du/dy · (dmean + 2 (u - mean) dvar) / |S|      gradient at the raw output
@@ -27,7 +29,7 @@ from .library import define
 from .tail import accumulate_dtype
 
 _CONV = (
-    "Tensor weight, Tensor? coef, str act, Tensor? pre, str pre_act, int[] stride, int[] padding,"
+    "Tensor weight, Tensor? bias, Tensor? coef, str act, Tensor? pre, str pre_act, int[] stride, int[] padding,"
     " int[] dilation, bool transposed, int[] output_padding, int groups, bool moments, str plan"
 )
 
@@ -50,10 +52,7 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
 
 def _vendor_input(v: Tensor) -> Tensor:
     """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1."""
-    if (
-        v.shape[1] != 1
-        or v.is_contiguous(memory_format=spec.channels_last_format(v.dim())) is False
-    ):
+    if v.shape[1] != 1 or not v.is_contiguous(memory_format=spec.channels_last_format(v.dim())):
         return v
     strides, step = [], 1
     for size in reversed(v.shape[2:]):
@@ -65,6 +64,7 @@ def _vendor_input(v: Tensor) -> Tensor:
 def conv_fwd(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     coef: Tensor | None,
     act: str,
     pre: Tensor | None,
@@ -84,13 +84,13 @@ def conv_fwd(
     x = spec.channels_last(x)
     if route == "fused":
         return kernels.fprop(
-            x, weight, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
+            x, weight, bias, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     y = torch.convolution(
         _vendor_input(v),
         weight,
-        None,
+        bias,
         stride,
         padding,
         dilation,
@@ -124,7 +124,10 @@ def conv_bwd(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, ...]:
-    """Implementation of ``fastfilm::conv_backward``: dx, dweight, dcoef, dpre (empty where not needed)."""
+    """Implementation of ``fastfilm::conv_backward``: dx, dweight, dcoef, dpre (empty where not needed).
+
+    With moments and ``pre``, dpre's first row is the gradient of the bias.
+    """
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
     x, e = spec.channels_last(x), spec.channels_last(dy)
@@ -181,6 +184,7 @@ def _output_shape(
 def _conv_fake(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     coef: Tensor | None,
     act: str,
     pre: Tensor | None,
@@ -223,7 +227,7 @@ def _conv_bwd_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, coef, act, pre, pre_act, *rest = inputs
+    x, weight, _, coef, act, pre, pre_act, *rest = inputs
     *conv, moments, plan = rest
     y, stats = output if moments else (None, None)
     ctx.save_for_backward(x, weight, coef, pre, y, stats)
@@ -232,7 +236,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, coef, pre, y, stats = ctx.saved_tensors
-    need_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+    need_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
     need_weight = ctx.needs_input_grad[1]
     dx, dweight, dcoef, dpre = torch.ops.fastfilm.conv_backward(
         dy,
@@ -253,9 +257,10 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
     return (
         dx if ctx.needs_input_grad[0] else None,
         dweight if need_weight else None,
-        dcoef if ctx.needs_input_grad[2] else None,
+        dpre[0].to(dy.dtype) if ctx.needs_input_grad[2] and dpre.numel() else None,
+        dcoef if ctx.needs_input_grad[3] else None,
         None,
-        dpre if ctx.needs_input_grad[4] and dpre.numel() else None,
+        dpre if ctx.needs_input_grad[5] and dpre.numel() else None,
         *(None,) * 9,
     )
 
@@ -263,6 +268,7 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
 def conv_apply(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     coef: Tensor | None,
     act: str,
     out_coef: Tensor,
@@ -281,13 +287,13 @@ def conv_apply(
     x = spec.channels_last(x)
     if route == "fused":
         return kernels.fprop_apply(
-            x, weight, coef, act, out_coef, out_act, tuple(stride), tuple(padding)
+            x, weight, bias, coef, act, out_coef, out_act, tuple(stride), tuple(padding)
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     y = torch.convolution(
         _vendor_input(v),
         weight,
-        None,
+        bias,
         stride,
         padding,
         dilation,
@@ -299,7 +305,7 @@ def conv_apply(
 
 
 def _conv_apply_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    stride, padding, dilation, transposed, output_padding, groups = rest[4:10]
+    stride, padding, dilation, transposed, output_padding, groups = rest[5:11]
     return raw_like(
         x, _output_shape(x, weight, stride, padding, dilation, transposed, output_padding, groups)
     )
@@ -321,7 +327,7 @@ define(
     _conv_bwd_fake,
 )
 define(
-    "conv_apply(Tensor x, Tensor weight, Tensor? coef, str act, Tensor out_coef, str out_act, int[] stride,"
+    "conv_apply(Tensor x, Tensor weight, Tensor? bias, Tensor? coef, str act, Tensor out_coef, str out_act, int[] stride,"
     " int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, str plan) -> Tensor",
     conv_apply,
     _conv_apply_fake,

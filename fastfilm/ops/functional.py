@@ -61,7 +61,7 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
     spec.check_same_device(y=y, coef=coef)
     plan = plan or _pointwise_plan(y)
     if _is_eager(plan) or y.numel() == 0:
-        return spec.channels_last(reference.materialise(y, coef, act))
+        return _layout_of(y, reference.materialise(y, coef, act))
     return torch.ops.fastfilm.materialise(y, coef, act, plan)
 
 
@@ -142,7 +142,7 @@ def conv_norm_film(
         deferred: return the ``Pending`` map for the next convolution instead of a tensor.
 
     Returns:
-        [N, Co, *T] in x's dtype with channels-last strides.
+        [N, Co, *T] in x's dtype with channels-last strides (the reference backend keeps x's layout).
 
     Raises:
         TypeError: integer images, tensors of mixed dtypes.
@@ -216,24 +216,36 @@ def conv_norm_film(
         y = reference.convolution(
             v, weight, None if bias is None else bias.to(weight.dtype), *geometry
         )
-        v = spec.channels_last(tail.eager(y))
+        v = _layout_of(v, tail.eager(y))
         return _identity(v) if deferred else v
 
     coef, x_act = (x.coef, x.act) if isinstance(x, Pending) else (None, "none")
     ops = torch.ops.fastfilm
+    added = None
+    if bias is not None and (tail.activation_first or tail.norm == "none"):
+        # added before the raw map is rounded, where a sum near 0 must keep its sign
+        added = bias.to(raw.dtype)
+        if tail.uses_input:
+            # the op gives its gradient; only what rounding took from it is left for the coefficients
+            rest = (bias.to(accumulate_dtype(raw)) - added).detach()
+        else:
+            # its gradient comes with the coefficients'
+            added = added.detach()
+            rest = bias.to(accumulate_dtype(raw)) - added
+        bias = rest
     if tail.uses_input:
         pre = tail.pre(bias, channels, raw)
         y, stats = ops.conv(
-            raw, weight, coef, x_act, pre, tail.pre_activation, *geometry, True, plan
+            raw, weight, added, coef, x_act, pre, tail.pre_activation, *geometry, True, plan
         )
         out_coef = tail.coefficients(batch, channels, raw, bias, stats, math.prod(size))
     else:
         out_coef = tail.coefficients(batch, channels, raw, bias, None, math.prod(size))
         if not deferred and not _needs_grad(raw, weight, coef, out_coef):
             return ops.conv_apply(
-                raw, weight, coef, x_act, out_coef, tail.activation, *geometry, plan
+                raw, weight, added, coef, x_act, out_coef, tail.activation, *geometry, plan
             )
-        y, _ = ops.conv(raw, weight, coef, x_act, None, "none", *geometry, False, plan)
+        y, _ = ops.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
     pending = Pending(y, out_coef, tail.activation, plan)
     return pending if deferred else pending.materialise()
 
@@ -301,7 +313,7 @@ def norm_film(
     tail.check(batch, channels, x.shape[2:], x=x)
     plan = _pointwise_plan(x)
     if _is_eager(plan) or x.numel() == 0:
-        v = spec.channels_last(tail.eager(x))
+        v = _layout_of(x, tail.eager(x))
         return _identity(v) if deferred else v
     stats = None
     if tail.uses_input:
@@ -315,6 +327,13 @@ def norm_film(
 def _identity(v: Tensor) -> Pending:
     coef = coefficients(v.shape[0], v.shape[1], dtype=accumulate_dtype(v), device=v.device)
     return Pending(v, coef, "none", "reference/eager")
+
+
+def _layout_of(x: Tensor, v: Tensor) -> Tensor:
+    """``v`` channels-last if ``x`` is: some of PyTorch's norms fall back to contiguous."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=spec.channels_last_format(x.dim())):
+        return v
+    return spec.channels_last(v)
 
 
 def _is_eager(plan: str) -> bool:

@@ -148,7 +148,7 @@ def dgrad_kernel(
     here = (n * D + d) * H * W * CI
     mask = valid[:, None] & cimask[None, :]
     if HAS_COEF:
-        a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, cimask, N, CI)
+        a, b, g, _s, p, q, slope = load_coef(coef_ptr, n, ci, cimask, N, CI)
         x = tl.load(x_ptr + here + at, mask=mask, other=0.0).to(tl.float32)
         # a masked element has dv = 0 and x = p, so it adds nothing to any sum
         x = tl.where(mask, x, p[None, :])

@@ -74,7 +74,7 @@ def apply_backward_kernel(
     t = tl.program_id(0)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     cmask = channel < C
-    a, b, g, s, p, q, slope = load_coef(coef_ptr, n, channel, cmask, N, C)
+    a, b, g, _s, p, q, slope = load_coef(coef_ptr, n, channel, cmask, N, C)
     dg = tl.zeros((BC,), tl.float32)
     ds = tl.zeros((BC,), tl.float32)
     da = tl.zeros((BC,), tl.float32)

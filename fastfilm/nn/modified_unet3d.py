@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,9 +87,9 @@ class Modified3DUNet(Conditioned):
         self.final_activation = spec.choice("final_activation", final_activation, FINAL_ACTIVATIONS)
         self.drop_background = drop_background
         widths = [base_filters * 2**i for i in range(LEVELS)]
-        drop = {"dropout": dropout, "dropout_position": "norm"}
+        drop: dict[str, Any] = {"dropout": dropout, "dropout_position": "norm"}
         # the first level's block has no norm: its dropout follows the convolution directly
-        drop_first = {"dropout": dropout, "norm": None, "activation": "leaky_relu"}
+        drop_first: dict[str, Any] = {"dropout": dropout, "norm": None, "activation": "leaky_relu"}
         self.stem = _bare(in_channels, widths[0])
         self.inner = nn.ModuleList(
             [
@@ -97,9 +98,7 @@ class Modified3DUNet(Conditioned):
             ]
         )
         self.outer = _bare(widths[0], widths[0])
-        self.down = nn.ModuleList(
-            _bare(a, b, stride=2) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(_bare(a, b, stride=2) for a, b in itertools.pairwise(widths))
         # lowest first: 16f -> 8f, then (after concatenation and a 1x1) 8f -> 4f -> 2f -> f
         ups = [(widths[4], widths[3])] + [(widths[i], widths[i - 1]) for i in (3, 2, 1)]
         self.up = nn.ModuleList(_block(a, b) for a, b in ups)
@@ -163,6 +162,7 @@ class Modified3DUNet(Conditioned):
                 maps.append(x)
             residual = _tensor(down(x))
             inner = self.inner[level]
+            assert isinstance(inner, ConvNormFiLM3d)
             # the block's one convolution runs twice, each time behind norm and activation
             twice = inner(_pending_norm_act(residual), deferred=True)
             x = _tensor(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual

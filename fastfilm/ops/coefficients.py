@@ -120,7 +120,6 @@ def coefficients(
         if mask is not None and dropout_position == "norm":
             raise ValueError("dropout_position='norm' needs a norm")
         inner: Tensor | None = None
-        offset: Tensor | None = None
     else:
         assert mean is not None and pivot is not None
         inner = torch.rsqrt(var + eps)
@@ -131,8 +130,8 @@ def coefficients(
         if inner is not None:
             q = pivot
             scale = mask if dropout_position == "norm" else None
+            assert pivot is not None and mean is not None
             lifted = pivot if scale is None else pivot * scale
-            assert lifted is not None and mean is not None
             g = inner if scale is None else inner * scale
             s = _add((lifted - mean) * inner, norm_bias)
         g, s = film(g, s)
@@ -142,11 +141,11 @@ def coefficients(
         else:
             p = pivot
             assert pivot is not None and mean is not None
-            lifted = _add(pivot, conv_bias)
-            assert lifted is not None
+            lifted = pivot if conv_bias is None else pivot + conv_bias
+            assert inner is not None
             a = inner
             if mask is not None and dropout_position == "norm":
-                lifted, a = lifted * mask, inner * mask
+                lifted, a = lifted * mask, a * mask
             b = _add((lifted - mean) * inner, norm_bias)
         if order == "conv-norm-film-act":
             a, b = film(a, b)

@@ -327,8 +327,9 @@ define(
     _conv_bwd_fake,
 )
 define(
-    "conv_apply(Tensor x, Tensor weight, Tensor? bias, Tensor? coef, str act, Tensor out_coef, str out_act, int[] stride,"
-    " int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, str plan) -> Tensor",
+    "conv_apply(Tensor x, Tensor weight, Tensor? bias, Tensor? coef, str act, Tensor out_coef,"
+    " str out_act, int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding,"
+    " int groups, str plan) -> Tensor",
     conv_apply,
     _conv_apply_fake,
 )

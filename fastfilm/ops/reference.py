@@ -27,6 +27,8 @@ def activation(x: Tensor, name: str, slope: Tensor | float | None = None) -> Ten
         return x
     if name == "relu":
         return torch.relu(x)
+    if slope is None:
+        slope = spec.DEFAULT_SLOPE.get(name, 0.0)
     if name in ("leaky_relu", "prelu"):
         return torch.where(x > 0, x, x * slope)
     if name == "elu":

@@ -102,11 +102,11 @@ def _convolutions(
                 "FINISH": False,
             }
             epilogue |= {"OUT_ACT": 0}
-            for c in conv_fprop.CONFIGS:
+            for c in (c for c in conv_fprop.CONFIGS if arch in c.archs):
                 tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
                 constants = shape | more | epilogue | tile
                 yield _build("fprop", f"{label} {blocking} {_tile(c)}", arch, dtype, constants, c)
-            for c in conv_dgrad.CONFIGS:
+            for c in (c for c in conv_dgrad.CONFIGS if arch in c.archs):
                 tile = {"TH": c.th, "TW": c.tw, "BN": c.bn, "BK": c.bk}
                 constants = shape | more | tile
                 yield _build("dgrad", f"{label} {blocking} {_tile(c)}", arch, dtype, constants, c)

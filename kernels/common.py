@@ -37,6 +37,14 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
+def architecture(t: torch.Tensor) -> int:
+    """Target whose tiles fit the tensor's GPU: 80, 90 or 100 (80 for other Ampere-like instruction sets)."""
+    if not t.is_cuda:
+        return 90
+    major = torch.cuda.get_device_capability(t.device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
 def power_of_two(n: int, low: int, high: int) -> int:
     """The smallest power of two that is >= n, kept within [low, high]."""
     return max(low, min(high, 1 << max(n - 1, 0).bit_length()))

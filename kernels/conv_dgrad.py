@@ -14,6 +14,7 @@ from .common import (
     ACT_CODES,
     INTERPRETED,
     affine_grad,
+    architecture,
     channels_last,
     coef_grad,
     guard,
@@ -24,11 +25,11 @@ from .common import (
 from .conv_fprop import Config, _format, as_3d, interpreter_tile, wide
 
 CONFIGS = (
-    Config(8, 16, 64, 64, 8, 2),
+    Config(8, 16, 64, 64, 8, 2, archs=(90, 100)),
     Config(8, 16, 64, 32, 8, 2),
     Config(8, 16, 32, 32, 8, 2),
     Config(8, 16, 16, 16, 4, 2),
-    Config(8, 8, 64, 64, 4, 2),
+    Config(8, 8, 64, 64, 4, 2, archs=(80, 90)),
 )
 """Shipped tiles for 16-bit types: bn counts input channels here, bk output channels."""
 
@@ -36,20 +37,22 @@ CONFIGS_FLOAT32 = (Config(8, 8, 32, 32, 4, 2), Config(4, 4, 32, 32, 4, 2))
 
 
 def pick(
-    dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int
+    dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int, target: int
 ) -> Config:
-    """The shipped tile that wastes least: channels first, then the size of the map."""
+    """The shipped tile for ``target`` that wastes least: channels first, then the size of the map."""
     if INTERPRETED:
         return interpreter_tile(height, width)
     if dtype == torch.float32:
         return CONFIGS_FLOAT32[0] if height * width > 64 else CONFIGS_FLOAT32[1]
     if height * width <= 64:
-        return CONFIGS[4]
-    if channels_in <= 16:
-        return CONFIGS[3]
-    if channels_in <= 32:
-        return CONFIGS[2]
-    return CONFIGS[1] if channels_out <= 32 else CONFIGS[0]
+        order = [4, 1]
+    elif channels_in <= 16:
+        order = [3]
+    elif channels_in <= 32:
+        order = [2]
+    else:
+        order = [1] if channels_out <= 32 else [0, 1]
+    return next(CONFIGS[i] for i in order if target in CONFIGS[i].archs)
 
 
 @triton.jit
@@ -182,7 +185,7 @@ def dgrad(
     od, oh, ow = as_3d(e.shape[2:])
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
     s = stride[-1]
-    c = config or pick(x.dtype, ci, co, -(-h // s), -(-w // s))
+    c = config or pick(x.dtype, ci, co, -(-h // s), -(-w // s), architecture(x))
     tiles = d * s * s * triton.cdiv(-(-h // s), c.th) * triton.cdiv(-(-w // s), c.tw)
     dx = channels_last(tuple(x.shape), x)
     slots = tiles if coef is not None else 1

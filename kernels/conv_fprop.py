@@ -18,6 +18,7 @@ from .common import (
     INTERPRETED,
     activate,
     affine,
+    architecture,
     channels_last,
     finish_moments,
     guard,
@@ -31,7 +32,10 @@ from .common import (
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of a convolution kernel: TH x TW voxels by BN channels out, BK channels in at a time."""
+    """Tile of a convolution kernel: TH x TW voxels by BN channels out, BK channels in at a time.
+
+    ``archs`` are the targets where it compiles without spills.
+    """
 
     th: int
     tw: int
@@ -39,13 +43,14 @@ class Config:
     bk: int
     warps: int
     stages: int
+    archs: tuple[int, ...] = (80, 90, 100)
 
 
 CONFIGS = (
     Config(8, 8, 128, 64, 8, 2),
     Config(8, 16, 64, 64, 8, 2),
     Config(8, 16, 64, 32, 8, 2),
-    Config(8, 16, 32, 64, 8, 2),
+    Config(8, 16, 32, 64, 8, 2, archs=(80, 90)),
     Config(8, 16, 16, 16, 8, 2),
     Config(8, 8, 64, 64, 4, 2),
 )
@@ -60,22 +65,24 @@ def interpreter_tile(height: int, width: int) -> Config:
 
 
 def pick(
-    dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int
+    dtype: torch.dtype, channels_in: int, channels_out: int, height: int, width: int, target: int
 ) -> Config:
-    """The shipped tile that wastes least: channels first, then the size of the map."""
+    """The shipped tile for ``target`` that wastes least: channels first, then the size of the map."""
     if INTERPRETED:
         return interpreter_tile(height, width)
     if dtype == torch.float32:
         return CONFIGS_FLOAT32[0] if height * width > 64 else CONFIGS_FLOAT32[1]
     if height * width <= 64:
-        return CONFIGS[5]
-    if channels_out <= 16:
-        return CONFIGS[4]
-    if channels_out <= 32:
-        return CONFIGS[3]
-    if channels_in <= 32:
-        return CONFIGS[2]
-    return CONFIGS[0] if channels_out >= 128 else CONFIGS[1]
+        order = [5]
+    elif channels_out <= 16:
+        order = [4]
+    elif channels_out <= 32:
+        order = [3, 2]
+    elif channels_in <= 32:
+        order = [2]
+    else:
+        order = [0] if channels_out >= 128 else [1]
+    return next(CONFIGS[i] for i in order if target in CONFIGS[i].archs)
 
 
 def as_3d(shape: tuple[int, ...] | torch.Size) -> tuple[int, int, int]:
@@ -234,7 +241,7 @@ def _launch(
     d, h, w = as_3d(x.shape[2:])
     od, oh, ow = as_3d(size)
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
-    c = config or pick(x.dtype, ci, co, oh, ow)
+    c = config or pick(x.dtype, ci, co, oh, ow, architecture(x))
     y = channels_last((n, co, *size), x)
     tiles = od * triton.cdiv(oh, c.th) * triton.cdiv(ow, c.tw)
     slots = tiles if moments else 1

@@ -16,7 +16,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -64,7 +64,7 @@ class Request:
     groups: int = 1
     transposed: bool = False
     channels: tuple[int, int] = (1, 1)
-    output: tuple[int, ...] = field(default=(), compare=False)
+    output: tuple[int, ...] = ()
     batch: int = 1
 
 
@@ -195,7 +195,11 @@ def choose(request: Request) -> str:
     Raises:
         NotImplementedError: the forced backend or route cannot serve the request; says why.
     """
-    name, route = _forced.backend, _forced.route
+    return _choose(request, _forced.backend, _forced.route, interpreting())
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(request: Request, name: str | None, route: str | None, interpreted: bool) -> str:
     if name is None:
         # the interpreter is for tests: on CPU tensors it is used only where it is asked for by name
         name = "triton" if request.device == "cuda" else "cpu"

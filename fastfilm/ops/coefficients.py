@@ -92,7 +92,8 @@ def coefficients(
     """Rows a, b, g, s, p, q, slope [7, N, C] of one block's pending affine.
 
     Args:
-        mean, var: [N or 1, C], statistics of what the norm sees (None: no norm).
+        mean, var: [N or 1, C], statistics of what the norm sees (no ``var``: no norm; no ``mean``: it is
+            the pivot, to the last bit).
         pivot: [N or 1, C], a constant near the mean of the raw map (norm first) or of the activated
             map (activation first).
         gamma, beta, dropout_mask: [N or 1, C].
@@ -121,7 +122,6 @@ def coefficients(
             raise ValueError("dropout_position='norm' needs a norm")
         inner: Tensor | None = None
     else:
-        assert mean is not None and pivot is not None
         inner = torch.rsqrt(var + eps)
         if norm_weight is not None:
             inner = inner * norm_weight
@@ -130,23 +130,23 @@ def coefficients(
         if inner is not None:
             q = pivot
             scale = mask if dropout_position == "norm" else None
-            assert pivot is not None and mean is not None
+            assert pivot is not None
             lifted = pivot if scale is None else pivot * scale
             g = inner if scale is None else inner * scale
-            s = _add((lifted - mean) * inner, norm_bias)
+            s = norm_bias if mean is None else _add((lifted - mean) * inner, norm_bias)
         g, s = film(g, s)
     else:
         if inner is None:
             a, b = None, conv_bias
         else:
             p = pivot
-            assert pivot is not None and mean is not None
+            assert pivot is not None
             lifted = pivot if conv_bias is None else pivot + conv_bias
             assert inner is not None
             a = inner
             if mask is not None and dropout_position == "norm":
                 lifted, a = lifted * mask, a * mask
-            b = _add((lifted - mean) * inner, norm_bias)
+            b = norm_bias if mean is None else _add((lifted - mean) * inner, norm_bias)
         if order == "conv-norm-film-act":
             a, b = film(a, b)
         else:

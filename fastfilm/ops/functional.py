@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends, reference, spec
+from . import backends, conv, pointwise, reference, spec
 from .coefficients import coefficients
 from .tail import Tail, accumulate_dtype
 
@@ -37,7 +37,9 @@ class Pending:
 
     def materialise(self) -> Tensor:
         """The feature map itself [N, C, *S], in the raw map's dtype."""
-        return materialise(self.raw, self.coef, self.act, plan=self.plan)
+        if _is_eager(self.plan):
+            return materialise(self.raw, self.coef, self.act, plan=self.plan)
+        return pointwise.materialise(self.raw, self.coef, self.act, self.plan)
 
 
 def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None = None) -> Tensor:
@@ -62,7 +64,7 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
     plan = plan or _pointwise_plan(y)
     if _is_eager(plan) or y.numel() == 0:
         return _layout_of(y, reference.materialise(y, coef, act))
-    return torch.ops.fastfilm.materialise(y, coef, act, plan)
+    return pointwise.materialise(y, coef, act, plan)
 
 
 def moments(
@@ -85,7 +87,7 @@ def moments(
     plan = plan or _pointwise_plan(y)
     if _is_eager(plan) or y.numel() == 0:
         return reference.moments(y, pre, act)
-    return torch.ops.fastfilm.moments(y, pre, act, plan)
+    return pointwise.moments(y, pre, act, plan)
 
 
 def conv_norm_film(
@@ -139,7 +141,8 @@ def conv_norm_film(
         order: "conv-norm-film-act", "conv-norm-act-film" or "conv-act-norm-film".
         dropout_mask: channel dropout, [N, Co], already divided by 1 - p.
         dropout_position: "end" (default), "film" (in front of FiLM) or "norm" (in front of the norm).
-        deferred: return the ``Pending`` map for the next convolution instead of a tensor.
+        deferred: return the ``Pending`` map for the next convolution instead of a tensor, where that saves
+            a pass (without gradients the composed route finishes its map in place and returns the tensor).
 
     Returns:
         [N, Co, *T] in x's dtype with channels-last strides (the reference backend keeps x's layout).
@@ -220,7 +223,8 @@ def conv_norm_film(
         return _identity(v) if deferred else v
 
     coef, x_act = (x.coef, x.act) if isinstance(x, Pending) else (None, "none")
-    ops = torch.ops.fastfilm
+    # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
+    finish = plan.endswith("/composed") and not torch.is_grad_enabled()
     added = None
     if bias is not None and (tail.activation_first or tail.norm == "none"):
         # added before the raw map is rounded, where a sum near 0 must keep its sign
@@ -235,17 +239,19 @@ def conv_norm_film(
         bias = rest
     if tail.uses_input:
         pre = tail.pre(bias, channels, raw)
-        y, stats = ops.conv(
+        y, stats = conv.conv(
             raw, weight, added, coef, x_act, pre, tail.pre_activation, *geometry, True, plan
         )
         out_coef = tail.coefficients(batch, channels, raw, bias, stats, math.prod(size))
     else:
         out_coef = tail.coefficients(batch, channels, raw, bias, None, math.prod(size))
-        if not deferred and not _needs_grad(raw, weight, coef, out_coef):
-            return ops.conv_apply(
+        if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef):
+            return conv.finished(
                 raw, weight, added, coef, x_act, out_coef, tail.activation, *geometry, plan
             )
-        y, _ = ops.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
+        y, _ = conv.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
+    if finish:
+        return pointwise.finish(y, out_coef, tail.activation, plan)
     pending = Pending(y, out_coef, tail.activation, plan)
     return pending if deferred else pending.materialise()
 

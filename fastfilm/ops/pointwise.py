@@ -10,7 +10,7 @@ from torch import Tensor
 from . import spec
 from .backends import BACKENDS
 from .conv import raw_like, stats_like
-from .library import define
+from .library import define, differentiable, direct
 
 
 def materialise_fwd(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
@@ -47,7 +47,9 @@ def _materialise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _materialise_backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     y, coef = ctx.saved_tensors
-    dy, dcoef = torch.ops.fastfilm.materialise_backward(dv, y, coef, ctx.act, ctx.plan)
+    short = direct(dv) and not torch.is_grad_enabled()
+    backward = materialise_bwd if short else torch.ops.fastfilm.materialise_backward
+    dy, dcoef = backward(dv, y, coef, ctx.act, ctx.plan)
     return dy, dcoef, None, None
 
 
@@ -58,7 +60,9 @@ def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _moments_backward(ctx: Any, dstats: Tensor) -> tuple[Tensor | None, ...]:
     y, pre, stats = ctx.saved_tensors
-    dy, dpre = torch.ops.fastfilm.moments_backward(dstats, y, stats, pre, ctx.pre_act, ctx.plan)
+    short = direct(dstats) and not torch.is_grad_enabled()
+    backward = moments_bwd if short else torch.ops.fastfilm.moments_backward
+    dy, dpre = backward(dstats, y, stats, pre, ctx.pre_act, ctx.plan)
     return dy, dpre if dpre.numel() else None, None, None
 
 
@@ -90,3 +94,28 @@ define(
         y.new_empty(0) if pre is None else torch.empty_like(pre),
     ),
 )
+
+_eager_materialise = differentiable(materialise_fwd, _materialise_setup, _materialise_backward)
+_eager_moments = differentiable(moments_fwd, _moments_setup, _moments_backward)
+
+
+def materialise(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
+    """``fastfilm::materialise``, by the short way where that is possible."""
+    op = _eager_materialise if direct(y) else torch.ops.fastfilm.materialise
+    v: Tensor = op(y, coef, act, plan)
+    return v
+
+
+def moments(y: Tensor, pre: Tensor | None, pre_act: str, plan: str) -> Tensor:
+    """``fastfilm::moments``, by the short way where that is possible."""
+    op = _eager_moments if direct(y) else torch.ops.fastfilm.moments
+    stats: Tensor = op(y, pre, pre_act, plan)
+    return stats
+
+
+def finish(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
+    """Materialises a raw map that nobody else holds, in place where that is possible."""
+    if not direct(y):
+        return materialise(y, coef, act, plan)
+    v: Tensor = BACKENDS[plan.split("/")[0]].kernels().apply(y, coef, act, in_place=True)
+    return v

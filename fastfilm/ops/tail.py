@@ -17,6 +17,17 @@ from torch import Tensor
 from . import reference, spec
 from .coefficients import coefficients, norm_statistics
 
+_TENSORS = (
+    "norm_weight",
+    "norm_bias",
+    "running_mean",
+    "running_var",
+    "gamma",
+    "beta",
+    "dropout_mask",
+    "slope",
+)
+
 
 @dataclass
 class Tail:
@@ -154,9 +165,11 @@ class Tail:
         elif self.norm != "none":
             assert self.running_mean is not None and self.running_var is not None
             mean = self.running_mean.to(dtype).unsqueeze(0)
-            pivot = mean if self.activation_first or bias is None else mean - bias.to(dtype)
-            var = self.running_var.to(dtype).unsqueeze(0)
-            known = {"mean": mean, "var": var, "pivot": pivot.detach()}
+            known = {"var": self.running_var.to(dtype).unsqueeze(0), "pivot": mean.detach()}
+            if not self.activation_first and bias is not None:
+                known |= {"mean": mean, "pivot": (mean - bias.to(dtype)).detach()}
+            elif self.dropout_mask is not None and self.dropout_position == "norm":
+                known["mean"] = mean
         return coefficients(
             batch,
             channels,

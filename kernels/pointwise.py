@@ -121,10 +121,10 @@ def apply(y: torch.Tensor, coef: torch.Tensor, act: str, in_place: bool = False)
 
 
 def apply_backward(
-    dv: torch.Tensor, y: torch.Tensor, coef: torch.Tensor, act: str
+    dv: torch.Tensor, y: torch.Tensor, coef: torch.Tensor, act: str, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dy [N, C, *S] and dcoef [7, N, C] of ``apply``."""
-    dy = channels_last(tuple(y.shape), y)
+    """dy [N, C, *S] (in dv's memory if ``in_place``) and dcoef [7, N, C] of ``apply``."""
+    dy = dv if in_place else channels_last(tuple(y.shape), y)
     n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
     bs, bc, iters, programs = blocks(space, channels, n, reduces=True)
     coef = coef.contiguous()

@@ -103,6 +103,12 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
     theirs may differ by that much more; the reference, which runs the same PyTorch kernels, may not.
     """
     data = golden(name)
+    if (
+        backend == "triton"
+        and name.startswith("modified")
+        and "FASTFILM_SLOW_TESTS" not in os.environ
+    ):
+        pytest.skip("interpreting this network takes minutes; set FASTFILM_SLOW_TESTS=1 to run it")
     with forced(backend, route):
         found = run(data, torch.float32)
     names = [k for k in data if k in ("eval_output", "train_output") or k.startswith("grad")]

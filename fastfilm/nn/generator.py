@@ -82,7 +82,7 @@ class FiLMGenerator(nn.Module):
             out = self.last(h)
             if self.preset == "paper":
                 out = torch.sigmoid(out)
-            gamma, beta = out[:, : self.channels], out[:, self.channels :]
+            gamma, beta = out.split(self.channels, dim=1)
             return (gamma, beta) if self.preset == "paper" else (1 + gamma, beta)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import direct
+
 
 def norm_statistics(
     stats: Tensor,
@@ -37,7 +39,7 @@ def norm_statistics(
     Returns:
         mean, var: [N or 1, C] each, of ``scale * (y + shift)``.
     """
-    mean, var = stats[0], stats[1]
+    mean, var = stats.unbind(0)
     if shift is not None:
         mean = mean + shift
     if scale is not None:
@@ -45,8 +47,8 @@ def norm_statistics(
         var = var * (scale * scale)
     n, channels = mean.shape
     if norm == "batch":
-        centre = mean.mean(0, keepdim=True)
-        total = (var + (mean - centre).square()).mean(0, keepdim=True)
+        between, centre = torch.var_mean(mean, 0, correction=0, keepdim=True)
+        total = var.mean(0, keepdim=True) + between
         if training and running_mean is not None and running_var is not None:
             with torch.no_grad():
                 unbiased = n * count / max(n * count - 1, 1)
@@ -159,8 +161,7 @@ def coefficients(
         slope_row: Tensor | None = torch.full((1, 1), float(slope), dtype=dtype, device=device)
     else:
         slope_row = None if slope is None else slope.to(dtype).reshape(1, -1)
-    one = torch.ones((1, 1), dtype=dtype, device=device)
-    zero = torch.zeros((1, 1), dtype=dtype, device=device)
+    one, zero = _constants(dtype, device)
     rows = (a, b, g, s, p, q, slope_row)
     defaults = (one, zero, one, zero, zero, zero, zero)
     return torch.stack(
@@ -169,6 +170,24 @@ def coefficients(
             for r, d in zip(rows, defaults, strict=True)
         ]
     )
+
+
+def _constants(dtype: torch.dtype, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """1 and 0, [1, 1] each; made once a dtype and device, unless something is tracing."""
+    key = (dtype, str(device))
+    found = _ONE_ZERO.get(key)
+    if found is not None and direct(found[0]):
+        return found
+    made = (
+        torch.ones((1, 1), dtype=dtype, device=device),
+        torch.zeros((1, 1), dtype=dtype, device=device),
+    )
+    if direct(made[0]) and not torch.is_inference_mode_enabled():
+        _ONE_ZERO[key] = made
+    return made
+
+
+_ONE_ZERO: dict[tuple[torch.dtype, str], tuple[Tensor, Tensor]] = {}
 
 
 def _mul(x: Tensor | None, y: Tensor) -> Tensor | None:

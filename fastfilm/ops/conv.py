@@ -165,7 +165,7 @@ def conv_bwd(
         dx = spec.channels_last(dv)
         if coef is not None:
             del v
-            dx, dcoef = kernels.apply_backward(dx, x, coef, act)
+            dx, dcoef = kernels.apply_backward(dx, x, coef, act, in_place=True)
     return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
 
 

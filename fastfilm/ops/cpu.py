@@ -80,12 +80,14 @@ def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
     return v
 
 
-def apply_backward(dv: Tensor, y: Tensor, coef: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """Gradients of ``apply`` at ``y`` ([N, C, *S]) and at ``coef`` ([7, N, C])."""
+def apply_backward(
+    dv: Tensor, y: Tensor, coef: Tensor, act: str, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``apply`` at ``y`` ([N, C, *S]; in dv's memory if ``in_place``) and at ``coef``."""
     y = _map("y", y)
     dv = _like("dv", dv, y)
     coef = _numbers("coef", coef, y, 7, y.shape[0], y.shape[1])
-    dy = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    dy = dv if in_place else torch.empty_like(y, memory_format=_FORMATS[y.dim()])
     dcoef = torch.empty_like(coef)
     _C.apply_backward(
         dv.data_ptr(),
@@ -132,7 +134,8 @@ def moments_backward(
         act: as in ``moments``.
 
     Returns:
-        e [N, C, *S] in y's dtype, and dpre [2, C] (None without ``pre``).
+        e [N, C, *S] in y's dtype, and dpre [2, C] (None without ``pre``), whose first row is the sum of
+        e: the gradient of the shift, and of a bias that y already has.
     """
     y = _map("y", y)
     if dy is not None:

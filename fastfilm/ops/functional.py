@@ -231,7 +231,8 @@ def conv_norm_film(
         added = bias.to(raw.dtype)
         if tail.uses_input:
             # the op gives its gradient; only what rounding took from it is left for the coefficients
-            rest = (bias.to(accumulate_dtype(raw)) - added).detach()
+            exact = added.dtype == bias.dtype
+            rest = None if exact else (bias.to(accumulate_dtype(raw)) - added).detach()
         else:
             # its gradient comes with the coefficients'
             added = added.detach()

@@ -116,6 +116,8 @@ class Tail:
         if self.activation == "none" and bias is None:
             return None
         dtype = accumulate_dtype(like)
+        if bias is None and self.slope is None:
+            return torch.zeros((2, channels), dtype=dtype, device=like.device)
         zero = torch.zeros(channels, dtype=dtype, device=like.device)
         shift = zero if bias is None else bias.to(dtype)
         if isinstance(self.slope, Tensor):
@@ -156,7 +158,7 @@ class Tail:
                 shift=None if self.activation_first else bias,
                 scale=None if mask is None else mask.to(stats.dtype),
             )
-            pivot = stats[0]
+            pivot = stats.detach()[0]
             if self.norm == "batch" and mask is None:
                 pivot = (
                     mean if self.activation_first or bias is None else mean - bias.to(mean.dtype)

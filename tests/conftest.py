@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# interpreted kernels make thousands of small matrix products: threads would only wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

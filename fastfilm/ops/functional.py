@@ -239,7 +239,7 @@ def conv_norm_film(
             rest = bias.to(accumulate_dtype(raw)) - added
         bias = rest
     if tail.uses_input:
-        pre = tail.pre(bias, channels, raw)
+        pre = tail.pre(bias, channels, raw, biased=added is not None)
         y, stats = conv.conv(
             raw, weight, added, coef, x_act, pre, tail.pre_activation, *geometry, True, plan
         )

@@ -109,11 +109,17 @@ class Tail:
         """Activation in front of the moments."""
         return self.activation if self.activation_first else "none"
 
-    def pre(self, bias: Tensor | None, channels: int, like: Tensor) -> Tensor | None:
-        """[2, C] shift and slope in front of the moments; None where the moments see the raw map."""
+    def pre(
+        self, bias: Tensor | None, channels: int, like: Tensor, biased: bool = False
+    ) -> Tensor | None:
+        """[2, C] shift and slope in front of the moments; None where the moments see the raw map.
+
+        Args:
+            biased: the map has a bias already, whose gradient comes with the shift's.
+        """
         if not self.activation_first or not self.uses_input:
             return None
-        if self.activation == "none" and bias is None:
+        if self.activation == "none" and bias is None and not biased:
             return None
         dtype = accumulate_dtype(like)
         if bias is None and self.slope is None:

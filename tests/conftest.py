@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# interpreted kernels make thousands of small matrix products: threads would only wait for each other
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# the work is thousands of small calls in as many workers as cores: more threads would wait for each other
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -16,9 +16,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("driver", "baseline", "avx2", "avx512")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("coefficients", "driver", "baseline", "avx2", "avx512")),
 ]
 DEPENDS = [
+    "csrc/cpu/coefficients.h",
     "csrc/cpu/driver.h",
     "csrc/cpu/kernels.h",
     *(f"csrc/cpu/{name}.inc" for name in ("kernels", "vector", "activation")),

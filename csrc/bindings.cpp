@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/coefficients.h"
 #include "cpu/driver.h"
 
 namespace py = pybind11;
@@ -119,6 +120,119 @@ void py_moments_backward(Address dy, Address dstats, Address y, Address stats, A
   if (!call.empty()) moments_backward(call.map, dy_, dstats_, y_, stats_, pre_, e_, dpre_);
 }
 
+// The algebra of one kind of block; made once, called for every map of that kind.
+class Coefficients {
+ public:
+  Coefficients(bool wide, int norm, int order, int position, bool use_input, bool update, int64_t n,
+               int64_t c, int64_t groups, double count, double eps, double slope)
+      : wide_(wide) {
+    check_code("norm", norm, kNorms);
+    check_code("order", order, kOrders);
+    check_code("position", position, kDropoutPositions);
+    check_size("n", n);
+    check_size("c", c);
+    if (c > 0 && n > std::numeric_limits<int64_t>::max() / 64 / c) {
+      throw std::invalid_argument("n * c does not fit in 64 bits");
+    }
+    if (groups < 1 || c % groups != 0) {
+      throw std::invalid_argument("groups must divide c = " + std::to_string(c) + ", got " +
+                                  std::to_string(groups));
+    }
+    shape_ = {static_cast<Norm>(norm), static_cast<Order>(order),
+              static_cast<DropoutPosition>(position), use_input, update, n, c, groups, count, eps,
+              0.0, slope};
+  }
+
+  void forward(double momentum, Address running_mean, Address running_var, Address stats,
+               Address norm_weight, Address norm_bias, Address conv_bias, Address gamma,
+               int64_t gamma_rows, Address beta, int64_t beta_rows, Address mask, int64_t mask_rows,
+               Address slope, int64_t slope_count, Address coef) const {
+    BlockShape shape = shape_;
+    shape.momentum = momentum;
+    if (shape.n * shape.c == 0) return;
+    const auto run = [&](auto zero) {
+      using R = decltype(zero);
+      const auto in = tensors<R>(true, running_mean, running_var, stats, norm_weight, norm_bias, conv_bias,
+                                 gamma, gamma_rows, beta, beta_rows, mask, mask_rows, slope, slope_count);
+      block_coefficients<R>(shape, in, get<R>("coef", coef, true));
+    };
+    wide_ ? run(0.0) : run(0.0f);
+  }
+
+  void backward(Address running_mean, Address running_var, Address stats, Address norm_weight,
+                Address norm_bias, Address conv_bias, Address gamma, int64_t gamma_rows, Address beta,
+                int64_t beta_rows, Address mask, int64_t mask_rows, Address slope, int64_t slope_count,
+                Address dcoef, Address dstats, Address dnorm_weight, Address dnorm_bias,
+                Address dconv_bias, Address dgamma, Address dbeta, Address dslope) const {
+    if (shape_.n * shape_.c == 0) return;
+    const auto run = [&](auto zero) {
+      using R = decltype(zero);
+      const auto in = tensors<R>(false, running_mean, running_var, stats, norm_weight, norm_bias, conv_bias,
+                                 gamma, gamma_rows, beta, beta_rows, mask, mask_rows, slope, slope_count);
+      const BlockGradients<R> out = {
+          get<R>("dstats", dstats),         get<R>("dnorm_weight", dnorm_weight),
+          get<R>("dnorm_bias", dnorm_bias), get<R>("dconv_bias", dconv_bias),
+          get<R>("dgamma", dgamma),         get<R>("dbeta", dbeta),
+          get<R>("dslope", dslope)};
+      block_coefficients_backward<R>(shape_, in, get<R>("dcoef", dcoef, true), out);
+    };
+    wide_ ? run(0.0) : run(0.0f);
+  }
+
+ private:
+  template <class R>
+  static R* get(const char* name, Address address, bool needed = false) {
+    if (needed && address == 0) throw std::invalid_argument(std::string(name) + " is null");
+    if (address % sizeof(R) != 0) {
+      throw std::invalid_argument(std::string(name) + " must be aligned to " +
+                                  std::to_string(sizeof(R)) + " bytes");
+    }
+    return reinterpret_cast<R*>(address);
+  }
+
+  void check_rows(const char* name, int64_t rows) const {
+    if (rows != 1 && rows != shape_.n) {
+      throw std::invalid_argument(std::string(name) + " must have 1 or " + std::to_string(shape_.n) +
+                                  " rows, got " + std::to_string(rows));
+    }
+  }
+
+  template <class R>
+  BlockTensors<R> tensors(bool moves, Address running_mean, Address running_var, Address stats,
+                          Address norm_weight, Address norm_bias, Address conv_bias, Address gamma,
+                          int64_t gamma_rows, Address beta, int64_t beta_rows, Address mask,
+                          int64_t mask_rows, Address slope, int64_t slope_count) const {
+    check_rows("gamma", gamma_rows);
+    check_rows("beta", beta_rows);
+    check_rows("mask", mask_rows);
+    if (slope_count != 1 && slope_count != shape_.c) {
+      throw std::invalid_argument("slope must have 1 or " + std::to_string(shape_.c) +
+                                  " values, got " + std::to_string(slope_count));
+    }
+    const bool normed = shape_.norm != kNormNone;
+    const bool running = (moves && shape_.update) || (normed && !shape_.use_input);
+    BlockTensors<R> in;
+    in.stats = get<R>("stats", stats, normed && shape_.use_input);
+    in.norm_weight = get<R>("norm_weight", norm_weight);
+    in.norm_bias = get<R>("norm_bias", norm_bias);
+    in.conv_bias = get<R>("conv_bias", conv_bias);
+    in.gamma = get<R>("gamma", gamma);
+    in.beta = get<R>("beta", beta);
+    in.mask = get<R>("mask", mask);
+    in.slope = get<R>("slope", slope);
+    in.running_mean = get<R>("running_mean", running_mean, running);
+    in.running_var = get<R>("running_var", running_var, running);
+    in.gamma_rows = gamma_rows;
+    in.beta_rows = beta_rows;
+    in.mask_rows = mask_rows;
+    in.slope_count = slope_count;
+    return in;
+  }
+
+  bool wide_;
+  BlockShape shape_;
+};
+
 py::tuple instruction_sets() {
   const Kernels* const* list;
   const int count = available_kernels(&list);
@@ -156,6 +270,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("moments_backward", &py_moments_backward, py::arg("dy"), py::arg("dstats"), py::arg("y"),
         py::arg("stats"), py::arg("pre"), py::arg("e"), py::arg("dpre"), py::arg("dtype"),
         py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
+  py::class_<Coefficients>(m, "Coefficients")
+      .def(py::init<bool, int, int, int, bool, bool, int64_t, int64_t, int64_t, double, double, double>(),
+           py::arg("wide"), py::arg("norm"), py::arg("order"), py::arg("position"), py::arg("use_input"),
+           py::arg("update"), py::arg("n"), py::arg("c"), py::arg("groups"), py::arg("count"),
+           py::arg("eps"), py::arg("slope"))
+      .def("forward", &Coefficients::forward)
+      .def("backward", &Coefficients::backward);
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return current_kernels().name; });
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"));

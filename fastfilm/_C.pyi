@@ -41,6 +41,31 @@ def moments_backward(
     c: int,
     threads: int,
 ) -> None: ...
+class Coefficients:
+    """The algebra of one kind of block. Numbers are float, or double if ``wide``.
+
+    ``norm``: 0 none, 1 batch, 2 instance, 3 group. ``order``: 0 norm-film-act, 1 norm-act-film, 2
+    act-norm-film. ``position``: of the dropout; 0 end, 1 in front of FiLM, 2 in front of the norm.
+    """
+
+    def __init__(
+        self,
+        wide: bool,
+        norm: int,
+        order: int,
+        position: int,
+        use_input: bool,
+        update: bool,
+        n: int,
+        c: int,
+        groups: int,
+        count: float,
+        eps: float,
+        slope: float,
+    ) -> None: ...
+    def forward(self, momentum: float, *addresses: int) -> None: ...
+    def backward(self, *addresses: int) -> None: ...
+
 def instruction_sets() -> tuple[str, ...]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...

@@ -189,13 +189,18 @@ def why_not_fused(b: Backend, request: Request) -> str | None:
     return None
 
 
+def forced() -> tuple[str | None, str | None, bool]:
+    """What beside a request decides the choice: the forced backend and route, and the interpreter."""
+    return _forced.backend, _forced.route, interpreting()
+
+
 def choose(request: Request) -> str:
     """The plan ``"backend/route"`` for a request, from what is forced, available and supported.
 
     Raises:
         NotImplementedError: the forced backend or route cannot serve the request; says why.
     """
-    return _choose(request, _forced.backend, _forced.route, interpreting())
+    return _choose(request, *forced())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,10 @@ The maths is that of ``reference.materialise`` and ``reference.moments``.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +26,9 @@ _ACTIVATIONS = {
     "gelu": 5,
     "gelu_tanh": 6,
 }
+_NORMS = {"none": 0, "batch": 1, "instance": 2, "group": 3, "layer": 3}
+_ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
+_POSITIONS = {"end": 0, "film": 1, "norm": 2}
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -158,3 +165,84 @@ def moments_backward(
         *_call(y, act),
     )
     return e, dpre
+
+
+@functools.lru_cache(maxsize=4096)
+def _algebra(kind: Any) -> _C.Coefficients:
+    return _C.Coefficients(
+        wide=kind.wide,
+        norm=_NORMS[kind.norm],
+        order=_ORDERS[kind.order],
+        position=_POSITIONS[kind.dropout_position],
+        use_input=kind.uses_input,
+        update=kind.update,
+        n=kind.batch,
+        c=kind.channels,
+        groups=kind.groups,
+        count=kind.count,
+        eps=kind.eps,
+        slope=kind.slope,
+    )
+
+
+def _plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Contiguous, in ``dtype``."""
+    return [
+        t
+        if t is None or (t.dtype == dtype and t.is_contiguous())
+        else t.detach().to(dtype).contiguous()
+        for t in tensors
+    ]
+
+
+def _rows(t: Tensor | None) -> int:
+    """Rows of γ, β or a dropout mask: [C] and [1, C] have one."""
+    return t.shape[0] if t is not None and t.dim() == 2 else 1
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Arguments of ``_C.Coefficients`` that say where everything is."""
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    gamma, beta, mask, slope = tensors[6:]
+    return (
+        *addresses[:7],
+        _rows(gamma),
+        addresses[7],
+        _rows(beta),
+        addresses[8],
+        _rows(mask),
+        addresses[9],
+        1 if slope is None else slope.numel(),
+    )
+
+
+def block_coefficients(kind: Any, momentum: float, tensors: Sequence[Tensor | None]) -> Tensor:
+    """Rows a, b, g, s, p, q, slope [7, N, C]; see ``fused_coefficients`` and ``Tail.coefficients``."""
+    dtype = torch.float64 if kind.wide else torch.float32
+    coef = torch.empty((7, kind.batch, kind.channels), dtype=dtype)
+    plain = _plain(tensors, dtype)
+    _algebra(kind).forward(momentum, *_addresses(plain), coef.data_ptr())
+    if kind.update:
+        for theirs, ours in zip(tensors[:2], plain[:2], strict=True):
+            if theirs is not None and ours is not None and ours is not theirs:
+                theirs.copy_(ours)
+    return coef
+
+
+def block_coefficients_backward(
+    kind: Any, tensors: Sequence[Tensor | None], dcoef: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``block_coefficients`` at the ``wanted`` of its tensors, in their dtypes."""
+    dtype = torch.float64 if kind.wide else torch.float32
+    plain = _plain(tensors, dtype)
+    grads: list[Tensor | None] = [
+        torch.empty(t.shape, dtype=dtype) if want and t is not None else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+    addresses = [0 if t is None else t.data_ptr() for t in (*grads[2:8], grads[9])]
+    dcoef = _plain([dcoef], dtype)[0]  # type: ignore[assignment]
+    _algebra(kind).backward(*_addresses(plain), dcoef.data_ptr(), *addresses)
+    return [
+        g if g is None or t is None or g.dtype == t.dtype else g.to(t.dtype)
+        for g, t in zip(grads, tensors, strict=True)
+    ]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, conv, pointwise, reference, spec
+from . import backends, conv, pointwise, recipe, reference, spec
 from .coefficients import coefficients
+from .library import direct
 from .tail import Tail, accumulate_dtype
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pending:
     """A feature map of which only the raw part is in memory: v = g * (act(a * (y - p) + b) - q) + s.
 
@@ -61,7 +62,7 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
             f"coef must have shape {(spec.COEF_ROWS, *y.shape[:2])}, got {tuple(coef.shape)}"
         )
     spec.check_same_device(y=y, coef=coef)
-    plan = plan or _pointwise_plan(y)
+    plan = plan or recipe.pointwise_plan(y)
     if _is_eager(plan) or y.numel() == 0:
         return _layout_of(y, reference.materialise(y, coef, act))
     return pointwise.materialise(y, coef, act, plan)
@@ -84,7 +85,7 @@ def moments(
     act = spec.choice("act", act, spec.ACTIVATIONS)
     if pre is not None and pre.shape != (2, y.shape[1]):
         raise ValueError(f"pre must have shape (2, {y.shape[1]}), got {tuple(pre.shape)}")
-    plan = plan or _pointwise_plan(y)
+    plan = plan or recipe.pointwise_plan(y)
     if _is_eager(plan) or y.numel() == 0:
         return reference.moments(y, pre, act)
     return pointwise.moments(y, pre, act, plan)
@@ -162,59 +163,28 @@ def conv_norm_film(
         torch.Size([2, 8, 16, 16])
     """
     raw = x.raw if isinstance(x, Pending) else x
-    dims = spec.check_feature_map("x", raw)
     raw, weight = _autocast(raw, weight)
-    stride = spec.as_tuple("stride", stride, dims, 1)
-    padding = spec.as_tuple("padding", padding, dims)
-    dilation = spec.as_tuple("dilation", dilation, dims, 1)
-    output_padding = spec.as_tuple("output_padding", output_padding, dims)
-    channels = _check_weight(raw, weight, groups, transposed)
-    spec.check_channel_vector("bias", bias, channels)
-    batch = raw.shape[0]
-    size = spec.conv_output_size(
-        raw.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding
-    )
-    if any(s < 0 for s in size) or (min(size) == 0 and raw.numel() > 0 and not transposed):
-        raise ValueError(
-            f"kernel {tuple(weight.shape[2:])} is larger than the padded input {tuple(raw.shape[2:])}"
-            f" (padding {padding})"
-        )
-    tail = Tail(
-        norm=norm or "none",
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_groups=num_groups,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        activation=activation or "none",
-        slope=slope,
-        gamma=gamma,
-        beta=beta,
-        order=order,
-        dropout_mask=dropout_mask,
-        dropout_position=dropout_position,
-    )
-    tail.check(batch, channels, size, x=raw, weight=weight, bias=bias)
-    plan = backends.choose(
-        backends.Request(
-            device=raw.device.type,
-            dtype=raw.dtype,
-            dims=dims,
-            kernel=tuple(weight.shape[2:]),
-            stride=stride,
-            dilation=dilation,
-            groups=groups,
-            transposed=transposed,
-            channels=(raw.shape[1], channels),
-            output=tuple(size),
-            batch=batch,
-        )
-    )
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    if _is_eager(plan) or raw.numel() == 0 or 0 in size or weight.numel() == 0:
+    options: dict[str, Any] = {
+        "norm": norm,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "num_groups": num_groups,
+        "training": training,
+        "eps": eps,
+        "activation": activation,
+        "slope": slope,
+        "gamma": gamma,
+        "beta": beta,
+        "order": order,
+        "dropout_mask": dropout_mask,
+        "dropout_position": dropout_position,
+    }
+    how, tail = _recipe(raw, weight, bias, geometry, momentum, options)
+    kind, plan, kernels, geometry = how.kind, how.plan, how.kernels, how.geometry
+    if kernels is None:
         v = x.materialise().to(raw.dtype) if isinstance(x, Pending) else raw
         y = reference.convolution(
             v, weight, None if bias is None else bias.to(weight.dtype), *geometry
@@ -224,12 +194,12 @@ def conv_norm_film(
 
     coef, x_act = (x.coef, x.act) if isinstance(x, Pending) else (None, "none")
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
-    finish = plan.endswith("/composed") and not torch.is_grad_enabled()
+    finish = how.composed and not torch.is_grad_enabled()
     added = None
-    if bias is not None and (tail.activation_first or tail.norm == "none"):
+    if bias is not None and (kind.activation_first or kind.norm == "none"):
         # added before the raw map is rounded, where a sum near 0 must keep its sign
         added = bias.to(raw.dtype)
-        if tail.uses_input:
+        if kind.uses_input:
             # the op gives its gradient; only what rounding took from it is left for the coefficients
             exact = added.dtype == bias.dtype
             rest = None if exact else (bias.to(accumulate_dtype(raw)) - added).detach()
@@ -238,22 +208,22 @@ def conv_norm_film(
             added = added.detach()
             rest = bias.to(accumulate_dtype(raw)) - added
         bias = rest
-    if tail.uses_input:
-        pre = tail.pre(bias, channels, raw, biased=added is not None)
+    if kind.uses_input:
+        pre = tail.pre(bias, raw, biased=added is not None)
         y, stats = conv.conv(
-            raw, weight, added, coef, x_act, pre, tail.pre_activation, *geometry, True, plan
+            raw, weight, added, coef, x_act, pre, kind.pre_activation, *geometry, True, plan
         )
-        out_coef = tail.coefficients(batch, channels, raw, bias, stats, math.prod(size))
+        out_coef = tail.coefficients(raw, bias, stats, kernels)
     else:
-        out_coef = tail.coefficients(batch, channels, raw, bias, None, math.prod(size))
+        out_coef = tail.coefficients(raw, bias, None, kernels)
         if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef):
             return conv.finished(
-                raw, weight, added, coef, x_act, out_coef, tail.activation, *geometry, plan
+                raw, weight, added, coef, x_act, out_coef, kind.activation, *geometry, plan
             )
         y, _ = conv.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
     if finish:
-        return pointwise.finish(y, out_coef, tail.activation, plan)
-    pending = Pending(y, out_coef, tail.activation, plan)
+        return pointwise.finish(y, out_coef, kind.activation, plan)
+    pending = Pending(y, out_coef, kind.activation, plan)
     return pending if deferred else pending.materialise()
 
 
@@ -297,38 +267,75 @@ def norm_film(
         >>> fastfilm.norm_film(x, norm="instance", activation="leaky_relu", gamma=gamma).shape
         torch.Size([2, 8, 6, 6])
     """
-    spec.check_feature_map("x", x)
-    tail = Tail(
-        norm=norm or "none",
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_groups=num_groups,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        activation=activation or "none",
-        slope=slope,
-        gamma=gamma,
-        beta=beta,
-        order=order,
-        dropout_mask=dropout_mask,
-        dropout_position=dropout_position,
-    )
-    batch, channels = x.shape[:2]
-    tail.check(batch, channels, x.shape[2:], x=x)
-    plan = _pointwise_plan(x)
-    if _is_eager(plan) or x.numel() == 0:
+    options: dict[str, Any] = {
+        "norm": norm,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "num_groups": num_groups,
+        "training": training,
+        "eps": eps,
+        "activation": activation,
+        "slope": slope,
+        "gamma": gamma,
+        "beta": beta,
+        "order": order,
+        "dropout_mask": dropout_mask,
+        "dropout_position": dropout_position,
+    }
+    how, tail = _recipe(x, None, None, (), momentum, options)
+    kind, plan, kernels = how.kind, how.plan, how.kernels
+    if kernels is None:
         v = _layout_of(x, tail.eager(x))
         return _identity(v) if deferred else v
     stats = None
-    if tail.uses_input:
-        pre = tail.pre(None, channels, x)
-        stats = moments(x, pre, tail.pre_activation, plan=plan)
-    coef = tail.coefficients(batch, channels, x, None, stats, x[0, 0].numel())
-    pending = Pending(x, coef, tail.activation, plan)
+    if kind.uses_input:
+        stats = moments(x, tail.pre(None, x), kind.pre_activation, plan=plan)
+    coef = tail.coefficients(x, None, stats, kernels)
+    pending = Pending(x, coef, kind.activation, plan)
     return pending if deferred else pending.materialise()
+
+
+def _recipe(
+    raw: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    momentum: float,
+    options: dict[str, Any],
+) -> tuple[recipe.Recipe, Tail]:
+    """How a call is served, and its tail; the checks run for each form of call once."""
+    known = isinstance(raw, Tensor) and direct(raw)
+    found = None
+    if known:
+        key = (
+            *map(recipe.form, (raw, weight, bias)),
+            geometry,
+            *map(recipe.form, options.values()),
+            backends.forced(),
+        )
+        found = recipe.find(key)
+    if found is None:
+        if weight is None:
+            found = recipe.of_map(raw, options)
+        else:
+            found = recipe.of_convolution(raw, weight, bias, *geometry, options)
+        if known:
+            recipe.keep(key, found)
+    slope = options["slope"]
+    return found, Tail(
+        found.kind,
+        momentum,
+        options["norm_weight"],
+        options["norm_bias"],
+        options["running_mean"],
+        options["running_var"],
+        options["gamma"],
+        options["beta"],
+        options["dropout_mask"],
+        slope.reshape(-1) if isinstance(slope, Tensor) else None,
+    )
 
 
 def _identity(v: Tensor) -> Pending:
@@ -351,39 +358,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _pointwise_plan(y: Tensor) -> str:
-    dims = y.dim() - 2
-    one = (1,) * dims
-    return backends.choose(backends.Request(y.device.type, y.dtype, dims, one, one, one))
-
-
 def _autocast(raw: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype where autocast is on; TypeError if their dtypes differ otherwise."""
-    device = raw.device.type
-    if torch.is_autocast_enabled(device) and raw.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return raw.to(dtype), weight.to(dtype)
-    if weight.dtype != raw.dtype:
-        raise TypeError(
-            f"weight must have x's dtype {raw.dtype}, got {weight.dtype} (use torch.autocast to mix them)"
-        )
+    """Both in autocast's dtype where autocast is on."""
+    if isinstance(raw, Tensor) and raw.dtype != torch.float64:
+        device = raw.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            return raw.to(dtype), weight.to(dtype)
     return raw, weight
-
-
-def _check_weight(raw: Tensor, weight: Tensor, groups: int, transposed: bool) -> int:
-    """Output channels; ValueError if the weight does not fit the input."""
-    if weight.dim() != raw.dim():
-        raise ValueError(
-            f"weight must have {raw.dim()} dimensions for an input {tuple(raw.shape)}, got {tuple(weight.shape)}"
-        )
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be a positive integer, got {groups!r}")
-    expected = weight.shape[0] if transposed else weight.shape[1] * groups
-    if raw.shape[1] != expected:
-        raise ValueError(
-            f"x must have {expected} channels for weight {tuple(weight.shape)} and groups {groups},"
-            f" got {raw.shape[1]}"
-        )
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups must divide weight.shape[0] = {weight.shape[0]}, got {groups}")
-    return weight.shape[1] * groups if transposed else weight.shape[0]

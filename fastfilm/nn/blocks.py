@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import Pending, conv_norm_film, spec
+from fastfilm.ops import Pending, block, spec
+from fastfilm.ops.recipe import Options
 
 
 class ConvNormFiLM(nn.Module):
@@ -82,6 +83,7 @@ class ConvNormFiLM(nn.Module):
                 raise ValueError(f"padding must be given for the even kernel {self.kernel_size}")
             padding = [d * (k // 2) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self.padding = spec.as_tuple("padding", padding, dims)
+        self._no_padding = (0,) * dims
         self.norm = spec.choice("norm", norm, spec.NORMS)
         self.activation = spec.choice("activation", activation, spec.ACTIVATIONS)
         self.order = spec.choice("order", order, spec.ORDERS)
@@ -96,7 +98,9 @@ class ConvNormFiLM(nn.Module):
             raise ValueError("dropout_position='norm' needs a norm")
         self.num_groups, self.momentum, self.eps, self.dropout = num_groups, momentum, eps, dropout
         shape = (out_channels, in_channels // groups, *self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape))
+        # channels-last, as the convolutions want it: it is not copied on every call
+        layout = spec.channels_last_format(dims + 2)
+        self.weight = nn.Parameter(torch.empty(shape, memory_format=layout))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         affine = affine and self.norm != "none"
         self.norm_weight = nn.Parameter(torch.ones(out_channels)) if affine else None
@@ -149,31 +153,35 @@ class ConvNormFiLM(nn.Module):
             keep = 1 - self.dropout
             mask = torch.full((raw.shape[0], self.out_channels), keep, device=raw.device)
             mask = torch.bernoulli(mask).div_(keep)
-        return conv_norm_film(
+        slope = self.slope
+        learned = slope if isinstance(slope, Tensor) else None
+        return block.run(
             x,
             self.weight,
             self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            norm=self.norm,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            num_groups=self.num_groups,
-            training=self.training or (self.norm == "batch" and self.running_mean is None),
-            momentum=self._count_batch(),
-            eps=self.eps,
-            activation=self.activation,
-            slope=self.slope,
-            gamma=gamma,
-            beta=beta,
-            order=self.order,
-            dropout_mask=mask,
-            dropout_position=self.dropout_position,
-            deferred=deferred,
+            (self.stride, self.padding, self.dilation, False, self._no_padding, self.groups),
+            Options(
+                self.norm,
+                self.num_groups,
+                self.training or (self.norm == "batch" and self.running_mean is None),
+                self.eps,
+                self.activation,
+                None if learned is not None else slope,
+                self.order,
+                self.dropout_position,
+            ),
+            (
+                self.norm_weight,
+                self.norm_bias,
+                self.running_mean,
+                self.running_var,
+                gamma,
+                beta,
+                mask,
+                learned,
+            ),
+            self._count_batch(),
+            deferred,
         )
 
     def _count_batch(self) -> float:
@@ -237,10 +245,10 @@ class DoubleConv(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        block = ConvNormFiLM2d if spatial_dims == 2 else ConvNormFiLM3d
+        kind = ConvNormFiLM2d if spatial_dims == 2 else ConvNormFiLM3d
 
         def make(channels: int, position: str) -> ConvNormFiLM:
-            return block(
+            return kind(
                 channels,
                 out_channels,
                 norm=norm,

@@ -2,7 +2,8 @@
 
 from . import conv, pointwise
 from .backends import backend
-from .functional import Pending, conv_norm_film, materialise, moments, norm_film
+from .block import Pending
+from .functional import conv_norm_film, materialise, moments, norm_film
 
 __all__ = [
     "Pending",

@@ -35,6 +35,9 @@ class Fused:
     dims: tuple[int, ...] = (2, 3)
 
 
+_module = functools.cache(importlib.import_module)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One set of kernels: where it runs, on what, and which module holds its launchers."""
@@ -48,7 +51,7 @@ class Backend:
 
     def kernels(self) -> ModuleType:
         """The launchers (imported on first use)."""
-        return importlib.import_module(self.module)
+        return _module(self.module)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Request:
     batch: int = 1
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (on CPU tensors)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

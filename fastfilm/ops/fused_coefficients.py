@@ -38,6 +38,10 @@ class _BlockCoefficients(torch.autograd.Function):
         return None, None, None, *grads
 
 
+# callers have made sure that no functorch transform is active
+_apply = super(torch.autograd.Function, _BlockCoefficients).apply
+
+
 def block_coefficients(
     kernels: ModuleType, kind: Any, momentum: float, tensors: Tensors
 ) -> Tensor:
@@ -49,7 +53,7 @@ def block_coefficients(
         tensors: [C] each; moments [2, N, C]; γ, β and mask [C], [1, C] or [N, C]; slope [1] or [C].
     """
     if torch.is_grad_enabled():
-        coef: Tensor = _BlockCoefficients.apply(kernels, kind, momentum, *tensors)
+        coef: Tensor = _apply(kernels, kind, momentum, *tensors)
     else:
         coef = kernels.block_coefficients(kind, momentum, tensors)
     return coef

@@ -69,7 +69,10 @@ def differentiable(
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = implementation.__name__
 
+    # what ``Function.apply`` does beside this is for functorch, which ``direct`` has ruled out
+    apply = super(torch.autograd.Function, Eager).apply
+
     def call(*inputs: Any) -> Any:
-        return Eager.apply(*inputs) if torch.is_grad_enabled() else implementation(*inputs)
+        return apply(*inputs) if torch.is_grad_enabled() else implementation(*inputs)
 
     return call

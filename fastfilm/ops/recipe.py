@@ -10,12 +10,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import backends, spec
 from .tail import Kind, accumulate_dtype
+
+
+Geometry = tuple[Any, ...]
+"""stride, padding, dilation, transposed, output_padding, groups."""
+
+TailTensors = tuple[Tensor | None, ...]
+"""norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope."""
+
+
+class Options(NamedTuple):
+    """Options of ``conv_norm_film`` that are not tensors, as they were passed; ``slope`` if it is a number."""
+
+    norm: str | None
+    num_groups: int | None
+    training: bool
+    eps: float
+    activation: str | None
+    slope: float | None
+    order: str
+    dropout_position: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +61,6 @@ _KEPT = 4096
 _recipes: dict[Any, Recipe] = {}
 
 
-def form(t: Any) -> Any:
-    """What of an argument decides how it is served."""
-    return (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t
-
-
 def find(key: Any) -> Recipe | None:
     """The recipe of a form of call that came before; None for a new one (or one that cannot be a key)."""
     try:
@@ -69,13 +84,9 @@ def of_convolution(
     raw: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    transposed: bool,
-    output_padding: int | Sequence[int],
-    groups: int,
-    tail: dict[str, Any],
+    geometry: Geometry,
+    options: Options,
+    tensors: TailTensors,
 ) -> Recipe:
     """Recipe of ``conv_norm_film``; TypeError, ValueError or NotImplementedError naming what does not fit."""
     dims = spec.check_feature_map("x", raw)
@@ -83,6 +94,7 @@ def of_convolution(
         raise TypeError(
             f"weight must have x's dtype {raw.dtype}, got {weight.dtype} (use torch.autocast to mix them)"
         )
+    stride, padding, dilation, transposed, output_padding, groups = geometry
     stride = spec.as_tuple("stride", stride, dims, 1)
     padding = spec.as_tuple("padding", padding, dims)
     dilation = spec.as_tuple("dilation", dilation, dims, 1)
@@ -97,7 +109,7 @@ def of_convolution(
         raise ValueError(
             f"kernel {kernel} is larger than the padded input {tuple(raw.shape[2:])} (padding {padding})"
         )
-    kind = _kind(raw, batch, channels, size, {"x": raw, "weight": weight, "bias": bias}, **tail)
+    kind = _kind(raw, batch, channels, size, {"x": raw, "weight": weight, "bias": bias}, options, tensors)
     plan = backends.choose(
         backends.Request(
             device=raw.device.type,
@@ -119,11 +131,11 @@ def of_convolution(
     return Recipe(kind, plan, kernels, geometry, plan.endswith("/composed"))
 
 
-def of_map(x: Tensor, tail: dict[str, Any]) -> Recipe:
+def of_map(x: Tensor, options: Options, tensors: TailTensors) -> Recipe:
     """Recipe of ``norm_film``; TypeError, ValueError or NotImplementedError naming what does not fit."""
     spec.check_feature_map("x", x)
     batch, channels, *size = x.shape
-    kind = _kind(x, batch, channels, size, {"x": x}, **tail)
+    kind = _kind(x, batch, channels, size, {"x": x}, options, tensors)
     plan = pointwise_plan(x)
     return Recipe(kind, plan, None if x.numel() == 0 else launchers(plan))
 
@@ -147,22 +159,8 @@ def _kind(
     channels: int,
     size: Sequence[int],
     others: dict[str, Tensor | None],
-    *,
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_groups: int | None,
-    training: bool,
-    eps: float,
-    activation: str | None,
-    slope: float | Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    order: str,
-    dropout_mask: Tensor | None,
-    dropout_position: str,
+    options: Options,
+    tensors: TailTensors,
 ) -> Kind:
     """The checked form of everything behind the convolution.
 
@@ -170,10 +168,12 @@ def _kind(
         size: spatial size of the map that the norm sees.
         others: the call's other tensors by name, the map itself first (for the device check).
     """
+    norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope = tensors
+    norm, num_groups, training = options.norm, options.num_groups, options.training
     norm = spec.choice("norm", norm, spec.NORMS)
-    activation = spec.choice("activation", activation, spec.ACTIVATIONS)
-    order = spec.choice("order", order, spec.ORDERS)
-    position = spec.choice("dropout_position", dropout_position, spec.DROPOUT_POSITIONS)
+    activation = spec.choice("activation", options.activation, spec.ACTIVATIONS)
+    order = spec.choice("order", options.order, spec.ORDERS)
+    position = spec.choice("dropout_position", options.dropout_position, spec.DROPOUT_POSITIONS)
     vectors = {
         "norm_weight": norm_weight,
         "norm_bias": norm_bias,
@@ -185,9 +185,8 @@ def _kind(
     films = {"gamma": gamma, "beta": beta, "dropout_mask": dropout_mask}
     for name, film in films.items():
         spec.check_film(name, film, batch, channels)
-    slope = _check_slope(activation, slope, channels)
-    tensor_slope = slope if isinstance(slope, Tensor) else None
-    spec.check_same_device(**others, **vectors, **films, slope=tensor_slope)
+    number = _check_slope(activation, options.slope if slope is None else slope, channels)
+    spec.check_same_device(**others, **vectors, **films, slope=slope)
     if norm == "group" and (num_groups is None or num_groups < 1 or channels % num_groups):
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     if (running_mean is None) != (running_var is None):
@@ -210,8 +209,8 @@ def _kind(
         order=order,
         dropout_position=position,
         groups=groups,
-        eps=eps,
-        slope=float(slope) if isinstance(slope, (int, float)) else 0.0,
+        eps=options.eps,
+        slope=number,
         batch=batch,
         channels=channels,
         count=math.prod(size),
@@ -236,11 +235,12 @@ def _check_count(norm: str, groups: int, batch: int, channels: int, size: Sequen
         raise ValueError(f"norm={norm!r} needs more than 1 value per group, got {shape}")
 
 
-def _check_slope(act: str, slope: float | Tensor | None, channels: int) -> float | Tensor | None:
+def _check_slope(act: str, slope: float | Tensor | None, channels: int) -> float:
+    """The activation's parameter if it is a number, else 0."""
     if act not in spec.DEFAULT_SLOPE:
         if slope is not None:
             raise ValueError(f"slope has no meaning for activation {act!r}, got {slope!r}")
-        return None
+        return 0.0
     if slope is None:
         return spec.DEFAULT_SLOPE[act]
     if isinstance(slope, Tensor):
@@ -248,7 +248,7 @@ def _check_slope(act: str, slope: float | Tensor | None, channels: int) -> float
             raise ValueError(
                 f"slope must be floating point with 1 or {channels} values, got {slope.dtype} {tuple(slope.shape)}"
             )
-        return slope
+        return 0.0
     return float(slope)
 
 

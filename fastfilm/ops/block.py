@@ -1,0 +1,195 @@
+"""One block, as the modules call it: from a recipe and tensors to the map, finished or pending.
+
+``functional`` holds the same behind keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, conv, pointwise, recipe, reference, spec
+from .coefficients import coefficients
+from .library import direct
+from .recipe import Options, TailTensors
+from .tail import Tail, accumulate_dtype
+
+
+@dataclass
+class Pending:
+    """A feature map of which only the raw part is in memory: v = g * (act(a * (y - p) + b) - q) + s.
+
+    Attributes:
+        raw: y [N, C, *S], channels-last.
+        coef: rows a, b, g, s, p, q, slope [7, N, C], float32.
+        act: name of the activation.
+        plan: the backend that materialises it.
+    """
+
+    raw: Tensor
+    coef: Tensor
+    act: str
+    plan: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the feature map [N, C, *S]."""
+        return self.raw.shape
+
+    def materialise(self) -> Tensor:
+        """The feature map itself [N, C, *S], in the raw map's dtype."""
+        if self.plan.endswith("/eager"):
+            return layout_of(self.raw, reference.materialise(self.raw, self.coef, self.act))
+        return pointwise.materialise(self.raw, self.coef, self.act, self.plan)
+
+
+def run(
+    x: Tensor | Pending,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: recipe.Geometry,
+    options: Options,
+    tensors: TailTensors,
+    momentum: float,
+    deferred: bool,
+) -> Tensor | Pending:
+    """``fastfilm.conv_norm_film`` with its arguments packed.
+
+    Args:
+        geometry: stride, padding, dilation, transposed, output_padding, groups.
+        tensors: norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope.
+    """
+    raw = x.raw if isinstance(x, Pending) else x
+    raw, weight = _autocast(raw, weight)
+    how = _recipe(raw, weight, bias, geometry, options, tensors)
+    kind, plan, kernels, geometry = how.kind, how.plan, how.kernels, how.geometry
+    tail = Tail(kind, momentum, *tensors)
+    if kernels is None:
+        v = x.materialise().to(raw.dtype) if isinstance(x, Pending) else raw
+        y = reference.convolution(
+            v, weight, None if bias is None else bias.to(weight.dtype), *geometry
+        )
+        v = layout_of(v, tail.eager(y))
+        return _identity(v) if deferred else v
+
+    coef, x_act = (x.coef, x.act) if isinstance(x, Pending) else (None, "none")
+    # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
+    finish = how.composed and not torch.is_grad_enabled()
+    added = None
+    if bias is not None and (kind.activation_first or kind.norm == "none"):
+        # added before the raw map is rounded, where a sum near 0 must keep its sign
+        added = bias.to(raw.dtype)
+        if kind.uses_input:
+            # the op gives its gradient; only what rounding took from it is left for the coefficients
+            exact = added.dtype == bias.dtype
+            rest = None if exact else (bias.to(accumulate_dtype(raw)) - added).detach()
+        else:
+            # its gradient comes with the coefficients'
+            added = added.detach()
+            rest = bias.to(accumulate_dtype(raw)) - added
+        bias = rest
+    if kind.uses_input:
+        pre = tail.pre(bias, raw, biased=added is not None)
+        y, stats = conv.conv(
+            raw, weight, added, coef, x_act, pre, kind.pre_activation, *geometry, True, plan
+        )
+        out_coef = tail.coefficients(raw, bias, stats, kernels)
+    else:
+        out_coef = tail.coefficients(raw, bias, None, kernels)
+        if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef):
+            return conv.finished(
+                raw, weight, added, coef, x_act, out_coef, kind.activation, *geometry, plan
+            )
+        y, _ = conv.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
+    if finish:
+        return pointwise.finish(y, out_coef, kind.activation, plan)
+    pending = Pending(y, out_coef, kind.activation, plan)
+    return pending if deferred else pending.materialise()
+
+
+def run_on_map(
+    x: Tensor, options: Options, tensors: TailTensors, momentum: float, deferred: bool
+) -> Tensor | Pending:
+    """``fastfilm.norm_film`` with its arguments packed."""
+    how = _recipe(x, None, None, (), options, tensors)
+    kind, plan, kernels = how.kind, how.plan, how.kernels
+    tail = Tail(kind, momentum, *tensors)
+    if kernels is None:
+        v = layout_of(x, tail.eager(x))
+        return _identity(v) if deferred else v
+    stats = None
+    if kind.uses_input:
+        stats = pointwise.moments(x, tail.pre(None, x), kind.pre_activation, plan)
+    coef = tail.coefficients(x, None, stats, kernels)
+    pending = Pending(x, coef, kind.activation, plan)
+    return pending if deferred else pending.materialise()
+
+
+def layout_of(x: Tensor, v: Tensor) -> Tensor:
+    """``v`` channels-last if ``x`` is: some of PyTorch's norms fall back to contiguous."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=spec.channels_last_format(x.dim())):
+        return v
+    return spec.channels_last(v)
+
+
+def _recipe(
+    raw: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    geometry: recipe.Geometry,
+    options: Options,
+    tensors: TailTensors,
+) -> recipe.Recipe:
+    """How a call is served; the checks run once for each form of call."""
+    known = isinstance(raw, Tensor) and direct(raw)
+    key = None
+    if known:
+        key = (
+            geometry,
+            options,
+            backends.forced(),
+            _forms((raw, weight, bias)),
+            _forms(tensors),
+        )
+        found = recipe.find(key)
+        if found is not None:
+            return found
+    if weight is None:
+        made = recipe.of_map(raw, options, tensors)
+    else:
+        made = recipe.of_convolution(raw, weight, bias, geometry, options, tensors)
+    if known:
+        recipe.keep(key, made)
+    return made
+
+
+def _forms(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
+    """What of some tensors decides how they are served."""
+    return tuple(
+        [
+            (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t  # type: ignore[misc]
+            for t in tensors
+        ]
+    )
+
+
+def _identity(v: Tensor) -> Pending:
+    coef = coefficients(v.shape[0], v.shape[1], dtype=accumulate_dtype(v), device=v.device)
+    return Pending(v, coef, "none", "reference/eager")
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autocast(raw: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where autocast is on."""
+    if isinstance(raw, Tensor) and raw.dtype != torch.float64:
+        device = raw.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            return raw.to(dtype), weight.to(dtype)
+    return raw, weight

@@ -98,9 +98,11 @@ class ConvNormFiLM(nn.Module):
             raise ValueError("dropout_position='norm' needs a norm")
         self.num_groups, self.momentum, self.eps, self.dropout = num_groups, momentum, eps, dropout
         shape = (out_channels, in_channels // groups, *self.kernel_size)
-        # channels-last, as the convolutions want it: it is not copied on every call
-        layout = spec.channels_last_format(dims + 2)
-        self.weight = nn.Parameter(torch.empty(shape, memory_format=layout))
+        weight = torch.empty(shape)
+        if shape[1] > 1 and math.prod(self.kernel_size) > 1:
+            # channels-last, as the convolutions want it: it is not copied on every call
+            weight = spec.channels_last(weight)
+        self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         affine = affine and self.norm != "none"
         self.norm_weight = nn.Parameter(torch.ones(out_channels)) if affine else None

@@ -69,6 +69,9 @@ def run(
     tail = Tail(kind, momentum, *tensors)
     if kernels is None:
         v = x.materialise().to(raw.dtype) if isinstance(x, Pending) else raw
+        if v.is_contiguous():
+            # a channels-last weight would make the map channels-last too
+            weight = weight.contiguous()
         y = reference.convolution(
             v, weight, None if bias is None else bias.to(weight.dtype), *geometry
         )

@@ -1,7 +1,9 @@
 // Python bindings. Tensors arrive as addresses and sizes, so that no PyTorch header is needed and one build
 // serves every version of it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
@@ -121,6 +123,8 @@ void py_moments_backward(Address dy, Address dstats, Address y, Address stats, A
 }
 
 // The algebra of one kind of block; made once, called for every map of that kind.
+constexpr int kTensors = 10;
+
 class Coefficients {
  public:
   Coefficients(bool wide, int norm, int order, int position, bool use_input, bool update, int64_t n,
@@ -143,89 +147,81 @@ class Coefficients {
               0.0, slope};
   }
 
-  void forward(double momentum, Address running_mean, Address running_var, Address stats,
-               Address norm_weight, Address norm_bias, Address conv_bias, Address gamma,
-               int64_t gamma_rows, Address beta, int64_t beta_rows, Address mask, int64_t mask_rows,
-               Address slope, int64_t slope_count, Address coef) const {
+  // Ten addresses in the order of BlockTensors, and their types, four bits each, first lowest.
+  void forward(double momentum, const std::array<Address, kTensors>& addresses, uint64_t types,
+               const std::array<int64_t, 4>& rows, Address coef) const {
     BlockShape shape = shape_;
     shape.momentum = momentum;
     if (shape.n * shape.c == 0) return;
-    const auto run = [&](auto zero) {
-      using R = decltype(zero);
-      const auto in = tensors<R>(true, running_mean, running_var, stats, norm_weight, norm_bias, conv_bias,
-                                 gamma, gamma_rows, beta, beta_rows, mask, mask_rows, slope, slope_count);
-      block_coefficients<R>(shape, in, get<R>("coef", coef, true));
-    };
-    wide_ ? run(0.0) : run(0.0f);
+    const BlockTensors in = tensors(addresses, types, rows);
+    if (shape.update) check_running(in);
+    block_coefficients(shape, in, coefficients("coef", coef));
   }
 
-  void backward(Address running_mean, Address running_var, Address stats, Address norm_weight,
-                Address norm_bias, Address conv_bias, Address gamma, int64_t gamma_rows, Address beta,
-                int64_t beta_rows, Address mask, int64_t mask_rows, Address slope, int64_t slope_count,
-                Address dcoef, Address dstats, Address dnorm_weight, Address dnorm_bias,
-                Address dconv_bias, Address dgamma, Address dbeta, Address dslope) const {
+  void backward(const std::array<Address, kTensors>& addresses, uint64_t types,
+                const std::array<int64_t, 4>& rows, Address dcoef,
+                const std::array<Address, kTensors>& gradients) const {
     if (shape_.n * shape_.c == 0) return;
-    const auto run = [&](auto zero) {
-      using R = decltype(zero);
-      const auto in = tensors<R>(false, running_mean, running_var, stats, norm_weight, norm_bias, conv_bias,
-                                 gamma, gamma_rows, beta, beta_rows, mask, mask_rows, slope, slope_count);
-      const BlockGradients<R> out = {
-          get<R>("dstats", dstats),         get<R>("dnorm_weight", dnorm_weight),
-          get<R>("dnorm_bias", dnorm_bias), get<R>("dconv_bias", dconv_bias),
-          get<R>("dgamma", dgamma),         get<R>("dbeta", dbeta),
-          get<R>("dslope", dslope)};
-      block_coefficients_backward<R>(shape_, in, get<R>("dcoef", dcoef, true), out);
-    };
-    wide_ ? run(0.0) : run(0.0f);
+    const BlockTensors in = tensors(addresses, types, rows);
+    BlockTensors out;
+    const auto members = all(out);
+    for (int i = 0; i < kTensors; ++i) *members[i] = numbers(kNames[i], gradients[i], types >> 4 * i);
+    block_coefficients_backward(shape_, in, coefficients("dcoef", dcoef), out);
   }
 
  private:
-  template <class R>
-  static R* get(const char* name, Address address, bool needed = false) {
-    if (needed && address == 0) throw std::invalid_argument(std::string(name) + " is null");
-    if (address % sizeof(R) != 0) {
-      throw std::invalid_argument(std::string(name) + " must be aligned to " +
-                                  std::to_string(sizeof(R)) + " bytes");
-    }
-    return reinterpret_cast<R*>(address);
+  static constexpr const char* kNames[kTensors] = {"running_mean", "running_var", "stats",
+                                                   "norm_weight",  "norm_bias",   "conv_bias",
+                                                   "gamma",        "beta",        "mask",
+                                                   "slope"};
+
+  static std::array<Numbers*, kTensors> all(BlockTensors& t) {
+    return {&t.running_mean, &t.running_var, &t.stats, &t.norm_weight, &t.norm_bias,
+            &t.conv_bias,    &t.gamma,       &t.beta,  &t.mask,        &t.slope};
   }
 
-  void check_rows(const char* name, int64_t rows) const {
-    if (rows != 1 && rows != shape_.n) {
-      throw std::invalid_argument(std::string(name) + " must have 1 or " + std::to_string(shape_.n) +
-                                  " rows, got " + std::to_string(rows));
+  static Numbers numbers(const char* name, Address address, uint64_t type) {
+    const int code = static_cast<int>(type & 15);
+    check_code(name, code, kStorages);
+    const size_t align = code == kFloat64 ? 8 : code == kFloat32 ? 4 : 2;
+    if (address % align != 0) {
+      throw std::invalid_argument(std::string(name) + " must be aligned to " + std::to_string(align) +
+                                  " bytes");
     }
+    return {reinterpret_cast<void*>(address), static_cast<Storage>(code)};
   }
 
-  template <class R>
-  BlockTensors<R> tensors(bool moves, Address running_mean, Address running_var, Address stats,
-                          Address norm_weight, Address norm_bias, Address conv_bias, Address gamma,
-                          int64_t gamma_rows, Address beta, int64_t beta_rows, Address mask,
-                          int64_t mask_rows, Address slope, int64_t slope_count) const {
-    check_rows("gamma", gamma_rows);
-    check_rows("beta", beta_rows);
-    check_rows("mask", mask_rows);
-    if (slope_count != 1 && slope_count != shape_.c) {
-      throw std::invalid_argument("slope must have 1 or " + std::to_string(shape_.c) +
-                                  " values, got " + std::to_string(slope_count));
-    }
+  Numbers coefficients(const char* name, Address address) const {
+    if (address == 0) throw std::invalid_argument(std::string(name) + " is null");
+    return numbers(name, address, wide_ ? kFloat64 : kFloat32);
+  }
+
+  static void check_running(const BlockTensors& in) {
+    if (!in.running_mean || !in.running_var) throw std::invalid_argument("running_mean is null");
+  }
+
+  BlockTensors tensors(const std::array<Address, kTensors>& addresses, uint64_t types,
+                       const std::array<int64_t, 4>& rows) const {
+    BlockTensors in;
+    const auto members = all(in);
+    for (int i = 0; i < kTensors; ++i) *members[i] = numbers(kNames[i], addresses[i], types >> 4 * i);
     const bool normed = shape_.norm != kNormNone;
-    const bool running = (moves && shape_.update) || (normed && !shape_.use_input);
-    BlockTensors<R> in;
-    in.stats = get<R>("stats", stats, normed && shape_.use_input);
-    in.norm_weight = get<R>("norm_weight", norm_weight);
-    in.norm_bias = get<R>("norm_bias", norm_bias);
-    in.conv_bias = get<R>("conv_bias", conv_bias);
-    in.gamma = get<R>("gamma", gamma);
-    in.beta = get<R>("beta", beta);
-    in.mask = get<R>("mask", mask);
-    in.slope = get<R>("slope", slope);
-    in.running_mean = get<R>("running_mean", running_mean, running);
-    in.running_var = get<R>("running_var", running_var, running);
-    in.gamma_rows = gamma_rows;
-    in.beta_rows = beta_rows;
-    in.mask_rows = mask_rows;
-    in.slope_count = slope_count;
+    if (normed && !shape_.use_input) check_running(in);
+    if (normed && shape_.use_input && !in.stats) throw std::invalid_argument("stats is null");
+    for (int i = 0; i < 3; ++i) {
+      if (rows[i] != 1 && rows[i] != shape_.n) {
+        throw std::invalid_argument(std::string(kNames[6 + i]) + " must have 1 or " +
+                                    std::to_string(shape_.n) + " rows, got " + std::to_string(rows[i]));
+      }
+    }
+    if (rows[3] != 1 && rows[3] != shape_.c) {
+      throw std::invalid_argument("slope must have 1 or " + std::to_string(shape_.c) +
+                                  " values, got " + std::to_string(rows[3]));
+    }
+    in.gamma_rows = rows[0];
+    in.beta_rows = rows[1];
+    in.mask_rows = rows[2];
+    in.slope_count = rows[3];
     return in;
   }
 

@@ -5,6 +5,8 @@ prelu, 3 elu, 4 silu, 5 gelu, 6 gelu_tanh. Maps are dense [n, s, c]; an address 
 absent argument.
 """
 
+from collections.abc import Sequence
+
 openmp: bool
 
 def apply(
@@ -42,7 +44,11 @@ def moments_backward(
     threads: int,
 ) -> None: ...
 class Coefficients:
-    """The algebra of one kind of block. Numbers are float, or double if ``wide``.
+    """The algebra of one kind of block. Coefficients are float, or double if ``wide``.
+
+    Ten tensors: running mean and variance, moments, norm weight and bias, conv bias, γ, β, dropout mask,
+    slope; ``types`` has a dtype code for each in four bits, the first lowest; ``rows`` those of γ, β and
+    mask, and the number of slopes.
 
     ``norm``: 0 none, 1 batch, 2 instance, 3 group. ``order``: 0 norm-film-act, 1 norm-act-film, 2
     act-norm-film. ``position``: of the dropout; 0 end, 1 in front of FiLM, 2 in front of the norm.
@@ -63,8 +69,17 @@ class Coefficients:
         eps: float,
         slope: float,
     ) -> None: ...
-    def forward(self, momentum: float, *addresses: int) -> None: ...
-    def backward(self, *addresses: int) -> None: ...
+    def forward(
+        self, momentum: float, addresses: Sequence[int], types: int, rows: Sequence[int], coef: int
+    ) -> None: ...
+    def backward(
+        self,
+        addresses: Sequence[int],
+        types: int,
+        rows: Sequence[int],
+        dcoef: int,
+        gradients: Sequence[int],
+    ) -> None: ...
 
 def instruction_sets() -> tuple[str, ...]: ...
 def instruction_set() -> str: ...

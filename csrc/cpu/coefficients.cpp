@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -9,40 +10,74 @@
 namespace fastfilm {
 namespace {
 
+float widen_bf16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint16_t narrow_bf16(double value) {
+  const float f = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (f != f) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+double widen_f16(uint16_t h) {
+  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+  double value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                 : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
+                                : std::ldexp(mantissa, -24);
+  return h & 0x8000 ? -value : value;
+}
+
+uint16_t narrow_f16(double value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double size = std::fabs(value);
+  if (value != value) return sign | 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  if (size == 0) return sign;
+  const int exponent = std::max(std::ilogb(size), -14);
+  // nearbyint rounds to even; a mantissa that reaches 2048 carries into the exponent by itself
+  const auto mantissa = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+  return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + mantissa);
+}
+
 // Row i of a vector [rows][C] that may be shared by all samples, or `absent` where there is none.
-template <class R>
 class Rows {
  public:
-  Rows(const R* data, int64_t rows, int64_t c, double absent)
-      : data_(data), pitch_(rows > 1 ? c : 0), absent_(absent) {}
+  Rows(const Numbers& numbers, int64_t rows, int64_t c, double absent)
+      : numbers_(numbers), pitch_(rows > 1 ? c : 0), absent_(absent) {}
   double operator()(int64_t i, int64_t c) const {
-    return data_ ? static_cast<double>(data_[i * pitch_ + c]) : absent_;
+    return numbers_ ? numbers_[i * pitch_ + c] : absent_;
   }
-  explicit operator bool() const { return data_ != nullptr; }
+  explicit operator bool() const { return static_cast<bool>(numbers_); }
 
  private:
-  const R* data_;
+  Numbers numbers_;
   int64_t pitch_;
   double absent_;
 };
 
 // The statistics a norm divides by, all [N][C] in double: the centre and 1/sqrt(variance + eps) of
-// scale * (y + shift), and the pivot, a constant near the mean of y that has the precision of R.
-template <class R>
+// scale * (y + shift), and the pivot, a constant near the mean of y that is a number of the coefficients' type.
 class Block {
  public:
-  Block(const BlockShape& shape, const BlockTensors<R>& in)
+  Block(const BlockShape& shape, const BlockTensors& in, Storage precision)
       : shape(shape),
         in(in),
         first(shape.order != kActNormFilm),
         weight(in.norm_weight, 1, shape.c, 1.0),
         bias(in.norm_bias, 1, shape.c, 0.0),
-        shift(first ? in.conv_bias : nullptr, 1, shape.c, 0.0),
-        scale(shape.position == kDropoutNorm ? in.mask : nullptr, in.mask_rows, shape.c, 1.0),
-        before_film(shape.position == kDropoutFilm ? in.mask : nullptr, in.mask_rows, shape.c, 1.0),
-        at_end(shape.position == kDropoutEnd ? in.mask : nullptr, in.mask_rows, shape.c, 1.0),
+        shift(first ? in.conv_bias : Numbers{}, 1, shape.c, 0.0),
+        scale(shape.position == kDropoutNorm ? in.mask : Numbers{}, in.mask_rows, shape.c, 1.0),
+        before_film(shape.position == kDropoutFilm ? in.mask : Numbers{}, in.mask_rows, shape.c, 1.0),
+        at_end(shape.position == kDropoutEnd ? in.mask : Numbers{}, in.mask_rows, shape.c, 1.0),
         gamma(in.gamma, in.gamma_rows, shape.c, 1.0),
-        beta(in.beta, in.beta_rows, shape.c, 0.0) {
+        beta(in.beta, in.beta_rows, shape.c, 0.0),
+        wide(precision == kFloat64) {
     if (shape.norm == kNormNone) return;
     const int64_t size = shape.n * shape.c;
     centre.resize(size);
@@ -57,7 +92,7 @@ class Block {
           const int64_t at = i * shape.c + c;
           centre[at] = in.running_mean[c];
           variance[at] = in.running_var[c];
-          pivot[at] = static_cast<R>(centre[at] - shift(i, c));
+          pivot[at] = rounded(centre[at] - shift(i, c));
         }
       }
     }
@@ -89,12 +124,15 @@ class Block {
   }
 
   const BlockShape& shape;
-  const BlockTensors<R>& in;
+  const BlockTensors& in;
   const bool first;  // the norm stands in front of the activation
-  Rows<R> weight, bias, shift, scale, before_film, at_end, gamma, beta;
+  Rows weight, bias, shift, scale, before_film, at_end, gamma, beta;
+  const bool wide;
   std::vector<double> centre, variance, inverse, pivot;
 
  private:
+  double rounded(double x) const { return wide ? x : static_cast<float>(x); }
+
   void from_moments() {
     const int64_t size = shape.n * shape.c;
     each_set([&](int64_t i0, int64_t i1, int64_t c0, int64_t c1) {
@@ -116,7 +154,7 @@ class Block {
           const int64_t at = i * shape.c + c;
           centre[at] = m;
           variance[at] = spread / count;
-          pivot[at] = shared ? static_cast<R>(m - shift(i, c)) : in.stats[at];
+          pivot[at] = shared ? rounded(m - shift(i, c)) : in.stats[at];
         }
       }
     });
@@ -124,8 +162,7 @@ class Block {
 };
 
 // Batch norm keeps the statistics of all samples, instance norm the means of those of each.
-template <class R>
-void update_running(const Block<R>& block) {
+void update_running(const Block& block) {
   const BlockShape& shape = block.shape;
   const double values = shape.norm == kNormBatch ? shape.n * shape.count : shape.count;
   const double unbiased = values / std::max(values - 1, 1.0);
@@ -135,17 +172,45 @@ void update_running(const Block<R>& block) {
       mean += block.centre[i * shape.c + c] / shape.n;
       variance += block.variance[i * shape.c + c] / shape.n;
     }
-    R &m = block.in.running_mean[c], &v = block.in.running_var[c];
-    m = static_cast<R>(m + shape.momentum * (mean - m));
-    v = static_cast<R>(v + shape.momentum * (variance * unbiased - v));
+    const double m = block.in.running_mean[c], v = block.in.running_var[c];
+    block.in.running_mean.set(c, m + shape.momentum * (mean - m));
+    block.in.running_var.set(c, v + shape.momentum * (variance * unbiased - v));
   }
 }
 
 }  // namespace
 
-template <class R>
-void block_coefficients(const BlockShape& shape, const BlockTensors<R>& in, R* coef) {
-  const Block<R> block(shape, in);
+double Numbers::operator[](int64_t i) const {
+  switch (type) {
+    case kFloat32:
+      return static_cast<const float*>(data)[i];
+    case kFloat64:
+      return static_cast<const double*>(data)[i];
+    case kBFloat16:
+      return widen_bf16(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return widen_f16(static_cast<const uint16_t*>(data)[i]);
+  }
+}
+
+void Numbers::set(int64_t i, double value) const {
+  switch (type) {
+    case kFloat32:
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+      break;
+    case kFloat64:
+      static_cast<double*>(data)[i] = value;
+      break;
+    case kBFloat16:
+      static_cast<uint16_t*>(data)[i] = narrow_bf16(value);
+      break;
+    default:
+      static_cast<uint16_t*>(data)[i] = narrow_f16(value);
+  }
+}
+
+void block_coefficients(const BlockShape& shape, const BlockTensors& in, const Numbers& coef) {
+  const Block block(shape, in, coef.type);
   const bool normed = shape.norm != kNormNone;
   const int64_t size = shape.n * shape.c;
   for (int64_t i = 0; i < shape.n; ++i) {
@@ -172,22 +237,21 @@ void block_coefficients(const BlockShape& shape, const BlockTensors<R>& in, R* c
         row[kG] = film * end;
         row[kS] = beta * end;
       } else {
-        row[kB] = in.conv_bias ? static_cast<double>(in.conv_bias[c]) : 0.0;
+        row[kB] = in.conv_bias ? in.conv_bias[c] : 0.0;
         row[kG] = k * film * end;
         row[kS] = (offset * film + beta) * end;
         row[kQ] = p;
       }
       if (in.slope) row[kSlope] = in.slope[in.slope_count > 1 ? c : 0];
-      for (int64_t r = 0; r < kCoefRows; ++r) coef[r * size + at] = static_cast<R>(row[r]);
+      for (int64_t r = 0; r < kCoefRows; ++r) coef.set(r * size + at, row[r]);
     }
   }
   if (shape.update) update_running(block);
 }
 
-template <class R>
-void block_coefficients_backward(const BlockShape& shape, const BlockTensors<R>& in, const R* dcoef,
-                                 const BlockGradients<R>& out) {
-  const Block<R> block(shape, in);
+void block_coefficients_backward(const BlockShape& shape, const BlockTensors& in, const Numbers& dcoef,
+                                 const BlockTensors& out) {
+  const Block block(shape, in, dcoef.type);
   const bool normed = shape.norm != kNormNone;
   const int64_t size = shape.n * shape.c;
   std::vector<double> dcentre(size), dvariance(size);
@@ -219,8 +283,8 @@ void block_coefficients_backward(const BlockShape& shape, const BlockTensors<R>&
         dfilm = dproduct * k + dbeta_here * offset;
         if (act_first) dshift[c] += row[kB];
       }
-      if (out.gamma && !one_gamma) out.gamma[at] = static_cast<R>(dfilm * before);
-      if (out.beta && !one_beta) out.beta[at] = static_cast<R>(dbeta_here);
+      if (out.gamma && !one_gamma) out.gamma.set(at, dfilm * before);
+      if (out.beta && !one_beta) out.beta.set(at, dbeta_here);
       dgamma[c] += dfilm * before;
       dbeta[c] += dbeta_here;
       dslope[c] += row[kSlope];
@@ -254,14 +318,14 @@ void block_coefficients_backward(const BlockShape& shape, const BlockTensors<R>&
           const double dmean = (dc + 2 * dv * (block.mean(i, c) - block.centre[at])) * s;
           if (block.first) dshift[c] += dmean;
           if (!out.stats) continue;
-          out.stats[at] = static_cast<R>(dmean);
-          out.stats[size + at] = static_cast<R>(dv * s * s);
+          out.stats.set(at, dmean);
+          out.stats.set(size + at, dv * s * s);
         }
       }
     });
   }
-  auto give = [&](R* to, const std::vector<double>& from) {
-    if (to) std::transform(from.begin(), from.end(), to, [](double x) { return static_cast<R>(x); });
+  const auto give = [](const Numbers& to, const std::vector<double>& from) {
+    for (size_t i = 0; to && i < from.size(); ++i) to.set(static_cast<int64_t>(i), from[i]);
   };
   give(out.norm_weight, dweight);
   give(out.norm_bias, dbias);
@@ -272,15 +336,8 @@ void block_coefficients_backward(const BlockShape& shape, const BlockTensors<R>&
   if (out.slope && in.slope_count == 1) {
     double sum = 0;
     for (double d : dslope) sum += d;
-    *out.slope = static_cast<R>(sum);
+    out.slope.set(0, sum);
   }
 }
-
-template void block_coefficients(const BlockShape&, const BlockTensors<float>&, float*);
-template void block_coefficients(const BlockShape&, const BlockTensors<double>&, double*);
-template void block_coefficients_backward(const BlockShape&, const BlockTensors<float>&, const float*,
-                                          const BlockGradients<float>&);
-template void block_coefficients_backward(const BlockShape&, const BlockTensors<double>&, const double*,
-                                          const BlockGradients<double>&);
 
 }  // namespace fastfilm

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace fastfilm {
 
 enum Norm { kNormNone, kNormBatch, kNormInstance, kNormGroup, kNorms };
@@ -22,26 +24,26 @@ struct BlockShape {
   double eps, momentum, slope;
 };
 
-// Vectors [C], or [rows][C] with rows 1 or N; null where absent. R is float or double.
-template <class R>
+// Numbers of any storage type; null where absent.
+struct Numbers {
+  void* data = nullptr;
+  Storage type = kFloat32;
+
+  explicit operator bool() const { return data != nullptr; }
+  double operator[](int64_t i) const;
+  void set(int64_t i, double value) const;  // rounds to nearest even
+};
+
+// Vectors [C], or [rows][C] with rows 1 or N; the moments are [2][N][C]. As `in`: null where absent; as
+// gradients: null where not wanted.
 struct BlockTensors {
-  const R *stats, *norm_weight, *norm_bias, *conv_bias, *gamma, *beta, *mask, *slope;
-  R *running_mean, *running_var;
-  int64_t gamma_rows, beta_rows, mask_rows, slope_count;
+  Numbers running_mean, running_var, stats, norm_weight, norm_bias, conv_bias, gamma, beta, mask, slope;
+  int64_t gamma_rows = 1, beta_rows = 1, mask_rows = 1, slope_count = 1;
 };
 
-// Gradients at the tensors of the same name and shape; null where not wanted.
-template <class R>
-struct BlockGradients {
-  R *stats, *norm_weight, *norm_bias, *conv_bias, *gamma, *beta, *slope;
-};
-
-// coef: [7][N][C].
-template <class R>
-void block_coefficients(const BlockShape& shape, const BlockTensors<R>& in, R* coef);
-
-template <class R>
-void block_coefficients_backward(const BlockShape& shape, const BlockTensors<R>& in, const R* dcoef,
-                                 const BlockGradients<R>& out);
+// coef and dcoef: [7][N][C], of one type; pivots are rounded to it.
+void block_coefficients(const BlockShape& shape, const BlockTensors& in, const Numbers& coef);
+void block_coefficients_backward(const BlockShape& shape, const BlockTensors& in, const Numbers& dcoef,
+                                 const BlockTensors& out);
 
 }  // namespace fastfilm

@@ -185,12 +185,12 @@ def _algebra(kind: Any) -> _C.Coefficients:
     )
 
 
-def _plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Contiguous, in ``dtype``."""
+def _readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Contiguous, and of a type that the kernels read."""
     return [
         t
-        if t is None or (t.dtype == dtype and t.is_contiguous())
-        else t.detach().to(dtype).contiguous()
+        if t is None or (t.is_contiguous() and t.dtype in _DTYPES)
+        else t.detach().contiguous()
         for t in tensors
     ]
 
@@ -200,30 +200,28 @@ def _rows(t: Tensor | None) -> int:
     return t.shape[0] if t is not None and t.dim() == 2 else 1
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Arguments of ``_C.Coefficients`` that say where everything is."""
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+def _arguments(tensors: Sequence[Tensor | None]) -> tuple[list[int], int, tuple[int, ...]]:
+    """Addresses, types (four bits each) and rows, as ``_C.Coefficients`` takes them."""
+    addresses, types = [], 0
+    for i, t in enumerate(tensors):
+        if t is None:
+            addresses.append(0)
+        else:
+            addresses.append(t.data_ptr())
+            types |= _DTYPES[t.dtype] << 4 * i
     gamma, beta, mask, slope = tensors[6:]
-    return (
-        *addresses[:7],
-        _rows(gamma),
-        addresses[7],
-        _rows(beta),
-        addresses[8],
-        _rows(mask),
-        addresses[9],
-        1 if slope is None else slope.numel(),
-    )
+    rows = (_rows(gamma), _rows(beta), _rows(mask), 1 if slope is None else slope.numel())
+    return addresses, types, rows
 
 
 def block_coefficients(kind: Any, momentum: float, tensors: Sequence[Tensor | None]) -> Tensor:
     """Rows a, b, g, s, p, q, slope [7, N, C]; see ``fused_coefficients`` and ``Tail.coefficients``."""
     dtype = torch.float64 if kind.wide else torch.float32
     coef = torch.empty((7, kind.batch, kind.channels), dtype=dtype)
-    plain = _plain(tensors, dtype)
-    _algebra(kind).forward(momentum, *_addresses(plain), coef.data_ptr())
+    readable = _readable(tensors)
+    _algebra(kind).forward(momentum, *_arguments(readable), coef.data_ptr())
     if kind.update:
-        for theirs, ours in zip(tensors[:2], plain[:2], strict=True):
+        for theirs, ours in zip(tensors[:2], readable[:2], strict=True):
             if theirs is not None and ours is not None and ours is not theirs:
                 theirs.copy_(ours)
     return coef
@@ -233,16 +231,11 @@ def block_coefficients_backward(
     kind: Any, tensors: Sequence[Tensor | None], dcoef: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of ``block_coefficients`` at the ``wanted`` of its tensors, in their dtypes."""
-    dtype = torch.float64 if kind.wide else torch.float32
-    plain = _plain(tensors, dtype)
     grads: list[Tensor | None] = [
-        torch.empty(t.shape, dtype=dtype) if want and t is not None else None
+        torch.empty(t.shape, dtype=t.dtype) if want and t is not None else None
         for t, want in zip(tensors, wanted, strict=True)
     ]
-    addresses = [0 if t is None else t.data_ptr() for t in (*grads[2:8], grads[9])]
-    dcoef = _plain([dcoef], dtype)[0]  # type: ignore[assignment]
-    _algebra(kind).backward(*_addresses(plain), dcoef.data_ptr(), *addresses)
-    return [
-        g if g is None or t is None or g.dtype == t.dtype else g.to(t.dtype)
-        for g, t in zip(grads, tensors, strict=True)
-    ]
+    dcoef = dcoef.to(torch.float64 if kind.wide else torch.float32).contiguous()
+    addresses = [0 if t is None else t.data_ptr() for t in grads]
+    _algebra(kind).backward(*_arguments(_readable(tensors)), dcoef.data_ptr(), addresses)
+    return grads

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -45,20 +46,64 @@ uint16_t narrow_f16(double value) {
   return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + mantissa);
 }
 
-// Row i of a vector [rows][C] that may be shared by all samples, or `absent` where there is none.
+template <class T, class F>
+void read_as(const void* data, int64_t count, double* to, const F& widen) {
+  const T* from = static_cast<const T*>(data);
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+
+void read(const Numbers& from, int64_t count, double* to) {
+  const auto plain = [](auto x) { return static_cast<double>(x); };
+  switch (from.type) {
+    case kFloat32:
+      return read_as<float>(from.data, count, to, plain);
+    case kFloat64:
+      return read_as<double>(from.data, count, to, plain);
+    case kBFloat16:
+      return read_as<uint16_t>(from.data, count, to, widen_bf16);
+    default:
+      return read_as<uint16_t>(from.data, count, to, widen_f16);
+  }
+}
+
+template <class T, class F>
+void write_as(void* data, int64_t count, const double* from, const F& narrow) {
+  T* to = static_cast<T*>(data);
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow(from[i]);
+}
+
+// Rounds to nearest even.
+void write(const Numbers& to, const std::vector<double>& from) {
+  if (!to) return;
+  const auto count = static_cast<int64_t>(from.size());
+  switch (to.type) {
+    case kFloat32:
+      return write_as<float>(to.data, count, from.data(), [](double x) { return static_cast<float>(x); });
+    case kFloat64:
+      return write_as<double>(to.data, count, from.data(), [](double x) { return x; });
+    case kBFloat16:
+      return write_as<uint16_t>(to.data, count, from.data(), narrow_bf16);
+    default:
+      return write_as<uint16_t>(to.data, count, from.data(), narrow_f16);
+  }
+}
+
+// A vector [rows][C] in double; one row may be shared by all samples, and is made of `absent` where there is
+// none.
 class Rows {
  public:
   Rows(const Numbers& numbers, int64_t rows, int64_t c, double absent)
-      : numbers_(numbers), pitch_(rows > 1 ? c : 0), absent_(absent) {}
-  double operator()(int64_t i, int64_t c) const {
-    return numbers_ ? numbers_[i * pitch_ + c] : absent_;
+      : present_(static_cast<bool>(numbers)), pitch_(numbers && rows > 1 ? c : 0) {
+    values_.resize(pitch_ ? rows * c : c, absent);
+    if (numbers) read(numbers, static_cast<int64_t>(values_.size()), values_.data());
   }
-  explicit operator bool() const { return static_cast<bool>(numbers_); }
+  double operator()(int64_t i, int64_t c) const { return values_[i * pitch_ + c]; }
+  explicit operator bool() const { return present_; }
 
  private:
-  Numbers numbers_;
+  bool present_;
   int64_t pitch_;
-  double absent_;
+  std::vector<double> values_;
 };
 
 // The statistics a norm divides by, all [N][C] in double: the centre and 1/sqrt(variance + eps) of
@@ -85,13 +130,16 @@ class Block {
     inverse.resize(size);
     pivot.resize(size);
     if (shape.use_input) {
+      stats.resize(2 * size);
+      read(in.stats, 2 * size, stats.data());
       from_moments();
     } else {
+      const Rows mean(in.running_mean, 1, shape.c, 0.0), var(in.running_var, 1, shape.c, 1.0);
       for (int64_t i = 0; i < shape.n; ++i) {
         for (int64_t c = 0; c < shape.c; ++c) {
           const int64_t at = i * shape.c + c;
-          centre[at] = in.running_mean[c];
-          variance[at] = in.running_var[c];
+          centre[at] = mean(0, c);
+          variance[at] = var(0, c);
           pivot[at] = rounded(centre[at] - shift(i, c));
         }
       }
@@ -100,7 +148,7 @@ class Block {
   }
 
   double mean(int64_t i, int64_t c) const {
-    return (in.stats[i * shape.c + c] + shift(i, c)) * scale(i, c);
+    return (stats[i * shape.c + c] + shift(i, c)) * scale(i, c);
   }
 
   // Calls f(first sample, end, first channel, end) for every set of maps that share their statistics.
@@ -128,7 +176,7 @@ class Block {
   const bool first;  // the norm stands in front of the activation
   Rows weight, bias, shift, scale, before_film, at_end, gamma, beta;
   const bool wide;
-  std::vector<double> centre, variance, inverse, pivot;
+  std::vector<double> stats, centre, variance, inverse, pivot;
 
  private:
   double rounded(double x) const { return wide ? x : static_cast<float>(x); }
@@ -145,7 +193,7 @@ class Block {
       for (int64_t i = i0; i < i1; ++i) {
         for (int64_t c = c0; c < c1; ++c) {
           const double s = scale(i, c), d = mean(i, c) - m;
-          spread += in.stats[size + i * shape.c + c] * s * s + d * d;
+          spread += stats[size + i * shape.c + c] * s * s + d * d;
         }
       }
       const bool shared = shape.norm == kNormBatch && !scale;
@@ -154,7 +202,7 @@ class Block {
           const int64_t at = i * shape.c + c;
           centre[at] = m;
           variance[at] = spread / count;
-          pivot[at] = shared ? rounded(m - shift(i, c)) : in.stats[at];
+          pivot[at] = shared ? rounded(m - shift(i, c)) : stats[at];
         }
       }
     });
@@ -166,53 +214,37 @@ void update_running(const Block& block) {
   const BlockShape& shape = block.shape;
   const double values = shape.norm == kNormBatch ? shape.n * shape.count : shape.count;
   const double unbiased = values / std::max(values - 1, 1.0);
+  std::vector<double> running_mean(shape.c), running_var(shape.c);
+  read(block.in.running_mean, shape.c, running_mean.data());
+  read(block.in.running_var, shape.c, running_var.data());
   for (int64_t c = 0; c < shape.c; ++c) {
     double mean = 0, variance = 0;
     for (int64_t i = 0; i < shape.n; ++i) {
       mean += block.centre[i * shape.c + c] / shape.n;
       variance += block.variance[i * shape.c + c] / shape.n;
     }
-    const double m = block.in.running_mean[c], v = block.in.running_var[c];
-    block.in.running_mean.set(c, m + shape.momentum * (mean - m));
-    block.in.running_var.set(c, v + shape.momentum * (variance * unbiased - v));
+    running_mean[c] += shape.momentum * (mean - running_mean[c]);
+    running_var[c] += shape.momentum * (variance * unbiased - running_var[c]);
   }
+  write(block.in.running_mean, running_mean);
+  write(block.in.running_var, running_var);
+}
+
+double one_slope(const BlockShape& shape, const BlockTensors& in) {
+  double slope = shape.slope;
+  if (in.slope && in.slope_count == 1) read(in.slope, 1, &slope);
+  return slope;
 }
 
 }  // namespace
-
-double Numbers::operator[](int64_t i) const {
-  switch (type) {
-    case kFloat32:
-      return static_cast<const float*>(data)[i];
-    case kFloat64:
-      return static_cast<const double*>(data)[i];
-    case kBFloat16:
-      return widen_bf16(static_cast<const uint16_t*>(data)[i]);
-    default:
-      return widen_f16(static_cast<const uint16_t*>(data)[i]);
-  }
-}
-
-void Numbers::set(int64_t i, double value) const {
-  switch (type) {
-    case kFloat32:
-      static_cast<float*>(data)[i] = static_cast<float>(value);
-      break;
-    case kFloat64:
-      static_cast<double*>(data)[i] = value;
-      break;
-    case kBFloat16:
-      static_cast<uint16_t*>(data)[i] = narrow_bf16(value);
-      break;
-    default:
-      static_cast<uint16_t*>(data)[i] = narrow_f16(value);
-  }
-}
 
 void block_coefficients(const BlockShape& shape, const BlockTensors& in, const Numbers& coef) {
   const Block block(shape, in, coef.type);
   const bool normed = shape.norm != kNormNone;
   const int64_t size = shape.n * shape.c;
+  const Rows conv_bias(in.conv_bias, 1, shape.c, 0.0);
+  const Rows slope(in.slope_count > 1 ? in.slope : Numbers{}, 1, shape.c, one_slope(shape, in));
+  std::vector<double> out(kCoefRows * size);
   for (int64_t i = 0; i < shape.n; ++i) {
     for (int64_t c = 0; c < shape.c; ++c) {
       const int64_t at = i * shape.c + c;
@@ -225,7 +257,7 @@ void block_coefficients(const BlockShape& shape, const BlockTensors& in, const N
       }
       const double film = block.gamma(i, c) * block.before_film(i, c), beta = block.beta(i, c);
       const double end = block.at_end(i, c);
-      double row[kCoefRows] = {1, 0, end, 0, 0, 0, shape.slope};
+      double row[kCoefRows] = {1, 0, end, 0, 0, 0, slope(0, c)};
       if (shape.order == kNormFilmAct) {
         row[kA] = k * film;
         row[kB] = offset * film + beta;
@@ -237,15 +269,15 @@ void block_coefficients(const BlockShape& shape, const BlockTensors& in, const N
         row[kG] = film * end;
         row[kS] = beta * end;
       } else {
-        row[kB] = in.conv_bias ? in.conv_bias[c] : 0.0;
+        row[kB] = conv_bias(0, c);
         row[kG] = k * film * end;
         row[kS] = (offset * film + beta) * end;
         row[kQ] = p;
       }
-      if (in.slope) row[kSlope] = in.slope[in.slope_count > 1 ? c : 0];
-      for (int64_t r = 0; r < kCoefRows; ++r) coef.set(r * size + at, row[r]);
+      for (int64_t r = 0; r < kCoefRows; ++r) out[r * size + at] = row[r];
     }
   }
+  write(coef, out);
   if (shape.update) update_running(block);
 }
 
@@ -254,15 +286,16 @@ void block_coefficients_backward(const BlockShape& shape, const BlockTensors& in
   const Block block(shape, in, dcoef.type);
   const bool normed = shape.norm != kNormNone;
   const int64_t size = shape.n * shape.c;
-  std::vector<double> dcentre(size), dvariance(size);
+  std::vector<double> dcentre(size), dvariance(size), dstats(2 * size), d(kCoefRows * size);
   std::vector<double> dweight(shape.c), dbias(shape.c), dshift(shape.c), dslope(shape.c);
-  std::vector<double> dgamma(shape.c), dbeta(shape.c);
-  const bool one_gamma = in.gamma_rows == 1, one_beta = in.beta_rows == 1;
+  const int64_t gamma_pitch = in.gamma_rows > 1 ? shape.c : 0, beta_pitch = in.beta_rows > 1 ? shape.c : 0;
+  std::vector<double> dgamma(in.gamma_rows * shape.c), dbeta(in.beta_rows * shape.c);
+  read(dcoef, kCoefRows * size, d.data());
   for (int64_t i = 0; i < shape.n; ++i) {
     for (int64_t c = 0; c < shape.c; ++c) {
       const int64_t at = i * shape.c + c;
       double row[kCoefRows];
-      for (int64_t r = 0; r < kCoefRows; ++r) row[r] = dcoef[r * size + at];
+      for (int64_t r = 0; r < kCoefRows; ++r) row[r] = d[r * size + at];
       const double before = block.before_film(i, c), film = block.gamma(i, c) * before;
       const double end = block.at_end(i, c), s = block.scale(i, c);
       const double factor = normed ? block.factor(at, c) : 1.0;
@@ -283,10 +316,8 @@ void block_coefficients_backward(const BlockShape& shape, const BlockTensors& in
         dfilm = dproduct * k + dbeta_here * offset;
         if (act_first) dshift[c] += row[kB];
       }
-      if (out.gamma && !one_gamma) out.gamma.set(at, dfilm * before);
-      if (out.beta && !one_beta) out.beta.set(at, dbeta_here);
-      dgamma[c] += dfilm * before;
-      dbeta[c] += dbeta_here;
+      dgamma[i * gamma_pitch + c] += dfilm * before;
+      dbeta[i * beta_pitch + c] += dbeta_here;
       dslope[c] += row[kSlope];
       if (!normed) {
         if (block.first) dshift[c] += doffset;
@@ -317,27 +348,20 @@ void block_coefficients_backward(const BlockShape& shape, const BlockTensors& in
           const double s = block.scale(i, c);
           const double dmean = (dc + 2 * dv * (block.mean(i, c) - block.centre[at])) * s;
           if (block.first) dshift[c] += dmean;
-          if (!out.stats) continue;
-          out.stats.set(at, dmean);
-          out.stats.set(size + at, dv * s * s);
+          dstats[at] = dmean;
+          dstats[size + at] = dv * s * s;
         }
       }
     });
   }
-  const auto give = [](const Numbers& to, const std::vector<double>& from) {
-    for (size_t i = 0; to && i < from.size(); ++i) to.set(static_cast<int64_t>(i), from[i]);
-  };
-  give(out.norm_weight, dweight);
-  give(out.norm_bias, dbias);
-  give(out.conv_bias, dshift);
-  if (one_gamma) give(out.gamma, dgamma);
-  if (one_beta) give(out.beta, dbeta);
-  if (out.slope && in.slope_count > 1) give(out.slope, dslope);
-  if (out.slope && in.slope_count == 1) {
-    double sum = 0;
-    for (double d : dslope) sum += d;
-    out.slope.set(0, sum);
-  }
+  write(out.stats, dstats);
+  write(out.norm_weight, dweight);
+  write(out.norm_bias, dbias);
+  write(out.conv_bias, dshift);
+  write(out.gamma, dgamma);
+  write(out.beta, dbeta);
+  if (in.slope_count == 1) dslope = {std::accumulate(dslope.begin(), dslope.end(), 0.0)};
+  write(out.slope, dslope);
 }
 
 }  // namespace fastfilm

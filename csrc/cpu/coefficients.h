@@ -30,8 +30,6 @@ struct Numbers {
   Storage type = kFloat32;
 
   explicit operator bool() const { return data != nullptr; }
-  double operator[](int64_t i) const;
-  void set(int64_t i, double value) const;  // rounds to nearest even
 };
 
 // Vectors [C], or [rows][C] with rows 1 or N; the moments are [2][N][C]. As `in`: null where absent; as

@@ -115,23 +115,26 @@ BACKENDS = {
 ROUTES = ("fused", "composed", "eager")
 
 
+def _check_names(
+    name: str | None, route: str | None, said: tuple[str, str] = ("backend", "route")
+) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{said[0]} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if route is not None and route not in ROUTES:
+        raise ValueError(f"{said[1]} must be one of {', '.join(ROUTES)}, got {route!r}")
+
+
+_VARIABLES = ("FASTFILM_BACKEND", "FASTFILM_ROUTE")
+_DEFAULTS = tuple(os.environ.get(name) or None for name in _VARIABLES)
+_check_names(*_DEFAULTS, said=_VARIABLES)
+
+
 class _Forced(threading.local):
     def __init__(self) -> None:
-        self.backend: str | None = os.environ.get("FASTFILM_BACKEND") or None
-        self.route: str | None = os.environ.get("FASTFILM_ROUTE") or None
+        self.backend, self.route = _DEFAULTS
 
 
 _forced = _Forced()
-
-
-def _check_names(name: str | None, route: str | None) -> None:
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if route is not None and route not in ROUTES:
-        raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
-
-
-_check_names(_forced.backend, _forced.route)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import weakref
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,7 +67,9 @@ class Case:
             update=use_input and self.running and self.norm in ("batch", "instance"),
         )
 
-    def run(self, kernels: ModuleType | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    def run(
+        self, kernels: ModuleType | None, dtype: torch.dtype, strided: bool = False
+    ) -> dict[str, Tensor]:
         """Coefficients, gradients and running statistics; inputs rounded to ``self.dtype`` first."""
         generator = torch.Generator().manual_seed(0)
         n, c = self.batch, self.channels
@@ -102,6 +107,9 @@ class Case:
         for leaf in leaves.values():
             if leaf is not None:
                 leaf.requires_grad_()
+        if strided:
+            for name in ("gamma", "beta", "norm_weight"):
+                made[name] = torch.stack([made[name], made[name]], -1)[..., 0]  # type: ignore[list-item]
         tail = Tail(kind, 0.3, *(made[k] for k in NAMES), slope)
         like = torch.empty(n, c, 5, 7, dtype=small)
         coef = (
@@ -192,6 +200,29 @@ def test_parts_absent_shared_rows_and_types(backend: str, data: st.DataObject) -
         count=data.draw(st.sampled_from((2, 35))),
     )
     check(case, kernels)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_strided_numbers_are_read_where_they_lie(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """γ and β are halves of one tensor; memory that is free again is overwritten at once."""
+    kernels = launchers(backend)
+    case = Case(rows=(3, 3))
+    expected = case.run(kernels, torch.float32)
+    contiguous = Tensor.contiguous
+
+    def overwritten(t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if t.is_contiguous():
+            return contiguous(t, *args, **kwargs)
+        copy = torch.from_numpy(np.array(t.detach().numpy(), order="C"))
+        weakref.finalize(copy, lambda memory: memory.fill(np.nan), copy.numpy())
+        return copy
+
+    monkeypatch.setattr(Tensor, "contiguous", overwritten)
+    found = case.run(kernels, torch.float32, strided=True)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("backend", FUSED)

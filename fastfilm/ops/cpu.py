@@ -237,5 +237,6 @@ def block_coefficients_backward(
     ]
     dcoef = dcoef.to(torch.float64 if kind.wide else torch.float32).contiguous()
     addresses = [0 if t is None else t.data_ptr() for t in grads]
-    _algebra(kind).backward(*_arguments(_readable(tensors)), dcoef.data_ptr(), addresses)
+    readable = _readable(tensors)  # held by name: the call gets addresses only
+    _algebra(kind).backward(*_arguments(readable), dcoef.data_ptr(), addresses)
     return grads

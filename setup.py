@@ -16,13 +16,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("coefficients", "driver", "baseline", "avx2", "avx512")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("coefficients", "driver", "gather", "baseline", "avx2", "avx512")),
 ]
 DEPENDS = [
     "csrc/cpu/coefficients.h",
     "csrc/cpu/driver.h",
+    "csrc/cpu/gather.h",
     "csrc/cpu/kernels.h",
-    *(f"csrc/cpu/{name}.inc" for name in ("kernels", "vector", "activation")),
+    "csrc/cpu/walk.h",
+    *(f"csrc/cpu/{name}.inc" for name in ("activation", "gather", "kernels", "vector")),
 ]
 FLAGS = [
     "-std=c++17",

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <limits>
@@ -11,6 +12,7 @@
 
 #include "cpu/coefficients.h"
 #include "cpu/driver.h"
+#include "cpu/gather.h"
 
 namespace py = pybind11;
 using namespace fastfilm;
@@ -120,6 +122,60 @@ void py_moments_backward(Address dy, Address dstats, Address y, Address stats, A
   void* dpre_ = pre ? call.numbers("dpre", dpre) : nullptr;
   if (!pre_) call.map.act = kNone;
   if (!call.empty()) moments_backward(call.map, dy_, dstats_, y_, stats_, pre_, e_, dpre_);
+}
+
+// Five numbers an axis: in, out, and the addresses of start, index and weight.
+View view_of(const std::array<int64_t, 15>& axes, bool maximum) {
+  View view;
+  view.maximum = maximum;
+  int64_t taps = 1;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t* a = axes.data() + 5 * i;
+    Axis& axis = view.axis[i];
+    axis = {a[0], a[1], reinterpret_cast<const int64_t*>(a[2]), reinterpret_cast<const int64_t*>(a[3]),
+            reinterpret_cast<const double*>(a[4])};
+    check_size("axis", axis.in);
+    check_size("axis", axis.out);
+    if (!axis.start || !axis.index || !axis.weight) throw std::invalid_argument("axis is null");
+    int64_t most = 0;
+    for (int64_t x = 0; x < axis.out; ++x) {
+      most = std::max(most, axis.start[x + 1] - axis.start[x]);
+      for (int64_t t = axis.start[x]; t < axis.start[x + 1]; ++t) {
+        if (axis.index[t] < 0 || axis.index[t] >= axis.in) throw std::invalid_argument("axis index out of range");
+      }
+    }
+    taps *= most;
+  }
+  if (taps > kMaxTaps) {
+    throw std::invalid_argument("a position may have " + std::to_string(kMaxTaps) + " taps, got " +
+                                std::to_string(taps));
+  }
+  return view;
+}
+
+void py_gather(Address y, int64_t in_stride, Address coef, Address out, int64_t out_stride, int dtype, int act,
+               int64_t n, int64_t c, int threads, bool maximum, const std::array<int64_t, 15>& axes) {
+  const View view = view_of(axes, maximum);
+  Call call(dtype, act, n, axes[0] * axes[5] * axes[10], c, threads);
+  const void* y_ = call.feature_map("y", y);
+  const void* coef_ = coef ? call.numbers("coef", coef) : nullptr;
+  void* out_ = call.feature_map("out", out);
+  if (in_stride < c || out_stride < c || (coef && in_stride != c)) {
+    throw std::invalid_argument("strides must be at least c, and c where there are coefficients");
+  }
+  if (!call.empty()) gather(call.map, view, y_, in_stride, coef_, out_, out_stride);
+}
+
+void py_maximum_backward(Address y, Address coef, Address dout, int64_t dout_stride, Address dv, int dtype,
+                         int act, int64_t n, int64_t c, int threads, const std::array<int64_t, 15>& axes) {
+  const View view = view_of(axes, true);
+  Call call(dtype, act, n, axes[0] * axes[5] * axes[10], c, threads);
+  const void* y_ = call.feature_map("y", y);
+  const void* coef_ = coef ? call.numbers("coef", coef) : nullptr;
+  const void* dout_ = call.feature_map("dout", dout);
+  void* dv_ = call.feature_map("dv", dv);
+  if (dout_stride < c) throw std::invalid_argument("dout_stride must be at least c");
+  if (!call.empty()) maximum_backward(call.map, view, y_, coef_, dout_, dout_stride, dv_);
 }
 
 // The algebra of one kind of block; made once, called for every map of that kind.
@@ -266,6 +322,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("moments_backward", &py_moments_backward, py::arg("dy"), py::arg("dstats"), py::arg("y"),
         py::arg("stats"), py::arg("pre"), py::arg("e"), py::arg("dpre"), py::arg("dtype"),
         py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
+  m.def("gather", &py_gather, py::arg("y"), py::arg("in_stride"), py::arg("coef"), py::arg("out"),
+        py::arg("out_stride"), py::arg("dtype"), py::arg("act"), py::arg("n"), py::arg("c"),
+        py::arg("threads"), py::arg("maximum"), py::arg("axes"), release());
+  m.def("maximum_backward", &py_maximum_backward, py::arg("y"), py::arg("coef"), py::arg("dout"),
+        py::arg("dout_stride"), py::arg("dv"), py::arg("dtype"), py::arg("act"), py::arg("n"),
+        py::arg("c"), py::arg("threads"), py::arg("axes"), release());
   py::class_<Coefficients>(m, "Coefficients")
       .def(py::init<bool, int, int, int, bool, bool, int64_t, int64_t, int64_t, double, double, double>(),
            py::arg("wide"), py::arg("norm"), py::arg("order"), py::arg("position"), py::arg("use_input"),

@@ -88,7 +88,7 @@ def count() -> tuple[list[Step], list[Step]]:
             order="conv-act-norm-film",
             deferred=True,
         )
-    assert isinstance(pending, fastfilm.Pending)
+    assert isinstance(pending, fastfilm.DeferredMap)
     torch.testing.assert_close(pending.materialise(), y, rtol=1e-3, atol=1e-3)
     return eager.steps, fused.steps
 

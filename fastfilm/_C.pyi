@@ -43,6 +43,34 @@ def moments_backward(
     c: int,
     threads: int,
 ) -> None: ...
+def gather(
+    y: int,
+    in_stride: int,
+    coef: int,
+    out: int,
+    out_stride: int,
+    dtype: int,
+    act: int,
+    n: int,
+    c: int,
+    threads: int,
+    maximum: bool,
+    axes: Sequence[int],
+) -> None: ...
+def maximum_backward(
+    y: int,
+    coef: int,
+    dout: int,
+    dout_stride: int,
+    dv: int,
+    dtype: int,
+    act: int,
+    n: int,
+    c: int,
+    threads: int,
+    axes: Sequence[int],
+) -> None: ...
+
 class Coefficients:
     """The algebra of one kind of block. Coefficients are float, or double if ``wide``.
 

@@ -8,7 +8,7 @@ from .nn import (
     FiLMGenerator,
     Modified3DUNet,
 )
-from .ops import Pending, backend, conv_norm_film, materialise, moments, norm_film
+from .ops import DeferredMap, backend, conv_norm_film, materialise, moments, norm_film
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "FiLMGenerator",
     "FiLMedUNet",
     "Modified3DUNet",
-    "Pending",
+    "DeferredMap",
     "__version__",
     "backend",
     "conv_norm_film",

@@ -39,6 +39,33 @@ struct Strip {
 
 using StripKernel = void (*)(const Strip&);
 
+// One row of a map that is gathered from rows of another: at each position the weighted sum, or the maximum, of
+// all pairs of a source row and a tap of the last axis. `in_stride` and `out_stride` elements lie between
+// positions, c of which are used.
+struct GatherRow {
+  const void* const* rows;
+  const double* row_weight;  // not read for the maximum
+  int64_t count, in_stride;
+  const int64_t *start, *index;  // taps of position x: index[start[x]] ... index[start[x + 1] - 1]
+  const double* weight;
+  int64_t width, c;
+  void* out;
+  int64_t out_stride;
+};
+
+// The gradient of a maximum goes to the first of its largest elements: added to `drows`, which lie as `rows`.
+struct MaximumBackwardRow {
+  GatherRow forward;  // `out` is not used
+  const void* dout;
+  int64_t dout_stride;
+  void* const* drows;
+};
+
+constexpr int64_t kMaxTaps = 1024;  // of one position, all axes together
+
+using GatherKernel = void (*)(const GatherRow&);
+using MaximumBackwardKernel = void (*)(const MaximumBackwardRow&);
+
 struct Kernels {
   const char* name;
   int vector_bytes;
@@ -46,6 +73,8 @@ struct Kernels {
   StripKernel apply_backward[kStorages][kActivations];
   StripKernel moments[kStorages][kActivations];
   StripKernel moments_backward[kStorages][kActivations];
+  GatherKernel gather_sum[kStorages], gather_maximum[kStorages];
+  MaximumBackwardKernel maximum_backward[kStorages];
 };
 
 extern const Kernels kBaseline;

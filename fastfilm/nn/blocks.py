@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import Pending, block, spec
+from fastfilm.ops import DeferredMap, block, spec
+from fastfilm.ops.maps import Map
 from fastfilm.ops.recipe import Options
 
 
@@ -133,27 +134,26 @@ class ConvNormFiLM(nn.Module):
 
     def forward(
         self,
-        x: Tensor | Pending,
+        x: Map,
         gamma: Tensor | None = None,
         beta: Tensor | None = None,
         *,
         deferred: bool = False,
-    ) -> Tensor | Pending:
-        """The block's output [N, Co, *T], or the ``Pending`` map for the next block if ``deferred``.
+    ) -> Tensor | DeferredMap:
+        """The block's output [N, Co, *T], or the ``DeferredMap`` for the next block if ``deferred``.
 
         Args:
-            x: [N, Ci, *S], or the ``Pending`` map of the block before.
+            x: [N, Ci, *S], or the ``DeferredMap`` of the block before.
             gamma, beta: FiLM [N, Co], [1, Co] or [Co]; each optional.
         """
-        raw = x.raw if isinstance(x, Pending) else x
-        if raw.dim() != self.spatial_dims + 2:
+        if len(x.shape) != self.spatial_dims + 2:
             raise ValueError(
-                f"x must have {self.spatial_dims + 2} dimensions for this block, got {tuple(raw.shape)}"
+                f"x must have {self.spatial_dims + 2} dimensions for this block, got {tuple(x.shape)}"
             )
         mask = None
         if self.training and self.dropout > 0:
             keep = 1 - self.dropout
-            mask = torch.full((raw.shape[0], self.out_channels), keep, device=raw.device)
+            mask = torch.full((x.shape[0], self.out_channels), keep, device=x.device)
             mask = torch.bernoulli(mask).div_(keep)
         slope = self.slope
         learned = slope if isinstance(slope, Tensor) else None
@@ -268,14 +268,14 @@ class DoubleConv(nn.Module):
 
     def forward(
         self,
-        x: Tensor | Pending,
+        x: Map,
         gamma: Tensor | None = None,
         beta: Tensor | None = None,
         *,
         deferred: bool = False,
-    ) -> Tensor | Pending:
+    ) -> Tensor | DeferredMap:
         """[N, Ci, *S] -> [N, Co, *S]; γ and β [N, Co] modulate the second block."""
-        out: Tensor | Pending = self.second(
+        out: Tensor | DeferredMap = self.second(
             self.first(x, deferred=True), gamma, beta, deferred=deferred
         )
         return out

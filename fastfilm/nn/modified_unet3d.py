@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, cat, nn
 
-from fastfilm.ops import Pending, conv_norm_film, norm_film, spec
+from fastfilm.ops import DeferredMap, conv_norm_film, norm_film, spec
 
 from . import ivadomed
 from .blocks import ConvNormFiLM3d
@@ -35,8 +35,8 @@ def _bare(ci: int, co: int, kernel: int = 3, stride: int = 1) -> ConvNormFiLM3d:
     return _block(ci, co, kernel, stride=stride, norm=None, activation=None)
 
 
-def _tensor(x: Tensor | Pending) -> Tensor:
-    return x.materialise() if isinstance(x, Pending) else x
+def _tensor(x: Tensor | DeferredMap) -> Tensor:
+    return x.materialise() if isinstance(x, DeferredMap) else x
 
 
 class Modified3DUNet(Conditioned):
@@ -214,5 +214,5 @@ def _norm_act(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     )
 
 
-def _pending_norm_act(x: Tensor) -> Tensor | Pending:
+def _pending_norm_act(x: Tensor) -> Tensor | DeferredMap:
     return norm_film(x, norm="instance", activation="leaky_relu", deferred=True)

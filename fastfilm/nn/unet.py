@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfilm.ops import spec
+from fastfilm.ops import maps, spec
+from fastfilm.ops.maps import Map
 
 from . import ivadomed
 from .blocks import ConvNormFiLM2d, ConvNormFiLM3d, DoubleConv
@@ -118,6 +118,8 @@ class FiLMedUNet(Conditioned):
         norm_affine: learn the norm's weight and bias; None means yes except for 3D instance norm with the
             paper's order, as in the paper's code.
         drop_background: leave out channel 0 after the final activation.
+        deferred: hand maps on unwritten (raw map + pending affine) to pooling, upsampling, concatenation and
+            the next convolution; False writes every block's output.
 
     Example:
         >>> import torch, fastfilm
@@ -146,6 +148,7 @@ class FiLMedUNet(Conditioned):
         norm_affine: bool | None = None,
         num_groups: int | None = None,
         drop_background: bool = False,
+        deferred: bool = True,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -160,7 +163,7 @@ class FiLMedUNet(Conditioned):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.spatial_dims, self.depth, self.base_filters = spatial_dims, depth, base_filters
-        self.metadata_size = metadata_size
+        self.metadata_size, self.deferred = metadata_size, deferred
         self.film_layers = check_film_layers(film_layers, 2 * depth + 2, metadata_size)
         self.final_activation = spec.choice("final_activation", final_activation, FINAL_ACTIVATIONS)
         self.deep_supervision, self.drop_background = deep_supervision, drop_background
@@ -220,20 +223,22 @@ class FiLMedUNet(Conditioned):
                 f" got {tuple(image.shape[2:])}"
             )
         film = self.modulation(metadata, image)
-        pool = F.max_pool2d if self.spatial_dims == 2 else F.max_pool3d
-        x: Tensor = image
-        skips = []
+        lazy = self.deferred
+        x: Map = image
+        skips: list[Map] = []
         for i, block in enumerate(self.encoder):
-            skip = block(x, *film[i])
+            skip = block(x, *film[i], deferred=lazy)
             skips.append(skip)
-            x = pool(skip, 2)
-        x = self.bottom(x, *film[self.depth])
+            x = maps.max_pool(skip, 2)
+        x = self.bottom(x, *film[self.depth], deferred=lazy)
         deep: list[Tensor] = []
         for i, block in enumerate(self.decoder):
             skip = skips.pop()
-            up = F.interpolate(x, size=skip.shape[2:], mode=self.upsampling, align_corners=True)
+            up = maps.interpolate(
+                x, size=tuple(skip.shape[2:]), mode=self.upsampling, align_corners=True
+            )
             full = not skips
-            x = block(torch.cat([up, skip], dim=1), *film[self.depth + 1 + i], deferred=full)
+            x = block(maps.join([up, skip]), *film[self.depth + 1 + i], deferred=lazy)
             if self.training and self.deep_supervision and not full:
                 deep.append(self.heads[len(self.heads) - 1 - i](x))
         logits = self.last(x, *film[-1])

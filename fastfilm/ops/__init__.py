@@ -2,11 +2,11 @@
 
 from . import conv, pointwise
 from .backends import backend
-from .block import Pending
 from .functional import conv_norm_film, materialise, moments, norm_film
+from .maps import DeferredMap
 
 __all__ = [
-    "Pending",
+    "DeferredMap",
     "backend",
     "conv",
     "conv_norm_film",

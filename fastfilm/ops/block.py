@@ -6,48 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import backends, conv, pointwise, recipe, reference, spec
+from . import assemble, backends, conv, pointwise, recipe, reference
+from .assemble import Source
 from .coefficients import coefficients
 from .library import direct
+from .maps import DeferredMap, Joined, Map, layout_of
 from .recipe import Options, TailTensors
 from .tail import Tail, accumulate_dtype
 
 
-@dataclass
-class Pending:
-    """A feature map of which only the raw part is in memory: v = g * (act(a * (y - p) + b) - q) + s.
-
-    Attributes:
-        raw: y [N, C, *S], channels-last.
-        coef: rows a, b, g, s, p, q, slope [7, N, C], float32.
-        act: name of the activation.
-        plan: the backend that materialises it.
-    """
-
-    raw: Tensor
-    coef: Tensor
-    act: str
-    plan: str
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the feature map [N, C, *S]."""
-        return self.raw.shape
-
-    def materialise(self) -> Tensor:
-        """The feature map itself [N, C, *S], in the raw map's dtype."""
-        if self.plan.endswith("/eager"):
-            return layout_of(self.raw, reference.materialise(self.raw, self.coef, self.act))
-        return pointwise.materialise(self.raw, self.coef, self.act, self.plan)
-
-
 def run(
-    x: Tensor | Pending,
+    x: Map,
     weight: Tensor,
     bias: Tensor | None,
     geometry: recipe.Geometry,
@@ -55,20 +28,33 @@ def run(
     tensors: TailTensors,
     momentum: float,
     deferred: bool,
-) -> Tensor | Pending:
+) -> Tensor | DeferredMap:
     """``fastfilm.conv_norm_film`` with its arguments packed.
 
     Args:
         geometry: stride, padding, dilation, transposed, output_padding, groups.
         tensors: norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope.
     """
-    raw = x.raw if isinstance(x, Pending) else x
-    raw, weight = _autocast(raw, weight)
+    sources: list[Source] | None = None
+    if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
+        sources = x.sources()
+        if x._tensor is not None or not direct(sources[0].raw):
+            x, sources = x.tensor(), None
+    if sources is not None:
+        dtype = _autocast_dtype(sources[0].raw)
+        if dtype is not None:
+            weight = weight.to(dtype)
+            sources = [s._replace(raw=s.raw.to(dtype)) for s in sources]
+        # of the shape, type and device of what the convolution sees
+        raw = sources[0].raw.new_empty(1).expand(x.shape)
+    else:
+        assert not isinstance(x, Joined)
+        raw, weight = _autocast(x.raw if isinstance(x, DeferredMap) else x, weight)
     how = _recipe(raw, weight, bias, geometry, options, tensors)
     kind, plan, kernels, geometry = how.kind, how.plan, how.kernels, how.geometry
     tail = Tail(kind, momentum, *tensors)
     if kernels is None:
-        v = x.materialise().to(raw.dtype) if isinstance(x, Pending) else raw
+        v = raw if isinstance(x, Tensor) else x.tensor().to(raw.dtype)
         if v.is_contiguous():
             # a channels-last weight would make the map channels-last too
             weight = weight.contiguous()
@@ -78,7 +64,12 @@ def run(
         v = layout_of(v, tail.eager(y))
         return _identity(v) if deferred else v
 
-    coef, x_act = (x.coef, x.act) if isinstance(x, Pending) else (None, "none")
+    coef, x_act = None, "none"
+    if sources is not None:
+        if not torch.is_grad_enabled():
+            raw, sources = assemble.assembled(sources, plan), None
+    elif isinstance(x, DeferredMap):
+        coef, x_act = x.coef, x.act
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
     finish = how.composed and not torch.is_grad_enabled()
     added = None
@@ -96,26 +87,37 @@ def run(
         bias = rest
     if kind.uses_input:
         pre = tail.pre(bias, raw, biased=added is not None)
-        y, stats = conv.conv(
-            raw, weight, added, coef, x_act, pre, kind.pre_activation, *geometry, True, plan
-        )
+        if sources is not None:
+            y, stats = assemble.convolved(
+                sources, weight, added, pre, kind.pre_activation, geometry, True, plan
+            )
+        else:
+            y, stats = conv.conv(
+                raw, weight, added, coef, x_act, pre, kind.pre_activation, *geometry, True, plan
+            )
         out_coef = tail.coefficients(raw, bias, stats, kernels)
     else:
         out_coef = tail.coefficients(raw, bias, None, kernels)
-        if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef):
+        flat = () if sources is None else (*(s.raw for s in sources), *(s.coef for s in sources))
+        if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef, *flat):
+            if sources is not None:
+                raw = assemble.assembled(sources, plan)
             return conv.finished(
                 raw, weight, added, coef, x_act, out_coef, kind.activation, *geometry, plan
             )
-        y, _ = conv.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
+        if sources is not None:
+            y, _ = assemble.convolved(sources, weight, added, None, "none", geometry, False, plan)
+        else:
+            y, _ = conv.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
     if finish:
         return pointwise.finish(y, out_coef, kind.activation, plan)
-    pending = Pending(y, out_coef, kind.activation, plan)
+    pending = DeferredMap(y, out_coef, kind.activation, plan)
     return pending if deferred else pending.materialise()
 
 
 def run_on_map(
     x: Tensor, options: Options, tensors: TailTensors, momentum: float, deferred: bool
-) -> Tensor | Pending:
+) -> Tensor | DeferredMap:
     """``fastfilm.norm_film`` with its arguments packed."""
     how = _recipe(x, None, None, (), options, tensors)
     kind, plan, kernels = how.kind, how.plan, how.kernels
@@ -127,15 +129,8 @@ def run_on_map(
     if kind.uses_input:
         stats = pointwise.moments(x, tail.pre(None, x), kind.pre_activation, plan)
     coef = tail.coefficients(x, None, stats, kernels)
-    pending = Pending(x, coef, kind.activation, plan)
+    pending = DeferredMap(x, coef, kind.activation, plan)
     return pending if deferred else pending.materialise()
-
-
-def layout_of(x: Tensor, v: Tensor) -> Tensor:
-    """``v`` channels-last if ``x`` is: some of PyTorch's norms fall back to contiguous."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=spec.channels_last_format(x.dim())):
-        return v
-    return spec.channels_last(v)
 
 
 def _recipe(
@@ -179,20 +174,25 @@ def _forms(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
     )
 
 
-def _identity(v: Tensor) -> Pending:
+def _identity(v: Tensor) -> DeferredMap:
     coef = coefficients(v.shape[0], v.shape[1], dtype=accumulate_dtype(v), device=v.device)
-    return Pending(v, coef, "none", "reference/eager")
+    return DeferredMap(v, coef, "none", "reference/eager")
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast(raw: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype where autocast is on."""
+def _autocast_dtype(raw: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where it is on and changes a map like this one."""
     if isinstance(raw, Tensor) and raw.dtype != torch.float64:
         device = raw.device.type
         if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            return raw.to(dtype), weight.to(dtype)
-    return raw, weight
+            return torch.get_autocast_dtype(device)
+    return None
+
+
+def _autocast(raw: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where autocast is on."""
+    dtype = _autocast_dtype(raw)
+    return (raw, weight) if dtype is None else (raw.to(dtype), weight.to(dtype))

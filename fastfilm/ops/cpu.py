@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import views
+from .views import View
+
 # after torch: the extension then finds torch's own OpenMP runtime loaded and shares its threads
 from fastfilm import _C
 
@@ -240,3 +243,98 @@ def block_coefficients_backward(
     readable = _readable(tensors)  # held by name: the call gets addresses only
     _algebra(kind).backward(*_arguments(readable), dcoef.data_ptr(), addresses)
     return grads
+
+
+@functools.lru_cache(maxsize=1024)
+def _axes(view: View | None, size: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    """Axes of a view as ``_C.gather`` takes them; the arrays live in the cache of ``views``."""
+    found = views.transposed_axes(view, size) if transposed else views.axes(view, size)
+    _axes_held.append(found)
+    numbers: list[int] = []
+    for axis in found:
+        numbers += [axis.length, axis.positions]
+        numbers += [a.ctypes.data for a in (axis.start, axis.index, axis.weight)]
+    return tuple(numbers)
+
+
+# arrays whose addresses are out: never freed, a few kilobytes a size
+_axes_held: list[tuple[views.Axis, ...]] = []
+
+
+def _element(t: Tensor, channel: int) -> int:
+    """Address of channel ``channel`` of the first position of a channels-last map."""
+    return t.data_ptr() + channel * t.element_size()
+
+
+def gather(
+    raw: Tensor, coef: Tensor | None, act: str, view: View | None, out: Tensor, at: int
+) -> None:
+    """Writes a map, behind its coefficients and as ``view`` shows it, into channels of a wider one.
+
+    Args:
+        raw: [N, C, *S], channels-last.
+        coef: [7, N, C]; None: the map as it is.
+        out: [N, K, *T], channels-last, of raw's dtype; channels ``at`` to ``at + C`` are written.
+    """
+    raw = _map("raw", raw)
+    n, c, *size = raw.shape
+    if coef is not None:
+        coef = _numbers("coef", coef, raw, 7, n, c)
+    dtype, code, *_, threads = _call(raw, act if coef is not None else "none")
+    _C.gather(
+        raw.data_ptr(),
+        c,
+        0 if coef is None else coef.data_ptr(),
+        _element(out, at),
+        out.shape[1],
+        dtype,
+        code,
+        n,
+        c,
+        threads,
+        view is not None and view.kind == "max",
+        _axes(view, tuple(size), False),
+    )
+
+
+def gather_backward(
+    dv: Tensor, at: int, raw: Tensor, coef: Tensor | None, act: str, view: View | None
+) -> Tensor:
+    """Gradient at the map that ``gather`` saw, [N, C, *S], from channels ``at`` to ``at + C`` of ``dv``."""
+    raw, dv = _map("raw", raw), _map("dv", dv if dv.dtype == raw.dtype else dv.to(raw.dtype))
+    n, c, *size = raw.shape
+    dtype, code, *_, threads = _call(raw, act if coef is not None else "none")
+    if view is not None and view.kind == "max":
+        if coef is not None:
+            coef = _numbers("coef", coef, raw, 7, n, c)
+        du = torch.zeros_like(raw)
+        _C.maximum_backward(
+            raw.data_ptr(),
+            0 if coef is None else coef.data_ptr(),
+            _element(dv, at),
+            dv.shape[1],
+            du.data_ptr(),
+            dtype,
+            code,
+            n,
+            c,
+            threads,
+            _axes(view, tuple(size), False),
+        )
+        return du
+    du = torch.empty_like(raw)
+    _C.gather(
+        _element(dv, at),
+        dv.shape[1],
+        0,
+        du.data_ptr(),
+        c,
+        dtype,
+        0,
+        n,
+        c,
+        threads,
+        False,
+        _axes(view, tuple(size), True),
+    )
+    return du

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import block, pointwise, recipe, reference, spec
-from .block import Pending
+from .maps import DeferredMap, Map, layout_of, plain
 from .recipe import Options
 
 
@@ -33,7 +33,7 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
     spec.check_same_device(y=y, coef=coef)
     plan = plan or recipe.pointwise_plan(y)
     if plan.endswith("/eager") or y.numel() == 0:
-        return block.layout_of(y, reference.materialise(y, coef, act))
+        return layout_of(y, reference.materialise(y, coef, act))
     return pointwise.materialise(y, coef, act, plan)
 
 
@@ -61,7 +61,7 @@ def moments(
 
 
 def conv_norm_film(
-    x: Tensor | Pending,
+    x: Map,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -88,14 +88,14 @@ def conv_norm_film(
     dropout_mask: Tensor | None = None,
     dropout_position: str = "end",
     deferred: bool = False,
-) -> Tensor | Pending:
+) -> Tensor | DeferredMap:
     """Convolution, normalisation, activation, channel dropout and FiLM as one differentiable op.
 
     FiLM is γ·u + β per sample and channel (Perez et al. 2018, eq. 2; Lemay et al. 2021).
 
     Args:
         x: input [N, Ci, H, W] or [N, Ci, D, H, W], any layout, float16/bfloat16/float32/float64; or the
-            ``Pending`` map that an earlier call returned.
+            ``DeferredMap`` that an earlier call returned.
         weight: [Co, Ci/groups, *K], or [Ci, Co/groups, *K] if ``transposed``; x's dtype.
         bias: [Co] or None.
         stride, padding, dilation, output_padding: an integer or one per spatial dimension, as in
@@ -111,7 +111,7 @@ def conv_norm_film(
         order: "conv-norm-film-act", "conv-norm-act-film" or "conv-act-norm-film".
         dropout_mask: channel dropout, [N, Co], already divided by 1 - p.
         dropout_position: "end" (default), "film" (in front of FiLM) or "norm" (in front of the norm).
-        deferred: return the ``Pending`` map for the next convolution instead of a tensor, where that saves
+        deferred: return the ``DeferredMap`` for the next convolution instead of a tensor, where that saves
             a pass (without gradients the composed route finishes its map in place and returns the tensor).
 
     Returns:
@@ -162,7 +162,7 @@ def conv_norm_film(
 
 
 def norm_film(
-    x: Tensor,
+    x: Map,
     *,
     norm: str | None = None,
     norm_weight: Tensor | None = None,
@@ -181,7 +181,7 @@ def norm_film(
     dropout_mask: Tensor | None = None,
     dropout_position: str = "end",
     deferred: bool = False,
-) -> Tensor | Pending:
+) -> Tensor | DeferredMap:
     """What ``conv_norm_film`` does behind its convolution, on a map that exists already.
 
     Args:
@@ -190,7 +190,7 @@ def norm_film(
             and FiLM stand (its "conv" is ``x``).
 
     Returns:
-        [N, C, *S] in x's dtype with channels-last strides, or the ``Pending`` map if ``deferred``.
+        [N, C, *S] in x's dtype with channels-last strides, or the ``DeferredMap`` if ``deferred``.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as ``conv_norm_film``.
@@ -202,7 +202,7 @@ def norm_film(
         torch.Size([2, 8, 6, 6])
     """
     return block.run_on_map(
-        x,
+        plain(x),
         Options(
             norm,
             num_groups,

@@ -1,0 +1,171 @@
+// How the driver's functions walk over a channels-last map: chunks, threads, and rows of elements that share
+// their coefficients.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "driver.h"
+
+namespace fastfilm {
+
+// A map is cut into chunks whose size depends on its shape only: the order of every sum, and with it every
+// bit of the result, is the same for any number of threads.
+constexpr int64_t kChunk = 16384;
+constexpr int64_t kChunksPerSample = 256;
+constexpr int64_t kParallelFrom = 32768;
+constexpr int64_t kMinPeriod = 32;
+// Elements that are taken together with their coefficients in registers: the fewer, the closer a pass comes to
+// reading memory in order; sums want more.
+constexpr int64_t kPlainBlock = 256;
+constexpr int64_t kSumBlock = 2048;
+constexpr int64_t kMaxBlockRows = 32;
+constexpr int64_t kMaxPeriod = 4096;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+void parallel_for(int64_t tasks, int threads, const F& f) {
+#ifdef _OPENMP
+  if (threads > 1 && tasks > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < tasks; ++i) f(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < tasks; ++i) f(i, 0);
+}
+
+// How a sample of S*C elements is walked: rows of `period` elements (whole positions, and whole vectors
+// where that is possible) sharing one expanded row of coefficients, `chunk_rows` rows to a chunk.
+struct Plan {
+  const Kernels& kernels;
+  int64_t itemsize, real_size, lanes;
+  int64_t sample, period, padded, sum_block, plain_block, chunk_rows, chunks;
+  int threads;
+
+  explicit Plan(const Map& map) : kernels(current_kernels()) {
+    const bool wide = map.storage == kFloat64;
+    itemsize = wide ? 8 : map.storage == kFloat32 ? 4 : 2;
+    real_size = wide ? 8 : 4;
+    lanes = kernels.vector_bytes / real_size;
+    sample = map.s * map.c;
+    int64_t repeat = lanes / std::gcd(map.c, lanes);
+    if (repeat * map.c > kMaxPeriod) repeat = 1;
+    repeat *= std::max<int64_t>(1, kMinPeriod / (repeat * map.c));
+    repeat = std::max<int64_t>(1, std::min(repeat, map.s));
+    period = repeat * map.c;
+    padded = ceil_div(period, lanes) * lanes;
+    sum_block = std::clamp<int64_t>(kSumBlock / period, 8, kMaxBlockRows);
+    plain_block = std::clamp<int64_t>(kPlainBlock / period, 2, 4);
+    const int64_t chunk = std::max({kChunk, 64 * map.c, ceil_div(sample, kChunksPerSample)});
+    chunk_rows = ceil_div(ceil_div(chunk, period), kMaxBlockRows) * kMaxBlockRows;
+    chunks = ceil_div(sample, chunk_rows * period);
+    threads = map.n * sample > kParallelFrom ? map.threads : 1;
+    threads = static_cast<int>(std::min<int64_t>(threads, map.n * chunks));
+  }
+
+  int64_t chunk_start(int64_t i) const { return i * chunk_rows * period; }
+  int64_t chunk_size(int64_t i) const {
+    return std::min(chunk_rows * period, sample - chunk_start(i));
+  }
+};
+
+// Rows of coefficients [rows][N][C] repeated over the period: [N][rows][padded].
+template <class R>
+class Expanded {
+ public:
+  Expanded(const Plan& plan, int64_t rows, int64_t n, int64_t c, const R* source)
+      : stride_(plan.padded), per_sample_(rows * plan.padded), storage_(new R[n * per_sample_]) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t k = 0; k < rows; ++k) {
+        R* to = storage_.get() + i * per_sample_ + k * stride_;
+        const R* from = source + (k * n + i) * c;
+        for (int64_t j = 0; j < stride_; j += c) {
+          std::memcpy(to + j, from, std::min(c, stride_ - j) * sizeof(R));
+        }
+      }
+    }
+  }
+  const R* sample(int64_t i) const { return storage_.get() + i * per_sample_; }
+
+ private:
+  int64_t stride_, per_sample_;
+  std::unique_ptr<R[]> storage_;
+};
+
+// `at` bytes further on; null stays null.
+inline const void* offset(const void* p, int64_t at) {
+  return p ? static_cast<const char*>(p) + at : nullptr;
+}
+inline void* offset(void* p, int64_t at) { return p ? static_cast<char*>(p) + at : nullptr; }
+
+// The last vector of each row where a row is not a whole number of vectors, by way of padded copies.
+inline void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip, int64_t count,
+                 int64_t sum_rows) {
+  constexpr int kVector = 64;
+  alignas(64) char y[kMaxBlockRows * kVector] = {}, dv[kMaxBlockRows * kVector] = {};
+  alignas(64) char out[kMaxBlockRows * kVector];
+  const int64_t bytes = count * plan.itemsize, step = plan.lanes * plan.itemsize;
+  const int64_t pitch = strip.stride * plan.itemsize;
+  for (int64_t row = 0; row < strip.rows; row += strip.block) {
+    double sums[kApplySums * kVector / 4] = {};
+    Strip padded = strip;
+    padded.rows = std::min(strip.block, strip.rows - row);
+    padded.width = padded.stride = padded.sum_stride = plan.lanes;
+    padded.y = y;
+    padded.dv = strip.dv ? dv : nullptr;
+    padded.out = out;
+    padded.sums = strip.sums ? sums : nullptr;
+    for (int64_t r = 0; r < padded.rows; ++r) {
+      std::memcpy(y + r * step, offset(strip.y, (row + r) * pitch), bytes);
+      if (strip.dv) std::memcpy(dv + r * step, offset(strip.dv, (row + r) * pitch), bytes);
+    }
+    kernel(padded);
+    for (int64_t r = 0; strip.out && r < padded.rows; ++r) {
+      std::memcpy(offset(strip.out, (row + r) * pitch), out + r * step, bytes);
+    }
+    for (int64_t k = 0; strip.sums && k < sum_rows; ++k) {
+      for (int64_t j = 0; j < count; ++j) {
+        strip.sums[k * strip.sum_stride + j] += sums[k * plan.lanes + j];
+      }
+    }
+  }
+}
+
+// `rows` rows of `width` elements, the first of which lies on channel 0.
+inline void run_rows(const Plan& plan, StripKernel kernel, Strip strip, int64_t rows, int64_t width,
+              int64_t sum_rows) {
+  if (rows == 0 || width == 0) return;
+  strip.rows = rows;
+  strip.stride = plan.period;
+  strip.block = strip.sums ? plan.sum_block : plan.plain_block;
+  strip.width = width / plan.lanes * plan.lanes;
+  if (strip.width) kernel(strip);
+  const int64_t j = strip.width;
+  if (j == width) return;
+  strip.y = offset(strip.y, j * plan.itemsize);
+  strip.dv = offset(strip.dv, j * plan.itemsize);
+  strip.out = offset(strip.out, j * plan.itemsize);
+  strip.coef = offset(strip.coef, j * plan.real_size);
+  if (strip.sums) strip.sums += j;
+  run_partial(plan, kernel, strip, width - j, sum_rows);
+}
+
+// `elements` consecutive elements: whole periods, then the rest.
+inline void run(const Plan& plan, StripKernel kernel, Strip strip, int64_t elements, int64_t sum_rows) {
+  const int64_t rows = elements / plan.period, done = rows * plan.period;
+  run_rows(plan, kernel, strip, rows, plan.period, sum_rows);
+  strip.y = offset(strip.y, done * plan.itemsize);
+  strip.dv = offset(strip.dv, done * plan.itemsize);
+  strip.out = offset(strip.out, done * plan.itemsize);
+  run_rows(plan, kernel, strip, 1, elements - done, sum_rows);
+}
+
+}  // namespace fastfilm

@@ -204,7 +204,7 @@ def join(parts: Sequence[Map]) -> Map:
     Raises:
         RuntimeError: as ``torch.cat``, where sizes do not fit.
     """
-    found = _join(parts)
+    found = _join(parts, 1)
     return torch.cat([plain(p) for p in parts], 1) if found is None else found
 
 
@@ -246,7 +246,7 @@ def _join(tensors: Sequence[Any], dim: int = 0) -> Joined | None:
     for t in tensors:
         parts += t.parts if isinstance(t, Joined) else [t]
     deferred = [p for p in parts if isinstance(p, DeferredMap) and p._tensor is None]
-    if dim not in (1, 1 - parts[0].dim() if isinstance(parts[0], Tensor) else 1) or not deferred:
+    if not deferred or dim not in (1, 1 - len(deferred[0].shape)):
         return None
     first, plan = deferred[0], deferred[0].plan
     for p in parts:

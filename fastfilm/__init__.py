@@ -14,11 +14,11 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvNormFiLM2d",
     "ConvNormFiLM3d",
+    "DeferredMap",
     "FiLM",
     "FiLMGenerator",
     "FiLMedUNet",
     "Modified3DUNet",
-    "DeferredMap",
     "__version__",
     "backend",
     "conv_norm_film",

@@ -81,7 +81,9 @@ class Case:
 
         small = torch.float64 if dtype == torch.float64 else torch.float32
         kind = self.kind(small == torch.float64)
-        stats = torch.stack([draw(n, c, stored=torch.float32), draw(n, c, stored=torch.float32).abs()])
+        stats = torch.stack(
+            [draw(n, c, stored=torch.float32), draw(n, c, stored=torch.float32).abs()]
+        )
         made: dict[str, Tensor | None] = {
             "norm_weight": draw(c),
             "norm_bias": draw(c),
@@ -102,7 +104,9 @@ class Case:
                 bias = None
             else:
                 made[name] = None
-        leaves = {k: v for k, v in made.items() if k in ("norm_weight", "norm_bias", "gamma", "beta")}
+        leaves = {
+            k: v for k, v in made.items() if k in ("norm_weight", "norm_bias", "gamma", "beta")
+        }
         leaves |= {"bias": bias, "slope": slope, "stats": stats if kind.uses_input else None}
         for leaf in leaves.values():
             if leaf is not None:

@@ -135,7 +135,9 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
         assert near or error <= allowed, f"{key}: {difference / theirs.norm():.2e}"
         if key.endswith("output"):
             worst = (ours - truth).abs().max()
-            allowed = 1.5 * max([(r[key] - truth).abs().max() for r in runs], default=torch.zeros(()))
+            allowed = 1.5 * max(
+                [(r[key] - truth).abs().max() for r in runs], default=torch.zeros(())
+            )
             assert (ours - theirs).abs().max() <= 1e-6 or worst <= allowed, key
 
 

@@ -168,7 +168,7 @@ class ConvNormFiLM(nn.Module):
                 self.training or (self.norm == "batch" and self.running_mean is None),
                 self.eps,
                 self.activation,
-                None if learned is not None else slope,
+                None if isinstance(slope, Tensor) else slope,
                 self.order,
                 self.dropout_position,
             ),

@@ -88,7 +88,9 @@ def _view_backward(dv: Tensor, at: int, s: Source, kernels: ModuleType, alone: b
     if alone and s.view is None:
         return dv
     if hasattr(kernels, "gather"):
-        du: Tensor = kernels.gather_backward(dv, at, spec.channels_last(s.raw), s.coef, s.act, s.view)
+        du: Tensor = kernels.gather_backward(
+            dv, at, spec.channels_last(s.raw), s.coef, s.act, s.view
+        )
         return du
     part = dv[:, at : at + s.raw.shape[1]]
     if s.view is None:
@@ -120,7 +122,7 @@ class _Assembled(torch.autograd.Function):
         return write(_sources(static, tensors), kernels)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         needs = ctx.needs_input_grad[2:]
@@ -147,7 +149,16 @@ class _Convolved(torch.autograd.Function):
         kernels = BACKENDS[plan.split("/")[0]].kernels()
         v = write(_sources(static, tensors), kernels)
         y, stats = conv.conv_fwd(
-            v, weight, bias, None, "none", pre, pre_act, *geometry, moments, plan
+            v,
+            weight,
+            bias,
+            None,
+            "none",
+            pre,
+            pre_act,
+            *geometry,
+            moments,
+            plan,  # type: ignore[call-arg]
         )
         kept = (y, stats) if moments else (None, None)
         ctx.save_for_backward(weight, pre, *kept, *tensors)
@@ -155,7 +166,7 @@ class _Convolved(torch.autograd.Function):
         return y, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         weight, pre, y, stats, *tensors = ctx.saved_tensors
@@ -181,7 +192,7 @@ class _Convolved(torch.autograd.Function):
             *geometry,
             plan,
             any(wanted),
-            needs[2],
+            needs[2],  # type: ignore[call-arg]
         )
         del v
         grads = (

@@ -125,8 +125,8 @@ def _check_names(
 
 
 _VARIABLES = ("FASTFILM_BACKEND", "FASTFILM_ROUTE")
-_DEFAULTS = tuple(os.environ.get(name) or None for name in _VARIABLES)
-_check_names(*_DEFAULTS, said=_VARIABLES)
+_DEFAULTS = (os.environ.get(_VARIABLES[0]) or None, os.environ.get(_VARIABLES[1]) or None)
+_check_names(*_DEFAULTS, _VARIABLES)
 
 
 class _Forced(threading.local):

@@ -166,12 +166,7 @@ def _recipe(
 
 def _forms(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
     """What of some tensors decides how they are served."""
-    return tuple(
-        [
-            (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t  # type: ignore[misc]
-            for t in tensors
-        ]
-    )
+    return tuple([(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors])
 
 
 def _identity(v: Tensor) -> DeferredMap:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import views
-from .views import View
-
 # after torch: the extension then finds torch's own OpenMP runtime loaded and shares its threads
 from fastfilm import _C
+
+from . import views
+from .views import View
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {
@@ -191,9 +191,7 @@ def _algebra(kind: Any) -> _C.Coefficients:
 def _readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Contiguous, and of a type that the kernels read."""
     return [
-        t
-        if t is None or (t.is_contiguous() and t.dtype in _DTYPES)
-        else t.detach().contiguous()
+        t if t is None or (t.is_contiguous() and t.dtype in _DTYPES) else t.detach().contiguous()
         for t in tensors
     ]
 
@@ -253,7 +251,7 @@ def _axes(view: View | None, size: tuple[int, ...], transposed: bool) -> tuple[i
     numbers: list[int] = []
     for axis in found:
         numbers += [axis.length, axis.positions]
-        numbers += [a.ctypes.data for a in (axis.start, axis.index, axis.weight)]
+        numbers += [a.ctypes.data for a in (axis.start, axis.taps, axis.weight)]
     return tuple(numbers)
 
 

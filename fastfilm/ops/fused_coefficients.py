@@ -31,7 +31,7 @@ class _BlockCoefficients(torch.autograd.Function):
         return coef
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dcoef: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[3:]
         grads = ctx.kernels.block_coefficients_backward(ctx.kind, ctx.saved_tensors, dcoef, wanted)
@@ -42,9 +42,7 @@ class _BlockCoefficients(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _BlockCoefficients).apply
 
 
-def block_coefficients(
-    kernels: ModuleType, kind: Any, momentum: float, tensors: Tensors
-) -> Tensor:
+def block_coefficients(kernels: ModuleType, kind: Any, momentum: float, tensors: Tensors) -> Tensor:
     """Rows a, b, g, s, p, q, slope [7, N, C] of a block of ``kind``; moves its running statistics.
 
     Args:

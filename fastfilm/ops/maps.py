@@ -250,7 +250,9 @@ def _join(tensors: Sequence[Any], dim: int = 0) -> Joined | None:
         return None
     first, plan = deferred[0], deferred[0].plan
     for p in parts:
-        same = p.dtype == first.dtype and p.device == first.device and len(p.shape) == len(first.shape)
+        same = (
+            p.dtype == first.dtype and p.device == first.device and len(p.shape) == len(first.shape)
+        )
         if not same or (p.shape[0], *p.shape[2:]) != (first.shape[0], *first.shape[2:]):
             return None
         if isinstance(p, DeferredMap) and p.plan.partition("/")[0] != plan.partition("/")[0]:
@@ -259,7 +261,8 @@ def _join(tensors: Sequence[Any], dim: int = 0) -> Joined | None:
         return None
     # a map that was written for somebody else is read as it is
     return Joined(
-        [p._tensor if isinstance(p, DeferredMap) and p._tensor is not None else p for p in parts], plan
+        [p._tensor if isinstance(p, DeferredMap) and p._tensor is not None else p for p in parts],
+        plan,
     )
 
 
@@ -267,32 +270,35 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
-def _pool(kind: str, dims: int) -> Callable[..., DeferredMap | None]:
+def _pooled(
+    kind: str, x: Any, kernel_size: Any, stride: Any, padding: Any, include: bool, dims: int
+) -> DeferredMap | None:
+    if not isinstance(x, DeferredMap) or len(x.shape) != dims + 2:
+        return None
+    kernel, spread = _tuple(kernel_size, dims), _tuple(padding, dims)
+    step = kernel if stride is None or stride == [] else _tuple(stride, dims)
+    size = tuple(x.raw.shape[2:])
+    return x.seen(views.pooling(kind, size, kernel, step, spread, include))
+
+
+def _avg_pool(dims: int) -> Callable[..., DeferredMap | None]:
     def pool(
         x: Any,
         kernel_size: Any,
         stride: Any = None,
         padding: Any = 0,
-        *rest: Any,
-        **others: Any,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
     ) -> DeferredMap | None:
-        if not isinstance(x, DeferredMap) or len(x.shape) != dims + 2 or rest:
+        if ceil_mode or divisor_override is not None:
             return None
-        include = others.pop("count_include_pad", True)
-        neutral = {"dilation": 1, "ceil_mode": False, "divisor_override": None, "return_indices": False}
-        if any(k not in neutral or v not in (neutral[k], (1,) * dims) for k, v in others.items()):
-            return None
-        kernel, spread = _tuple(kernel_size, dims), _tuple(padding, dims)
-        step = kernel if stride is None or stride == [] else _tuple(stride, dims)
-        size = tuple(x.raw.shape[2:])
-        return x.seen(views.pooling(kind, size, kernel, step, spread, include))
+        return _pooled("avg", x, kernel_size, stride, padding, count_include_pad, dims)
 
     return pool
 
 
 def _max_pool(dims: int) -> Callable[..., DeferredMap | None]:
-    plain_pool = _pool("max", dims)
-
     def pool(
         x: Any,
         kernel_size: Any,
@@ -302,8 +308,9 @@ def _max_pool(dims: int) -> Callable[..., DeferredMap | None]:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> DeferredMap | None:
-        others = {"dilation": dilation, "ceil_mode": ceil_mode, "return_indices": return_indices}
-        return plain_pool(x, kernel_size, stride, padding, **others)
+        if ceil_mode or return_indices or _tuple(dilation, dims) != (1,) * dims:
+            return None
+        return _pooled("max", x, kernel_size, stride, padding, True, dims)
 
     return pool
 
@@ -340,8 +347,8 @@ _DEFERRING: dict[Any, Callable[..., Any]] = {
     F.interpolate: _interpolate,
     torch.cat: _join,
     torch.concat: _join,
-    F.avg_pool2d: _pool("avg", 2),
-    F.avg_pool3d: _pool("avg", 3),
+    F.avg_pool2d: _avg_pool(2),
+    F.avg_pool3d: _avg_pool(3),
     torch.max_pool2d: _max_pool(2),
     torch.max_pool3d: _max_pool(3),
     F.max_pool2d: _max_pool(2),

@@ -17,7 +17,6 @@ from torch import Tensor
 from . import backends, spec
 from .tail import Kind, accumulate_dtype
 
-
 Geometry = tuple[Any, ...]
 """stride, padding, dilation, transposed, output_padding, groups."""
 
@@ -109,7 +108,9 @@ def of_convolution(
         raise ValueError(
             f"kernel {kernel} is larger than the padded input {tuple(raw.shape[2:])} (padding {padding})"
         )
-    kind = _kind(raw, batch, channels, size, {"x": raw, "weight": weight, "bias": bias}, options, tensors)
+    kind = _kind(
+        raw, batch, channels, size, {"x": raw, "weight": weight, "bias": bias}, options, tensors
+    )
     plan = backends.choose(
         backends.Request(
             device=raw.device.type,

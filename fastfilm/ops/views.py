@@ -44,11 +44,11 @@ class View(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Taps of one axis: position x reads ``index[start[x]:start[x + 1]]``, with ``weight``."""
+    """Taps of one axis: position x reads ``taps[start[x]:start[x + 1]]``, with ``weight``."""
 
     length: int
     start: NDArray[np.int64]
-    index: NDArray[np.int64]
+    taps: NDArray[np.int64]
     weight: NDArray[np.float64]
 
     @property
@@ -70,6 +70,7 @@ def pooling(
         (i + 2 * p - k) // s + 1 for i, k, s, p in zip(size, kernel, stride, padding, strict=True)
     )
     odd = any(2 * p > k for k, p in zip(kernel, padding, strict=True))
+    odd = odd or any(k > i for k, i in zip(kernel, size, strict=True))
     if min(out) < 1 or odd or math.prod(kernel) > MOST_TAPS:
         return None
     return View(kind, out, kernel, stride, padding, count_include_pad)
@@ -196,7 +197,7 @@ def _transposed(axis: Axis) -> Axis:
     readers: list[list[tuple[int, float]]] = [[] for _ in range(axis.length)]
     for x in range(axis.positions):
         for t in range(axis.start[x], axis.start[x + 1]):
-            readers[axis.index[t]].append((x, float(axis.weight[t])))
+            readers[axis.taps[t]].append((x, float(axis.weight[t])))
     return _axis(axis.positions, readers)
 
 
@@ -206,6 +207,3 @@ def covered(view: View | None, size: tuple[int, ...]) -> bool:
         if math.prod(int(np.diff(a.start).max(initial=0)) for a in found) > MOST_TAPS:
             return False
     return True
-
-
-

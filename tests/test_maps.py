@@ -1,0 +1,362 @@
+"""Maps handed on unwritten: pooled, resized, joined, and what they give to code that wants a tensor."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastfilm
+from fastfilm.nn.blocks import ConvNormFiLM2d
+from fastfilm.ops import assemble, backends, maps, reference, spec, views
+from fastfilm.ops.assemble import Source
+from fastfilm.ops.maps import DeferredMap, Joined
+from tests.yardstick import relative_error
+
+CPU = backends.BACKENDS["cpu"]
+needs_cpu = pytest.mark.skipif(CPU.unavailable() is not None, reason=str(CPU.unavailable()))
+PLAN = "cpu/composed"
+
+
+def coefficients(n: int, c: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    coef = torch.randn((7, n, c), generator=generator, dtype=torch.float64)
+    return coef.to(dtype)
+
+
+@st.composite
+def drawn_views(draw: st.DrawFn, dims: int) -> tuple[tuple[int, ...], views.View | None]:
+    """A map's size and a view of it."""
+    size = tuple(draw(st.integers(1, 9)) for _ in range(dims))
+    kind = draw(st.sampled_from(("none", "max", "avg", "nearest", "nearest-exact", "linear")))
+    if kind == "none":
+        return size, None
+    if kind in ("max", "avg"):
+        kernel = tuple(draw(st.integers(1, 3)) for _ in range(dims))
+        stride = tuple(draw(st.integers(1, 3)) for _ in range(dims))
+        padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+        return size, views.pooling(kind, size, kernel, stride, padding, draw(st.booleans()))
+    mode = kind if kind != "linear" else ("bilinear", "trilinear")[dims - 2]
+    align = draw(st.booleans()) if kind == "linear" else False
+    if draw(st.booleans()):
+        out = tuple(draw(st.integers(1, 14)) for _ in range(dims))
+        return size, views.resizing(mode, size, out, None, align)
+    scales = tuple(draw(st.sampled_from((0.5, 1.0, 1.5, 2.0, 2.7))) for _ in range(dims))
+    return size, views.resizing(mode, size, None, scales, align)
+
+
+def run(
+    raws: list[Tensor],
+    coefs: list[Tensor | None],
+    act: str,
+    seen: list[views.View | None],
+    weights: Tensor,
+    ours: bool,
+) -> list[Tensor]:
+    """The joined map and the gradients at raw maps and coefficients."""
+    raws = [r.clone().requires_grad_() for r in raws]
+    coefs = [None if c is None else c.clone().requires_grad_() for c in coefs]
+    if ours:
+        sources = [Source(r, c, act, v) for r, c, v in zip(raws, coefs, seen, strict=True)]
+        joined = assemble.assembled(sources, PLAN)
+    else:
+        parts = [
+            views.seen(r if c is None else reference.materialise(r, c, act), v)
+            for r, c, v in zip(raws, coefs, seen, strict=True)
+        ]
+        joined = torch.cat(parts, 1)
+    (joined * weights.to(joined.dtype)).sum().backward()
+    leaves = [*raws, *(c for c in coefs if c is not None)]
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+    return [joined.detach(), *grads]
+
+
+@needs_cpu
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_views_are_pytorchs(data: st.DataObject) -> None:
+    dims = data.draw(st.sampled_from((2, 3)))
+    size, view = data.draw(drawn_views(dims))
+    n, c = data.draw(st.sampled_from((1, 2))), data.draw(st.sampled_from((1, 3, 8, 17, 33)))
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn((n, c, *size), generator=generator, dtype=torch.float64)
+    pending = data.draw(st.booleans())
+    coef = coefficients(n, c, generator, torch.float64) if pending else None
+    act = data.draw(st.sampled_from(("relu", "leaky_relu", "silu"))) if pending else "none"
+    out = size if view is None else view.size
+    weights = torch.randn((n, c, *out), generator=generator, dtype=torch.float64)
+    expected = run([raw], [coef], act, [view], weights, ours=False)
+    found = run([raw], [coef], act, [view], weights, ours=True)
+    assert found[0].shape == expected[0].shape
+    assert found[0].is_contiguous(memory_format=spec.channels_last_format(dims + 2))
+    for a, b in zip(found, expected, strict=True):
+        # PyTorch computes nearest and linear positions in float32, also for float64 maps
+        loose = 1e-5 if view is not None and view.kind == "linear" else 1e-10
+        assert relative_error(a, b) <= loose
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [(16, 5), (3, 3)])
+def test_two_sources_side_by_side(dtype: torch.dtype, channels: tuple[int, int]) -> None:
+    """An upsampled map and a skip, as a decoder joins them, by the yardstick."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((5, 4), (9, 8))
+    raws = [
+        torch.randn((2, c, *s), generator=generator, dtype=torch.float64).to(dtype)
+        for c, s in zip(channels, sizes, strict=True)
+    ]
+    coefs: list[Tensor | None] = [
+        coefficients(2, c, generator, torch.float32).mul_(0.5) for c in channels
+    ]
+    up = views.resizing("bilinear", sizes[0], sizes[1], None, True)
+    weights = torch.randn((2, sum(channels), *sizes[1]), generator=generator, dtype=torch.float64)
+    exact = run(
+        [r.double() for r in raws],
+        [None if c is None else c.double() for c in coefs],
+        "silu",
+        [up, None],
+        weights,
+        ours=False,
+    )
+    eager = run(raws, coefs, "silu", [up, None], weights, ours=False)
+    found = run(raws, coefs, "silu", [up, None], weights, ours=True)
+    for a, b, x in zip(found, eager, exact, strict=True):
+        bound = 1.5 * relative_error(b, x) + torch.finfo(dtype).eps
+        assert relative_error(a, x) <= bound
+
+
+@needs_cpu
+def test_a_maximum_of_nan_is_nan_and_its_gradient_goes_to_the_first_of_equals() -> None:
+    raw = torch.zeros(1, 2, 4, 4)
+    raw[0, 0, 1, 1] = float("nan")
+    view = views.pooling("max", (4, 4), (2, 2), (2, 2), (0, 0))
+    ours = assemble.write([Source(raw, None, "none", view)], CPU.kernels())
+    assert torch.equal(ours.isnan(), F.max_pool2d(raw, 2).isnan())
+    weights = torch.arange(8.0).reshape(1, 2, 2, 2) + 1
+    raw = torch.zeros(1, 2, 4, 4)
+    found = run([raw], [None], "none", [view], weights, ours=True)
+    expected = run([raw], [None], "none", [view], weights, ours=False)
+    assert torch.equal(found[1], expected[1])
+
+
+@needs_cpu
+def test_negative_scale_pools_the_smallest_raw_value() -> None:
+    raw = torch.randn(1, 3, 6, 6)
+    coef = torch.zeros(7, 1, 3)
+    coef[spec.A], coef[spec.G] = 1.0, torch.tensor([-2.0, 0.0, 1.0])
+    view = views.pooling("max", (6, 6), (2, 2), (2, 2), (0, 0))
+    ours = assemble.write([Source(raw, coef, "none", view)], CPU.kernels())
+    torch.testing.assert_close(
+        ours[:, :1], -2 * -F.max_pool2d(-raw[:, :1], 2), rtol=1e-6, atol=1e-6
+    )
+    assert not ours[:, 1].any()
+
+
+class Graph(nn.Module):
+    """A random chain of blocks with a consumer between each two of them."""
+
+    def __init__(self, steps: list[str], norm: str, order: str, deferred: bool) -> None:
+        super().__init__()
+        self.steps, self.deferred = steps, deferred
+        channels = [3]
+        blocks = []
+        for step in ["none", *steps]:
+            ci = channels[-1] * (2 if step == "concat" else 1)
+            blocks.append(
+                ConvNormFiLM2d(ci, 4, norm=norm, order=order, activation="silu", num_groups=2)
+            )
+            channels.append(4)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        v: Any = self.blocks[0](x, gamma, beta, deferred=self.deferred)
+        for step, block in zip(self.steps, self.blocks[1:], strict=True):
+            if step == "max":
+                v = F.max_pool2d(v, 3, stride=2, padding=1)
+            elif step == "avg":
+                v = F.avg_pool2d(v, 2)
+            elif step == "nearest":
+                v = F.interpolate(v, scale_factor=2.0)
+            elif step == "linear":
+                size = [s + 3 for s in v.shape[2:]]
+                v = F.interpolate(v, size=size, mode="bilinear", align_corners=True)
+            elif step == "concat":
+                shape = tuple(v.shape[2:])
+                other = F.interpolate(v, size=shape, mode="bilinear", align_corners=False)
+                v = torch.cat([other, v], 1)
+            elif step == "residual":
+                v = v + torch.tanh(v)
+            v = block(v, gamma, beta, deferred=self.deferred)
+        return maps.plain(v)
+
+
+@needs_cpu
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.sampled_from(("none", "max", "avg", "nearest", "linear", "concat", "residual")),
+        min_size=1,
+        max_size=4,
+    ),
+    norm=st.sampled_from(spec.NORMS),
+    order=st.sampled_from(spec.ORDERS),
+    training=st.booleans(),
+)
+def test_random_graphs_of_consumers(
+    steps: list[str], norm: str, order: str, training: bool
+) -> None:
+    torch.manual_seed(0)
+    ours = Graph(steps, norm, order, deferred=True).double().train(training)
+    theirs = Graph(steps, norm, order, deferred=False).double().train(training)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 17, 16, dtype=torch.float64)
+    gamma, beta = torch.randn(2, 2, 4, dtype=torch.float64).unbind()
+    results = []
+    for model, backend in ((ours, "cpu"), (theirs, "reference")):
+        leaves = [t.clone().requires_grad_() for t in (x, gamma, beta)]
+        with fastfilm.backend(backend):
+            v = model(*leaves)
+            weights = torch.cos(torch.arange(v.numel(), dtype=torch.float64)).reshape(v.shape)
+            (v * weights).sum().backward()
+        grads = [t.grad for t in leaves] + [p.grad for p in model.parameters()]
+        with fastfilm.backend(backend), torch.no_grad():
+            again = model.eval()(x, gamma, beta)
+        results.append([v.detach(), again, *grads])
+    linear = bool({"linear", "concat"} & set(steps))
+    for a, b in zip(*results, strict=True):
+        if b is None or b.norm() < 1e-8:
+            assert a is None or a.norm() < 1e-6
+            continue
+        assert a is not None and relative_error(a, b) <= (1e-4 if linear else 1e-9)
+
+
+@needs_cpu
+def test_ordinary_code_gets_a_tensor_written_once() -> None:
+    block = ConvNormFiLM2d(2, 4, norm="instance")
+    v = block(torch.randn(1, 2, 8, 8), deferred=True)
+    assert isinstance(v, DeferredMap)
+    t = v.tensor()
+    assert v.tensor() is t and v.materialise() is t
+    assert torch.equal(torch.relu(v), torch.relu(t))
+    for a, b in ((v + 1, t + 1), (2 * v, 2 * t), (v - t, t - t), (-v, -t), (v[0], t[0])):
+        assert torch.equal(a, b)
+    assert v.mean().item() == t.mean().item() and v.size() == t.size() and len(v) == 1
+    conv = nn.Conv2d(4, 1, 1)
+    assert torch.equal(conv(v), conv(t))
+    assert "DeferredMap" in repr(v)
+
+
+@needs_cpu
+def test_modules_of_pytorch_keep_maps_deferred_and_the_result_is_theirs() -> None:
+    block = ConvNormFiLM2d(2, 4, norm="instance")
+    x = torch.randn(1, 2, 8, 8)
+    expected = block(x)
+    assert isinstance(expected, Tensor)
+    for module in (
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        nn.Upsample(size=(5, 11)),
+    ):
+        seen = module(block(x, deferred=True))
+        assert isinstance(seen, DeferredMap) and seen.view is not None, module
+        torch.testing.assert_close(seen.tensor(), module(expected), rtol=1e-5, atol=1e-6)
+    # what is not covered is written, silently right
+    for module in (nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2)):
+        written = module(block(x, deferred=True))
+        assert isinstance(written, Tensor), module
+        torch.testing.assert_close(written, module(expected), rtol=1e-5, atol=1e-6)
+
+
+@needs_cpu
+def test_joined_maps_that_do_not_fit_raise_as_pytorch_does() -> None:
+    a = ConvNormFiLM2d(2, 4, norm="instance")(torch.randn(1, 2, 8, 8), deferred=True)
+    assert isinstance(maps.join([a, torch.randn(1, 3, 8, 8)]), Joined)
+    assert torch.cat([a, torch.randn(1, 3, 8, 8)], dim=1).shape == (1, 7, 8, 8)
+    assert torch.cat([a, torch.randn(1, 4, 8, 8)]).shape == (2, 4, 8, 8)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        maps.join([a, torch.randn(1, 3, 9, 8)])
+
+
+@needs_cpu
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "autocast", "hooks"])
+def test_a_network_is_the_same_deferred_and_not(how: str) -> None:
+    torch.manual_seed(0)
+    lazy = fastfilm.FiLMedUNet(1, 2, depth=2, base_filters=4, metadata_size=3)
+    written = fastfilm.FiLMedUNet(1, 2, depth=2, base_filters=4, metadata_size=3, deferred=False)
+    written.load_state_dict(lazy.state_dict())
+    x, rows = torch.randn(2, 1, 16, 20), torch.eye(3)[:2]
+    exact = copy.deepcopy(written).double()
+    hooked: list[Any] = []
+    found = []
+    for model in (lazy, written, exact):
+        if how == "hooks" and model is not exact:
+            for block in model.encoder:
+                block.register_forward_hook(lambda m, i, o: hooked.append(maps.plain(o).sum()))
+        image = x.to(next(model.parameters()).dtype)
+        with (
+            fastfilm.backend("reference" if model is exact else None),
+            torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast" and model is not exact),
+        ):
+            out = (
+                checkpoint(model, image, rows, use_reentrant=False)
+                if how == "checkpoint"
+                else model(image, rows)
+            )
+            # a checkpoint runs the forward pass again
+            out.double().square().mean().backward()
+        grads = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        found.append((out.detach().double(), grads))
+    for ours, theirs, truth in zip(*found, strict=True):
+        assert relative_error(ours, truth) <= 1.5 * relative_error(theirs, truth) + 1e-6
+    assert len(hooked) == (4 if how == "hooks" else 0)
+
+
+@needs_cpu
+def test_only_raw_convolution_outputs_are_kept() -> None:
+    net = fastfilm.FiLMedUNet(1, 1, depth=3, base_filters=16, metadata_size=3).train()
+    owned = {p.data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.dim() == 4 and t.data_ptr() not in owned:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    raws: list[int] = []
+    for module in net.modules():
+        if isinstance(module, ConvNormFiLM2d):
+            module.register_forward_hook(lambda m, i, o: raws.append(4 * o.shape.numel()))
+    x = torch.randn(1, 1, 64, 64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = net(x, torch.eye(3)[:1])
+    assert sum(kept.values()) <= sum(raws) + 4 * x.numel()
+    assert out.requires_grad
+
+
+def test_other_backends_write_the_same_with_pytorchs_views() -> None:
+    """Kernels without ``gather`` (here: Triton's, interpreted) go through PyTorch's pooling and resizing."""
+    triton = backends.BACKENDS["triton"]
+    if triton.unavailable() is not None or not backends.interpreting():
+        pytest.skip(triton.unavailable() or "the interpreter is not active")
+    torch.manual_seed(0)
+    ours = Graph(["max", "concat"], "instance", spec.ORDERS[1], deferred=True)
+    theirs = Graph(["max", "concat"], "instance", spec.ORDERS[1], deferred=False)
+    theirs.load_state_dict(ours.state_dict())
+    x, gamma, beta = torch.randn(1, 3, 8, 7), torch.randn(1, 4), torch.randn(1, 4)
+    found = []
+    for model, backend in ((ours, "triton"), (theirs, "reference")):
+        x_ = x.clone().requires_grad_()
+        with fastfilm.backend(backend):
+            v = model(x_, gamma, beta)
+            v.square().sum().backward()
+        found.append([v.detach(), x_.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) <= 1e-4 or b.norm() < 1e-3

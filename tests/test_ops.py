@@ -260,7 +260,7 @@ def test_unknown_backend_and_environment() -> None:
         capture_output=True,
         text=True,
     )
-    assert out.returncode != 0 and "backend must be one of" in out.stderr
+    assert out.returncode != 0 and "FASTFILM_BACKEND must be one of" in out.stderr
 
 
 def test_backend_is_restored_and_per_thread() -> None:

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 
-from fastfilm.ops import DeferredMap, conv_norm_film, norm_film, spec
+from fastfilm.ops import conv_norm_film, maps, norm_film, spec
+from fastfilm.ops.maps import Map
 
 from . import ivadomed
 from .blocks import ConvNormFiLM3d
@@ -35,10 +35,6 @@ def _bare(ci: int, co: int, kernel: int = 3, stride: int = 1) -> ConvNormFiLM3d:
     return _block(ci, co, kernel, stride=stride, norm=None, activation=None)
 
 
-def _tensor(x: Tensor | DeferredMap) -> Tensor:
-    return x.materialise() if isinstance(x, DeferredMap) else x
-
-
 class Modified3DUNet(Conditioned):
     """3D U-Net with residual context blocks and FiLM (Isensee et al. 2017; the FiLM paper's code).
 
@@ -56,6 +52,7 @@ class Modified3DUNet(Conditioned):
         generator: "paper" or "identity", see ``FiLMGenerator``.
         final_activation: None (logits), "sigmoid" or "softmax".
         drop_background: leave out channel 0 after the final activation.
+        deferred: hand maps on unwritten, as ``FiLMedUNet`` does; False writes every block's output.
 
     Every spatial size must be divisible by 16.
     """
@@ -72,6 +69,7 @@ class Modified3DUNet(Conditioned):
         generator: str = "paper",
         final_activation: str | None = None,
         drop_background: bool = False,
+        deferred: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -85,7 +83,7 @@ class Modified3DUNet(Conditioned):
         self.base_filters, self.metadata_size = base_filters, metadata_size
         self.film_layers = check_film_layers(film_layers, FILM_LAYERS, metadata_size)
         self.final_activation = spec.choice("final_activation", final_activation, FINAL_ACTIVATIONS)
-        self.drop_background = drop_background
+        self.drop_background, self.deferred = drop_background, deferred
         widths = [base_filters * 2**i for i in range(LEVELS)]
         drop: dict[str, Any] = {"dropout": dropout, "dropout_position": "norm"}
         # the first level's block has no norm: its dropout follows the convolution directly
@@ -130,43 +128,47 @@ class Modified3DUNet(Conditioned):
                 f"image must be divisible by {2 ** (LEVELS - 1)} in every dimension, got {tuple(image.shape[2:])}"
             )
         film = self.modulation(metadata, image)
+        lazy = self.deferred
         skips = self._context(image, film)
-        x = _tensor(self.bottom(self.up[0](_double(skips.pop()), deferred=True), *film[5]))
+        x = self.bottom(self.up[0](_double(skips.pop()), deferred=True), *film[5], deferred=lazy)
         pyramid = []
         for i, local in enumerate(self.local):
             skip = skips.pop()
             finest = i == len(self.local) - 1
-            joined = cat([skip, x] if finest else [x, skip], dim=1)
-            here = local(joined, deferred=finest)
+            joined = maps.join([skip, x] if finest else [x, skip])
+            here = local(joined, deferred=lazy or finest)
             pyramid.append(here)
             if not finest:
-                x = self.up[i + 1](_double(_tensor(self.reduce[i](here))), *film[6 + i])
-        coarse = _double(_tensor(self.heads[0](pyramid[1]))) + _tensor(self.heads[1](pyramid[2]))
-        logits = _tensor(self.last(pyramid[3])) + _double(coarse)
+                reduced = self.reduce[i](here, deferred=lazy)
+                x = self.up[i + 1](_double(reduced), *film[6 + i], deferred=lazy)
+        coarse = maps.plain(_double(maps.plain(self.heads[0](pyramid[1]))))
+        coarse = coarse + maps.plain(self.heads[1](pyramid[2]))
+        logits = maps.plain(self.last(pyramid[3])) + maps.plain(_double(coarse))
         gamma, beta = film[9]
         if gamma is not None:
-            logits = _tensor(norm_film(logits, gamma=gamma, beta=beta))
+            logits = maps.plain(norm_film(logits, gamma=gamma, beta=beta))
         return final(logits, self.final_activation, self.drop_background)
 
-    def _context(self, image: Tensor, film: list[Any]) -> list[Tensor]:
+    def _context(self, image: Tensor, film: list[Any]) -> list[Map]:
         """The encoder: the skips of levels 1 to 4 and the map of level 5."""
-        residual = _tensor(self.stem(image))
+        residual = maps.plain(self.stem(image))
         x = norm_film(residual, activation="leaky_relu", deferred=True)
-        x = _tensor(self.outer(self.inner[0](x, deferred=True)))
+        x = maps.plain(self.outer(self.inner[0](x, deferred=True)))
         # the first skip is taken before norm and FiLM, the others behind them
-        x = _tensor(norm_film(x + residual, activation="leaky_relu"))
-        maps = [x]
+        lazy = self.deferred
+        x = maps.plain(norm_film(x + residual, activation="leaky_relu"))
+        found: list[Map] = [x]
         for level, down in enumerate(self.down, start=1):
-            x = _norm_act(x, *film[level - 1])
+            x = _norm_act(x, *film[level - 1], lazy)
             if level > 1:
-                maps.append(x)
-            residual = _tensor(down(x))
+                found.append(x)
+            residual = maps.plain(down(x))
             inner = self.inner[level]
             assert isinstance(inner, ConvNormFiLM3d)
             # the block's one convolution runs twice, each time behind norm and activation
             twice = inner(_pending_norm_act(residual), deferred=True)
-            x = _tensor(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual
-        return [*maps, _norm_act(x, *film[LEVELS - 1])]
+            x = maps.plain(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual
+        return [*found, _norm_act(x, *film[LEVELS - 1], lazy)]
 
     @classmethod
     def from_ivadomed(
@@ -197,22 +199,21 @@ class Modified3DUNet(Conditioned):
         return ivadomed.save(self, ivadomed.modified_keys(self))
 
 
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+def _double(x: Map) -> Map:
+    return maps.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def _norm_act(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    return _tensor(
-        norm_film(
-            x,
-            norm="instance",
-            activation="leaky_relu",
-            gamma=gamma,
-            beta=beta,
-            order="conv-norm-act-film",
-        )
+def _norm_act(x: Map, gamma: Tensor | None, beta: Tensor | None, lazy: bool) -> Map:
+    return norm_film(
+        x,
+        norm="instance",
+        activation="leaky_relu",
+        gamma=gamma,
+        beta=beta,
+        order="conv-norm-act-film",
+        deferred=lazy,
     )
 
 
-def _pending_norm_act(x: Tensor) -> Tensor | DeferredMap:
+def _pending_norm_act(x: Tensor) -> Map:
     return norm_film(x, norm="instance", activation="leaky_relu", deferred=True)

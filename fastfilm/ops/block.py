@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import assemble, backends, conv, pointwise, recipe, reference
 from .assemble import Source
-from .coefficients import coefficients
 from .library import direct
 from .maps import DeferredMap, Joined, Map, layout_of
 from .recipe import Options, TailTensors
@@ -64,14 +63,18 @@ def run(
         v = layout_of(v, tail.eager(y))
         return _identity(v) if deferred else v
 
+    # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
+    finish = how.composed and not torch.is_grad_enabled()
     coef, x_act = None, "none"
     if sources is not None:
         if not torch.is_grad_enabled():
             raw, sources = assemble.assembled(sources, plan), None
     elif isinstance(x, DeferredMap):
-        coef, x_act = x.coef, x.act
-    # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
-    finish = how.composed and not torch.is_grad_enabled()
+        if finish and direct(raw):
+            # written once for all its consumers, where it would be written for each
+            raw = x.tensor().to(raw.dtype)
+        elif x.coef is not None:
+            coef, x_act = x.coef, x.act
     added = None
     if bias is not None and (kind.activation_first or kind.norm == "none"):
         # added before the raw map is rounded, where a sum near 0 must keep its sign
@@ -170,8 +173,7 @@ def _forms(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
 
 
 def _identity(v: Tensor) -> DeferredMap:
-    coef = coefficients(v.shape[0], v.shape[1], dtype=accumulate_dtype(v), device=v.device)
-    return DeferredMap(v, coef, "none", "reference/eager")
+    return DeferredMap(v, None, "none", "reference/eager")
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -212,6 +212,7 @@ class Graph(nn.Module):
 def test_random_graphs_of_consumers(
     steps: list[str], norm: str, order: str, training: bool
 ) -> None:
+    assume(sum(s in ("max", "avg") for s in steps) <= 2)
     torch.manual_seed(0)
     ours = Graph(steps, norm, order, deferred=True).double().train(training)
     theirs = Graph(steps, norm, order, deferred=False).double().train(training)

@@ -130,7 +130,9 @@ class Modified3DUNet(Conditioned):
         film = self.modulation(metadata, image)
         lazy = self.deferred
         skips = self._context(image, film)
-        x = self.bottom(self.up[0](_double(skips.pop()), deferred=True), *film[5], deferred=lazy)
+        x: Map = self.bottom(
+            self.up[0](_double(skips.pop()), deferred=True), *film[5], deferred=lazy
+        )
         pyramid = []
         for i, local in enumerate(self.local):
             skip = skips.pop()
@@ -152,14 +154,14 @@ class Modified3DUNet(Conditioned):
     def _context(self, image: Tensor, film: list[Any]) -> list[Map]:
         """The encoder: the skips of levels 1 to 4 and the map of level 5."""
         residual = maps.plain(self.stem(image))
-        x = norm_film(residual, activation="leaky_relu", deferred=True)
+        x: Map = norm_film(residual, activation="leaky_relu", deferred=True)
         x = maps.plain(self.outer(self.inner[0](x, deferred=True)))
         # the first skip is taken before norm and FiLM, the others behind them
         lazy = self.deferred
         x = maps.plain(norm_film(x + residual, activation="leaky_relu"))
         found: list[Map] = [x]
         for level, down in enumerate(self.down, start=1):
-            x = _norm_act(x, *film[level - 1], lazy)
+            x = _norm_act(x, *film[level - 1], lazy=lazy)
             if level > 1:
                 found.append(x)
             residual = maps.plain(down(x))
@@ -168,7 +170,7 @@ class Modified3DUNet(Conditioned):
             # the block's one convolution runs twice, each time behind norm and activation
             twice = inner(_pending_norm_act(residual), deferred=True)
             x = maps.plain(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual
-        return [*found, _norm_act(x, *film[LEVELS - 1], lazy)]
+        return [*found, _norm_act(x, *film[LEVELS - 1], lazy=lazy)]
 
     @classmethod
     def from_ivadomed(

@@ -161,7 +161,7 @@ class Modified3DUNet(Conditioned):
         x = maps.plain(norm_film(x + residual, activation="leaky_relu"))
         found: list[Map] = [x]
         for level, down in enumerate(self.down, start=1):
-            x = _norm_act(x, *film[level - 1], lazy=lazy)
+            x = _norm_act(x, lazy, *film[level - 1])
             if level > 1:
                 found.append(x)
             residual = maps.plain(down(x))
@@ -170,7 +170,7 @@ class Modified3DUNet(Conditioned):
             # the block's one convolution runs twice, each time behind norm and activation
             twice = inner(_pending_norm_act(residual), deferred=True)
             x = maps.plain(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual
-        return [*found, _norm_act(x, *film[LEVELS - 1], lazy=lazy)]
+        return [*found, _norm_act(x, lazy, *film[LEVELS - 1])]
 
     @classmethod
     def from_ivadomed(
@@ -205,7 +205,7 @@ def _double(x: Map) -> Map:
     return maps.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def _norm_act(x: Map, gamma: Tensor | None, beta: Tensor | None, lazy: bool) -> Map:
+def _norm_act(x: Map, lazy: bool, gamma: Tensor | None, beta: Tensor | None) -> Map:
     return norm_film(
         x,
         norm="instance",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import conv, spec, views
+from . import conv, higher, reference, spec, views
 from .backends import BACKENDS
 from .views import View
 
@@ -122,11 +122,13 @@ class _Assembled(torch.autograd.Function):
         return write(_sources(static, tensors), kernels)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         needs = ctx.needs_input_grad[2:]
         wanted = [a or b for a, b in zip(needs[: len(static)], needs[len(static) :], strict=True)]
+        if torch.is_grad_enabled():
+            found = higher.pull(lambda *given: _defined(static, given), ctx.saved_tensors, dv)
+            return None, None, *found
         sources = _sources(static, ctx.saved_tensors)
         if len(static) == 1 and static[0][1] is None:
             dv = dv.clone(memory_format=spec.channels_last_format(dv.dim()))
@@ -166,12 +168,13 @@ class _Convolved(torch.autograd.Function):
         return y, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         weight, pre, y, stats, *tensors = ctx.saved_tensors
         pre_act, geometry, _, plan = ctx.how
         needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return None, None, *_convolved_gradients(ctx, dy, dstats)
         wanted = [
             a or b
             for a, b in zip(needs[5 : 5 + len(static)], needs[5 + len(static) :], strict=True)
@@ -209,6 +212,32 @@ class _Convolved(torch.autograd.Function):
             *(g[0] for g in grads),
             *(g[1] for g in grads),
         )
+
+
+def _defined(static: _Static, tensors: Sequence[Tensor | None]) -> Tensor:
+    """``write`` in differentiable PyTorch."""
+    parts = []
+    for s in _sources(static, tensors):
+        u = s.raw if s.coef is None else reference.materialise(s.raw, s.coef, s.act)
+        parts.append(views.seen(u, s.view))
+    return torch.cat(parts, 1)
+
+
+def _convolved_gradients(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``_Convolved`` at its tensors, differentiable themselves."""
+    weight, pre, y, _, *tensors = ctx.saved_tensors
+    pre_act, geometry, _, _ = ctx.how
+    e, dpre = dy, None
+    if y is not None:
+        e, dpre = higher.after_moments(dy, dstats, y, pre, pre_act)
+
+    def forward(weight: Tensor, *tensors: Tensor | None) -> Tensor:
+        v = _defined(ctx.static, tensors)
+        return reference.convolution(v, weight, None, *geometry)
+
+    dweight, *found = higher.pull(forward, (weight, *tensors), e)
+    dbias = None if dpre is None or not ctx.needs_input_grad[3] else dpre[0].to(dy.dtype)
+    return dweight, dbias, dpre, *found
 
 
 # callers have made sure that no functorch transform is active

@@ -201,12 +201,22 @@ def forced() -> tuple[str | None, str | None, bool]:
     return _forced.backend, _forced.route, interpreting()
 
 
+def traced() -> bool:
+    """Whether a call is recorded in PyTorch's own operators: by an exporter or a ``torch.func`` transform."""
+    return torch.compiler.is_exporting() or (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def choose(request: Request) -> str:
     """The plan ``"backend/route"`` for a request, from what is forced, available and supported.
 
     Raises:
         NotImplementedError: the forced backend or route cannot serve the request; says why.
     """
+    if _forced.backend is None and traced():
+        return "reference/eager"
     return _choose(request, *forced())
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spec
+from . import higher, spec
 from .backends import BACKENDS
 from .library import define, differentiable, direct
 from .tail import accumulate_dtype
@@ -243,7 +243,7 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
     x, weight, coef, pre, y, stats = ctx.saved_tensors
     need_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
     need_weight = ctx.needs_input_grad[1]
-    # with create_graph the operator is the one that says that it has no second derivative
+    # with create_graph the operator is the one that has a second derivative
     short = direct(dy) and not torch.is_grad_enabled()
     op: Callable[..., Any] = conv_bwd if short else torch.ops.fastfilm.conv_backward
     dx, dweight, dcoef, dpre = op(
@@ -333,6 +333,8 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     conv_bwd,
     _conv_bwd_fake,
+    backward=higher.conv_backward_backward,
+    setup=higher.conv_backward_setup,
 )
 define(
     "conv_apply(Tensor x, Tensor weight, Tensor? bias, Tensor? coef, str act, Tensor out_coef,"

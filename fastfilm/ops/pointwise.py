@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spec
+from . import higher, spec
 from .backends import BACKENDS
 from .conv import raw_like, stats_like
 from .library import define, differentiable, direct
@@ -77,6 +77,8 @@ define(
     "materialise_backward(Tensor dv, Tensor y, Tensor coef, str act, str plan) -> (Tensor, Tensor)",
     materialise_bwd,
     lambda dv, y, coef, act, plan: (raw_like(y, y.shape), torch.empty_like(coef)),
+    backward=higher.materialise_backward_backward,
+    setup=higher.materialise_backward_setup,
 )
 define(
     "moments(Tensor y, Tensor? pre, str pre_act, str plan) -> Tensor",
@@ -93,6 +95,8 @@ define(
         raw_like(y, y.shape),
         y.new_empty(0) if pre is None else torch.empty_like(pre),
     ),
+    backward=higher.moments_backward_backward,
+    setup=higher.moments_backward_setup,
 )
 
 _eager_materialise = differentiable(materialise_fwd, _materialise_setup, _materialise_backward)

@@ -1,6 +1,7 @@
 """The definition of right: the whole op and each of its parts in eager, differentiable PyTorch.
 
-Works on any device, in any floating point type including float64, and to any order of derivative.
+Works on any device, in any floating point type including float64, and to any order of derivative (behind
+PyTorch's own norms in ``normalise``: to the second; their third derivatives are wrong).
 Tests and benchmarks import it; the ``reference`` backend runs it.
 """
 
@@ -104,15 +105,21 @@ def moments(y: Tensor, pre: Tensor | None = None, act: str = "none") -> Tensor:
 
 
 class _ContiguousGrad(torch.autograd.Function):
-    """Identity with a contiguous gradient.
+    """Identity with a contiguous gradient, under ``torch.func`` transforms too.
 
     PyTorch 2.13's instance norm returns a wrong gradient on the CPU for a batch of one when the gradient
     arrives channels-last (relative error above 1 in float64).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

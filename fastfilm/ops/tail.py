@@ -132,6 +132,7 @@ class Tail:
                     mask,
                     self.slope,
                 ),
+                _definition,
             )
         return self.defined_coefficients(like, bias, stats)
 
@@ -217,3 +218,10 @@ class Tail:
             dropout_mask=mask,
             dropout_position=kind.dropout_position,
         )
+
+
+def _definition(kind: Kind, tensors: fused_coefficients.Tensors, like: Tensor) -> Tensor:
+    """``Tail.defined_coefficients`` of tensors as ``fused_coefficients`` keeps them for backward."""
+    mean, var, stats, weight, norm_bias, bias, gamma, beta, mask, slope = tensors
+    tail = Tail(kind, 0.0, weight, norm_bias, mean, var, gamma, beta, mask, slope)
+    return tail.defined_coefficients(like, bias, stats)

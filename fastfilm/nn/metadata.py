@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfilm.ops.library import direct
+
 Metadata = Tensor | np.ndarray | Sequence[Any]
 
 
@@ -30,7 +32,8 @@ def as_metadata(
     Raises:
         TypeError: None, or something that is not numbers.
         ValueError: wrong shape, or NaN/infinity. Values that are already on a GPU are not looked at, since
-            that would stall the GPU; NaN then shows in the output.
+            that would stall the GPU, and in a compiled or exported model there is nobody to look; NaN then
+            shows in the output.
     """
     if metadata is None:
         raise TypeError(f"metadata is missing: the model was built with metadata_size={size}")
@@ -48,10 +51,15 @@ def as_metadata(
         t = torch.from_numpy(np.array(array, dtype=np.float64))
     if t.dim() == 1:
         t = t.unsqueeze(0)
-    if t.dim() != 2 or t.shape[1] != size or t.shape[0] not in (1, batch):
+    if t.dim() != 2 or t.shape[1] != size or t.shape[0] not in (batch, 1):
         raise ValueError(
             f"metadata must have shape ({batch}, {size}), (1, {size}) or ({size},), got {tuple(t.shape)}"
         )
-    if t.device.type == "cpu" and t.is_floating_point() and not t.isfinite().all():
+    if (
+        t.device.type == "cpu"
+        and t.is_floating_point()
+        and direct(t)  # a compiler or exporter has no values to look at
+        and not t.isfinite().all()
+    ):
         raise ValueError(f"metadata must be finite, got {t.tolist()}")
     return t.to(device=device, dtype=dtype)

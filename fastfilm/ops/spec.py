@@ -110,9 +110,10 @@ def check_film(name: str, t: Tensor | None, batch: int, channels: int) -> Tensor
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} must be a floating point tensor, got {got}")
-    if t.shape == (channels,):
+    # sizes one by one, N first: a size that is a symbol is compared with nothing that it need not be
+    if t.dim() == 1 and t.shape[0] == channels:
         return t.unsqueeze(0)
-    if t.dim() == 2 and t.shape[1] == channels and t.shape[0] in (1, batch):
+    if t.dim() == 2 and t.shape[1] == channels and t.shape[0] in (batch, 1):
         return t
     raise ValueError(
         f"{name} must have shape ({batch}, {channels}), (1, {channels}) or ({channels},), got {tuple(t.shape)}"

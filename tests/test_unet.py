@@ -14,6 +14,7 @@ from torch import Tensor
 import fastfilm
 from fastfilm.nn import FiLMedUNet, Modified3DUNet
 from fastfilm.ops import spec
+from fastfilm.ops.tail import Tail
 
 
 def small(**options: Any) -> FiLMedUNet:
@@ -264,3 +265,58 @@ def test_autocast_trains_the_network() -> None:
     assert out.dtype == torch.bfloat16
     out.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_modulation_stands_for_its_metadata_and_is_computed_once() -> None:
+    net = fastfilm.FiLMedUNet(1, 1, depth=2, base_filters=4, metadata_size=3).eval()
+    patches = torch.randn(3, 4, 1, 16, 16)
+    row = [0.0, 1.0, 0.0]
+    calls: list[str] = []
+    real = Tail.coefficients
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(
+            Tail, "coefficients", lambda self, *a: (calls.append("made"), real(self, *a))[1]
+        )
+        patient = net.modulate(row)
+        found = []
+        counts = []
+        for p in patches:
+            found.append(net(p, patient))
+            counts.append(len(calls))
+        # frozen statistics: nothing depends on the patch
+        assert counts[0] > 0 and counts[1:] == counts[:1] * 2
+        for p, v in zip(patches, found, strict=True):
+            assert torch.equal(v, net(p, row))
+
+
+def test_kept_coefficients_follow_what_they_come_from() -> None:
+    net = fastfilm.FiLMedUNet(1, 1, depth=1, base_filters=4, metadata_size=2).eval()
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        patient = net.modulate([[1, 0], [0, 1]])
+        before = net(x, patient)
+        # weights, running statistics (in place) and γ itself
+        net.encoder[0].first.norm_weight.mul_(2)
+        changed = net(x, patient)
+        assert not torch.equal(changed, before)
+        net.train()(x, patient)
+        again = net.eval()(x, patient)
+        assert not torch.equal(again, changed)
+        patient.film[0][0].mul_(3)
+        assert not torch.equal(net(x, patient), again)
+        copied = copy.deepcopy(net)
+        assert torch.equal(copied(x, patient), net(x, patient))
+    out = net(x, patient)  # with gradients
+    out.sum().backward()
+    assert net.encoder[0].first.norm_weight.grad is not None
+
+
+def test_a_modulation_that_does_not_fit_is_refused() -> None:
+    net = fastfilm.FiLMedUNet(1, 1, depth=1, base_filters=4, metadata_size=2)
+    other = fastfilm.FiLMedUNet(1, 1, depth=2, base_filters=4, metadata_size=2)
+    with pytest.raises(ValueError, match="this network's modulate"):
+        net(torch.randn(1, 1, 8, 8), other.modulate([1, 0]))
+    with pytest.raises(ValueError, match="1 or 2 rows, got 3"):
+        net(torch.randn(2, 1, 8, 8), net.modulate(torch.rand(3, 2)))
+    with pytest.raises(ValueError, match="metadata must have shape"):
+        net.modulate([1, 0, 0])

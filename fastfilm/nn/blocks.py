@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastfilm.ops import DeferredMap, block, spec
 from fastfilm.ops.maps import Map
 from fastfilm.ops.recipe import Options
+from fastfilm.ops.remembered import Remembered
 
 
 class ConvNormFiLM(nn.Module):
@@ -85,6 +86,7 @@ class ConvNormFiLM(nn.Module):
             padding = [d * (k // 2) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self.padding = spec.as_tuple("padding", padding, dims)
         self._no_padding = (0,) * dims
+        self._remembered = Remembered()
         self.norm = spec.choice("norm", norm, spec.NORMS)
         self.activation = spec.choice("activation", activation, spec.ACTIVATIONS)
         self.order = spec.choice("order", order, spec.ORDERS)
@@ -184,6 +186,7 @@ class ConvNormFiLM(nn.Module):
             ),
             self._count_batch(),
             deferred,
+            self._remembered,
         )
 
     def _count_batch(self) -> float:

@@ -14,7 +14,14 @@ from fastfilm.ops.maps import Map
 from . import ivadomed
 from .blocks import ConvNormFiLM3d
 from .metadata import Metadata
-from .unet import FINAL_ACTIVATIONS, Conditioned, check_film_layers, final, generators
+from .unet import (
+    FINAL_ACTIVATIONS,
+    Conditioned,
+    Modulation,
+    check_film_layers,
+    final,
+    generators,
+)
 
 LEVELS = 5
 FILM_LAYERS = 10
@@ -116,7 +123,7 @@ class Modified3DUNet(Conditioned):
         ]
         self.film = generators(channels, self.film_layers, metadata_size, generator)
 
-    def forward(self, image: Tensor, metadata: Metadata | None = None) -> Tensor:
+    def forward(self, image: Tensor, metadata: Metadata | Modulation | None = None) -> Tensor:
         """Logits or probabilities [N, out_channels, D, H, W] for ``image`` [N, in_channels, D, H, W].
 
         Raises:

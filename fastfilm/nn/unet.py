@@ -58,14 +58,53 @@ def check_film_layers(
     return [bool(f) for f in film_layers]
 
 
+class Modulation:
+    """γ and β of all FiLM layers for some metadata, to be used in place of the metadata.
+
+    Attributes:
+        film: (γ, β), each [N or 1, C], of every layer; (None, None) where FiLM is off.
+        rows: N, the number of metadata rows.
+    """
+
+    def __init__(self, film: list[tuple[Tensor, Tensor] | tuple[None, None]], rows: int) -> None:
+        self.film, self.rows = film, rows
+
+
 class Conditioned(nn.Module):
     """What a network with FiLM layers shares: metadata in, (γ, β) per layer out."""
 
     film: nn.ModuleList
     metadata_size: int
 
+    def modulate(self, metadata: Metadata) -> Modulation:
+        """γ and β for ``metadata``, computed once for all patches of a volume.
+
+        Without gradients, blocks whose statistics are frozen keep their coefficients from call to call as
+        long as they get the same ``Modulation``. It holds until the generators' weights change.
+
+        Args:
+            metadata: [N, M], [1, M] or [M]; one row serves any batch size.
+
+        Example:
+            >>> import torch, fastfilm
+            >>> net = fastfilm.FiLMedUNet(1, 1, depth=2, base_filters=8, metadata_size=3).eval()
+            >>> with torch.no_grad():
+            ...     patient = net.modulate([0, 1, 0])
+            ...     [net(patch, patient).shape for patch in torch.randn(2, 4, 1, 32, 32)]
+            [torch.Size([4, 1, 32, 32]), torch.Size([4, 1, 32, 32])]
+        """
+        weight = next(p for p in self.parameters())
+        rows = len(metadata) if getattr(metadata, "ndim", None) == 2 else 1
+        if (
+            isinstance(metadata, (list, tuple))
+            and metadata
+            and not isinstance(metadata[0], (int, float))
+        ):
+            rows = len(metadata)
+        return Modulation(self.modulation(metadata, weight.new_empty(rows)), rows)
+
     def modulation(
-        self, metadata: Metadata | None, image: Tensor
+        self, metadata: Metadata | Modulation | None, image: Tensor
     ) -> list[tuple[Tensor, Tensor] | tuple[None, None]]:
         """(γ, β), each [N or 1, C], of every FiLM layer; (None, None) where it is switched off.
 
@@ -74,6 +113,17 @@ class Conditioned(nn.Module):
             shape, or not finite.
         """
         active = next((g for g in self.film if isinstance(g, FiLMGenerator)), None)
+        if isinstance(metadata, Modulation):
+            if len(metadata.film) != len(self.film):
+                raise ValueError(
+                    f"metadata must come from this network's modulate(): {len(self.film)} layers,"
+                    f" got {len(metadata.film)}"
+                )
+            if metadata.rows not in (1, image.shape[0]):
+                raise ValueError(
+                    f"metadata must have 1 or {image.shape[0]} rows, got {metadata.rows}"
+                )
+            return metadata.film
         if active is None:
             if metadata is not None:
                 raise ValueError("metadata was given but the network has no FiLM layers")
@@ -205,11 +255,13 @@ class FiLMedUNet(Conditioned):
         )
         self.upsampling = "bilinear" if spatial_dims == 2 else "trilinear"
 
-    def forward(self, image: Tensor, metadata: Metadata | None = None) -> Tensor | list[Tensor]:
+    def forward(
+        self, image: Tensor, metadata: Metadata | Modulation | None = None
+    ) -> Tensor | list[Tensor]:
         """Logits or probabilities [N, out_channels, *S] for ``image`` [N, in_channels, *S].
 
         Args:
-            metadata: [N, M], [1, M] or [M]: nested lists, array or tensor.
+            metadata: [N, M], [1, M] or [M]: nested lists, array or tensor; or what ``modulate`` returned.
 
         Raises:
             TypeError: integer image, missing metadata.

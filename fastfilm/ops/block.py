@@ -15,6 +15,7 @@ from .assemble import Source
 from .library import direct
 from .maps import DeferredMap, Joined, Map, layout_of
 from .recipe import Options, TailTensors
+from .remembered import Remembered
 from .tail import Tail, accumulate_dtype
 
 
@@ -27,12 +28,14 @@ def run(
     tensors: TailTensors,
     momentum: float,
     deferred: bool,
+    remembered: Remembered | None = None,
 ) -> Tensor | DeferredMap:
     """``fastfilm.conv_norm_film`` with its arguments packed.
 
     Args:
         geometry: stride, padding, dilation, transposed, output_padding, groups.
         tensors: norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope.
+        remembered: where the caller keeps coefficients that do not depend on the map.
     """
     sources: list[Source] | None = None
     if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
@@ -75,7 +78,7 @@ def run(
             raw = x.tensor().to(raw.dtype)
         elif x.coef is not None:
             coef, x_act = x.coef, x.act
-    added = None
+    added, whole_bias = None, bias
     if bias is not None and (kind.activation_first or kind.norm == "none"):
         # added before the raw map is rounded, where a sum near 0 must keep its sign
         added = bias.to(raw.dtype)
@@ -100,7 +103,14 @@ def run(
             )
         out_coef = tail.coefficients(raw, bias, stats, kernels)
     else:
-        out_coef = tail.coefficients(raw, bias, None, kernels)
+        if remembered is None or not direct(raw):
+            out_coef = tail.coefficients(raw, bias, None, kernels)
+        else:
+            out_coef = remembered.get(
+                (kind, plan, raw.dtype),
+                (whole_bias, *tensors),
+                lambda: tail.coefficients(raw, bias, None, kernels),
+            )
         flat = () if sources is None else (*(s.raw for s in sources), *(s.coef for s in sources))
         if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef, *flat):
             if sources is not None:

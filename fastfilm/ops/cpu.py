@@ -223,8 +223,12 @@ def block_coefficients(kind: Any, momentum: float, tensors: Sequence[Tensor | No
     _algebra(kind).forward(momentum, *_arguments(readable), coef.data_ptr())
     if kind.update:
         for theirs, ours in zip(tensors[:2], readable[:2], strict=True):
-            if theirs is not None and ours is not None and ours is not theirs:
+            assert theirs is not None and ours is not None
+            if ours is not theirs:
                 theirs.copy_(ours)
+            elif not theirs.is_inference():
+                # written behind PyTorch's back
+                torch.autograd.graph.increment_version(theirs)
     return coef
 
 

@@ -48,7 +48,10 @@ def version() -> str:
 
 def extensions() -> list[Extension]:
     """The C++ extension, unless FASTFILM_CPU=0 leaves it out."""
-    if os.environ.get("FASTFILM_CPU", "1") == "0":
+    wanted = os.environ.get("FASTFILM_CPU") or "1"
+    if wanted not in ("0", "1"):
+        raise ValueError(f"FASTFILM_CPU must be one of 0, 1, got {wanted!r}")
+    if wanted == "0":
         return []
     return [Extension("fastfilm._C", SOURCES, depends=DEPENDS, language="c++", optional=True)]
 

@@ -132,8 +132,9 @@ def _backends() -> Table:
 
 
 def _environment() -> Table:
-    names = ("FASTFILM_BACKEND", "FASTFILM_ROUTE", "TRITON_INTERPRET")
-    return [(name, os.environ.get(name) or "not set") for name in names]
+    from fastfilm.ops.environment import VARIABLES
+
+    return [(v.name, os.environ.get(v.name) or f"not set ({v.meaning})") for v in VARIABLES]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from . import routing
+from . import environment, routing
 
 ALL_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -74,7 +73,7 @@ class Request:
 @functools.cache
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (on CPU tensors)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return environment.read("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -102,7 +101,7 @@ BACKENDS = {
         Backend("reference", "fastfilm.ops.reference", ("cpu", "cuda"), ALL_FLOATS, lambda: None),
         Backend(
             "triton",
-            "fastfilm.kernels",
+            "fastfilm.ops.fallback",
             ("cuda", "cpu"),
             (torch.float16, torch.bfloat16, torch.float32),
             _triton_unavailable,
@@ -115,18 +114,15 @@ BACKENDS = {
 ROUTES = ("fused", "composed", "eager")
 
 
-def _check_names(
-    name: str | None, route: str | None, said: tuple[str, str] = ("backend", "route")
-) -> None:
+def _check_names(name: str | None, route: str | None) -> None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"{said[0]} must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if route is not None and route not in ROUTES:
-        raise ValueError(f"{said[1]} must be one of {', '.join(ROUTES)}, got {route!r}")
+        raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
 
 
-_VARIABLES = ("FASTFILM_BACKEND", "FASTFILM_ROUTE")
-_DEFAULTS = (os.environ.get(_VARIABLES[0]) or None, os.environ.get(_VARIABLES[1]) or None)
-_check_names(*_DEFAULTS, _VARIABLES)
+environment.check()
+_DEFAULTS = (environment.read("FASTFILM_BACKEND"), environment.read("FASTFILM_ROUTE"))
 
 
 class _Forced(threading.local):
@@ -220,11 +216,16 @@ def choose(request: Request) -> str:
     return _choose(request, *forced())
 
 
+def automatic(device: str) -> str:
+    """The backend for tensors of a device, where none is forced and it serves the call."""
+    return "triton" if device == "cuda" else "cpu"
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(request: Request, name: str | None, route: str | None, interpreted: bool) -> str:
     if name is None:
         # the interpreter is for tests: on CPU tensors it is used only where it is asked for by name
-        name = "triton" if request.device == "cuda" else "cpu"
+        name = automatic(request.device)
         if why_not_backend(BACKENDS[name], request) is not None:
             name = "reference"
     b = BACKENDS[name]

@@ -1,0 +1,52 @@
+"""Environment variables: which there are, what they may hold, and the check when fastfilm is imported."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+SWITCH = ("0", "1")
+
+
+class Variable(NamedTuple):
+    """A variable, its values (none listed: any text; ``int``: a positive number) and what it does."""
+
+    name: str
+    values: tuple[str, ...] | type[int] | None
+    meaning: str
+
+
+VARIABLES = (
+    Variable("FASTFILM_BACKEND", ("reference", "triton", "cpu"), "forces a backend for every call"),
+    Variable("FASTFILM_ROUTE", ("fused", "composed", "eager"), "forces a route for every call"),
+    Variable("FASTFILM_STRICT", SWITCH, "1: a kernel that fails raises instead of falling back"),
+    Variable("FASTFILM_CPU", SWITCH, "at install time, 0: leaves the C++ extension out"),
+    Variable("TRITON_INTERPRET", SWITCH, "1: Triton's interpreter, on CPU tensors"),
+    Variable("FASTFILM_GOLDEN", None, "tests: the folder of the golden arrays"),
+    Variable("FASTFILM_SLOW_TESTS", SWITCH, "tests, 1: the 3D networks on interpreted kernels too"),
+    Variable("FASTFILM_FUZZ_EXAMPLES", int, "tests: draws of the fuzz test"),
+)
+
+
+def read(name: str) -> str | None:
+    """Value of a variable of ``VARIABLES``; None where it is not set or empty.
+
+    Raises:
+        ValueError: a value that the variable cannot have; names it.
+    """
+    (values,) = (v.values for v in VARIABLES if v.name == name)
+    value = os.environ.get(name) or None
+    if value is None or values is None:
+        return value
+    if isinstance(values, tuple):
+        if value not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}")
+    elif not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def check() -> None:
+    """ValueError naming the first variable that holds something it cannot hold."""
+    for variable in VARIABLES:
+        read(variable.name)

@@ -1,0 +1,214 @@
+"""Triton's launchers, each with a way out: what fails to compile or to launch is PyTorch's work from then on.
+
+A launcher that fails for the first time warns once, with the reason and the key of the call; calls with that key
+then take the composed route (convolutions) or the reference (everything else). Where a backend or a route is
+forced, or with FASTFILM_STRICT=1, the failure is raised. Running out of memory and bad arguments always are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, conv, environment, reference, spec
+from .higher import after_moments, pull
+
+Key = tuple[object, ...]
+
+STRICT = environment.read("FASTFILM_STRICT") == "1"
+
+failures: dict[Key, str] = {}
+"""What failed so far, and why: launcher, device, types, channels and options of the call -> reason."""
+
+_KERNELS = "fastfilm.kernels"
+_COMPOSED = "triton/composed"
+_NEVER = (TypeError, ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError)
+_MAYBE = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+
+
+def recoverable(error: Exception) -> bool:
+    """Whether an error says that a kernel is not to be had here, rather than that the call is wrong."""
+    if isinstance(error, _NEVER):
+        return False
+    theirs = any(c.__module__.partition(".")[0] == "triton" for c in type(error).__mro__)
+    return theirs or isinstance(error, _MAYBE)
+
+
+def __getattr__(name: str) -> Any:
+    """Whatever else the Triton kernels offer, without a guard."""
+    return getattr(importlib.import_module(_KERNELS), name)
+
+
+def _key(name: str, arguments: dict[str, Any]) -> Key:
+    """What decides how a kernel is compiled, sizes of maps left out."""
+    parts: list[object] = [name]
+    for argument, value in arguments.items():
+        if isinstance(value, Tensor):
+            whole = argument == "weight" or value.dim() < 4
+            shape = tuple(value.shape) if whole else (f"{value.dim() - 2}D", value.shape[1])
+            if argument != "weight" and whole:
+                shape = ()
+            kind = str(value.dtype).removeprefix("torch.")
+            parts.append((argument, str(value.device), kind, *shape))
+        elif value is not None:
+            parts.append((argument, value))
+    return tuple(parts)
+
+
+def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels' launcher of the name of ``plain``, which takes over where that fails."""
+    name = plain.__name__.removeprefix("_")
+    signature = inspect.signature(plain)
+
+    def key(*args: Any, **options: Any) -> Key:
+        return _key(name, signature.bind(*args, **options).arguments)
+
+    def call(*args: Any, **options: Any) -> Any:
+        if not failures or key(*args, **options) not in failures:
+            try:
+                return getattr(importlib.import_module(_KERNELS), name)(*args, **options)
+            except Exception as error:
+                if STRICT or backends.forced()[:2] != (None, None) or not recoverable(error):
+                    raise
+                _remember(key(*args, **options), error)
+        return plain(*args, **options)
+
+    call.__name__, call.__doc__ = name, plain.__doc__
+    return call
+
+
+def _remember(key: Key, error: Exception) -> None:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    failures[key] = reason
+    warnings.warn(
+        f"fastfilm: a Triton kernel failed, PyTorch does its work from now on: {reason} (call: {key});"
+        " FASTFILM_STRICT=1 raises instead",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
+    """``reference.materialise``, channels-last; in y's memory if ``in_place``."""
+    v = spec.channels_last(reference.materialise(y, coef, act))
+    return y.copy_(v) if in_place else v
+
+
+def _apply_backward(
+    dv: Tensor, y: Tensor, coef: Tensor, act: str, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``reference.materialise`` at ``y`` (in dv's memory if ``in_place``) and ``coef``."""
+    dy, dcoef = pull(lambda y, coef: reference.materialise(y, coef, act), (y, coef), dv)
+    assert dy is not None and dcoef is not None
+    return dv.copy_(dy) if in_place else spec.channels_last(dy), dcoef
+
+
+def _moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
+    """``reference.moments``."""
+    return reference.moments(y, pre, act)
+
+
+def _moments_backward(
+    dy: Tensor | None, dstats: Tensor, y: Tensor, stats: Tensor, pre: Tensor | None, act: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``reference.moments`` at ``y``, added to ``dy``, and at ``pre``."""
+    e, dpre = after_moments(torch.zeros_like(y) if dy is None else dy, dstats, y, pre, act)
+    return spec.channels_last(e), dpre
+
+
+def _geometry(stride: tuple[int, ...], padding: tuple[int, ...]) -> tuple[Any, ...]:
+    dims = len(stride)
+    return stride, padding, (1,) * dims, False, (0,) * dims, 1
+
+
+def _fprop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor | None,
+    act: str,
+    pre: Tensor | None,
+    pre_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    """The composed route."""
+    tail = (*_geometry(stride, padding), moments, _COMPOSED)
+    return conv.conv_fwd(*(x, weight, bias, coef, act, pre, pre_act, *tail))
+
+
+def _fprop_apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor | None,
+    act: str,
+    out_coef: Tensor,
+    out_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    """The composed route."""
+    tail = (*_geometry(stride, padding), _COMPOSED)
+    return conv.conv_apply(*(x, weight, bias, coef, act, out_coef, out_act, *tail))
+
+
+def _dgrad(
+    e: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    coef: Tensor | None,
+    act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """The composed route."""
+    dx, _, dcoef, _ = _composed_backward(e, x, weight, coef, act, stride, padding, True)
+    return dx, None if coef is None else dcoef
+
+
+def _wgrad(
+    e: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    """The composed route."""
+    return _composed_backward(e, x, weight, coef, act, stride, padding, False)[1]
+
+
+def _composed_backward(
+    e: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    at_input: bool,
+) -> tuple[Tensor, ...]:
+    """dx, dweight and dcoef of a convolution whose gradient at the raw output is ``e``."""
+    head = (e, e.new_empty(0), x, weight, coef, act, None, "none", None, None)
+    tail = (*_geometry(stride, padding), _COMPOSED, at_input, not at_input)
+    return conv.conv_bwd(*head, *tail)
+
+
+apply = _guarded(_apply)
+apply_backward = _guarded(_apply_backward)
+moments = _guarded(_moments)
+moments_backward = _guarded(_moments_backward)
+fprop = _guarded(_fprop)
+fprop_apply = _guarded(_fprop_apply)
+dgrad = _guarded(_dgrad)
+wgrad = _guarded(_wgrad)

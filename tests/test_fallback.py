@@ -19,7 +19,14 @@ from fastfilm.ops import backends, environment, fallback, recipe
 pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("fastfilm.kernels")
 
-LAUNCHERS = ("apply", "apply_backward", "moments", "moments_backward")
+LAUNCHERS = (
+    "apply",
+    "apply_backward",
+    "moments",
+    "moments_backward",
+    "block_coefficients",
+    "block_coefficients_backward",
+)
 CONVOLUTIONS = ("fprop", "fprop_apply", "dgrad", "wgrad")
 
 
@@ -81,16 +88,19 @@ def draw(*shape: int) -> Tensor:
 
 
 def run(order: str = "conv-act-norm-film") -> list[Tensor]:
-    """Output and gradients of two blocks in a row."""
+    """Output, gradients and running statistics of two blocks in a row."""
     x, first, second = draw(2, 3, 6, 5), draw(4, 3, 3, 3), draw(5, 4, 3, 3)
     gamma, bias = draw(2, 4), draw(4)
     leaves = [t.requires_grad_() for t in (x, first, second, gamma, bias)]
     options: dict[str, Any] = {"padding": 1, "norm": "batch", "training": True}
     options |= {"activation": "silu", "order": order}
-    hidden = fastfilm.conv_norm_film(x, first, bias, gamma=gamma, deferred=True, **options)
+    running = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    hidden = fastfilm.conv_norm_film(
+        x, first, bias, gamma=gamma, deferred=True, **running, **options
+    )
     v = fastfilm.conv_norm_film(hidden, second, **options)
     assert isinstance(v, Tensor)
-    return [v, *torch.autograd.grad(v.square().sum(), leaves)]
+    return [v, *torch.autograd.grad(v.square().sum(), leaves), *running.values()]
 
 
 def expected(order: str = "conv-act-norm-film") -> list[Tensor]:

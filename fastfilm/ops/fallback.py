@@ -11,7 +11,7 @@ import importlib
 import inspect
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import backends, conv, environment, reference, spec
 from .higher import after_moments, pull
+from .tail import Kind, Tail
 
 Key = tuple[object, ...]
 
@@ -48,18 +49,23 @@ def __getattr__(name: str) -> Any:
 
 def _key(name: str, arguments: dict[str, Any]) -> Key:
     """What decides how a kernel is compiled, sizes of maps left out."""
-    parts: list[object] = [name]
-    for argument, value in arguments.items():
-        if isinstance(value, Tensor):
-            whole = argument == "weight" or value.dim() < 4
-            shape = tuple(value.shape) if whole else (f"{value.dim() - 2}D", value.shape[1])
-            if argument != "weight" and whole:
-                shape = ()
-            kind = str(value.dtype).removeprefix("torch.")
-            parts.append((argument, str(value.device), kind, *shape))
-        elif value is not None:
-            parts.append((argument, value))
-    return tuple(parts)
+    parts = [(k, _part(k, v)) for k, v in arguments.items() if k != "momentum" and v is not None]
+    return (name, *parts)
+
+
+def _part(argument: str, value: Any) -> object:
+    if isinstance(value, Tensor):
+        shape: tuple[object, ...] = ()
+        if argument == "weight":
+            shape = tuple(value.shape)
+        elif value.dim() >= 4:
+            shape = (f"{value.dim() - 2}D", value.shape[1])
+        return (str(value.device), str(value.dtype).removeprefix("torch."), *shape)
+    if isinstance(value, Kind):
+        return value.norm, value.order, value.dropout_position, value.channels, value.uses_input
+    if isinstance(value, (tuple, list)):
+        return tuple(_part("", v) for v in value)
+    return value
 
 
 def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +127,24 @@ def _moments_backward(
     """Gradients of ``reference.moments`` at ``y``, added to ``dy``, and at ``pre``."""
     e, dpre = after_moments(torch.zeros_like(y) if dy is None else dy, dstats, y, pre, act)
     return spec.channels_last(e), dpre
+
+
+def _block_coefficients(
+    kind: Kind, momentum: float, tensors: Sequence[Tensor | None], device: torch.device
+) -> Tensor:
+    """``Tail.defined_coefficients``."""
+    mean, var, stats, weight, norm_bias, bias, gamma, beta, mask, slope = tensors
+    tail = Tail(kind, momentum, weight, norm_bias, mean, var, gamma, beta, mask, slope)
+    dtype = torch.float64 if kind.wide else torch.float32
+    return tail.defined_coefficients(torch.empty(0, dtype=dtype, device=device), bias, stats)
+
+
+def _block_coefficients_backward(
+    kind: Kind, tensors: Sequence[Tensor | None], dcoef: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``Tail.defined_coefficients`` at the ``wanted`` of its tensors."""
+    found = pull(lambda *given: _block_coefficients(kind, 0.0, given, dcoef.device), tensors, dcoef)
+    return [t if want else None for t, want in zip(found, wanted, strict=True)]
 
 
 def _geometry(stride: tuple[int, ...], padding: tuple[int, ...]) -> tuple[Any, ...]:
@@ -208,6 +232,8 @@ apply = _guarded(_apply)
 apply_backward = _guarded(_apply_backward)
 moments = _guarded(_moments)
 moments_backward = _guarded(_moments_backward)
+block_coefficients = _guarded(_block_coefficients)
+block_coefficients_backward = _guarded(_block_coefficients_backward)
 fprop = _guarded(_fprop)
 fprop_apply = _guarded(_fprop_apply)
 dgrad = _guarded(_dgrad)

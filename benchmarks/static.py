@@ -74,6 +74,30 @@ def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
                 case = f"{channels} channels {bs}x{bc}"
                 items = tuple(constants.items())
                 yield Build(family, case, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
+        for norm in ("batch",) if quick else ("none", "batch", "instance"):
+            yield from _algebra(arch, norm)
+
+
+def _algebra(arch: int, norm: str) -> Iterator[Build]:
+    """The coefficients of the paper's block, with and without what is optional."""
+    from fastfilm.kernels import coefficients
+
+    shape = {
+        "NORM": coefficients.NORMS[norm],
+        "USE_INPUT": norm != "none",
+        "ORDER": coefficients.ORDERS["conv-act-norm-film"],
+        "POSITION": coefficients.POSITIONS["film"],
+        "BLOCK": 128,
+    }
+    bare = dict.fromkeys(("running_mean_ptr", "running_var_ptr", "norm_weight_ptr", "mask_ptr"))
+    for case, absent in (("all", {}), ("bare", bare)):
+        forward = {**shape, **absent, "UPDATE": norm != "none" and not absent}
+        for family, constants in (
+            ("block_coefficients", forward),
+            ("block_coefficients_backward", {**shape, **absent}),
+        ):
+            items, label = tuple(constants.items()), f"{norm} {case}"
+            yield Build(family, label, arch, "fp32", items, coefficients.NUM_WARPS, 3, False)
 
 
 def _convolutions(
@@ -124,9 +148,17 @@ def _build(
 
 
 def _kernel(family: str) -> Any:
-    from fastfilm.kernels import conv_dgrad, conv_fprop, conv_wgrad, pointwise, spatial_moments
+    from fastfilm.kernels import (
+        coefficients,
+        conv_dgrad,
+        conv_fprop,
+        conv_wgrad,
+        pointwise,
+        spatial_moments,
+    )
 
     modules = {"fprop": conv_fprop, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
+    modules |= dict.fromkeys(("block_coefficients", "block_coefficients_backward"), coefficients)
     module = modules.get(family) or (spatial_moments if family.startswith("moments") else pointwise)
     return getattr(module, f"{family}_kernel")
 
@@ -140,6 +172,9 @@ FLOAT32_POINTERS = {
     "stats_ptr",
     "dstats_ptr",
 }
+
+
+FLOATS = {"eps", "momentum", "unbiased", "slope_value"}
 
 
 def compile_one(build: Build) -> dict[str, Any]:
@@ -159,7 +194,7 @@ def compile_one(build: Build) -> dict[str, Any]:
         if name.endswith("_ptr"):
             signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{build.dtype}"
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
         if name.endswith("_ptr") or name in ("CI", "CO", "C"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     row: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Triton kernels: one file a family, with kernel, launcher and its tiles together."""
 
+from .coefficients import block_coefficients, block_coefficients_backward, covers_block
 from .conv_dgrad import dgrad
 from .conv_fprop import fprop, fprop_apply
 from .conv_wgrad import wgrad
@@ -9,6 +10,9 @@ from .spatial_moments import moments, moments_backward
 __all__ = [
     "apply",
     "apply_backward",
+    "block_coefficients",
+    "block_coefficients_backward",
+    "covers_block",
     "dgrad",
     "fprop",
     "fprop_apply",

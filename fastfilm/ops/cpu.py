@@ -215,10 +215,17 @@ def _arguments(tensors: Sequence[Tensor | None]) -> tuple[list[int], int, tuple[
     return addresses, types, rows
 
 
-def block_coefficients(kind: Any, momentum: float, tensors: Sequence[Tensor | None]) -> Tensor:
+def covers_block(kind: Any) -> bool:
+    """Whether ``block_coefficients`` serves such a block: it serves all."""
+    return True
+
+
+def block_coefficients(
+    kind: Any, momentum: float, tensors: Sequence[Tensor | None], device: torch.device
+) -> Tensor:
     """Rows a, b, g, s, p, q, slope [7, N, C]; see ``fused_coefficients`` and ``Tail.coefficients``."""
     dtype = torch.float64 if kind.wide else torch.float32
-    coef = torch.empty((7, kind.batch, kind.channels), dtype=dtype)
+    coef = torch.empty((7, kind.batch, kind.channels), dtype=dtype, device=device)
     readable = _readable(tensors)
     _algebra(kind).forward(momentum, *_arguments(readable), coef.data_ptr())
     if kind.update:

@@ -30,6 +30,7 @@ class _BlockCoefficients(torch.autograd.Function):
         kind: Any,
         momentum: float,
         definition: Definition,
+        device: torch.device,
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.kernels, ctx.kind, ctx.definition = kernels, kind, definition
@@ -38,18 +39,18 @@ class _BlockCoefficients(torch.autograd.Function):
             ctx.save_for_backward(None, None, *tensors[2:])
         else:
             ctx.save_for_backward(*tensors)
-        coef: Tensor = kernels.block_coefficients(kind, momentum, tensors)
+        coef: Tensor = kernels.block_coefficients(kind, momentum, tensors, device)
         return coef
 
     @staticmethod
     def backward(ctx: Any, dcoef: Tensor) -> tuple[Tensor | None, ...]:
-        wanted, tensors = ctx.needs_input_grad[4:], ctx.saved_tensors
+        wanted, tensors = ctx.needs_input_grad[5:], ctx.saved_tensors
         if torch.is_grad_enabled():
             found = pull(lambda *given: ctx.definition(ctx.kind, given, dcoef), tensors, dcoef)
             grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
         else:
             grads = ctx.kernels.block_coefficients_backward(ctx.kind, tensors, dcoef, wanted)
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 # callers have made sure that no functorch transform is active
@@ -57,7 +58,12 @@ _apply = super(torch.autograd.Function, _BlockCoefficients).apply
 
 
 def block_coefficients(
-    kernels: ModuleType, kind: Any, momentum: float, tensors: Tensors, definition: Definition
+    kernels: ModuleType,
+    kind: Any,
+    momentum: float,
+    tensors: Tensors,
+    definition: Definition,
+    device: torch.device,
 ) -> Tensor:
     """Rows a, b, g, s, p, q, slope [7, N, C] of a block of ``kind``; moves its running statistics.
 
@@ -65,10 +71,11 @@ def block_coefficients(
         kernels: launchers of the backend.
         kind: a ``tail.Kind``.
         tensors: [C] each; moments [2, N, C]; γ, β and mask [C], [1, C] or [N, C]; slope [1] or [C].
+        device: where the coefficients are wanted.
         definition: the same in plain PyTorch, from which higher derivatives come.
     """
     if torch.is_grad_enabled():
-        coef: Tensor = _apply(kernels, kind, momentum, definition, *tensors)
+        coef: Tensor = _apply(kernels, kind, momentum, definition, device, *tensors)
     else:
-        coef = kernels.block_coefficients(kind, momentum, tensors)
+        coef = kernels.block_coefficients(kind, momentum, tensors, device)
     return coef

@@ -113,6 +113,7 @@ class Tail:
         if (
             kernels is not None
             and hasattr(kernels, "block_coefficients")
+            and kernels.covers_block(self.kind)
             and direct(like)
             and not (mask is not None and mask.requires_grad)
         ):
@@ -133,6 +134,7 @@ class Tail:
                     self.slope,
                 ),
                 _definition,
+                like.device,
             )
         return self.defined_coefficients(like, bias, stats)
 

@@ -69,7 +69,7 @@ def test_info_lists_cuda_devices(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
-    monkeypatch.setattr("fastfilm.__main__._driver", lambda: "1.2.3")
+    monkeypatch.setattr("fastfilm.machine.driver", lambda: "1.2.3")
     text = report(capsys)
     assert "Card, sm_90, 32 GiB" in text and "1.2.3" in text
 

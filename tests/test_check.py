@@ -1,0 +1,130 @@
+"""``python -m fastfilm check``: it finds nothing wrong here, and finds what is made wrong."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import fastfilm.check
+from fastfilm.__main__ import main
+from fastfilm.ops import backends
+
+BACKENDS = backends.BACKENDS
+HERE = [b.name for b in BACKENDS.values() if b.unavailable() is None and b.name != "triton"]
+needs_cpu = pytest.mark.skipif("cpu" not in HERE, reason="the C++ extension was not built")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Triton, which has a test of its own."""
+    kept = {k: v for k, v in BACKENDS.items() if k != "triton"}
+    monkeypatch.setattr(fastfilm.check, "BACKENDS", kept)
+
+
+def lines(text: str) -> list[str]:
+    """The rows of the table."""
+    return [line for line in text.splitlines() if re.match(r"(reference|cpu|triton) +\w+ ", line)]
+
+
+def test_every_backend_and_type_is_checked_and_right(
+    here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.perf_counter()
+    status = main(["check"])
+    text = capsys.readouterr().out
+    rows = lines(text)
+    assert status == 0, "\n".join(r for r in rows if not r.endswith(" ok"))
+    assert time.perf_counter() - began < 30
+    for name in HERE:
+        for dtype in BACKENDS[name].dtypes:
+            kind = str(dtype).removeprefix("torch.")
+            assert any(r.startswith(name) and f" {kind} " in r for r in rows), (name, kind)
+
+
+def test_the_report_names_versions_and_is_aligned(
+    here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--quick"]) == 0
+    text = capsys.readouterr().out
+    for value in (torch.__version__, fastfilm.__version__, "triton", "driver", "cuDNN", "eager's"):
+        assert value in text
+    rows = lines(text)
+    assert rows and {r.rindex(" ok") for r in rows} == {len(rows[0]) - 3}
+
+
+def test_quick_checks_less(here: None) -> None:
+    quick, full = list(fastfilm.check.check(quick=True)), len(fastfilm.check.CASES)
+    assert 0 < len(quick) < full * len(HERE)
+
+
+def broken(name: str, how: Callable[..., Any]) -> tuple[ModuleType, str, Callable[..., Any]]:
+    kernels = BACKENDS["cpu"].kernels()
+    real = getattr(kernels, name)
+    return kernels, name, lambda *args, **options: how(real(*args, **options))
+
+
+def slightly(found: torch.Tensor) -> torch.Tensor:
+    """One element off by a part in 1000."""
+    found.flatten()[0] *= 1.001
+    return found
+
+
+WRONG: dict[str, Callable[..., Any]] = {
+    "apply": lambda v: v * 1.001,
+    "moments": slightly,
+    "apply_backward": lambda found: (found[0], found[1] * 1.001),
+    "moments_backward": lambda found: (found[0].mul_(float("nan")), found[1]),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_launcher_is_found_and_the_status_is_1(
+    name: str, here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(*broken(name, WRONG[name]))
+    assert main(["check", "--quick"]) == 1
+    rows = lines(capsys.readouterr().out)
+    wrong = [r for r in rows if "WRONG" in r]
+    assert wrong and all(r.startswith("cpu") for r in wrong)
+    assert all(r.endswith("ok") for r in rows if r.startswith("reference"))
+
+
+@needs_cpu
+def test_a_launcher_that_raises_is_a_failure_with_its_reason(
+    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(found: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(*broken("apply", raises))
+    assert main(["check", "--quick"]) == 1
+    assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_unavailable_backends_are_named_with_their_reason(
+    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "describe", lambda: [("triton", "no CUDA device", "")])
+    assert main(["check", "--quick"]) == 0
+    assert "triton: not checked, no CUDA device" in capsys.readouterr().out
+
+
+def test_triton_is_checked_by_both_routes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if BACKENDS["triton"].unavailable() is not None:
+        pytest.skip("triton is not available")
+    monkeypatch.setattr(fastfilm.check, "BACKENDS", {"triton": BACKENDS["triton"]})
+    monkeypatch.setattr(fastfilm.check, "INTERPRETED", fastfilm.check.INTERPRETED[:1])
+    monkeypatch.setattr(fastfilm.check, "_QUICK", (torch.float32,))
+    status = main(["check", "--quick"])
+    text = capsys.readouterr().out
+    assert status == 0, text
+    assert {r.split()[1] for r in lines(text)} == {"fused", "composed"}

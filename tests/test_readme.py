@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastfilm
 from fastfilm.ops import spec
 from fastfilm.ops.backends import BACKENDS
 
@@ -40,8 +41,15 @@ def test_phantom_example_gives_a_target() -> None:
     assert names["mask"].get_fdata().any()
 
 
+def test_deferred_example_stays_unwritten_and_is_a_tensor_to_others() -> None:
+    names = run(next(e for e in EXAMPLES if "deferred=True" in e))
+    assert isinstance(names["pooled"], fastfilm.DeferredMap | torch.Tensor)
+    assert names["pooled"].shape == (2, 8, 16, 16)
+    assert names["brightness"].shape == () and torch.isfinite(names["brightness"])
+
+
 def test_every_example_is_run() -> None:
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -16,7 +16,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("coefficients", "driver", "gather", "baseline", "avx2", "avx512")),
+    *(
+        f"csrc/cpu/{name}.cpp"
+        for name in ("coefficients", "driver", "gather", "baseline", "avx2", "avx512")
+    ),
 ]
 DEPENDS = [
     "csrc/cpu/coefficients.h",

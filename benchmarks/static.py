@@ -74,8 +74,33 @@ def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
                 case = f"{channels} channels {bs}x{bc}"
                 items = tuple(constants.items())
                 yield Build(family, case, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
+        yield from _views(arch, quick)
         for norm in ("batch",) if quick else ("none", "batch", "instance"):
             yield from _algebra(arch, norm)
+
+
+def _views(arch: int, quick: bool) -> Iterator[Build]:
+    """Pooling by 2, concatenation, and resizing by about 2 with its transposed taps."""
+    from fastfilm.kernels import pointwise
+
+    cases = [
+        ("gather", "max pool", (1, 2, 2), {"MAXIMUM": True}),
+        ("gather", "concatenate", (1, 1, 1), {"MAXIMUM": False}),
+        ("gather", "linear", (1, 2, 2), {"MAXIMUM": False}),
+        ("gather", "linear 3d", (2, 2, 2), {"MAXIMUM": False}),
+        ("gather_backward", "concatenate", (1, 1, 1), {}),
+        ("gather_backward", "linear", (1, 4, 4), {}),
+        ("gather_backward", "linear 3d", (4, 4, 4), {}),
+        ("maximum_backward", "max pool", (1, 2, 2), {}),
+        ("maximum_backward", "max pool 3d", (2, 2, 2), {}),
+    ]
+    for channels in (64,) if quick else (32, 64, 256):
+        for family, case, taps, more in cases:
+            bs, bc, _, _ = pointwise.blocks(1 << 20, channels, 8, reduces=True)
+            constants = dict(zip(("TZ", "TY", "TX"), taps, strict=True)) | more
+            constants |= {"HAS_COEF": True, "ACT": RELU, "BS": bs, "BC": bc}
+            items, label = tuple(constants.items()), f"{case} {channels} channels {bs}x{bc}"
+            yield Build(family, label, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
 
 
 def _algebra(arch: int, norm: str) -> Iterator[Build]:
@@ -155,9 +180,11 @@ def _kernel(family: str) -> Any:
         conv_wgrad,
         pointwise,
         spatial_moments,
+        taps,
     )
 
     modules = {"fprop": conv_fprop, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
+    modules |= dict.fromkeys(("gather", "gather_backward", "maximum_backward"), taps)
     modules |= dict.fromkeys(("block_coefficients", "block_coefficients_backward"), coefficients)
     module = modules.get(family) or (spatial_moments if family.startswith("moments") else pointwise)
     return getattr(module, f"{family}_kernel")
@@ -174,6 +201,8 @@ FLOAT32_POINTERS = {
 }
 
 
+FLOAT32_POINTERS |= {"wz_ptr", "wy_ptr", "wx_ptr"}
+INTEGER_POINTERS = {"iz_ptr", "iy_ptr", "ix_ptr"}
 FLOATS = {"eps", "momentum", "unbiased", "slope_value"}
 
 
@@ -192,7 +221,8 @@ def compile_one(build: Build) -> dict[str, Any]:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{build.dtype}"
+            kind = "fp32" if name in FLOAT32_POINTERS else build.dtype
+            signature[name] = "*i32" if name in INTEGER_POINTERS else f"*{kind}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         if name.endswith("_ptr") or name in ("CI", "CO", "C"):

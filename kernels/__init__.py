@@ -6,6 +6,7 @@ from .conv_fprop import fprop, fprop_apply
 from .conv_wgrad import wgrad
 from .pointwise import apply, apply_backward
 from .spatial_moments import moments, moments_backward
+from .taps import gather_taps, gather_taps_backward
 
 __all__ = [
     "apply",
@@ -16,6 +17,8 @@ __all__ = [
     "dgrad",
     "fprop",
     "fprop_apply",
+    "gather_taps",
+    "gather_taps_backward",
     "moments",
     "moments_backward",
     "wgrad",

@@ -44,12 +44,17 @@ def write(sources: Sequence[Source], kernels: ModuleType) -> Tensor:
         return _valued(sources[0], kernels)
     first = sources[0]
     channels = sum(s.raw.shape[1] for s in sources)
-    if hasattr(kernels, "gather"):
+    if hasattr(kernels, "gather") or hasattr(kernels, "gather_taps"):
         v = conv.raw_like(first.raw, (first.raw.shape[0], channels, *first.size))
         at = 0
         for s in sources:
-            kernels.gather(spec.channels_last(s.raw), s.coef, s.act, s.view, v, at)
-            at += s.raw.shape[1]
+            raw = spec.channels_last(s.raw)
+            if hasattr(kernels, "gather"):
+                kernels.gather(raw, s.coef, s.act, s.view, v, at)
+            else:
+                taps = views.taps(s.view, tuple(raw.shape[2:]), False, raw.device)
+                kernels.gather_taps(raw, s.coef, s.act, taps, _is_maximum(s.view), v, at)
+            at += raw.shape[1]
         return v
     parts = [views.seen(_valued(s, kernels), s.view) for s in sources]
     return spec.channels_last(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
@@ -63,7 +68,11 @@ def write_backward(
     at = 0
     for s, want in zip(sources, wanted, strict=True):
         channels = s.raw.shape[1]
-        if want:
+        if want and hasattr(kernels, "gather_taps") and _taps_lead_back(s.view):
+            raw, maximum = spec.channels_last(s.raw), _is_maximum(s.view)
+            taps = views.taps(s.view, tuple(raw.shape[2:]), not maximum, raw.device)
+            grads.append(kernels.gather_taps_backward(dv, at, raw, s.coef, s.act, taps, maximum))
+        elif want:
             du = _view_backward(dv, at, s, kernels, len(sources) == 1)
             grads.append(
                 (du, None)
@@ -76,6 +85,15 @@ def write_backward(
             grads.append((None, None))
         at += channels
     return grads
+
+
+def _is_maximum(view: View | None) -> bool:
+    return view is not None and view.kind == "max"
+
+
+def _taps_lead_back(view: View | None) -> bool:
+    """Whether ``gather_taps_backward`` serves a view: a maximum over windows that overlap is PyTorch's."""
+    return not _is_maximum(view) or views.disjoint(view)
 
 
 def _valued(s: Source, kernels: ModuleType) -> Tensor:

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -114,6 +115,30 @@ def axes(view: View | None, size: tuple[int, ...]) -> tuple[Axis, ...]:
 def transposed_axes(view: View | None, size: tuple[int, ...]) -> tuple[Axis, ...]:
     """The adjoint of ``axes``: for each position of the map, who reads it."""
     return tuple(_transposed(axis) for axis in axes(view, size))
+
+
+@functools.lru_cache(maxsize=1024)
+def taps(
+    view: View | None, size: tuple[int, ...], transposed: bool, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Index int32 and weight float32 [positions, T] of each axis on a device, padded with weight 0."""
+    found = []
+    for axis in transposed_axes(view, size) if transposed else axes(view, size):
+        counts = np.diff(axis.start)
+        width = max(int(counts.max(initial=0)), 1)
+        index = np.zeros((axis.positions, width), np.int32)
+        weight = np.zeros((axis.positions, width), np.float32)
+        filled = np.arange(width) < counts[:, None]
+        index[filled], weight[filled] = axis.taps, axis.weight
+        found.append((torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)))
+    return tuple(found)
+
+
+def disjoint(view: View | None) -> bool:
+    """Whether no two positions see the same one of the map; of pooling and no view at all."""
+    return view is None or (
+        bool(view.kernel) and all(k <= s for k, s in zip(view.kernel, view.stride, strict=True))
+    )
 
 
 def seen(v: Tensor, view: View | None) -> Tensor:

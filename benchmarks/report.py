@@ -159,6 +159,7 @@ def plot(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> str | None
         return "matplotlib is not installed"
     suites = [s for s in ("model", "ops", "peers") if any(r.suite == s and r.ratio for r in rows)]
     memory = [r for r in rows if r.suite == "memory" and r.saved_bytes]
+    memory = [r for r in memory if r.case == memory[0].case]
     if not suites and not memory:
         return "no timed row and no counted row"
     first = next((r for s in suites for r in rows if r.suite == s and r.ratio), None)

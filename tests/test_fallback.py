@@ -276,3 +276,36 @@ def test_variables_name_what_the_registry_has() -> None:
     values = {v.name: v.values for v in environment.VARIABLES}
     assert values["FASTFILM_BACKEND"] == tuple(backends.BACKENDS)
     assert values["FASTFILM_ROUTE"] == backends.ROUTES
+
+
+def test_views_of_maps_fall_back_to_pytorchs_indexing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network whose pooling, upsampling and concatenation kernels fail is the reference's network."""
+    torch.manual_seed(0)
+    net = fastfilm.FiLMedUNet(1, 1, depth=1, base_filters=3, metadata_size=2, norm="instance")
+    x, rows = torch.randn(1, 1, 6, 5), torch.eye(2)[:1]
+    failed: list[str] = []
+
+    def broken(name: str) -> Callable[..., Any]:
+        def launcher(*args: Any) -> Any:
+            failed.append(name)
+            raise out_of_resources()
+
+        return launcher
+
+    results = []
+    for how in ("broken", "reference"):
+        net.zero_grad()
+        with monkeypatch.context() as patch:
+            if how == "broken":
+                for name in ("gather_taps", "gather_taps_backward"):
+                    patch.setattr(kernels, name, broken(name))
+                context: Any = pytest.warns(RuntimeWarning, match="PyTorch does its work")
+            else:
+                context = fastfilm.backend("reference")
+            with context:
+                out = net(x, rows)
+                out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in net.parameters())])
+    assert {"gather_taps", "gather_taps_backward"} == set(failed)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -23,6 +23,9 @@ from .tail import Kind, Tail
 
 Key = tuple[object, ...]
 
+Taps = Sequence[tuple[Tensor, Tensor]]
+"""Index and weight [positions, T] of each axis, three of them: see ``views.taps``."""
+
 STRICT = environment.read("FASTFILM_STRICT") == "1"
 
 failures: dict[Key, str] = {}
@@ -228,7 +231,59 @@ def _composed_backward(
     return conv.conv_bwd(*head, *tail)
 
 
+def _taken(y: Tensor, coef: Tensor | None, act: str, taps: Taps, maximum: bool) -> Tensor:
+    """What ``taps`` show of a map behind its coefficients, axis after axis."""
+    v = y if coef is None else reference.materialise(y, coef, act)
+    for dim, (index, weight) in enumerate(taps[-(y.dim() - 2) :], start=2):
+        shape = (*index.shape, *(1,) * (v.dim() - dim - 1))
+        v = v.index_select(dim, index.flatten()).unflatten(dim, index.shape)
+        if maximum:
+            v = v.masked_fill(weight.reshape(shape) == 0, -torch.inf).max(dim + 1).values
+        else:
+            v = (v * weight.reshape(shape).to(v.dtype)).sum(dim + 1)
+    return v
+
+
+def _gather_taps(
+    y: Tensor,
+    coef: Tensor | None,
+    act: str,
+    taps: Taps,
+    maximum: bool,
+    out: Tensor,
+    first: int,
+) -> None:
+    """PyTorch's indexing, sums and maxima."""
+    out[:, first : first + y.shape[1]] = _taken(y, coef, act, taps, maximum)
+
+
+def _gather_taps_backward(
+    dout: Tensor,
+    first: int,
+    y: Tensor,
+    coef: Tensor | None,
+    act: str,
+    taps: Taps,
+    maximum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of PyTorch's indexing, sums and maxima."""
+    part = dout[:, first : first + y.shape[1]]
+    if not maximum:  # the taps are the transposed ones: they lead from the result to the map
+        part = _taken(part, None, "none", taps, False)
+
+    def shown(y: Tensor, coef: Tensor | None = None) -> Tensor:
+        if maximum:
+            return _taken(y, coef, act, taps, True)
+        return y if coef is None else reference.materialise(y, coef, act)
+
+    dy, *rest = pull(shown, (y,) if coef is None else (y, coef), part)
+    assert dy is not None
+    return spec.channels_last(dy), rest[0] if rest else None
+
+
 apply = _guarded(_apply)
+gather_taps = _guarded(_gather_taps)
+gather_taps_backward = _guarded(_gather_taps_backward)
 apply_backward = _guarded(_apply_backward)
 moments = _guarded(_moments)
 moments_backward = _guarded(_moments_backward)

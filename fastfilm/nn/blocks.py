@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import DeferredMap, block, spec
+from fastfilm.ops import DeferredMap, block, distributed, spec
 from fastfilm.ops.maps import Map
 from fastfilm.ops.recipe import Options
 from fastfilm.ops.remembered import Remembered
@@ -30,6 +30,9 @@ class ConvNormFiLM(nn.Module):
         order: where activation and FiLM stand.
         dropout: probability of dropping a channel of a sample in training.
         dropout_position: "end", "film" (in front of FiLM) or "norm" (in front of the norm).
+        sync_group: processes whose batches batch norm normalises together in training, as
+            ``torch.nn.SyncBatchNorm`` does: a process group, or True for the default one. Without an initialised
+            process group it is plain batch norm.
     """
 
     spatial_dims = 2
@@ -59,6 +62,7 @@ class ConvNormFiLM(nn.Module):
         order: str = "conv-norm-film-act",
         dropout: float = 0.0,
         dropout_position: str = "end",
+        sync_group: distributed.Group = None,
     ) -> None:
         super().__init__()
         dims = self.spatial_dims
@@ -87,6 +91,7 @@ class ConvNormFiLM(nn.Module):
         self.padding = spec.as_tuple("padding", padding, dims)
         self._no_padding = (0,) * dims
         self._remembered = Remembered()
+        self.sync_group = sync_group
         self.norm = spec.choice("norm", norm, spec.NORMS)
         self.activation = spec.choice("activation", activation, spec.ACTIVATIONS)
         self.order = spec.choice("order", order, spec.ORDERS)
@@ -148,6 +153,8 @@ class ConvNormFiLM(nn.Module):
             x: [N, Ci, *S], or the ``DeferredMap`` of the block before.
             gamma, beta: FiLM [N, Co], [1, Co] or [Co]; each optional.
         """
+        if not hasattr(x, "shape"):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if len(x.shape) != self.spatial_dims + 2:
             raise ValueError(
                 f"x must have {self.spatial_dims + 2} dimensions for this block, got {tuple(x.shape)}"
@@ -159,6 +166,9 @@ class ConvNormFiLM(nn.Module):
             mask = torch.bernoulli(mask).div_(keep)
         slope = self.slope
         learned = slope if isinstance(slope, Tensor) else None
+        group = None
+        if self.sync_group is not None and self.training and self.norm == "batch":
+            group = distributed.active(self.sync_group)
         return block.run(
             x,
             self.weight,
@@ -173,6 +183,7 @@ class ConvNormFiLM(nn.Module):
                 None if isinstance(slope, Tensor) else slope,
                 self.order,
                 self.dropout_position,
+                group is not None,
             ),
             (
                 self.norm_weight,
@@ -187,6 +198,7 @@ class ConvNormFiLM(nn.Module):
             self._count_batch(),
             deferred,
             self._remembered,
+            group,
         )
 
     def _count_batch(self) -> float:
@@ -282,3 +294,19 @@ class DoubleConv(nn.Module):
             self.first(x, deferred=True), gamma, beta, deferred=deferred
         )
         return out
+
+
+def sync_batch_norm(
+    model: nn.Module, process_group: distributed.Group = None
+) -> nn.Module:
+    """Makes every block of ``model`` with batch norm use the statistics of all processes; returns ``model``.
+
+    The counterpart of ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` (which sees PyTorch's own layers only).
+
+    Args:
+        process_group: a process group; True or None for the default one.
+    """
+    for module in model.modules():
+        if isinstance(module, ConvNormFiLM) and module.norm == "batch":
+            module.sync_group = True if process_group is None else process_group
+    return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import assemble, backends, conv, pointwise, recipe, reference
@@ -29,6 +30,7 @@ def run(
     momentum: float,
     deferred: bool,
     remembered: Remembered | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor | DeferredMap:
     """``fastfilm.conv_norm_film`` with its arguments packed.
 
@@ -36,6 +38,7 @@ def run(
         geometry: stride, padding, dilation, transposed, output_padding, groups.
         tensors: norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope.
         remembered: where the caller keeps coefficients that do not depend on the map.
+        group: processes over which a batch norm's batch is spread.
     """
     sources: list[Source] | None = None
     if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
@@ -54,7 +57,7 @@ def run(
         raw, weight = _autocast(x.raw if isinstance(x, DeferredMap) else x, weight)
     how = _recipe(raw, weight, bias, geometry, options, tensors)
     kind, plan, kernels, geometry = how.kind, how.plan, how.kernels, how.geometry
-    tail = Tail(kind, momentum, *tensors)
+    tail = Tail(kind, momentum, *tensors, group=group)
     if kernels is None:
         v = raw if isinstance(x, Tensor) else x.tensor().to(raw.dtype)
         if v.is_contiguous():
@@ -192,7 +195,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 def _autocast_dtype(raw: Tensor) -> torch.dtype | None:
     """Autocast's dtype where it is on and changes a map like this one."""
-    if isinstance(raw, Tensor) and raw.dtype != torch.float64:
+    if isinstance(raw, Tensor) and raw.dtype != torch.float64 and not raw.is_meta:
         device = raw.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)

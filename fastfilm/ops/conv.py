@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import higher, spec
+from . import higher, reference, spec
 from .backends import BACKENDS
 from .library import define, differentiable, direct
 from .tail import accumulate_dtype
@@ -50,13 +50,17 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     )
 
 
-def _vendor_weight(weight: Tensor) -> Tensor:
+def _vendor_weight(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """``weight`` channels-last, as vendors' channels-last kernels want it (oneDNN is 1.6 times slower else)."""
+    if reference.unsafe_channels_last(weight, groups, transposed):
+        return weight.contiguous()
     return weight.contiguous(memory_format=spec.channels_last_format(weight.dim()))
 
 
-def _vendor_input(v: Tensor) -> Tensor:
+def _vendor_input(v: Tensor, groups: int, transposed: bool) -> Tensor:
     """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1."""
+    if reference.unsafe_channels_last(v, groups, transposed):
+        return v.contiguous()
     if v.shape[1] != 1 or not v.is_contiguous(memory_format=spec.channels_last_format(v.dim())):
         return v
     strides, step = [], 1
@@ -93,8 +97,8 @@ def conv_fwd(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     y = torch.convolution(
-        _vendor_input(v),
-        _vendor_weight(weight),
+        _vendor_input(v, groups, transposed),
+        _vendor_weight(weight, groups, transposed),
         bias,
         stride,
         padding,
@@ -147,9 +151,9 @@ def conv_bwd(
         return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
     v = x if coef is None else kernels.apply(x, coef, act)
     dv, dw, _ = torch.ops.aten.convolution_backward(
-        _vendor_input(e),
-        _vendor_input(v),
-        _vendor_weight(weight),
+        _vendor_input(e, groups, transposed),
+        _vendor_input(v, groups, transposed),
+        _vendor_weight(weight, groups, transposed),
         None,
         stride,
         padding,
@@ -299,8 +303,8 @@ def conv_apply(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     y = torch.convolution(
-        _vendor_input(v),
-        _vendor_weight(weight),
+        _vendor_input(v, groups, transposed),
+        _vendor_weight(weight, groups, transposed),
         bias,
         stride,
         padding,

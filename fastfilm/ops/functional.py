@@ -130,6 +130,9 @@ def conv_norm_film(
         >>> y.shape
         torch.Size([2, 8, 16, 16])
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    spec.check_number("momentum", momentum)
     return block.run(
         x,
         weight,
@@ -200,6 +203,9 @@ def norm_film(
         >>> fastfilm.norm_film(x, norm="instance", activation="leaky_relu", gamma=gamma).shape
         torch.Size([2, 8, 6, 6])
     """
+    if not isinstance(x, Map):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    spec.check_number("momentum", momentum)
     return block.run_on_map(
         plain(x),
         Options(

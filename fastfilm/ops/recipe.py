@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import backends, spec
@@ -35,6 +36,7 @@ class Options(NamedTuple):
     slope: float | None
     order: str
     dropout_position: str
+    synchronised: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,17 @@ def of_convolution(
     size = spec.conv_output_size(
         raw.shape[2:], kernel, stride, padding, dilation, transposed, output_padding
     )
-    if any(s < 0 for s in size) or (min(size) == 0 and raw.numel() > 0 and not transposed):
+    if 0 in raw.shape[2:]:
+        raise ValueError(f"x must have voxels to convolve, got {tuple(raw.shape)}")
+    if transposed and any(
+        o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)
+    ):
+        raise ValueError(
+            f"output_padding must be smaller than stride {stride} or dilation {dilation}, got {output_padding}"
+        )
+    if transposed and min(size) < 1:
+        raise ValueError(f"padding {padding} leaves nothing of the output of x {tuple(raw.shape)}")
+    if min(size) < 1:
         raise ValueError(
             f"kernel {kernel} is larger than the padded input {tuple(raw.shape[2:])} (padding {padding})"
         )
@@ -151,7 +163,10 @@ def pointwise_plan(y: Tensor) -> str:
 def launchers(plan: str) -> ModuleType | None:
     """Kernels of a plan; None for plain PyTorch."""
     name, route = plan.split("/")
-    return None if route == "eager" else backends.BACKENDS[name].kernels()
+    if route == "eager":
+        return None
+    # a compiler sees the operators only, and could not follow the import
+    return backends if torch.compiler.is_compiling() else backends.BACKENDS[name].kernels()
 
 
 def _kind(
@@ -186,9 +201,12 @@ def _kind(
     films = {"gamma": gamma, "beta": beta, "dropout_mask": dropout_mask}
     for name, film in films.items():
         spec.check_film(name, film, batch, channels)
+    spec.check_number("eps", options.eps)
     number = _check_slope(activation, options.slope if slope is None else slope, channels)
     spec.check_same_device(**others, **vectors, **films, slope=slope)
-    if norm == "group" and (num_groups is None or num_groups < 1 or channels % num_groups):
+    if norm == "group" and (
+        not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups
+    ):
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
@@ -202,7 +220,8 @@ def _kind(
         or (norm == "instance" and (training or running_mean is None))
     )
     groups = num_groups if norm == "group" and num_groups is not None else 1
-    if uses_input and batch > 0:
+    # other processes may have more values
+    if uses_input and batch > 0 and not options.synchronised:
         _check_count(norm, groups, batch, channels, size)
     return Kind(
         norm=norm,
@@ -250,6 +269,8 @@ def _check_slope(act: str, slope: float | Tensor | None, channels: int) -> float
                 f"slope must be floating point with 1 or {channels} values, got {slope.dtype} {tuple(slope.shape)}"
             )
         return 0.0
+    if not isinstance(slope, (int, float)):
+        raise TypeError(f"slope must be a number or a tensor, got {slope!r}")
     return float(slope)
 
 

@@ -49,6 +49,15 @@ def spread(t: Tensor, ndim: int) -> Tensor:
     return t.reshape(t.shape + (1,) * (ndim - 2))
 
 
+def unsafe_channels_last(x: Tensor, groups: int, transposed: bool) -> bool:
+    """Whether the vendor's convolution must not see ``x`` channels-last.
+
+    oneDNN (PyTorch 2.13, CPU) computes some grouped 3D convolutions of channels-last bfloat16 maps or weights
+    wrongly, and crashes where an output sees nothing but padding.
+    """
+    return groups > 1 and not transposed and x.dim() == 5 and x.device.type == "cpu"
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -61,6 +70,8 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """The vendor's convolution [N, Ci, *S] -> [N, Co, *T]; weight as in ``torch.nn.Conv*``."""
+    if unsafe_channels_last(x, groups, transposed):
+        x, weight = x.contiguous(), weight.contiguous()
     return torch.convolution(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
     )
@@ -126,6 +137,12 @@ class _ContiguousGrad(torch.autograd.Function):
         return grad.contiguous()
 
 
+def _mixes(u: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether PyTorch's norms take these types: all that of ``u``, or all float32 beside a 16-bit ``u``."""
+    types = {t.dtype for t in tensors if t is not None}
+    return types <= {u.dtype} or (types == {torch.float32} and u.dtype.itemsize == 2)
+
+
 def normalise(
     u: Tensor,
     norm: str,
@@ -139,8 +156,18 @@ def normalise(
     eps: float,
 ) -> Tensor:
     """PyTorch's own normalisation ``norm`` of ``u`` [N, C, *S]; updates running statistics in place."""
-    if norm == "none":
+    if norm == "none" or (norm == "instance" and u.shape[0] == 0):
         return u
+    tensors = (weight, bias, running_mean, running_var)
+    if not _mixes(u, tensors):
+        # PyTorch refuses these types together
+        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+        w, b, mean, var = (None if t is None else t.to(wide) for t in tensors)
+        v = normalise(u, norm, w, b, mean, var, num_groups, training, momentum, eps)
+        for t, moved in zip(tensors[2:], (mean, var), strict=True):
+            if t is not None and moved is not None and moved is not t:
+                t.copy_(moved)
+        return v
     if norm == "batch":
         return F.batch_norm(u, running_mean, running_var, weight, bias, training, momentum, eps)
     if norm == "instance":

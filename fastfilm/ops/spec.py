@@ -77,6 +77,14 @@ def check_feature_map(name: str, x: Tensor) -> int:
     return x.dim() - 2
 
 
+def check_number(name: str, value: float) -> None:
+    """TypeError/ValueError unless ``value`` is a number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value!r}")
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """ValueError naming the first tensor that is not on the device of the first one."""
     present = [(name, t) for name, t in tensors.items() if t is not None]
@@ -92,8 +100,9 @@ def check_channel_vector(name: str, t: Tensor | None, channels: int) -> None:
     """ValueError unless ``t`` is None or a floating point vector [C]."""
     if t is None:
         return
-    if not t.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {t.dtype}")
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a floating point tensor, got {got}")
     if t.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {tuple(t.shape)}")
 

@@ -296,9 +296,7 @@ class DoubleConv(nn.Module):
         return out
 
 
-def sync_batch_norm(
-    model: nn.Module, process_group: distributed.Group = None
-) -> nn.Module:
+def sync_batch_norm(model: nn.Module, process_group: distributed.Group = None) -> nn.Module:
     """Makes every block of ``model`` with batch norm use the statistics of all processes; returns ``model``.
 
     The counterpart of ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` (which sees PyTorch's own layers only).

@@ -1,9 +1,11 @@
 """The operators: schemas, shape functions, gradients, backend choice, and the float64-capable reference."""
 
-from . import conv, pointwise
+from . import conv, flops, pointwise
 from .backends import backend
 from .functional import conv_norm_film, materialise, moments, norm_film
 from .maps import DeferredMap
+
+flops.watch()
 
 __all__ = [
     "DeferredMap",

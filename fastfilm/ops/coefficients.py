@@ -10,8 +10,10 @@ Everything here is differentiable PyTorch; it is the definition that a fused ker
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from . import distributed
 from .library import direct
 
 
@@ -27,6 +29,7 @@ def norm_statistics(
     momentum: float = 0.1,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance that the norm divides by, and PyTorch's update of running statistics.
 
@@ -35,6 +38,7 @@ def norm_statistics(
         count: values per sample and channel (the number of voxels).
         shift: [C], added to the raw map before the norm (the convolution's bias).
         scale: [N, C], multiplied to it after the shift (channel dropout in front of the norm).
+        group: processes over which a batch norm's batch is spread.
 
     Returns:
         mean, var: [N or 1, C] each, of ``scale * (y + shift)``.
@@ -46,6 +50,14 @@ def norm_statistics(
         mean = mean * scale
         var = var * (scale * scale)
     n, channels = mean.shape
+    if norm == "batch" and group is not None:
+        centre, total, values = distributed.combined(mean, var, count, group)
+        if training and running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                corrected = total[0] * (values / (values - 1).clamp(min=1))
+                running_mean.lerp_(centre[0].to(running_mean.dtype), momentum)
+                running_var.lerp_(corrected.to(running_var.dtype), momentum)
+        return centre, total
     if norm == "batch":
         between, centre = torch.var_mean(mean, 0, correction=0, keepdim=True)
         total = var.mean(0, keepdim=True) + between

@@ -6,10 +6,11 @@ of one call, and knows the eager form and the way from moments to coefficients.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import fused_coefficients, reference
@@ -76,6 +77,8 @@ class Tail:
     beta: Tensor | None
     dropout_mask: Tensor | None
     slope: Tensor | None
+    group: dist.ProcessGroup | None = field(default=None, kw_only=True)
+    """Processes over which the batch is spread, for the statistics of batch norm."""
 
     def pre(self, bias: Tensor | None, like: Tensor, biased: bool = False) -> Tensor | None:
         """[2, C] shift and slope in front of the moments; None where the moments see the raw map.
@@ -112,6 +115,7 @@ class Tail:
         mask = self.dropout_mask
         if (
             kernels is not None
+            and self.group is None
             and hasattr(kernels, "block_coefficients")
             and kernels.covers_block(self.kind)
             and direct(like)
@@ -161,6 +165,7 @@ class Tail:
                 momentum=self.momentum,
                 shift=None if kind.activation_first else bias,
                 scale=None if before is None else before.to(stats.dtype),
+                group=self.group,
             )
             pivot = stats.detach()[0]
             if kind.norm == "batch" and before is None:
@@ -197,6 +202,10 @@ class Tail:
     def eager(self, y: Tensor) -> Tensor:
         """The same on ``y`` (which has the convolution's bias), step by step in PyTorch."""
         kind = self.kind
+        if self.group is not None and kind.norm == "batch" and kind.uses_input:
+            stats = reference.moments(y, self.pre(None, y), kind.pre_activation)
+            coef = self.defined_coefficients(y, None, stats)
+            return reference.materialise(y, coef, kind.activation)
         gamma, beta, mask = (
             t.unsqueeze(0) if t is not None and t.dim() == 1 else t
             for t in (self.gamma, self.beta, self.dropout_mask)

@@ -355,3 +355,30 @@ def test_both_ends_are_reached() -> None:
 
     count()
     assert 0.1 < sum(ends) / len(ends) < 0.7
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "weight", "options"),
+    [
+        (torch.float32, (1, 8, 5, 2, 1), (10, 4, 1, 1, 1), {"groups": 2, "dilation": 2}),
+        (torch.bfloat16, (1, 1, 5, 5, 1), (6, 1, 1, 1, 1), {"dilation": 2}),
+        (torch.bfloat16, (3, 1, 1, 6, 6), (5, 1, 3, 3, 3), {}),
+        (torch.bfloat16, (2, 1, 1, 5, 5), (5, 1, 3, 3, 3), {"stride": 3}),
+    ],
+)
+def test_padded_maps_of_one_slice(
+    dtype: torch.dtype, shape: Any, weight: Any, options: dict[str, Any], backend: str
+) -> None:
+    """oneDNN crashes on these or returns garbage where they are channels-last."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    w, bias = torch.randn(weight, generator=generator).to(dtype), torch.zeros(weight[0])
+    options = {"stride": 3, "padding": 2, **options}
+    with fastfilm.backend(backend):
+        found = fastfilm.conv_norm_film(x, w, bias, **options)
+    with fastfilm.backend("reference"):
+        exact = fastfilm.conv_norm_film(x.double(), w.double(), **options)
+    assert isinstance(found, Tensor) and isinstance(exact, Tensor)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=2e-2)

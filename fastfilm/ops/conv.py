@@ -50,16 +50,20 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     )
 
 
-def _vendor_weight(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+def _vendor_weight(weight: Tensor, plain: bool) -> Tensor:
     """``weight`` channels-last, as vendors' channels-last kernels want it (oneDNN is 1.6 times slower else)."""
-    if reference.unsafe_channels_last(weight, groups, transposed):
+    if plain:
         return weight.contiguous()
     return weight.contiguous(memory_format=spec.channels_last_format(weight.dim()))
 
 
-def _vendor_input(v: Tensor, groups: int, transposed: bool) -> Tensor:
-    """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1."""
-    if reference.unsafe_channels_last(v, groups, transposed):
+def _vendor_input(v: Tensor, plain: bool) -> Tensor:
+    """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1.
+
+    Args:
+        plain: contiguous instead, see ``reference.unsafe_channels_last``.
+    """
+    if plain:
         return v.contiguous()
     if v.shape[1] != 1 or not v.is_contiguous(memory_format=spec.channels_last_format(v.dim())):
         return v
@@ -96,9 +100,10 @@ def conv_fwd(
             x, weight, bias, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
         )
     v = x if coef is None else kernels.apply(x, coef, act)
+    plain = reference.unsafe_channels_last(v)
     y = torch.convolution(
-        _vendor_input(v, groups, transposed),
-        _vendor_weight(weight, groups, transposed),
+        _vendor_input(v, plain),
+        _vendor_weight(weight, plain),
         bias,
         stride,
         padding,
@@ -150,10 +155,11 @@ def conv_bwd(
             dweight = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
         return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
     v = x if coef is None else kernels.apply(x, coef, act)
+    plain = reference.unsafe_channels_last(v)
     dv, dw, _ = torch.ops.aten.convolution_backward(
-        _vendor_input(e, groups, transposed),
-        _vendor_input(v, groups, transposed),
-        _vendor_weight(weight, groups, transposed),
+        _vendor_input(e, plain),
+        _vendor_input(v, plain),
+        _vendor_weight(weight, plain),
         None,
         stride,
         padding,
@@ -302,9 +308,10 @@ def conv_apply(
             x, weight, bias, coef, act, out_coef, out_act, tuple(stride), tuple(padding)
         )
     v = x if coef is None else kernels.apply(x, coef, act)
+    plain = reference.unsafe_channels_last(v)
     y = torch.convolution(
-        _vendor_input(v, groups, transposed),
-        _vendor_weight(weight, groups, transposed),
+        _vendor_input(v, plain),
+        _vendor_weight(weight, plain),
         bias,
         stride,
         padding,

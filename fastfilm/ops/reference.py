@@ -49,13 +49,13 @@ def spread(t: Tensor, ndim: int) -> Tensor:
     return t.reshape(t.shape + (1,) * (ndim - 2))
 
 
-def unsafe_channels_last(x: Tensor, groups: int, transposed: bool) -> bool:
-    """Whether the vendor's convolution must not see ``x`` channels-last.
+def unsafe_channels_last(x: Tensor) -> bool:
+    """Whether the vendor's convolution must not see ``x``, or weights beside it, channels-last.
 
-    oneDNN (PyTorch 2.13, CPU) computes some grouped 3D convolutions of channels-last bfloat16 maps or weights
-    wrongly, and crashes where an output sees nothing but padding.
+    oneDNN (PyTorch 2.13, CPU) crashes or returns garbage for some padded 3D convolutions of channels-last maps
+    with a dimension of size 1: in bfloat16, and in float32 with groups.
     """
-    return groups > 1 and not transposed and x.dim() == 5 and x.device.type == "cpu"
+    return x.dim() == 5 and 1 in x.shape[2:] and x.device.type == "cpu"
 
 
 def convolution(
@@ -70,7 +70,7 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """The vendor's convolution [N, Ci, *S] -> [N, Co, *T]; weight as in ``torch.nn.Conv*``."""
-    if unsafe_channels_last(x, groups, transposed):
+    if unsafe_channels_last(x):
         x, weight = x.contiguous(), weight.contiguous()
     return torch.convolution(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups

@@ -127,3 +127,71 @@ def test_inductor_compiles_a_block() -> None:
             pytest.skip(f"Inductor cannot compile here: {str(error).splitlines()[0]}")
         raise
     assert relative_error(found, block(x, gamma, gamma).double()) < 1e-5
+
+
+def test_dynamic_sizes_take_one_graph_and_give_eagers_results() -> None:
+    recorder = Recorder()
+    torch.manual_seed(0)
+    block = fastfilm.ConvNormFiLM2d(3, 4, norm="instance").eval()
+    compiled = torch.compile(block, backend=recorder, fullgraph=True, dynamic=True)
+    gamma = torch.rand(1, 4)
+    for size in ((8, 10), (14, 12), (9, 21)):
+        x = torch.randn(2, 3, *size)
+        assert relative_error(compiled(x, gamma, gamma), block(x, gamma, gamma).double()) < 1e-5
+    assert len(recorder.graphs) == 1
+
+
+def test_a_dynamic_network_trains_at_two_sizes_as_eager_does() -> None:
+    torch.manual_seed(0)
+    eager = fastfilm.FiLMedUNet(1, 1, depth=1, base_filters=4, metadata_size=3)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (16, 24):
+        x = torch.randn(2, 1, size, size)
+        for call in (eager, compiled):
+            call(x, torch.eye(3)[:2]).square().mean().backward()
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None and q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_flops_are_counted_as_pytorchs_own(dims: int, training: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def counted(backend: str) -> dict[str, int]:
+        net = network(spatial_dims=dims).train(training)
+        x = torch.randn(2, 1, *[8] * dims)
+        with fastfilm.backend(backend), FlopCounterMode(display=False) as counter:
+            with torch.set_grad_enabled(training):
+                v = net(x, torch.eye(3)[:2])
+            if training:
+                v.sum().backward()
+        return {str(k): n for k, n in counter.get_flop_counts()["Global"].items()}
+
+    ours, theirs = counted("cpu"), counted("reference")
+    assert any("fastfilm" in k for k in ours) and not any("convolution" in k for k in ours)
+    assert sum(ours.values()) == sum(theirs.values()) > 0
+    if training:
+        assert ours["fastfilm.conv_backward"] == theirs["aten.convolution_backward"]
+
+
+def test_flops_of_grouped_strided_and_transposed_convolutions() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cases: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
+        ({"groups": 2, "stride": 2}, (6, 2, 3, 3)),
+        ({"transposed": True, "stride": 2}, (4, 6, 3, 3)),
+        ({"dilation": 2}, (6, 4, 3, 3)),
+    )
+    for options, shape in cases:
+        totals = []
+        for backend in ("cpu", "reference"):
+            x, weight = torch.randn(2, 4, 9, 8), torch.randn(shape)
+            x.requires_grad_(), weight.requires_grad_()
+            with fastfilm.backend(backend), FlopCounterMode(display=False) as counter:
+                fastfilm.conv_norm_film(x, weight, norm="instance", **options).sum().backward()
+            totals.append(counter.get_total_flops())
+        assert totals[0] == totals[1] > 0, options

@@ -211,8 +211,14 @@ def choose(request: Request) -> str:
     Raises:
         NotImplementedError: the forced backend or route cannot serve the request; says why.
     """
-    if _forced.backend is None and traced():
-        return "reference/eager"
+    if traced():
+        if _forced.backend is None:
+            return "reference/eager"
+        if _forced.backend != "reference" and not torch.compiler.is_exporting():
+            raise NotImplementedError(
+                f"backend {_forced.backend!r} cannot serve a torch.func transform;"
+                " use fastfilm.backend('reference'), or force none"
+            )
     return _choose(request, *forced())
 
 

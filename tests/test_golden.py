@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.nn import FiLMedUNet, FiLMGenerator, Modified3DUNet, ivadomed
-from fastfilm.ops import backends
+from fastfilm.ops import backends, environment
 
 HERE = Path(__file__).parent / "golden"
 SHARED = Path(
@@ -27,6 +27,7 @@ NAMES = (
     "filmed_unet_3d_depth2",
     "modified_3d_unet_film",
 )
+SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 ROUTES = [("reference", None), ("cpu", None), ("triton", "fused")]
 
 
@@ -113,11 +114,7 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
     kernels, is not.
     """
     data = golden(name)
-    if (
-        backend == "triton"
-        and name.startswith("modified")
-        and os.environ.get("FASTFILM_SLOW_TESTS") != "1"
-    ):
+    if backend == "triton" and "2d" not in name and not SLOW:
         pytest.skip("interpreting this network takes minutes; set FASTFILM_SLOW_TESTS=1 to run it")
     with forced(backend, route):
         found = run(data, torch.float32)

@@ -1,0 +1,417 @@
+"""The configuration: pydantic models that refuse unknown keys, read from and written to YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import Problems, UserError
+from .files import write_text
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Label(Section):
+    """What is to be segmented.
+
+    Where the labels are exclusive values of one file, ``values`` says which; where each has a mask of its own,
+    ``suffix`` (BIDS) or ``column`` (CSV) says which file, and every voxel that is not 0 belongs to it.
+    """
+
+    values: list[Positive] | None = Field(
+        None, description="values in the label file that make up this label"
+    )
+    suffix: str | None = Field(None, description="BIDS: suffix of the label's own mask file")
+    column: str | None = Field(None, description="CSV: column with the label's own mask file")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Label:
+        given = [n for n in ("values", "suffix", "column") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a label needs one of values, suffix, column, got {given or 'none'}")
+        return self
+
+
+class Data(Section):
+    """Where images, labels and metadata are."""
+
+    source: Literal["bids", "csv"] = Field("bids", description="layout of the data")
+    root: Path = Field(description="BIDS folder, or the CSV file (its paths are relative to it)")
+    contrasts: list[str] = Field(
+        min_length=1,
+        description="BIDS: what stands between subject and .nii.gz, e.g. T1w or acq-fat_T2w"
+        " (further entities such as ses- or run- make cases of their own); CSV: image columns",
+    )
+    combine: Literal["channels", "samples"] = Field(
+        "channels", description="several contrasts: channels of one case, or each a case"
+    )
+    missing_contrast: Literal["error", "zeros", "skip"] = Field(
+        "error",
+        description="a case without one of the channels: refuse, a channel of zeros, or leave out",
+    )
+    labels: dict[str, Label] = Field(min_length=1, description="name: values, suffix or column")
+    label_suffix: str = Field("dseg", description="BIDS: suffix of files that hold several labels")
+    label_contrast: str | None = Field(
+        None, description="BIDS: contrast in the label's name; none: any of the case's"
+    )
+    label_column: str = Field("label", description="CSV: column of files that hold several labels")
+    ignore_values: list[Positive] = Field(
+        default_factory=list, description="further values in label files: background"
+    )
+    derivatives: str = Field("derivatives/labels", description="BIDS: folder of the labels")
+    table: str = Field("participants.tsv", description="BIDS: table of metadata, by participant_id")
+    missing_labels: Literal["error", "mask", "skip"] = Field(
+        "error",
+        description="a label file that is not there: refuse, leave the label out of the case's loss,"
+        " or leave the case out",
+    )
+    annotated_column: str | None = Field(
+        None,
+        description="column with the names of the labels that were annotated in the case (separated by ;)",
+    )
+    exclude: list[str] = Field(default_factory=list, description="subjects or cases to leave out")
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``anterior: 1`` and ``liver: [1, 2]`` stand for ``{values: …}``."""
+        if isinstance(value, Mapping):
+            return {
+                k: {"values": [v] if isinstance(v, int) else v} if isinstance(v, int | list) else v
+                for k, v in value.items()
+            }
+        return value
+
+
+class MetadataKey(Section):
+    """One metadata key and how its values become numbers."""
+
+    kind: Literal["category", "continuous", "ordered", "multilabel"] = Field(
+        "category", description="one of several values, a number, ranked values, several at once"
+    )
+    source: Literal["auto", "table", "entity", "sidecar"] = Field(
+        "auto",
+        description="table column, entity in the file name, JSON sidecar; auto: the first that has it",
+    )
+    scaling: Literal["standardise", "log", "bins"] = Field(
+        "standardise",
+        description="continuous: zero mean and unit deviation, the same of the logarithm,"
+        " or bins between the minima of a kernel density",
+    )
+    values: list[str] | None = Field(
+        None,
+        description="the values there are (ordered: lowest first); none: those of the training cases",
+    )
+    separator: str = Field(";", description="multilabel: between the values")
+    unseen: Literal["error", "unknown"] = Field(
+        "error", description="a value not seen in training: refuse, or treat as missing"
+    )
+    dropout: Fraction = Field(
+        0.1, description="share of training samples whose value is hidden, which trains 'unknown'"
+    )
+    missing: list[str] = Field(
+        default_factory=list, description="further spellings of a missing value"
+    )
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return [str(v) for v in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> MetadataKey:
+        if self.kind == "ordered" and (self.values is None or len(self.values) < 2):
+            raise ValueError("kind 'ordered' needs values: two or more, lowest first")
+        if self.kind == "continuous" and self.values is not None:
+            raise ValueError("kind 'continuous' takes no values")
+        if self.values is not None and len(set(self.values)) < len(self.values):
+            raise ValueError(f"values must differ, got {self.values}")
+        return self
+
+
+class Output(Section):
+    """What the network's channels mean."""
+
+    mode: Literal["channels", "classes", "task"] = Field(
+        "channels",
+        description="channels: a sigmoid for each label (labels may overlap or be missing); classes:"
+        " softmax over background and labels; task: one sigmoid channel, the label's name is metadata",
+    )
+    task_key: str = Field("task", description="mode task: name of that metadata key")
+    tasks_per_case: Literal["sampled", "all"] = Field(
+        "sampled",
+        description="mode task: a patch is drawn for one label, or stands in the batch once for each",
+    )
+
+
+class PreprocessingConfig(Section):
+    """What ``plan`` should decide by itself where nothing is said."""
+
+    dimensions: Literal["auto", "2d", "3d"] = Field("auto", description="slices or volumes")
+    slice_axis: Literal["auto", "sagittal", "coronal", "axial"] = Field(
+        "auto", description="2D: the plane of a slice; auto: across the largest spacing, else axial"
+    )
+    spacing: Literal["keep", "median"] | list[Annotated[float, Field(gt=0)] | None] = Field(
+        "keep",
+        description="mm along right, anterior, superior (null: as it is), 'keep', or the median",
+    )
+    normalisation: Literal["auto", "zscore", "percentile", "minmax", "ct", "none"] = Field(
+        "auto",
+        description="zscore; percentile: clipped at 0.5 and 99.5 % first; minmax; ct: with constants of"
+        " the training labels' intensities; auto: zscore, with Hounsfield units ct",
+    )
+    nonzero: bool = Field(False, description="statistics of voxels that are not 0 only")
+    crop: Literal["none", "nonzero"] = Field("nonzero", description="cut zero borders off")
+    patch_size: list[Positive] | None = Field(
+        None, description="in network order (3D: slices first); none: chosen by plan"
+    )
+
+    @field_validator("spacing")
+    @classmethod
+    def _three(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) != 3:
+            raise ValueError(f"spacing needs three values, got {len(value)}")
+        return value
+
+
+class NetworkConfig(Section):
+    """The network; channels and metadata size follow from data and metadata."""
+
+    name: Literal["FiLMedUNet", "Modified3DUNet", "condition"] = Field(
+        "FiLMedUNet", description="a network of fastfilm, or 'condition' for one of another library"
+    )
+    depth: Positive | None = Field(None, description="FiLMedUNet: poolings; none: by patch size")
+    base_filters: Positive = Field(16, description="channels of the first level")
+    norm: Literal["batch", "instance", "layer", "none"] = Field(
+        "instance", description="FiLMedUNet"
+    )
+    order: Literal["conv-act-norm-film", "conv-norm-film-act", "conv-norm-act-film"] = Field(
+        "conv-norm-film-act", description="where FiLM stands (FiLMedUNet, condition)"
+    )
+    activation: str = Field("leaky_relu", description="FiLMedUNet")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="of channels")
+    generator: Literal["paper", "identity"] = Field(
+        "identity", description="sigmoids as in the paper, or a start at γ = 1, β = 0"
+    )
+    film_layers: list[Literal[0, 1]] | None = Field(
+        None, description="switches of the FiLM layers; none: all on"
+    )
+    deep_supervision: bool = Field(False, description="FiLMedUNet: losses at every decoder level")
+    target: str | None = Field(
+        None, description="condition: class, e.g. monai.networks.nets.DynUNet"
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="condition: of the class; {in}, {out} stand for channels"
+    )
+    where: str | None = Field(None, description="condition: which layers; none: its default")
+
+    @model_validator(mode="after")
+    def _target(self) -> NetworkConfig:
+        if (self.name == "condition") != (self.target is not None):
+            raise ValueError("target is needed with name 'condition', and only there")
+        return self
+
+
+class Augmentation(Section):
+    """Random changes of training samples; each the probability that it happens."""
+
+    flip: list[Literal["sagittal", "coronal", "axial"]] = Field(
+        default_factory=list, description="mirror across these planes, each with probability 1/2"
+    )
+    affine: Fraction = Field(0.3, description="rotation and scaling")
+    rotation: float = Field(15.0, description="degrees at most", ge=0, le=180)
+    scaling: float = Field(0.15, description="1 ± this at most", ge=0, lt=1)
+    elastic: Fraction = Field(0.0, description="smooth deformation")
+    noise: Fraction = Field(0.15, description="Gaussian noise of up to 0.1 σ")
+    blur: Fraction = Field(0.1, description="Gaussian smoothing")
+    brightness: Fraction = Field(0.2, description="scaled and shifted intensities")
+    gamma: Fraction = Field(0.2, description="contrast")
+    low_resolution: Fraction = Field(0.0, description="down- and upsampled")
+    drop_channel: Fraction = Field(0.0, description="a channel set to zero (never all)")
+
+
+class Training(Section):
+    """The training loop."""
+
+    epochs: Positive = 100
+    steps_per_epoch: Positive | None = Field(None, description="none: the training cases once")
+    batch_size: Positive | None = Field(
+        None, description="over all processes; none: chosen by plan for the memory at hand"
+    )
+    accumulate: Positive = Field(1, description="parts that a batch is worked through in")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    generator_weight_decay: float = Field(0.0, ge=0, description="of the FiLM generators' weights")
+    momentum: float = Field(0.99, ge=0, lt=1, description="sgd (Nesterov)")
+    schedule: Literal["cosine", "poly", "plateau", "constant"] = "cosine"
+    warmup_steps: int = Field(50, ge=0)
+    poly_power: float = Field(0.9, gt=0)
+    plateau_patience: Positive = Field(10, description="epochs without a better Dice")
+    plateau_factor: float = Field(0.5, gt=0, lt=1)
+    early_stopping: Positive | None = Field(
+        None, description="stop after so many epochs without a Dice better by min_delta"
+    )
+    min_delta: float = Field(1e-3, ge=0)
+    clip_gradient: float | None = Field(12.0, gt=0, description="norm; none: not clipped")
+    loss: list[Literal["dice", "ce", "focal", "tversky", "generalised_dice"]] = Field(
+        ["dice", "ce"], min_length=1, description="added up"
+    )
+    tversky_alpha: Fraction = Field(0.3, description="weight of false positives")
+    focal_gamma: float = Field(2.0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="autocast's type; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    channels_last: bool = True
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="decay of the weights' moving average, which is what is saved"
+    )
+    balance: str | None = Field(
+        None, description="metadata key whose values are drawn equally often ('label': tasks too)"
+    )
+    foreground: Fraction = Field(
+        0.5, description="share of patches (slices) with a label in them; labels in turn"
+    )
+    workers: int = Field(2, ge=0, description="processes that load")
+    validate_every: Positive = Field(1, description="epochs")
+    checkpoint_minutes: float = Field(5.0, ge=0, description="between checkpoints inside an epoch")
+    checkpoint_steps: Positive | None = Field(None, description="the same in steps")
+    seed: int = Field(0, ge=0)
+    freeze: Literal["none", "all_but_generator"] = Field(
+        "none", description="fine-tuning: what stays as it is"
+    )
+
+
+class Splits(Section):
+    """Who is trained on, who is validated on."""
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    stratify: list[str] = Field(
+        default_factory=list, description="metadata keys spread evenly over the folds"
+    )
+    column: str | None = Field(
+        None, description="column with train, val, test: one fixed split instead of folds"
+    )
+    seed: int = Field(0, ge=0)
+
+
+class Config(Section):
+    """Everything ``fastfilm plan`` needs to know."""
+
+    data: Data
+    metadata: dict[str, MetadataKey] = Field(default_factory=dict, description="key: how to encode")
+    output: Output = Field(default_factory=Output)
+    preprocessing: PreprocessingConfig = Field(default_factory=PreprocessingConfig)
+    network: NetworkConfig = Field(default_factory=NetworkConfig)
+    augmentation: Augmentation = Field(default_factory=Augmentation)
+    training: Training = Field(default_factory=Training)
+    splits: Splits = Field(default_factory=Splits)
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        """``tumor_type:`` alone, or a list of keys, are categories."""
+        if isinstance(value, list):
+            value = {key: {} for key in value}
+        if isinstance(value, Mapping):
+            return {k: {} if v is None else v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.output.mode == "task" and self.output.task_key in self.metadata:
+            raise ValueError(
+                f"metadata: {self.output.task_key!r} is made by output mode 'task'; rename it there"
+            )
+        if self.output.mode == "classes":
+            own = [n for n, label in self.data.labels.items() if label.values is None]
+            if own:
+                raise ValueError(
+                    f"output mode 'classes' needs labels that are values of one file, not {own}"
+                )
+        for name in self.splits.stratify:
+            if name not in self.metadata:
+                raise ValueError(f"splits.stratify: {name!r} is no metadata key")
+        return self
+
+
+def problems(error: ValidationError) -> list[str]:
+    """One line for each thing that pydantic found wrong: the key, what was expected, what came."""
+    lines = []
+    for e in error.errors():
+        where = ".".join(str(p) for p in e["loc"]) or "configuration"
+        if e["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key")
+        elif e["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            message = e["msg"].removeprefix("Value error, ")
+            got = "" if e["type"] == "value_error" else f", got {e['input']!r}"
+            lines.append(f"{where}: {message}{got}")
+    return lines
+
+
+def parse(value: Any, origin: str) -> Config:
+    """The configuration in a nested dictionary.
+
+    Raises:
+        Problems: every key that is wrong, in one message that starts with ``origin``.
+    """
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        raise Problems(f"{origin}: problems in the configuration", problems(error)) from error
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """A configuration from a YAML file; a relative ``data.root`` is relative to that file.
+
+    Args:
+        overrides: dotted keys and values that replace the file's, e.g. ``{"training.epochs": 20}``.
+
+    Raises:
+        UserError: no such file, not YAML. Problems: keys that are wrong.
+    """
+    path = Path(path)
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a configuration is keys and values, got {type(value).__name__}")
+    for key, new in (overrides or {}).items():
+        override(value, key, new)
+    config = parse(value, str(path))
+    if not config.data.root.is_absolute():
+        config.data.root = (path.parent / config.data.root).resolve()
+    return config
+
+
+def override(value: dict[str, Any], key: str, new: Any) -> None:
+    """Sets ``key`` (dotted) of a nested dictionary."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = value.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            inner = value[parent] = {}
+        value = inner
+    value[last] = new
+
+
+def write_config(config: Config, path: str | Path) -> None:
+    """The complete configuration as YAML, atomically."""
+    value = config.model_dump(mode="json")
+    write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))

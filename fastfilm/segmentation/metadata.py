@@ -1,0 +1,370 @@
+"""The metadata encoder: values of any kind -> the numbers that condition the network.
+
+It is fitted on the training split, kept as plain JSON in the model folder, and travels with the model. Each key
+gets a block of columns; where a key can be unknown the last column of its block is 1 for an unknown value and the
+others are 0, so that the generator's first layer learns a vector for "unknown".
+
+| kind | columns |
+|---|---|
+| category | one a value (one-hot) |
+| multilabel | one a value (several may be 1) |
+| ordered | n - 1 for n values: column i is 1 if the value ranks above i |
+| continuous | (x - mean) / std, of x or of log x; or one a bin |
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from .config import MetadataKey, Section
+from .density import density_edges
+from .errors import Problems, UserError
+
+MISSING = ("", "n/a", "na", "nan", "none", "null")
+"""Spellings of a missing value, whatever the case of the letters."""
+
+
+class MetadataError(UserError):
+    """A value or key that the encoder cannot take; names the key, what was expected and what came."""
+
+
+def is_missing(value: Any, further: Collection[str] = ()) -> bool:
+    """None, NaN, an empty list, or a spelling of those."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if isinstance(value, list | tuple):
+        return not value
+    return isinstance(value, str) and (value.strip().lower() in MISSING or value.strip() in further)
+
+
+def as_category(value: Any) -> str:
+    """The name of a category; 3 and 3.0 are one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+class KeyEncoder(Section):
+    """One fitted key.
+
+    Attributes:
+        name: the key.
+        kind: category, continuous, ordered or multilabel.
+        source: where its values come from: table, entity (file name), sidecar, or auto, the first that has it.
+        values: the values it knows, in the order of the columns (none for continuous).
+        unknown: there is a trained "unknown"; without it a missing value is an error.
+        unseen: what happens to a value that is not in ``values``.
+        dropout: probability that training hides a value.
+        log: continuous: the logarithm is encoded.
+        mean, std: continuous, of the training values (of their logarithms with ``log``).
+        edges: continuous in bins: the inner edges; None means standardised.
+        lowest, highest: continuous: range in training.
+        separator: multilabel, between the values in a text.
+        missing: further spellings of a missing value.
+    """
+
+    name: str
+    kind: Literal["category", "continuous", "ordered", "multilabel"]
+    source: Literal["auto", "table", "entity", "sidecar"] = "auto"
+    values: list[str] = Field(default_factory=list)
+    unknown: bool = False
+    unseen: Literal["error", "unknown"] = "error"
+    dropout: float = 0.0
+    log: bool = False
+    mean: float = 0.0
+    std: float = 1.0
+    edges: list[float] | None = None
+    lowest: float = 0.0
+    highest: float = 0.0
+    separator: str = ";"
+    missing: list[str] = Field(default_factory=list)
+
+    @property
+    def known_width(self) -> int:
+        """Columns without the one for "unknown"."""
+        if self.kind == "continuous":
+            return 1 if self.edges is None else len(self.edges) + 1
+        return len(self.values) - (self.kind == "ordered")
+
+    @property
+    def width(self) -> int:
+        """Columns in all."""
+        return self.known_width + self.unknown
+
+    def columns(self) -> list[str]:
+        """A name for each column, e.g. ``tumor_type=astrocytoma``, ``age``, ``age=unknown``."""
+        if self.kind == "continuous":
+            known = [self.name]
+            if self.edges is not None:
+                ends = [-math.inf, *self.edges, math.inf]
+                known = [f"{self.name} in [{a:.4g}, {b:.4g})" for a, b in itertools.pairwise(ends)]
+        elif self.kind == "ordered":
+            known = [f"{self.name}>{v}" for v in self.values[:-1]]
+        else:
+            known = [f"{self.name}={v}" for v in self.values]
+        return known + [f"{self.name}=unknown"] * self.unknown
+
+    def encode(self, value: Any) -> NDArray[np.float32]:
+        """The columns for ``value``.
+
+        Raises:
+            MetadataError: missing without an "unknown", not a number, never seen in training.
+        """
+        row = np.zeros(self.width, np.float32)
+        known = None if is_missing(value, self.missing) else self._known(value)
+        if known is not None:
+            row[: self.known_width] = known
+        elif self.unknown:
+            row[-1] = 1
+        else:
+            raise MetadataError(
+                f"metadata {self.name!r} is missing, and the model was trained without missing values of it;"
+                f" give {self._expected()}"
+            )
+        return row
+
+    def number(self, value: Any) -> float:
+        """A continuous value as a float; lists (echo times) are averaged."""
+        try:
+            if isinstance(value, list | tuple):
+                x = float(np.mean([float(v) for v in value]))
+            elif isinstance(value, bool):
+                raise ValueError
+            else:
+                x = float(value)
+        except (TypeError, ValueError):
+            raise MetadataError(f"metadata {self.name!r} must be a number, got {value!r}") from None
+        if not math.isfinite(x) or (self.log and x <= 0):
+            kind = "a positive number" if self.log else "a finite number"
+            raise MetadataError(f"metadata {self.name!r} must be {kind}, got {value!r}")
+        return math.log(x) if self.log else x
+
+    def several(self, value: Any) -> list[str]:
+        """The names in a multilabel value."""
+        parts = value if isinstance(value, list | tuple) else str(value).split(self.separator)
+        return [as_category(p) for p in parts if not is_missing(p, self.missing)]
+
+    def _known(self, value: Any) -> NDArray[np.float32] | None:
+        """The columns without "unknown"; None if the value counts as unknown."""
+        row = np.zeros(self.known_width, np.float32)
+        if self.kind == "continuous":
+            x = self.number(value)
+            if self.edges is None:
+                row[0] = (x - self.mean) / self.std
+            else:
+                row[np.searchsorted(self.edges, x, side="right")] = 1
+            return row
+        names = self.several(value) if self.kind == "multilabel" else [as_category(value)]
+        for name in names:
+            if name not in self.values:
+                if self.unseen == "unknown" and self.unknown:
+                    return None
+                raise MetadataError(
+                    f"metadata {self.name!r} has the value {name!r}, which was not in training;"
+                    f" expected {self._expected()}"
+                )
+            i = self.values.index(name)
+            if self.kind == "ordered":
+                row[:i] = 1
+            else:
+                row[i] = 1
+        return row
+
+    def _expected(self) -> str:
+        if self.kind == "continuous":
+            lo, hi = (math.exp(v) if self.log else v for v in (self.lowest, self.highest))
+            return f"a number (training had {lo:.6g} to {hi:.6g})"
+        return "one of " + ", ".join(self.values)
+
+
+class MetadataEncoder(Section):
+    """All keys of a model.
+
+    Example:
+        >>> from fastfilm.segmentation.config import MetadataKey
+        >>> rows = {"a": {"tumor_type": "astrocytoma"}, "b": {"tumor_type": "ependymoma"}}
+        >>> encoder = MetadataEncoder.fit(rows, {"tumor_type": MetadataKey(dropout=0.1)})
+        >>> encoder.columns()
+        ['tumor_type=astrocytoma', 'tumor_type=ependymoma', 'tumor_type=unknown']
+        >>> encoder.encode({"tumor_type": "ependymoma"}).tolist(), encoder.encode({}).tolist()
+        ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0])
+    """
+
+    keys: list[KeyEncoder] = Field(default_factory=list)
+
+    @classmethod
+    def fit(
+        cls, rows: Mapping[str, Mapping[str, Any]], keys: Mapping[str, MetadataKey]
+    ) -> MetadataEncoder:
+        """Fits every key on the training cases.
+
+        Args:
+            rows: case -> key -> value as it stands in the table (text), sidecar (any JSON) or file name.
+            keys: how each key is to be encoded.
+
+        Raises:
+            Problems: all values that do not fit, each with its case and key.
+        """
+        fitted, wrong = [], []
+        for name, config in keys.items():
+            try:
+                fitted.append(_fit_key(name, config, {c: r.get(name) for c, r in rows.items()}))
+            except Problems as error:
+                wrong += error.problems
+        if wrong:
+            raise Problems("problems in the metadata", wrong)
+        return cls(keys=fitted)
+
+    @property
+    def size(self) -> int:
+        """M, the number of columns: the network's ``metadata_size``."""
+        return sum(k.width for k in self.keys)
+
+    def names(self) -> list[str]:
+        """The keys, in the order of the columns."""
+        return [k.name for k in self.keys]
+
+    def columns(self) -> list[str]:
+        """A name for each of the M columns."""
+        return [c for k in self.keys for c in k.columns()]
+
+    def values(self, name: str) -> list[str]:
+        """The values that a category, ordered or multilabel key knows."""
+        return list(self[name].values)
+
+    def __getitem__(self, name: str) -> KeyEncoder:
+        for k in self.keys:
+            if k.name == name:
+                return k
+        raise MetadataError(f"metadata key {name!r} is not one of the model's: {self._list()}")
+
+    def encode(self, values: Mapping[str, Any], hide: Collection[str] = ()) -> NDArray[np.float32]:
+        """The row [M], float32, for one case.
+
+        Args:
+            values: key -> value; a key that is not there is missing.
+            hide: keys to treat as missing (metadata dropout).
+
+        Raises:
+            MetadataError: a key the model does not have (a slip must not become "unknown"), a missing value of a
+            key without "unknown", a value never seen, text where a number belongs.
+        """
+        strange = sorted(set(values) - set(self.names()))
+        if strange:
+            raise MetadataError(
+                f"metadata key {strange[0]!r} is not one of the model's: {self._list()}"
+            )
+        rows = [k.encode(None if k.name in hide else values.get(k.name)) for k in self.keys]
+        return np.concatenate(rows) if rows else np.zeros(0, np.float32)
+
+    def draw_hidden(self, rng: np.random.Generator) -> set[str]:
+        """Keys that metadata dropout hides from one training sample (one draw a key)."""
+        draws = rng.random(len(self.keys))
+        return {k.name for k, x in zip(self.keys, draws, strict=True) if x < k.dropout}
+
+    def grow(self, name: str, value: str) -> tuple[MetadataEncoder, int]:
+        """With one more value of a category, multilabel or ordered key (ranked highest).
+
+        Returns:
+            the new encoder, and the position in its row of the column that is new.
+        """
+        key = self[name]
+        if key.kind == "continuous":
+            raise MetadataError(f"metadata {name!r} is continuous: it has no values to add to")
+        if value in key.values:
+            raise MetadataError(f"metadata {name!r} has the value {value!r} already")
+        offset = 0
+        for k in self.keys:
+            if k.name == name:
+                break
+            offset += k.width
+        grown = key.model_copy(update={"values": [*key.values, value]})
+        keys = [grown if k.name == name else k for k in self.keys]
+        return MetadataEncoder(keys=keys), offset + key.known_width
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; inverse of ``from_json``."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, value: Any) -> MetadataEncoder:
+        """The encoder in ``to_json``'s value."""
+        return cls.model_validate(value)
+
+    def _list(self) -> str:
+        return ", ".join(self.names()) or "it has none"
+
+
+def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEncoder:
+    further = config.missing
+    present = {c: v for c, v in values.items() if not is_missing(v, further)}
+    key = KeyEncoder(
+        name=name,
+        kind=config.kind,
+        source=config.source,
+        values=config.values or [],
+        unknown=config.dropout > 0 or len(present) < len(values),
+        unseen=config.unseen,
+        dropout=config.dropout,
+        log=config.kind == "continuous" and config.scaling == "log",
+        separator=config.separator,
+        missing=further,
+    )
+    if not present:
+        raise Problems(name, [f"metadata {name!r} has no value in any training case"])
+    if config.unseen == "unknown" and not key.unknown:
+        raise Problems(
+            name,
+            [
+                f"metadata {name!r}: unseen 'unknown' needs dropout > 0, or missing values, that train it"
+            ],
+        )
+    if config.kind == "continuous":
+        return _fit_continuous(key, config, present)
+    if config.values is None:
+        found: set[str] = set()
+        for v in present.values():
+            found.update(key.several(v) if config.kind == "multilabel" else [as_category(v)])
+        key.values = sorted(found)
+        return key
+    wrong = []
+    for case, v in present.items():
+        try:
+            key.encode(v)
+        except MetadataError as error:
+            wrong.append(f"{case}: {error}")
+    if wrong:
+        raise Problems(name, wrong)
+    return key
+
+
+def _fit_continuous(key: KeyEncoder, config: MetadataKey, present: Mapping[str, Any]) -> KeyEncoder:
+    numbers, wrong = [], []
+    for case, v in present.items():
+        try:
+            numbers.append(key.number(v))
+        except MetadataError as error:
+            wrong.append(f"{case}: {error}")
+    if wrong:
+        raise Problems(key.name, wrong)
+    x = np.array(numbers)
+    key.lowest, key.highest = float(x.min()), float(x.max())
+    if config.scaling == "bins":
+        key.edges = density_edges(x)
+    else:
+        key.mean = float(x.mean())
+        # one value only: every other value is a deviation of its own size
+        key.std = float(x.std()) or 1.0
+    return key
+
+
+def encode_rows(encoder: MetadataEncoder, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
+    """``encoder.encode`` of one or more cases: [N, M]."""
+    return np.stack([encoder.encode(r) for r in rows])

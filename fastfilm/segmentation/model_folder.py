@@ -1,0 +1,245 @@
+"""The model folder: everything that prediction needs, as JSON and safetensors.
+
+    MODEL/model.json          ``ModelInfo``: network, metadata encoder, preprocessing, labels, output, patch size
+    MODEL/best.safetensors    weights with the best validation Dice
+    MODEL/final.safetensors   weights at the end of training
+    MODEL/last.safetensors    the training's state, for ``--resume`` (not needed to predict)
+    MODEL/config.yaml, splits.json, log.jsonl, tensorboard/    how it came about
+
+Loading executes nothing that the folder contains: there is no pickle, and a network of another library is built by
+class name from a fixed list of libraries.
+
+How to predict a case with it::
+
+    model = load_model("MODEL", device="cpu")
+    case = model.preprocess([array_xyz, ...], affine)  # one array a channel, in the order of model.info.contrasts
+    row = model.encode({"tumor_type": "astrocytoma"})  # [1, M]; model.tasks() first where the task is metadata
+    # windows [N, C, *patch_size] of case.image [C, D, H, W]; in 2D each of the D slices is a sample [C, H, W]
+    p = model.probabilities(windows, row)  # [N, K, *S], one channel a label (or one, the task's)
+    back = case.geometry.from_network(whole)  # [K, D, H, W] -> [K, X, Y, Z], the file's grid
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+import fastfilm
+
+from .config import NetworkConfig, Section, problems
+from .errors import Problems, UserError
+from .files import read_json, read_tensors, write_json, write_tensors
+from .metadata import MetadataEncoder
+from .network import build_network, call
+from .preprocessing import Preprocessed, Preprocessing, Volume
+
+FORMAT = 1
+
+
+class LabelInfo(Section):
+    """One label: its name, the values that stand for it in label files, the value written for it."""
+
+    name: str
+    values: list[int] = Field(default_factory=list)
+    value: int
+
+
+class ModelInfo(Section):
+    """What model.json holds.
+
+    Attributes:
+        format: of this file; a newer one than this version knows is refused.
+        fastfilm: version that wrote it.
+        network: as configured (depth filled in).
+        spatial_dims: 2 (slices) or 3.
+        in_channels: image channels.
+        contrasts: the channels' names, in order (BIDS: what stands behind the subject; CSV: columns); with
+            ``combine`` "samples" any one of them is the only channel.
+        combine, missing_contrast: as in the configuration's data section.
+        labels: in the order of the channels.
+        output: "channels": a sigmoid for each label; "classes": softmax over background and labels; "task": one
+            sigmoid channel for the label whose name is the metadata value of ``task_key``.
+        task_key: name of that key; None in the other modes.
+        metadata: the fitted encoder.
+        preprocessing: fitted.
+        patch_size: (H, W) or (D, H, W): size of training patches, for sliding windows.
+        divisor: windows smaller than the patch must have sizes that are multiples of this.
+        training: fold, best Dice and the like; for information.
+    """
+
+    format: int = FORMAT
+    fastfilm: str = fastfilm.__version__
+    network: NetworkConfig
+    spatial_dims: Literal[2, 3]
+    in_channels: int
+    contrasts: list[str]
+    combine: Literal["channels", "samples"] = "channels"
+    missing_contrast: Literal["error", "zeros", "skip"] = "error"
+    labels: list[LabelInfo]
+    output: Literal["channels", "classes", "task"]
+    task_key: str | None = None
+    metadata: MetadataEncoder
+    preprocessing: Preprocessing
+    patch_size: list[int]
+    divisor: int = 1
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the logits: one for each label, one more for the background in "classes", 1 in "task"."""
+        if self.output == "task":
+            return 1
+        return len(self.labels) + (self.output == "classes")
+
+    def build(self, pretrained: bool = False) -> nn.Module:
+        """The network without its weights."""
+        return build_network(
+            self.network,
+            spatial_dims=self.spatial_dims,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            metadata_size=self.metadata.size,
+            pretrained=pretrained,
+        )
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to predict.
+
+    Attributes:
+        network: in evaluation mode, on ``device``; its output are logits.
+        info: labels, contrasts, patch size, output mode …
+        device: where it runs.
+        folder: where it came from.
+    """
+
+    network: nn.Module
+    info: ModelInfo
+    device: torch.device
+    folder: Path
+
+    @property
+    def encoder(self) -> MetadataEncoder:
+        """The metadata encoder."""
+        return self.info.metadata
+
+    def tasks(self) -> list[str]:
+        """Values of the task key, one prediction each, in the order of the labels; empty in other modes."""
+        return [label.name for label in self.info.labels] if self.info.output == "task" else []
+
+    def metadata_keys(self) -> list[str]:
+        """Keys that the user gives a case (all but the task)."""
+        return [k for k in self.encoder.names() if k != self.info.task_key]
+
+    def encode(self, values: Mapping[str, Any], task: str | None = None) -> NDArray[np.float32]:
+        """The metadata row [1, M] of a case.
+
+        Args:
+            values: key -> value (text, number, list); a missing key is "unknown" if the model learned that.
+            task: which label is asked for, where the task is metadata.
+
+        Raises:
+            MetadataError (a UserError): unknown key, value never seen, missing value that has no "unknown".
+        """
+        if self.info.task_key is not None and task is not None:
+            values = {**values, self.info.task_key: task}
+        return self.encoder.encode(values)[None]
+
+    def preprocess(
+        self, images: Sequence[Volume | None], affine: NDArray[np.floating]
+    ) -> Preprocessed:
+        """A case's channels ([X, Y, Z] each, None where one is missing) as [C, D, H, W], and the way back."""
+        return self.info.preprocessing(images, affine)
+
+    def probabilities(self, image: Tensor, rows: Tensor | NDArray[np.float32]) -> Tensor:
+        """Probabilities [N, K, *S] in float32: one channel a label, or the one of the task in the rows.
+
+        Args:
+            image: [N, C, *S] with ``spatial_dims`` spatial dimensions, on ``device``.
+            rows: metadata [N, M] or [1, M] (from ``encode``).
+        """
+        rows = torch.as_tensor(rows, dtype=torch.float32, device=image.device)
+        return self.activate(call(self.network, image, rows))
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Logits -> probabilities, one channel a label (the background of "classes" is left out)."""
+        if self.info.output == "classes":
+            return torch.softmax(logits.float(), 1)[:, 1:]
+        return torch.sigmoid(logits.float())
+
+
+def save_model(folder: str | Path, info: ModelInfo) -> None:
+    """Writes model.json, atomically."""
+    write_json(Path(folder) / "model.json", info.model_dump(mode="json"))
+
+
+def save_weights(folder: str | Path, name: str, network: nn.Module | Mapping[str, Tensor]) -> None:
+    """Writes NAME.safetensors, atomically."""
+    state = network.state_dict() if isinstance(network, nn.Module) else network
+    write_tensors(Path(folder) / f"{name}.safetensors", state)
+
+
+def read_info(folder: str | Path) -> ModelInfo:
+    """model.json of a model folder.
+
+    Raises:
+        UserError: not a model folder, damaged, or written by a newer version.
+    """
+    path = Path(folder) / "model.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a model folder: it has no model.json")
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+        raise UserError(f"{path}: not a fastfilm model")
+    if value["format"] > FORMAT:
+        raise UserError(
+            f"{path}: format {value['format']} was written by fastfilm {value.get('fastfilm')}; this is"
+            f" fastfilm {fastfilm.__version__}, which reads up to format {FORMAT}"
+        )
+    try:
+        return ModelInfo.model_validate(value)
+    except ValidationError as error:
+        raise Problems(f"{path}: not a valid model", problems(error)) from error
+
+
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu", weights: str = "best"
+) -> LoadedModel:
+    """The model in ``folder``, in evaluation mode on ``device``.
+
+    Args:
+        weights: "best" or "final" (or the name of another NAME.safetensors in the folder).
+
+    Raises:
+        UserError: not a model folder, no such weights, or weights that do not fit the network.
+    """
+    info = read_info(folder)
+    path = Path(folder) / f"{weights}.safetensors"
+    if not path.is_file():
+        there = sorted(p.stem for p in Path(folder).glob("*.safetensors"))
+        raise UserError(
+            f"{path}: no such weights; the folder has {', '.join(there) or 'none'}"
+            " (training writes best.safetensors at its first validation)"
+        )
+    network = info.build()
+    load_weights(network, read_tensors(path)[0], str(path))
+    network.eval().to(device)
+    return LoadedModel(network, info, torch.device(device), Path(folder))
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Copies ``state`` into the network; UserError naming ``origin`` if names or shapes differ."""
+    try:
+        network.load_state_dict(dict(state))
+    except RuntimeError as error:
+        first = next((t.strip() for t in str(error).splitlines()[1:] if t.strip()), str(error))
+        raise UserError(f"{origin}: does not fit the network in model.json: {first}") from error

@@ -1,0 +1,237 @@
+"""A module's forward rewritten: groups in place of their layers, and maps handed on where that is possible."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fastfilm.ops import DeferredMap
+from fastfilm.ops.maps import Joined
+
+from . import layers
+from .chains import Chain, Finder
+from .group import Group
+from .layers import Activation
+from .trace import trace
+
+_VIEWS: tuple[Any, ...] = (
+    torch.cat,
+    torch.concat,
+    F.interpolate,
+    F.avg_pool2d,
+    F.avg_pool3d,
+    F.max_pool2d,
+    F.max_pool3d,
+    torch.max_pool2d,
+    torch.max_pool3d,
+)
+"""Functions that take a map and give one."""
+
+_VIEW_MODULES = (nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample)
+
+
+@dataclass(frozen=True)
+class ChildCall:
+    """How a forward calls a converted child: constants, and a mark for what is computed on the way."""
+
+    path: str
+    deferred: bool
+    form: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+    def args(self, computed: Any) -> tuple[Any, ...]:
+        """Arguments with ``computed`` in place of maps."""
+        return tuple(computed if a is _COMPUTED else a for a in self.form)
+
+    def kwargs(self, computed: Any) -> dict[str, Any]:
+        """Keyword arguments with ``computed`` in place of maps."""
+        return {k: computed if a is _COMPUTED else a for k, a in self.keywords}
+
+
+_COMPUTED = object()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a module runs for one kind of call.
+
+    Attributes:
+        run: the new forward: (module, module, *args, **kwargs).
+        groups: in the order of the forward.
+        children: calls of converted children.
+        pending: groups whose input may be pending.
+    """
+
+    run: Callable[..., Any]
+    groups: tuple[Group, ...]
+    children: tuple[ChildCall, ...]
+    pending: frozenset[Group]
+
+
+class CallChild:
+    """Calls a converted child that may take and return maps."""
+
+    __name__ = "call_child"
+
+    def __init__(self, path: str) -> None:
+        self.path = tuple(path.split("."))
+
+    def __call__(self, owner: nn.Module, deferred: bool, *args: Any, **kwargs: Any) -> Any:
+        child: Any = owner
+        for name in self.path:
+            child = child._modules[name]
+        state = child.__dict__.get("_fastfilm")
+        if state is None or layers.hooked(child):
+            return child(*[written(a) for a in args], **{k: written(a) for k, a in kwargs.items()})
+        return state.call(child, args, kwargs, deferred)
+
+
+def written(value: Any) -> Any:
+    """``value`` with tensors in place of maps, also in lists and tuples."""
+    if isinstance(value, (DeferredMap, Joined)):
+        return value.tensor()
+    if isinstance(value, list):
+        return [written(v) for v in value]
+    return tuple(written(v) for v in value) if type(value) is tuple else value
+
+
+def build(
+    module: nn.Module,
+    arguments: Mapping[str, Any],
+    lists: Mapping[str, tuple[type, int]],
+    deferred: bool,
+    more: Mapping[str, Activation],
+    converted: Callable[[nn.Module], bool],
+) -> Program:
+    """The program of a module for calls with these constant arguments.
+
+    Args:
+        arguments, lists: see ``trace``.
+        deferred: what the forward returns may be a map.
+        more: activations of other packages by class name.
+        converted: whether a child takes maps.
+
+    Raises:
+        CannotTrace: with the reason.
+    """
+    graph = trace(module, dict(arguments), dict(lists))
+    chains = Finder(module, graph, more).find()
+    owner = _add_owner(graph)
+    made: dict[fx.Node, Group] = {}
+    for chain in chains:
+        made[_replace(graph, chain, owner)] = chain.group
+    children: dict[fx.Node, str] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_module" and converted(module.get_submodule(str(node.target))):
+            children[_replace_child(graph, node, owner)] = str(node.target)
+    lazy = _lazy(graph, module, set(made), set(children), deferred)
+    pending = frozenset(g for n, g in made.items() if n.args[1] in lazy and n.args[1] in made)
+    calls = []
+    for node, path in children.items():
+        form = tuple(_COMPUTED if isinstance(a, (fx.Node, list, tuple)) else a for a in node.args[1:])
+        words = tuple((k, _COMPUTED if isinstance(a, fx.Node) else a) for k, a in node.kwargs.items())
+        calls.append(ChildCall(path, node in lazy, form, words))
+        node.args = (node.args[0], node in lazy, *node.args[1:])
+    for node in made:
+        node.args = (*node.args, node in lazy)
+    _plain_arguments(graph, lazy, owner)
+    order = tuple(made[n] for n in graph.nodes if n in made)
+    return Program(_function(graph), order, tuple(calls), pending)
+
+
+def _add_owner(graph: fx.Graph) -> fx.Node:
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        return graph.placeholder("owner")
+
+
+def _replace(graph: fx.Graph, chain: Chain, owner: fx.Node) -> fx.Node:
+    """One call in place of a chain's nodes; where the first of them stood, so that its input is still whole."""
+    first, last = chain.nodes[0], chain.nodes[-1]
+    with graph.inserting_before(first):
+        new = graph.call_function(chain.group, (owner, first.args[0]))
+    last.replace_all_uses_with(new)
+    for node in reversed(chain.nodes):
+        graph.erase_node(node)
+    return new
+
+
+def _replace_child(graph: fx.Graph, node: fx.Node, owner: fx.Node) -> fx.Node:
+    with graph.inserting_before(node):
+        new = graph.call_function(
+            CallChild(str(node.target)), (owner, *node.args), dict(node.kwargs)
+        )
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def _lazy(
+    graph: fx.Graph,
+    module: nn.Module,
+    groups: set[fx.Node],
+    children: set[fx.Node],
+    deferred: bool,
+) -> set[fx.Node]:
+    """Nodes whose value may be a map, because everything that uses it takes one."""
+
+    def views(node: fx.Node) -> bool:
+        if node.op == "call_function":
+            # indexing picks a map from a list of them
+            return node.target in _VIEWS or node.target is operator.getitem
+        if node.op != "call_module":
+            return False
+        child = module.get_submodule(str(node.target))
+        return any(layers.computes_as(child, k) for k in _VIEW_MODULES) and not layers.hooked(child)
+
+    def takes(user: fx.Node, node: fx.Node) -> bool:
+        if user in groups:
+            target = user.target
+            assert isinstance(target, Group)
+            return target.conv is not None
+        if user in children:
+            return True
+        if user.op == "output":
+            return deferred
+        return views(user) and user in found
+
+    found = groups | children | {n for n in graph.nodes if views(n)}
+    while True:
+        keep = {n for n in found if all(takes(u, n) for u in n.users)}
+        if keep == found:
+            return found
+        found = keep
+
+
+def _plain_arguments(graph: fx.Graph, lazy: set[fx.Node], owner: fx.Node) -> None:
+    """Writes maps among the forward's arguments that one of their users cannot take."""
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n is not owner]:
+        users = list(node.users)
+        fine = all(
+            (isinstance(u.target, Group) and u.target.conv is not None)
+            or isinstance(u.target, CallChild)
+            or u in lazy
+            for u in users
+        )
+        if fine:
+            continue
+        after = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(after):
+            new = graph.call_function(written, (node,))
+        for user in users:
+            user.replace_input_with(node, new)
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    graph.lint()
+    code = graph.python_code("self")
+    names = dict(code.globals)
+    exec(compile(code.src, "<fastfilm.convert>", "exec"), names)
+    found: Callable[..., Any] = names["forward"]
+    return found

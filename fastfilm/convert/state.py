@@ -1,0 +1,192 @@
+"""What a converted module knows of itself: its class before, and the programs for the calls that came."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfilm.ops import DeferredMap
+from fastfilm.ops.maps import Joined
+from fastfilm.ops.remembered import Remembered
+
+from .film import Film
+from .group import Group, Path
+from .layers import Activation
+from .program import Program, build, written
+from .trace import CannotTrace
+
+_CONSTANTS = (bool, int, float, str, type(None))
+_SOME_MAP = torch.empty(0)
+
+
+class State:
+    """Kept in ``module.__dict__["_fastfilm"]``; holds no modules and no tensors of the model.
+
+    Attributes:
+        original: the module's class.
+        more: activations of other packages by class name.
+        fused: False runs the layers one by one.
+        sites: FiLM by the path of the group that applies it.
+        root: the module that ``convert`` or ``condition`` was called with.
+        conditioned: FiLM was put into the model.
+        strides: of parameters before they became channels-last, by name.
+        refused: why the forward of the usual call cannot be followed.
+    """
+
+    def __init__(self, original: type[nn.Module], more: Mapping[str, Activation]) -> None:
+        self.original, self.more = original, dict(more)
+        self.fused, self.root, self.conditioned = True, False, False
+        self.sites: dict[Path, Film] = {}
+        self.remembered: dict[Path, Remembered] = {}
+        self.programs: dict[Any, Program | None] = {}
+        self.watched: tuple[str, ...] | None = None
+        self.strides: dict[str, tuple[int, ...]] = {}
+        self.refused: str | None = None
+
+    def call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+    ) -> Any:
+        """The module's forward for these arguments; possibly a map if ``deferred``."""
+        key = self._key(module, args, kwargs, deferred)
+        program = self.programs.get(key, False)
+        if program is False:
+            program = self.prepare(module, args, kwargs, deferred)
+        if program is None:
+            return self.original.forward(
+                module, *[written(a) for a in args], **{k: written(v) for k, v in kwargs.items()}
+            )
+        assert isinstance(program, Program)
+        return program.run(module, module, *args, **kwargs)
+
+    def prepare(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+    ) -> Program | None:
+        """Builds the program for calls like this one; None if its forward cannot be followed."""
+        if torch.compiler.is_compiling():
+            return None
+        if self.watched is None:
+            self.watched = tuple(sorted(k for k, v in module.__dict__.items() if _constant(v)))
+        key = self._key(module, args, kwargs, deferred)
+        try:
+            constants, lists = self._bound(args, kwargs)
+            made: Program | None = build(
+                module, constants, lists, deferred, self.more, is_converted
+            )
+        except CannotTrace:
+            made = None
+        self.programs[key] = made
+        return made
+
+    def prime(self, module: nn.Module) -> None:
+        """Programs of the usual calls, in training and evaluation; those of children as this module calls them."""
+        required = [p for p in self._parameters() if p.default is p.empty]
+        arguments = (_SOME_MAP,) * len(required)
+        modes = [(m, m.training) for m in module.modules()]
+        here = module.training
+        for training in (not here, here):
+            for m, mode in modes:
+                m.training = mode if training == here else training
+            for deferred in (False, True):
+                self._prime(module, arguments, {}, deferred)
+
+    def _prime(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+    ) -> None:
+        if self.watched is not None and self._key(module, args, kwargs, deferred) in self.programs:
+            return
+        program = self.prepare(module, args, kwargs, deferred)
+        for call in () if program is None else program.children:
+            child = module.get_submodule(call.path)
+            state: State = child.__dict__["_fastfilm"]
+            state._prime(child, call.args(_SOME_MAP), call.kwargs(_SOME_MAP), call.deferred)
+
+    def defaults(self) -> dict[str, Any]:
+        """Arguments of the usual call that are constants."""
+        return {
+            p.name: p.default
+            for p in self._parameters()
+            if p.default is not p.empty and isinstance(p.default, _CONSTANTS)
+        }
+
+    def groups(self) -> list[Group]:
+        """Groups of all programs so far, each once."""
+        found: dict[Any, Group] = {}
+        for program in self.programs.values():
+            for group in () if program is None else program.groups:
+                if group.name not in found or len(group.members) > len(found[group.name].members):
+                    found[group.name] = group
+        return list(found.values())
+
+    def replica(self) -> State:
+        """The state of a copy of the module that runs in another thread."""
+        made = copy.copy(self)
+        made.remembered = {}
+        return made
+
+    def _parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.original.forward).parameters.values())[1:]
+
+    def _key(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+    ) -> Any:
+        values = tuple([getattr(module, name, None) for name in self.watched or ()])
+        if len(args) == 1 and not kwargs and isinstance(args[0], (Tensor, DeferredMap, Joined)):
+            return deferred, values
+        forms = tuple([_form(a) for a in args]), tuple([(k, _form(v)) for k, v in kwargs.items()])
+        return deferred, values, forms
+
+    def _bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, tuple[type, int]]]:
+        """Constants, and kinds and lengths of lists, among a call's arguments by name."""
+        signature = inspect.signature(self.original.forward)
+        try:
+            bound = signature.bind(None, *args, **kwargs)
+        except TypeError as error:
+            raise CannotTrace(str(error)) from None
+        bound.apply_defaults()
+        constants, lists = {}, {}
+        for name, value in list(bound.arguments.items())[1:]:
+            form = _form(value)
+            if isinstance(value, _CONSTANTS):
+                constants[name] = value
+            elif isinstance(form, tuple):
+                lists[name] = form
+            elif form is not _MAP:
+                raise CannotTrace(f"its argument {name} is a {type(value).__name__}")
+        return constants, lists
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = dict(self.__dict__)
+        kept["programs"], kept["remembered"] = {}, {}
+        return kept
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether a module runs a program."""
+    return "_fastfilm" in module.__dict__
+
+
+def _constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_constant(v) for v in value)
+    return isinstance(value, _CONSTANTS)
+
+
+_MAP = "map"
+
+
+def _form(value: Any) -> Any:
+    """What a forward is followed with: a constant itself, a word for a map, kind and length of a list of maps."""
+    if isinstance(value, (Tensor, DeferredMap, Joined)):
+        return _MAP
+    if isinstance(value, _CONSTANTS):
+        return ("constant", value)
+    if type(value) in (list, tuple) and value and all(_form(v) is _MAP for v in value):
+        return type(value), len(value)
+    return type(value)

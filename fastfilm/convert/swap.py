@@ -1,0 +1,108 @@
+"""A converted module's class: its original's subclass with another forward, which copies and pickles."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .program import written
+from .state import State
+
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+_lock = threading.Lock()
+
+
+class Converted:
+    """Mixed into the class of every converted module."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        assert isinstance(self, nn.Module)
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _empty, (self.__dict__["_fastfilm"].original,), state
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica.__dict__["_fastfilm"] = self.__dict__["_fastfilm"].replica()  # type: ignore[attr-defined]
+        return replica
+
+
+def class_of(original: type[nn.Module]) -> type[nn.Module]:
+    """The class of converted ``original`` modules; always the same one."""
+    with _lock:
+        found = _made.get(original)
+        if found is None:
+            forward = original.forward
+
+            @functools.wraps(forward)
+            def converted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                state: State = self.__dict__["_fastfilm"]
+                result = state.call(self, args, kwargs, False)
+                return _as_given(result, args) if state.root else result
+
+            names = {
+                "forward": converted,
+                "_fastfilm_original_forward": forward,
+                "__module__": original.__module__,
+                "__qualname__": original.__qualname__,
+                "__doc__": original.__doc__,
+            }
+            found = type(original)(original.__name__, (Converted, original), names)
+            _made[original] = found
+        return found
+
+
+def swappable(module: nn.Module) -> str | None:
+    """Why a module's class cannot be exchanged; None if it can."""
+    kind = type(module)
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object"
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return f"it is a {kind.__name__}"
+    own = any(
+        "__reduce__" in k.__dict__ or "__reduce_ex__" in k.__dict__
+        for k in kind.__mro__
+        if k is not object
+    )
+    if own:
+        return "it has its own way of being pickled"
+    return None
+
+
+def swap(module: nn.Module, state: State) -> None:
+    """Makes ``module`` run its programs."""
+    module.__dict__["_fastfilm"] = state
+    module.__class__ = class_of(state.original)
+
+
+def unswap(module: nn.Module) -> None:
+    """Makes ``module`` what it was."""
+    module.__class__ = module.__dict__.pop("_fastfilm").original
+
+
+def _empty(original: type[nn.Module]) -> nn.Module:
+    kind = class_of(original)
+    made: nn.Module = kind.__new__(kind)
+    return made
+
+
+def _as_given(result: Any, args: tuple[Any, ...]) -> Any:
+    """A network's outputs contiguous if its input was, as without conversion."""
+    result = written(result)
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    if first is None or not first.is_contiguous():
+        return result
+    return _contiguous(result)
+
+
+def _contiguous(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    if isinstance(value, dict):
+        return type(value)({k: _contiguous(v) for k, v in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(_contiguous(v) for v in value)
+    return value

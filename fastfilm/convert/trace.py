@@ -1,0 +1,223 @@
+"""The forward of one module as a graph of calls, or the reason why it cannot be one.
+
+Only the module's own forward is followed: its children are single calls, ``Sequential`` ones are followed
+through. What a trace cannot carry over (context managers, drawn numbers, attributes that the forward sets) is
+refused rather than lost.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from . import layers
+
+_lock = threading.RLock()
+
+
+class CannotTrace(Exception):
+    """Why a forward cannot be followed."""
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """A module's class before it was converted."""
+    state = module.__dict__.get("_fastfilm")
+    return type(module) if state is None else state.original
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a module's forward is nothing but its children's one after another."""
+    return original(module).forward is nn.Sequential.forward
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What a ``with`` statement in a forward could change."""
+    modes = [
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    ]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *modes,
+        id(_get_current_dispatch_mode()),
+        hooks is None,
+        torch.is_anomaly_enabled(),
+    )
+
+
+class _Map(fx.Proxy):
+    """What stands for a tensor; a forward that asks is told so."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return Tensor
+
+
+class _Tracer(fx.Tracer):
+    """Follows a forward and its ``Sequential`` children, and refuses what it would lose."""
+
+    def __init__(self, lists: dict[str, tuple[type, int]]) -> None:
+        super().__init__(autowrap_modules=())
+        self.traced_func_name = "_fastfilm_original_forward"
+        self.expected, self.lists = _surroundings(), lists
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Map(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args):
+            name = arg.node.target if type(arg) is _Map else None
+            if name in self.lists:
+                kind, length = self.lists[name]
+                args[i] = kind(arg[k] for k in range(length))
+        return function, args
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not is_sequence(m) or layers.hooked(m)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if is_sequence(m) and not layers.hooked(m) and not kwargs and len(args) == 1:
+            found = args[0]
+            for child in m._modules.values():
+                assert child is not None
+                found = child(found)
+            return found
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self.expected:
+            raise CannotTrace("its forward changes autograd or autocast on the way")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is _Map:
+            return a.node
+        known = isinstance(a, nn.Parameter) or (
+            isinstance(a, Tensor) and any(a is b for b in self.root.buffers())
+        )
+        if isinstance(a, Tensor) and not known:
+            raise CannotTrace("its forward makes tensors of its own")
+        return super().create_arg(a)
+
+
+def trace(
+    module: nn.Module, arguments: dict[str, Any], lists: dict[str, tuple[type, int]] | None = None
+) -> fx.Graph:
+    """The graph of ``module``'s original forward.
+
+    Args:
+        arguments: constants among the forward's arguments by name.
+        lists: kind and length of the arguments that are lists or tuples of tensors; the others are tensors.
+
+    Raises:
+        CannotTrace: with the reason.
+    """
+    with _lock:
+        return _trace(module, arguments, lists or {})
+
+
+def _trace(
+    module: nn.Module, arguments: dict[str, Any], lists: dict[str, tuple[type, int]]
+) -> fx.Graph:
+    kind = original(module)
+    signature = inspect.signature(kind.forward)
+    if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in signature.parameters.values()):
+        raise CannotTrace("its forward takes any arguments")
+    if is_sequence(module):
+        return _sequence(module)
+    before = dict(module.__dict__)
+    children = dict(module._modules)
+    drawn = torch.get_rng_state(), random.getstate()
+    holder = type(module)
+    added = "_fastfilm_original_forward" not in holder.__dict__
+    if added:
+        holder._fastfilm_original_forward = kind.forward  # type: ignore[attr-defined]
+    try:
+        graph = _Tracer(lists).trace(module, concrete_args=arguments)
+    except CannotTrace:
+        raise
+    except Exception as error:  # whatever a forward does with something that is not a tensor
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise CannotTrace(f"its forward cannot be followed: {type(error).__name__}: {text}") from None
+    finally:
+        if added:
+            del holder._fastfilm_original_forward  # type: ignore[attr-defined]
+        changed = any(before.get(k, before) is not v for k, v in module.__dict__.items())
+        changed = changed or module._modules != children
+        if changed:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+    if changed:
+        raise CannotTrace("its forward sets attributes")
+    if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
+        raise CannotTrace("its forward draws random numbers")
+    _drop_checks(graph)
+    _name_arguments(graph, list(signature.parameters.values())[1:])
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not _views_type(node):
+            # maps are channels-last behind fused groups, where a view is not always possible
+            node.target = "reshape"
+    return graph
+
+
+def _sequence(module: nn.Module) -> fx.Graph:
+    graph = fx.Graph()
+    node = graph.placeholder("input")
+
+    def run(m: nn.Module, prefix: str, node: fx.Node) -> fx.Node:
+        for name, child in m._modules.items():
+            assert child is not None
+            if is_sequence(child) and not layers.hooked(child):
+                node = run(child, f"{prefix}{name}.", node)
+            else:
+                node = graph.create_node("call_module", f"{prefix}{name}", (node,))
+        return node
+
+    graph.output(run(module, "", node))
+    return graph
+
+
+def _views_type(node: fx.Node) -> bool:
+    return len(node.args) == 2 and isinstance(node.args[1], torch.dtype)
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Removes what ``fx`` adds to compare constants with what a call brings: calls are told apart before."""
+    for node in reversed(graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = getattr(node.target, "__name__", "")
+        if name in ("_assert_is_none", "_assert") and not node.users:
+            graph.erase_node(node)
+        elif node.target is operator.eq and not node.users and node.args[0].op == "placeholder":
+            graph.erase_node(node)
+
+
+def _name_arguments(graph: fx.Graph, parameters: list[inspect.Parameter]) -> None:
+    """Gives the graph the forward's own argument names and constant defaults."""
+    defaults = False
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, parameter in zip(nodes, parameters, strict=True):
+        node.target = parameter.name
+        defaults = defaults or parameter.default is not parameter.empty
+        node.args = (None,) if defaults else ()
+        if parameter.default is None or isinstance(parameter.default, (bool, int, float, str)):
+            node.args = (parameter.default,)

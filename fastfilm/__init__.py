@@ -1,5 +1,6 @@
 """Fused convolution + normalisation + activation + FiLM for segmentation networks conditioned on metadata."""
 
+from .convert import conversion_report, convert, restore
 from .nn import (
     ConvNormFiLM2d,
     ConvNormFiLM3d,
@@ -22,7 +23,10 @@ __all__ = [
     "__version__",
     "backend",
     "conv_norm_film",
+    "conversion_report",
+    "convert",
     "materialise",
     "moments",
     "norm_film",
+    "restore",
 ]

@@ -32,9 +32,7 @@ class Finder:
         more: activations of other packages by class name.
     """
 
-    def __init__(
-        self, owner: nn.Module, graph: fx.Graph, more: Mapping[str, Activation]
-    ) -> None:
+    def __init__(self, owner: nn.Module, graph: fx.Graph, more: Mapping[str, Activation]) -> None:
         self.owner, self.graph, self.more = owner, graph, dict(more)
         self.taken: set[fx.Node] = set()
 
@@ -117,9 +115,7 @@ class Finder:
     @staticmethod
     def _activation_function(user: fx.Node, node: fx.Node) -> Activation | None:
         table: Mapping[Any, Any] = (
-            layers.ACTIVATION_FUNCTIONS
-            if user.op == "call_function"
-            else layers.ACTIVATION_METHODS
+            layers.ACTIVATION_FUNCTIONS if user.op == "call_function" else layers.ACTIVATION_METHODS
         )
         read = table.get(user.target)
         options = dict(user.kwargs)

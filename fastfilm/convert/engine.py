@@ -81,7 +81,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def conversion_report(model: nn.Module) -> Report:
-    """What ``convert`` did with every convolution of ``model``; an empty report for a model that is not converted."""
+    """What ``convert`` did with every convolution of ``model``."""
     return report_on(model)
 
 

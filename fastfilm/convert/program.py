@@ -134,8 +134,12 @@ def build(
     pending = frozenset(g for n, g in made.items() if n.args[1] in lazy and n.args[1] in made)
     calls = []
     for node, path in children.items():
-        form = tuple(_COMPUTED if isinstance(a, (fx.Node, list, tuple)) else a for a in node.args[1:])
-        words = tuple((k, _COMPUTED if isinstance(a, fx.Node) else a) for k, a in node.kwargs.items())
+        form = tuple(
+            _COMPUTED if isinstance(a, (fx.Node, list, tuple)) else a for a in node.args[1:]
+        )
+        words = tuple(
+            (k, _COMPUTED if isinstance(a, fx.Node) else a) for k, a in node.kwargs.items()
+        )
         calls.append(ChildCall(path, node in lazy, form, words))
         node.args = (node.args[0], node in lazy, *node.args[1:])
     for node in made:

@@ -53,7 +53,7 @@ class Report:
         return [c for c in self.convolutions if not c.fused]
 
     def share(self, size: int | None = None) -> float:
-        """Fused part of the convolutions, 0 to 1; of those with ``size`` in some dimension if given (1 if none)."""
+        """Fused part of the convolutions, 0 to 1; of those with ``size`` in their kernel if given (1 if none)."""
         chosen = [c for c in self.convolutions if size is None or size in c.kernel]
         return sum(c.fused for c in chosen) / len(chosen) if chosen else 1.0
 

@@ -26,7 +26,7 @@ class Converted:
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
-        replica.__dict__["_fastfilm"] = self.__dict__["_fastfilm"].replica()  # type: ignore[attr-defined]
+        replica.__dict__["_fastfilm"] = self.__dict__["_fastfilm"].replica()
         return replica
 
 
@@ -50,7 +50,8 @@ def class_of(original: type[nn.Module]) -> type[nn.Module]:
                 "__qualname__": original.__qualname__,
                 "__doc__": original.__doc__,
             }
-            found = type(original)(original.__name__, (Converted, original), names)
+            meta: Any = type(original)
+            found = meta(original.__name__, (Converted, original), names)
             _made[original] = found
         return found
 

@@ -7,13 +7,17 @@ refused rather than lost.
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import inspect
 import operator
 import random
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -40,9 +44,7 @@ def is_sequence(module: nn.Module) -> bool:
 
 def _surroundings() -> tuple[Any, ...]:
     """What a ``with`` statement in a forward could change."""
-    modes = [
-        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
-    ]
+    modes = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return (
         torch.is_grad_enabled(),
@@ -54,31 +56,45 @@ def _surroundings() -> tuple[Any, ...]:
     )
 
 
-class _Map(fx.Proxy):
-    """What stands for a tensor; a forward that asks is told so."""
+@contextlib.contextmanager
+def _proxies_are_tensors() -> Iterator[None]:
+    """A forward that asks whether its input is a tensor is told so; ``fx`` itself is told the truth.
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return Tensor
+    Without it a branch such as ``if isinstance(skip, torch.Tensor)`` would silently go the wrong way.
+    """
+    asked = builtins.isinstance
+
+    def answer(value: Any, kinds: Any) -> bool:
+        if asked(value, kinds):
+            return True
+        if type(value) is not fx.Proxy:
+            return False
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        wanted = kinds if type(kinds) is tuple else (kinds,)
+        outside = caller.partition(".")[0] not in ("torch", "fastfilm")
+        return Tensor in wanted and (outside or caller in ("torch", "torch._jit_internal"))
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = asked
 
 
 class _Tracer(fx.Tracer):
     """Follows a forward and its ``Sequential`` children, and refuses what it would lose."""
 
     def __init__(self, lists: dict[str, tuple[type, int]]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self.traced_func_name = "_fastfilm_original_forward"
         self.expected, self.lists = _surroundings(), lists
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Map(node, self)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, arg in enumerate(args):
-            name = arg.node.target if type(arg) is _Map else None
+            name = arg.node.target if type(arg) is fx.Proxy else None
             if name in self.lists:
                 kind, length = self.lists[name]
                 args[i] = kind(arg[k] for k in range(length))
@@ -108,8 +124,6 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is _Map:
-            return a.node
         known = isinstance(a, nn.Parameter) or (
             isinstance(a, Tensor) and any(a is b for b in self.root.buffers())
         )
@@ -145,18 +159,21 @@ def _trace(
         return _sequence(module)
     before = dict(module.__dict__)
     children = dict(module._modules)
-    drawn = torch.get_rng_state(), random.getstate()
+    drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()
     holder = type(module)
     added = "_fastfilm_original_forward" not in holder.__dict__
     if added:
         holder._fastfilm_original_forward = kind.forward  # type: ignore[attr-defined]
     try:
-        graph = _Tracer(lists).trace(module, concrete_args=arguments)
+        with _proxies_are_tensors():
+            graph = _Tracer(lists).trace(module, concrete_args=arguments)
     except CannotTrace:
         raise
     except Exception as error:  # whatever a forward does with something that is not a tensor
         text = (str(error).strip().splitlines() or [""])[0]
-        raise CannotTrace(f"its forward cannot be followed: {type(error).__name__}: {text}") from None
+        raise CannotTrace(
+            f"its forward cannot be followed: {type(error).__name__}: {text}"
+        ) from None
     finally:
         if added:
             del holder._fastfilm_original_forward  # type: ignore[attr-defined]
@@ -165,9 +182,10 @@ def _trace(
         if changed:
             module.__dict__.clear()
             module.__dict__.update(before)
+        draws = _put_back(*drawn)
     if changed:
         raise CannotTrace("its forward sets attributes")
-    if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
+    if draws:
         raise CannotTrace("its forward draws random numbers")
     _drop_checks(graph)
     _name_arguments(graph, list(signature.parameters.values())[1:])
@@ -176,6 +194,18 @@ def _trace(
             # maps are channels-last behind fused groups, where a view is not always possible
             node.target = "reshape"
     return graph
+
+
+def _put_back(seed: Tensor, python: Any, arrays: Any) -> bool:
+    """Sets the states of the random number generators; whether they had moved."""
+    moved = not torch.equal(seed, torch.get_rng_state())
+    moved = moved or python != random.getstate()
+    moved = moved or str(arrays) != str(np.random.get_state())
+    if moved:
+        torch.set_rng_state(seed)
+        random.setstate(python)
+        np.random.set_state(arrays)
+    return moved
 
 
 def _sequence(module: nn.Module) -> fx.Graph:
@@ -202,12 +232,11 @@ def _views_type(node: fx.Node) -> bool:
 def _drop_checks(graph: fx.Graph) -> None:
     """Removes what ``fx`` adds to compare constants with what a call brings: calls are told apart before."""
     for node in reversed(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or node.users:
             continue
         name = getattr(node.target, "__name__", "")
-        if name in ("_assert_is_none", "_assert") and not node.users:
-            graph.erase_node(node)
-        elif node.target is operator.eq and not node.users and node.args[0].op == "placeholder":
+        compares = node.target is operator.eq and getattr(node.args[0], "op", "") == "placeholder"
+        if compares or name in ("_assert_is_none", "_assert"):
             graph.erase_node(node)
 
 

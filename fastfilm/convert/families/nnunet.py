@@ -2,4 +2,6 @@
 
 from .family import Family
 
-FAMILY = Family(name="nnU-Net", modules=("dynamic_network_architectures",), decoders=(r"^decoder\.",))
+FAMILY = Family(
+    name="nnU-Net", modules=("dynamic_network_architectures",), decoders=(r"^decoder\.",)
+)

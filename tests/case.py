@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 import fastfilm
+from fastfilm.ops import environment
+
+SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
+"""Whether the slow tests run too."""
 
 LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias", "gamma", "beta", "slope")
 

@@ -137,13 +137,20 @@ def assert_same(processes: list[Any], whole: Any, scale: float = 1.0) -> None:
             torch.testing.assert_close(a, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    ("backend", "switch"),
+    [
+        (None, sync_batch_norm),
+        ("reference", sync_batch_norm),
+        (None, nn.SyncBatchNorm.convert_sync_batchnorm),
+    ],
+)
 def test_two_processes_with_uneven_batches_are_one_with_the_whole_batch(
-    backend: str | None,
+    backend: str | None, switch: Callable[[nn.Module], nn.Module]
 ) -> None:
     def work(rank: int) -> Any:
         with fastfilm.backend(backend):
-            model = sync_batch_norm(net())
+            model = switch(net())
             return trained(model, model, rank)
 
     with fastfilm.backend(backend):
@@ -251,9 +258,56 @@ def test_without_a_process_group_it_is_plain_batch_norm() -> None:
         assert torch.equal(torch.as_tensor(synced[name]), torch.as_tensor(expected))
 
 
-def test_a_switched_network_is_copied_and_keeps_its_switch() -> None:
-    model = copy.deepcopy(sync_batch_norm(net()))
-    assert all(b.sync_group is True for b in model.blocks)  # type: ignore[union-attr]
+@pytest.mark.parametrize("switch", [sync_batch_norm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_a_switched_network_is_copied_and_keeps_its_switch(switch: Any) -> None:
+    model = copy.deepcopy(switch(net()))
+    assert all(b.sync_group is True for b in model.blocks)
+    # layers of PyTorch's would make DDP refuse CPUs
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    assert model.state_dict().keys() == net().state_dict().keys()
+    assert switch(net("instance")).blocks[0].sync_group is None
+
+
+def test_the_functions_take_a_group_as_the_modules_do() -> None:
+    def block(x: Tensor, group: Any, conv: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        x = x.clone().requires_grad_()
+        weight = torch.randn(2, 2, 3, 3, requires_grad=True)
+        running = {"running_mean": torch.zeros(2), "running_var": torch.ones(2)}
+        options: dict[str, Any] = {"norm": "batch", "training": True, "activation": "silu"}
+        options |= {"sync_group": group, **running}
+        if conv:
+            v = fastfilm.conv_norm_film(x, weight, **options)
+        else:
+            v = fastfilm.norm_film(x * weight.mean(), **options)
+        v.pow(3).sum().backward()
+        return {"v": v.detach(), "dx": x.grad, "dw": weight.grad, **running}  # type: ignore[dict-item]
+
+    def work(rank: int) -> Any:
+        x = batch()[0].split(SPLIT)[rank]
+        groups = (True, dist.group.WORLD)
+        found = [block(x, g, conv) for g, conv in zip(groups, (True, False), strict=True)]
+        return [{k: t.clone().numpy() for k, t in f.items()} for f in found]
+
+    results = on_two(work)
+    for i, conv in enumerate((True, False)):
+        whole = block(batch()[0], None, conv)
+        parts = [{k: torch.from_numpy(t) for k, t in r[i].items()} for r in results]
+        for name in ("v", "dx"):
+            joined = torch.cat([p[name] for p in parts])
+            torch.testing.assert_close(joined, whole[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            parts[0]["dw"] + parts[1]["dw"], whole["dw"], rtol=1e-4, atol=1e-2
+        )
+        for name in ("running_mean", "running_var"):
+            for part in parts:
+                torch.testing.assert_close(part[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_of_another_kind_is_refused_by_name() -> None:
+    block = fastfilm.ConvNormFiLM2d(2, 4, sync_group="world")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sync_group must be a process group"):
+        block(torch.randn(2, 2, 4, 4))
 
 
 def test_fsdp_trains_a_network_as_one_process_does() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.nn import FiLMedUNet, FiLMGenerator, Modified3DUNet, ivadomed
-from fastfilm.ops import backends, environment
+from fastfilm.ops import backends
+from tests.case import SLOW
 
 HERE = Path(__file__).parent / "golden"
 SHARED = Path(
@@ -27,7 +28,6 @@ NAMES = (
     "filmed_unet_3d_depth2",
     "modified_3d_unet_film",
 )
-SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 ROUTES = [("reference", None), ("cpu", None), ("triton", "fused")]
 
 
@@ -114,8 +114,8 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
     kernels, is not.
     """
     data = golden(name)
-    if backend == "triton" and "2d" not in name and not SLOW:
-        pytest.skip("interpreting this network takes minutes; set FASTFILM_SLOW_TESTS=1 to run it")
+    if backend == "triton" and name != "filmed_unet_2d_depth2" and "unet" in name and not SLOW:
+        pytest.skip("interpreting this network is slow; set FASTFILM_SLOW_TESTS=1 to run it")
     with forced(backend, route):
         found = run(data, torch.float32)
     names = [k for k in data if k in ("eval_output", "train_output") or k.startswith("grad")]

@@ -14,6 +14,19 @@ from fastfilm.ops.recipe import Options
 from fastfilm.ops.remembered import Remembered
 
 
+_STATISTICS = "statistics"
+
+
+class _Statistics(nn.modules.batchnorm._BatchNorm):
+    """By what ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` recognises a block; holds nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False, track_running_stats=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        raise NotImplementedError("the block normalises; this module marks it for SyncBatchNorm")
+
+
 class ConvNormFiLM(nn.Module):
     """One block around ``fastfilm.conv_norm_film``; see ``ConvNormFiLM2d`` and ``ConvNormFiLM3d``.
 
@@ -32,7 +45,7 @@ class ConvNormFiLM(nn.Module):
         dropout_position: "end", "film" (in front of FiLM) or "norm" (in front of the norm).
         sync_group: processes whose batches batch norm normalises together in training, as
             ``torch.nn.SyncBatchNorm`` does: a process group, or True for the default one. Without an initialised
-            process group it is plain batch norm.
+            process group it is plain batch norm. ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` sets it.
     """
 
     spatial_dims = 2
@@ -130,7 +143,17 @@ class ConvNormFiLM(nn.Module):
             raise TypeError(f"slope must be a number for {self.activation!r}, got {slope!r}")
         else:
             self.slope = slope
+        if self.norm == "batch":
+            self.add_module(_STATISTICS, _Statistics(out_channels))
         self.reset_parameters()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """``torch.nn.Module.add_module``; a SyncBatchNorm in place of the statistics sets ``sync_group``."""
+        if name == _STATISTICS and isinstance(module, nn.SyncBatchNorm):
+            found = module.process_group
+            self.sync_group = True if found is None else found
+        else:
+            super().add_module(name, module)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as ``torch.nn.Conv2d`` does."""
@@ -299,7 +322,7 @@ class DoubleConv(nn.Module):
 def sync_batch_norm(model: nn.Module, process_group: distributed.Group = None) -> nn.Module:
     """Makes every block of ``model`` with batch norm use the statistics of all processes; returns ``model``.
 
-    The counterpart of ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` (which sees PyTorch's own layers only).
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does the same, and replaces PyTorch's own layers too.
 
     Args:
         process_group: a process group; True or None for the default one.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import conv, higher, reference, spec, views
-from .backends import BACKENDS
+from .backends import BACKENDS, forced
+from .library import recalling
 from .views import View
 
 
@@ -135,11 +136,12 @@ def _flat(sources: Sequence[Source]) -> tuple[Tensor | None, ...]:
 class _Assembled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, static: _Static, *tensors: Tensor | None) -> Tensor:
-        ctx.kernels, ctx.static = kernels, static
+        ctx.kernels, ctx.static, ctx.forced = kernels, static, forced()[:2]
         ctx.save_for_backward(*tensors)
         return write(_sources(static, tensors), kernels)
 
     @staticmethod
+    @recalling
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         needs = ctx.needs_input_grad[2:]
@@ -182,10 +184,11 @@ class _Convolved(torch.autograd.Function):
         )
         kept = (y, stats) if moments else (None, None)
         ctx.save_for_backward(weight, pre, *kept, *tensors)
-        ctx.how, ctx.static, ctx.kernels = how, static, kernels
+        ctx.how, ctx.static, ctx.kernels, ctx.forced = how, static, kernels, forced()[:2]
         return y, stats
 
     @staticmethod
+    @recalling
     def backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         weight, pre, y, stats, *tensors = ctx.saved_tensors

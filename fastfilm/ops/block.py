@@ -132,12 +132,17 @@ def run(
 
 
 def run_on_map(
-    x: Tensor, options: Options, tensors: TailTensors, momentum: float, deferred: bool
+    x: Tensor,
+    options: Options,
+    tensors: TailTensors,
+    momentum: float,
+    deferred: bool,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor | DeferredMap:
     """``fastfilm.norm_film`` with its arguments packed."""
     how = _recipe(x, None, None, (), options, tensors)
     kind, plan, kernels = how.kind, how.plan, how.kernels
-    tail = Tail(kind, momentum, *tensors)
+    tail = Tail(kind, momentum, *tensors, group=group)
     if kernels is None:
         v = layout_of(x, tail.eager(x))
         return _identity(v) if deferred else v

@@ -74,6 +74,14 @@ def _vendor_input(v: Tensor, plain: bool) -> Tensor:
     return v.as_strided(v.shape, (step, 1, *reversed(strides)))
 
 
+def _laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
+    """A weight's gradient with the strides of ``torch.empty_like(weight)``, as the shape function promises."""
+    if grad.stride() == weight.stride():
+        return grad
+    like = torch.empty_like(weight)
+    return grad if grad.stride() == like.stride() else like.copy_(grad)
+
+
 def conv_fwd(
     x: Tensor,
     weight: Tensor,
@@ -152,7 +160,8 @@ def conv_bwd(
         if need_input:
             dx, dcoef = kernels.dgrad(e, weight, x, coef, act, tuple(stride), tuple(padding))
         if need_weight:
-            dweight = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
+            dw = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
+            dweight = _laid_out_like(dw, weight)
         return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
     v = x if coef is None else kernels.apply(x, coef, act)
     plain = reference.unsafe_channels_last(v)
@@ -170,7 +179,7 @@ def conv_bwd(
         [need_input, need_weight, False],
     )
     if need_weight:
-        dweight = dw
+        dweight = _laid_out_like(dw, weight)
     if need_input:
         dx = spec.channels_last(dv)
         if coef is not None:
@@ -336,6 +345,7 @@ define(
     _conv_fake,
     backward=_backward,
     setup=_setup,
+    cast=3,
 )
 define(
     "conv_backward(Tensor dy, Tensor dstats, Tensor x, Tensor weight, Tensor? coef, str act, Tensor? pre,"
@@ -353,6 +363,7 @@ define(
     " int groups, str plan) -> Tensor",
     conv_apply,
     _conv_apply_fake,
+    cast=3,
 )
 
 _eager_conv = differentiable(conv_fwd, _setup, _backward)

@@ -13,8 +13,17 @@ Group: TypeAlias = "dist.ProcessGroup | bool | None"
 
 
 def active(group: Group) -> dist.ProcessGroup | None:
-    """The process group to synchronise with; None where there is nobody to synchronise with."""
-    if group is None or group is False or not dist.is_available() or not dist.is_initialized():
+    """The process group to synchronise with; None where there is nobody to synchronise with.
+
+    Raises:
+        TypeError: something that is no process group.
+    """
+    if group is None or group is False:
+        return None
+    known = dist.is_available() and isinstance(group, dist.ProcessGroup)
+    if group is not True and not known:
+        raise TypeError(f"sync_group must be a process group, True or None, got {group!r}")
+    if not dist.is_available() or not dist.is_initialized():
         return None
     found = dist.group.WORLD if group is True else group
     return None if found is None or dist.get_world_size(found) == 1 else found

@@ -23,7 +23,7 @@ VARIABLES = (
     Variable("FASTFILM_CPU", SWITCH, "at install time, 0: leaves the C++ extension out"),
     Variable("TRITON_INTERPRET", SWITCH, "1: Triton's interpreter, on CPU tensors"),
     Variable("FASTFILM_GOLDEN", None, "tests: the folder of the golden arrays"),
-    Variable("FASTFILM_SLOW_TESTS", SWITCH, "tests, 1: the 3D networks on interpreted kernels too"),
+    Variable("FASTFILM_SLOW_TESTS", SWITCH, "tests, 1: the slow ones run too"),
     Variable("FASTFILM_FUZZ_EXAMPLES", int, "tests: draws of the fuzz test"),
 )
 

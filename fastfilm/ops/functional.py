@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
-from . import block, pointwise, recipe, reference, spec
+from . import block, distributed, pointwise, recipe, reference, spec
 from .maps import DeferredMap, Map, layout_of, plain
 from .recipe import Options
 
@@ -87,6 +88,7 @@ def conv_norm_film(
     dropout_mask: Tensor | None = None,
     dropout_position: str = "end",
     deferred: bool = False,
+    sync_group: distributed.Group = None,
 ) -> Tensor | DeferredMap:
     """Convolution, normalisation, activation, channel dropout and FiLM as one differentiable op.
 
@@ -112,6 +114,8 @@ def conv_norm_film(
         dropout_position: "end" (default), "film" (in front of FiLM) or "norm" (in front of the norm).
         deferred: return the ``DeferredMap`` for the next convolution instead of a tensor, where that saves
             a pass (without gradients the composed route finishes its map in place and returns the tensor).
+        sync_group: processes over whose batches together batch norm takes its statistics in training: a process
+            group, or True for the default one. Ignored where none is initialised.
 
     Returns:
         [N, Co, *T] in x's dtype with channels-last strides (the reference backend keeps x's layout).
@@ -133,6 +137,7 @@ def conv_norm_film(
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
     spec.check_number("momentum", momentum)
+    group = _group(sync_group, norm, training)
     return block.run(
         x,
         weight,
@@ -147,6 +152,7 @@ def conv_norm_film(
             None if isinstance(slope, Tensor) else slope,
             order,
             dropout_position,
+            group is not None,
         ),
         (
             norm_weight,
@@ -160,6 +166,7 @@ def conv_norm_film(
         ),
         momentum,
         deferred,
+        group=group,
     )
 
 
@@ -183,6 +190,7 @@ def norm_film(
     dropout_mask: Tensor | None = None,
     dropout_position: str = "end",
     deferred: bool = False,
+    sync_group: distributed.Group = None,
 ) -> Tensor | DeferredMap:
     """What ``conv_norm_film`` does behind its convolution, on a map that exists already.
 
@@ -206,6 +214,7 @@ def norm_film(
     if not isinstance(x, Map):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     spec.check_number("momentum", momentum)
+    group = _group(sync_group, norm, training)
     return block.run_on_map(
         plain(x),
         Options(
@@ -217,6 +226,7 @@ def norm_film(
             None if isinstance(slope, Tensor) else slope,
             order,
             dropout_position,
+            group is not None,
         ),
         (
             norm_weight,
@@ -230,4 +240,12 @@ def norm_film(
         ),
         momentum,
         deferred,
+        group=group,
     )
+
+
+def _group(
+    sync_group: distributed.Group, norm: str | None, training: bool
+) -> dist.ProcessGroup | None:
+    """Processes to synchronise with: batch norm in training asks others."""
+    return distributed.active(sync_group) if training and norm == "batch" else None

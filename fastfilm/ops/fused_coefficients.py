@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import forced
 from .higher import pull
+from .library import recalling
 
 Tensors = tuple[Tensor | None, ...]
 """Running mean and variance, moments, norm weight and bias, conv bias, γ, β, dropout mask, slope."""
@@ -34,6 +36,7 @@ class _BlockCoefficients(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.kernels, ctx.kind, ctx.definition = kernels, kind, definition
+        ctx.forced = forced()[:2]
         if kind.update:
             # the moments say what backward needs, and the running statistics have moved on by then
             ctx.save_for_backward(None, None, *tensors[2:])
@@ -43,6 +46,7 @@ class _BlockCoefficients(torch.autograd.Function):
         return coef
 
     @staticmethod
+    @recalling
     def backward(ctx: Any, dcoef: Tensor) -> tuple[Tensor | None, ...]:
         wanted, tensors = ctx.needs_input_grad[5:], ctx.saved_tensors
         if torch.is_grad_enabled():

@@ -6,11 +6,14 @@ compiler, no tracer, no dispatch mode, no tensor subclass) the same functions ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import backends
 
 _LIBRARY = torch.library.Library("fastfilm", "DEF")
 
@@ -21,15 +24,22 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., Any] | None = None,
+    cast: int = 0,
 ) -> None:
-    """Defines ``fastfilm::<schema>`` with its kernel, its shape function and its gradient.
+    """Defines ``fastfilm::<schema>`` with its kernel, its shape function, its gradient and its autocast rule.
 
     An operator without ``backward`` raises when it is differentiated: silence would be a wrong gradient.
+
+    Args:
+        cast: how many of the first arguments autocast brings to its dtype; 0: the operator runs in its map's.
     """
-    name = "fastfilm::" + schema.partition("(")[0]
+    plain = schema.partition("(")[0]
+    name = "fastfilm::" + plain
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    _LIBRARY.impl(schema.partition("(")[0], implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(plain, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=_LIBRARY)
+    for device in ("cpu", "cuda") if cast else ():
+        _LIBRARY.impl(plain, _autocasting(plain, device, cast), f"Autocast{device.upper()}")
     if backward is None:
 
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -37,7 +47,50 @@ def define(
                 f"{name} is not differentiable; use fastfilm.backend('reference') for higher derivatives"
             )
 
+    if setup is not None:
+        setup, backward = _choosing(setup, backward)
     torch.library.register_autograd(name, backward, setup_context=setup, lib=_LIBRARY)
+
+
+def _autocasting(name: str, device: str, cast: int) -> Callable[..., Any]:
+    """The operator behind its autocast rule: statistics, coefficients and float64 keep their types."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def call(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        given = [
+            t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
+            for t in args[:cast]
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return getattr(torch.ops.fastfilm, name)(*given, *args[cast:])
+
+    return call
+
+
+def _choosing(
+    setup: Callable[..., Any], backward: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A gradient that is computed with the backend forced where its forward was: autograd has own threads."""
+
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.forced = backends.forced()[:2]
+        setup(ctx, inputs, output)
+
+    return keep, recalling(backward)
+
+
+def recalling(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` with the choice in force that is kept as ``ctx.forced``."""
+
+    @functools.wraps(backward)
+    def recall(ctx: Any, *grads: Any) -> Any:
+        if ctx.forced == backends.forced()[:2]:
+            return backward(ctx, *grads)
+        with backends.backend(*ctx.forced):
+            return backward(ctx, *grads)
+
+    return recall
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -58,6 +111,7 @@ def differentiable(
     implementation: Callable[..., Any], setup: Callable[..., Any], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """``implementation`` with its gradient, for eager mode: what ``define`` registers, without dispatch."""
+    setup, backward = _choosing(setup, backward)
 
     class Eager(torch.autograd.Function):
         @staticmethod

@@ -13,7 +13,6 @@ from fastfilm.ops.maps import Map
 from fastfilm.ops.recipe import Options
 from fastfilm.ops.remembered import Remembered
 
-
 _STATISTICS = "statistics"
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from . import cli
 from .machine import Table, devices, section, versions
 
 
@@ -64,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.arguments(sub)
         sub.set_defaults(run=command.run)
+    for name, summary in cli.SUMMARIES.items():
+        subparsers.add_parser(name, help=summary, add_help=False)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in cli.SUMMARIES:
+        return cli.run(argv[0], argv[1:])
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:

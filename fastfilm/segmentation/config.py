@@ -80,6 +80,9 @@ class Data(Section):
         None,
         description="column with the names of the labels that were annotated in the case (separated by ;)",
     )
+    empty_cases: Literal["error", "allow"] = Field(
+        "error", description="a case in which no annotated label has a voxel"
+    )
     exclude: list[str] = Field(default_factory=list, description="subjects or cases to leave out")
 
     @field_validator("labels", mode="before")
@@ -162,9 +165,10 @@ class PreprocessingConfig(Section):
     slice_axis: Literal["auto", "sagittal", "coronal", "axial"] = Field(
         "auto", description="2D: the plane of a slice; auto: across the largest spacing, else axial"
     )
-    spacing: Literal["keep", "median"] | list[Annotated[float, Field(gt=0)] | None] = Field(
-        "keep",
-        description="mm along right, anterior, superior (null: as it is), 'keep', or the median",
+    spacing: Literal["auto", "keep", "median"] | list[Annotated[float, Field(gt=0)] | None] = Field(
+        "auto",
+        description="mm along right, anterior, superior (null: as it is), 'keep', or the median;"
+        " auto: the median along axes on which the cases differ by more than a tenth",
     )
     normalisation: Literal["auto", "zscore", "percentile", "minmax", "ct", "none"] = Field(
         "auto",

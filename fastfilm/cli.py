@@ -1,0 +1,57 @@
+"""The commands of the segmentation system; nothing but the standard library is imported until one is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+SUMMARIES = {
+    "plan": "check a data set, decide preprocessing and patch size, write the splits",
+    "train": "train one fold of a plan",
+}
+"""Command -> one line of help. Each is the function ``command`` of ``fastfilm.segmentation.commands.NAME``."""
+
+INTERRUPTED = 130
+INSTALL = 'pip install "fastfilm[segmentation]"'
+
+
+def run(name: str, argv: Sequence[str]) -> int:
+    """Runs one command; the exit status.
+
+    0: done. 1: an error that the user can mend (one readable message on stderr), or the extra is not installed.
+    2: a wrong command line. 130: interrupted.
+    """
+    try:
+        module = importlib.import_module(f"fastfilm.segmentation.commands.{name}")
+        import typer
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "fastfilm":
+            raise
+        print(f"fastfilm {name} needs {error.name}: {INSTALL}", file=sys.stderr)
+        return 1
+    from fastfilm.segmentation.errors import UserError
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name)(module.command)
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(list(argv), prog_name=f"fastfilm {name}", standalone_mode=False)
+        status = status if isinstance(status, int) else 0
+    except UserError as error:
+        print(f"fastfilm {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        # a wrong command line; the classes are click's, or those of typer's own copy of it
+        if type(error).__name__ == "Abort":
+            status = INTERRUPTED
+        elif hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            return int(error.exit_code)
+        else:
+            raise
+    if status == INTERRUPTED:
+        print(f"\nfastfilm {name}: interrupted", file=sys.stderr)
+    return status

@@ -1,0 +1,99 @@
+"""``fastfilm plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from fastfilm.segmentation.config import Config, override, parse, read_config
+from fastfilm.segmentation.console import bar, say
+from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.plan import make_plan
+
+
+def command(
+    data: Annotated[
+        Path, typer.Argument(help="configuration (.yaml), BIDS folder, or CSV/TSV table")
+    ],
+    plan: Annotated[Path, typer.Argument(help="folder to write the plan to")],
+    contrast: Annotated[
+        list[str] | None, typer.Option(help="image contrast (CSV: column); repeat for several")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE[,VALUE…] in the label files; repeat")
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(help="KEY or KEY=KIND (category, continuous, …); repeat")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="channels, classes or task")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the configuration, e.g. training.epochs=20"),
+    ] = None,
+) -> None:
+    """Checks a data set and decides how it is preprocessed and trained on.
+
+    Every file is read; whatever is wrong is listed at once and nothing is written.
+    """
+    settings = dict(_setting(s, "--set") for s in set_ or [])
+    if output is not None:
+        settings["output.mode"] = output
+    for name in metadata or []:
+        key, _, kind = name.partition("=")
+        settings[f"metadata.{key}"] = {"kind": kind} if kind else {}
+    if contrast:
+        settings["data.contrasts"] = contrast
+    for text in label or []:
+        name, values = _setting(text, "--label")
+        settings[f"data.labels.{name}"] = _values(text, values)
+    config = _config(data, settings)
+    with bar("checking") as task:
+        made, notes = make_plan(config, plan, task)
+    for note in notes:
+        say(f"note: {note}")
+    p = made.plan
+    n = p.preprocessing
+    say(
+        f"{len(made.cases)} cases of {len({c.subject for c in made.cases})} subjects, {len(made.folds)}"
+        f" fold(s); {p.spatial_dims}D, patch {'x'.join(map(str, p.patch_size))}, batch {p.batch_size},"
+        f" {p.network.name}"
+        + (f" of depth {p.network.depth}" if p.network.depth else "")
+        + f", {n.channels[0].kind} normalisation, spacing {[s or 'as is' for s in n.spacing]}"
+    )
+    say(f"written to {plan}; next: fastfilm train {plan} MODEL --fold 0")
+
+
+def _config(data: Path, settings: dict[str, Any]) -> Config:
+    if data.suffix in (".yaml", ".yml"):
+        return read_config(data, settings)
+    source = "bids" if data.is_dir() else "csv"
+    if source == "csv" and data.suffix not in (".csv", ".tsv"):
+        raise UserError(
+            f"{data}: expected a .yaml configuration, a BIDS folder, a .csv or .tsv table"
+        )
+    value: dict[str, Any] = {"data": {"source": source, "root": str(data.resolve())}}
+    for key, new in settings.items():
+        override(value, key, new)
+    return parse(value, str(data))
+
+
+def _setting(text: str, option: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise UserError(f"{option} takes KEY=VALUE, got {text!r}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{option} {text!r}: the value is not YAML") from error
+
+
+def _values(text: str, value: Any) -> Any:
+    """``1`` or ``1,2`` -> integers."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    try:
+        return [int(p) for p in parts]
+    except ValueError:
+        raise UserError(f"--label takes NAME=VALUE with whole numbers, got {text!r}") from None

@@ -1,0 +1,121 @@
+"""Starting from a trained model: its network, encoder and preprocessing, grown by what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .config import Config
+from .errors import UserError
+from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
+from .model_folder import LabelInfo, ModelInfo, load_model
+from .network import generator_parameters, grow_metadata
+from .sources import Case
+
+
+def start_from(
+    folder: Path, info: ModelInfo, cases: Sequence[Case], config: Config
+) -> tuple[ModelInfo, nn.Module]:
+    """The old model, ready for the new data.
+
+    Network, preprocessing and patch size stay the old model's. Values of its metadata keys (tasks included) that
+    the new training cases bring along are added to the encoder, and the generators get inputs for them.
+
+    Args:
+        folder: the old model's.
+        info: of the new plan.
+        cases: the new training cases.
+
+    Raises:
+        UserError: channels, dimensions, output mode or metadata keys that differ; labels that do, unless they are
+            tasks.
+    """
+    old = load_model(folder)
+    before = old.info
+    for name, a, b in (
+        ("dimensions", before.spatial_dims, info.spatial_dims),
+        ("image channels", before.in_channels, info.in_channels),
+        ("output mode", before.output, info.output),
+        ("metadata keys", before.metadata.names(), info.metadata.names()),
+    ):
+        if a != b:
+            raise UserError(f"{folder}: {name} of the model are {a}, of the plan {b}")
+    labels = list(before.labels)
+    names = [label.name for label in labels]
+    if info.output == "task":
+        values = {label.value for label in labels}
+        for label in info.labels:
+            if label.name not in names:
+                free = label.value if label.value not in values else max(values) + 1
+                labels.append(label.model_copy(update={"value": free}))
+                values.add(free)
+    elif names != [label.name for label in info.labels]:
+        raise UserError(
+            f"{folder}: labels of the model are {names}, of the plan {[x.name for x in info.labels]}"
+        )
+    encoder = grown_encoder(old.network, before.metadata, _new_values(before, info.labels, cases))
+    network = old.network
+    if config.training.freeze == "all_but_generator":
+        freeze_all_but_generator(network)
+    update = {
+        "metadata": encoder,
+        "labels": labels,
+        "contrasts": info.contrasts,
+        "combine": info.combine,
+        "missing_contrast": info.missing_contrast,
+        "training": info.training,
+    }
+    return before.model_copy(update=update), network
+
+
+def grown_encoder(
+    network: nn.Module, encoder: MetadataEncoder, new: Sequence[tuple[str, str]]
+) -> MetadataEncoder:
+    """The encoder with further (key, value) pairs; ``network``'s generators grow along, in place."""
+    for key, value in new:
+        encoder, column = encoder.grow(key, value)
+        grow_metadata(network, column)
+    return encoder
+
+
+def freeze_all_but_generator(network: nn.Module) -> None:
+    """Only the weights that turn metadata into γ and β are trained.
+
+    Raises:
+        UserError: the network has none.
+    """
+    trained = generator_parameters(network)
+    if not trained:
+        raise UserError("training.freeze: the network has no FiLM generator that could be trained")
+    network.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+
+
+def _new_values(
+    old: ModelInfo, labels: Sequence[LabelInfo], cases: Sequence[Case]
+) -> list[tuple[str, str]]:
+    new: dict[tuple[str, str], None] = {}
+    for key in old.metadata.keys:
+        if key.kind == "continuous":
+            continue
+        if key.name == old.task_key:
+            found = [label.name for label in labels]
+        else:
+            found = []
+            for case in cases:
+                value = case.metadata.get(key.name)
+                if not is_missing(value, key.missing):
+                    several = key.kind == "multilabel"
+                    found += key.several(value) if several else [as_category(value)]
+        for value in found:
+            if value in key.values:
+                continue
+            if key.kind == "ordered":
+                raise MetadataError(
+                    f"metadata {key.name!r}: {value!r} is new, and where it ranks is not known"
+                )
+            new[key.name, value] = None
+    return list(new)

@@ -1,6 +1,14 @@
 """Fused convolution + normalisation + activation + FiLM for segmentation networks conditioned on metadata."""
 
-from .convert import conversion_report, convert, restore
+from .convert import (
+    condition,
+    conversion_report,
+    convert,
+    generator_parameters,
+    metadata,
+    parameter_groups,
+    restore,
+)
 from .nn import (
     ConvNormFiLM2d,
     ConvNormFiLM3d,
@@ -22,11 +30,15 @@ __all__ = [
     "Modified3DUNet",
     "__version__",
     "backend",
+    "condition",
     "conv_norm_film",
     "conversion_report",
     "convert",
+    "generator_parameters",
     "materialise",
+    "metadata",
     "moments",
     "norm_film",
+    "parameter_groups",
     "restore",
 ]

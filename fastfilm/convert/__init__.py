@@ -1,6 +1,17 @@
 """Existing models made faster (``convert``) and metadata-conditioned (``condition``)."""
 
+from .condition import condition, generator_parameters, parameter_groups
 from .engine import conversion_report, convert, restore
+from .film import metadata
 from .report import Report
 
-__all__ = ["Report", "conversion_report", "convert", "restore"]
+__all__ = [
+    "Report",
+    "condition",
+    "conversion_report",
+    "convert",
+    "generator_parameters",
+    "metadata",
+    "parameter_groups",
+    "restore",
+]

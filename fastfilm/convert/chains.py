@@ -30,10 +30,17 @@ class Finder:
     Args:
         owner: the module whose forward the graph is.
         more: activations of other packages by class name.
+        whole: take in layers that run one by one for the moment: hooked ones, dropouts of single values.
     """
 
-    def __init__(self, owner: nn.Module, graph: fx.Graph, more: Mapping[str, Activation]) -> None:
-        self.owner, self.graph, self.more = owner, graph, dict(more)
+    def __init__(
+        self,
+        owner: nn.Module,
+        graph: fx.Graph,
+        more: Mapping[str, Activation],
+        whole: bool = False,
+    ) -> None:
+        self.owner, self.graph, self.more, self.whole = owner, graph, dict(more), whole
         self.taken: set[fx.Node] = set()
 
     def find(self) -> list[Chain]:
@@ -48,17 +55,20 @@ class Finder:
             return None
         return self.owner.get_submodule(str(node.target))
 
+    def _norm(self, module: nn.Module) -> str | None:
+        return layers.norm_of(module, hooked_too=self.whole)
+
     def _from_convolution(self, node: fx.Node) -> Chain | None:
         conv = self.module(node)
         if conv is None or layers.convolution_dims(conv) is None:
             return None
-        if layers.unfit_convolution(conv) is not None:
+        if layers.unfit_convolution(conv) is not None and not self.whole:
             return None
         return self._follow(node, "conv")
 
     def _from_norm(self, node: fx.Node) -> Chain | None:
         norm = self.module(node)
-        if node in self.taken or norm is None or layers.norm_of(norm) is None:
+        if node in self.taken or norm is None or self._norm(norm) is None:
             return None
         return self._follow(node, "norm")
 
@@ -99,13 +109,14 @@ class Finder:
         module = self.module(user)
         if module is None:
             return None
-        if layers.norm_of(module) is not None:
+        if self._norm(module) is not None:
             return user, "norm", None
         if layers.is_dropout(module):
             assert isinstance(module, _DropoutNd)
             single = not layers.is_channel_dropout(module) and module.training and module.p > 0
-            return None if single or layers.hooked(module) else (user, "drop", None)
-        found = layers.activation_of(module, self.more)
+            alone = single or layers.hooked(module)
+            return None if alone and not self.whole else (user, "drop", None)
+        found = layers.activation_of(module, self.more, self.whole)
         if found is None:
             return None
         if found.name == "prelu":

@@ -10,7 +10,6 @@ from torch import nn
 from fastfilm.ops import spec
 
 from . import families
-from .program import build
 from .report import Report
 from .state import State, is_converted
 from .survey import report_on
@@ -85,8 +84,13 @@ def conversion_report(model: nn.Module) -> Report:
     return report_on(model)
 
 
-def attach(model: nn.Module, fused: bool) -> None:
-    """Gives ``model`` and every module in it that can gain from it its programs."""
+def attach(model: nn.Module, fused: bool, conditioned: bool = False) -> None:
+    """Gives ``model`` and every module in it that can gain from it its programs.
+
+    Args:
+        fused: groups run as one, not layer by layer.
+        conditioned: FiLM stands, or will stand, in the groups, which therefore stay whole.
+    """
     known = families.activations()
     states: dict[nn.Module, State] = {}
     for module in model.modules():
@@ -99,10 +103,11 @@ def attach(model: nn.Module, fused: bool) -> None:
     for module in reversed(list(states)):
         state = states[module]
         state.fused = fused
+        state.conditioned = state.conditioned or conditioned
         state.programs.clear()
         state.refused = None
         try:
-            program = build(module, state.defaults(), {}, False, known, gains.__contains__)
+            program = state.build(module, state.defaults(), {}, False, gains.__contains__)
         except CannotTrace as reason:
             state.refused = str(reason)
             continue
@@ -113,8 +118,9 @@ def attach(model: nn.Module, fused: bool) -> None:
             swap(module, state)
     if model in states:
         states[model].root = True
-    for module in gains:
-        states[module].prime(module)
+    for module in states:
+        if module in gains or module is model:
+            states[module].prime(module)
 
 
 def _channels_last(model: nn.Module) -> None:

@@ -1,16 +1,32 @@
-"""γ and β on their way from a conditioned network's generator to the groups that apply them."""
+"""γ and β on their way: from the metadata of a call, through the generator, to the groups that apply them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextvars import ContextVar
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-_current: ContextVar[Mapping[str, tuple[Tensor, Tensor]] | None] = ContextVar(
-    "fastfilm_modulation", default=None
-)
+from fastfilm.nn.generator import FiLMGenerator
+from fastfilm.nn.metadata import as_metadata
+from fastfilm.ops.library import direct
+
+Modulations = Mapping[str, tuple[Tensor, Tensor]]
+"""(γ, β), each [N or 1, C], by site."""
+
+
+class _Thread(threading.local):
+    """What holds in this thread. (torch.compile cannot follow context variables.)"""
+
+    modulations: Modulations | None = None
+    given: Given | None = None
+
+
+_thread = _Thread()
 
 
 @dataclass(frozen=True)
@@ -18,26 +34,162 @@ class Film:
     """Where a group takes its γ and β from, and where in the group they act.
 
     Attributes:
-        site: name of the site in the conditioned network.
+        site: name of the site: path of the layer that the group is known by.
         order: of the group, if its activation does not stand before its norm.
+        roles: of the group's layers when the site was chosen.
+        direct: the module that knows the site by this path runs it itself.
     """
 
     site: str
     order: str
+    roles: tuple[str, ...]
+    direct: bool
 
 
-class Sites:
-    """The modulations of the forward that runs in this thread."""
+class Given:
+    """Metadata of a ``with fastfilm.metadata(…)`` block, and what was made of them so far."""
 
-    @staticmethod
-    def now(site: str, batch: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """γ and β [N or 1, C] of a site; None outside a conditioned network's forward."""
-        found = _current.get()
-        if found is None:
-            return None, None
-        gamma, beta = found[site]
-        if gamma.shape[0] not in (1, batch):
-            raise ValueError(
-                f"metadata must have 1 row or one for each of the {batch} samples, got {gamma.shape[0]}"
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.made: dict[int, tuple[Any, Modulations]] = {}
+
+
+@contextmanager
+def metadata(rows: Any) -> Iterator[None]:
+    """Metadata for the conditioned networks that are called without any inside this block.
+
+    For training loops and inferers that call ``model(x)``. It holds for the thread that enters it (and for the
+    replicas of ``torch.nn.DataParallel``, each of which gets its samples' rows).
+
+    Args:
+        rows: [N, M] with one row for each sample of the batch, or [1, M] or [M] for any batch.
+
+    Example:
+        >>> import torch, fastfilm
+        >>> layers = torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+        >>> model = fastfilm.condition(torch.nn.Sequential(*layers), metadata_size=2, where="all")
+        >>> with fastfilm.metadata([[0.0, 1.0], [1.0, 0.0]]):
+        ...     model(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 4, 6, 6])
+    """
+    if rows is None:
+        raise TypeError("rows must be metadata, got None")
+    outer = _thread.given
+    _thread.given = Given(rows)
+    try:
+        yield
+    finally:
+        _thread.given = outer
+
+
+class Split:
+    """Metadata of a batch that ``torch.nn.DataParallel`` spreads over replicas, as it spreads the batch."""
+
+    def __init__(self, given: Given) -> None:
+        self.given, self.replicas, self.used = given, 0, False
+
+    def rows(self, index: int) -> Given:
+        """The rows of one replica's samples."""
+        self.used = True
+        rows = self.given.rows
+        single = not hasattr(rows, "__len__") or len(rows) == 1 or _number(rows[0])
+        if single or (isinstance(rows, Tensor) and rows.dim() < 2):
+            return Given(rows)
+        size = -(-len(rows) // self.replicas)
+        return Given(rows[index * size : (index + 1) * size])
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "ndim", 1) == 0
+
+
+def given() -> Given | None:
+    """The metadata of the innermost ``with`` block of this thread."""
+    return _thread.given
+
+
+def now(site: str, batch: int) -> tuple[Tensor, Tensor]:
+    """γ and β [N or 1, C] of a site in the forward that runs in this thread."""
+    found = _thread.modulations
+    if found is None or site not in found:
+        raise RuntimeError(
+            f"FiLM at {site!r} has no metadata: it runs outside of its conditioned network's forward"
+        )
+    gamma, beta = found[site]
+    if gamma.shape[0] not in (1, batch):
+        raise ValueError(
+            f"metadata must have 1 row or one for each of the {batch} samples of a batch,"
+            f" got {gamma.shape[0]}"
+        )
+    return gamma, beta
+
+
+class Conditioner(nn.Module):
+    """The generator of a conditioned network: metadata [N, M] to γ and β of all its sites.
+
+    Args:
+        sites: channels C of every site by name.
+        metadata_size: M, or the encoder's features.
+        encoder: from metadata as the caller has them to [N, M] features; None where they are the metadata.
+        preset, hidden: see ``fastfilm.FiLMGenerator``, which makes γ and β of all sites at once.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, int],
+        metadata_size: int,
+        encoder: nn.Module | None,
+        preset: str,
+        hidden: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.sites, self.metadata_size = dict(sites), metadata_size
+        self.encoder = encoder
+        self.generator = FiLMGenerator(
+            metadata_size, sum(sites.values()), preset=preset, hidden=hidden
+        )
+
+    def forward(self, metadata: Any, batch: int) -> Modulations:
+        """γ and β of every site for ``metadata`` of N = ``batch`` samples (or 1 for all of them)."""
+        weight = self.generator.last.weight
+        if self.encoder is not None:
+            if isinstance(metadata, Tensor):
+                metadata = metadata.to(weight.device)
+            metadata = self.encoder(metadata)
+        rows = as_metadata(metadata, self.metadata_size, batch, weight.device, weight.dtype)
+        gamma, beta = self.generator(rows)
+        sizes = list(self.sites.values())
+        return dict(
+            zip(
+                self.sites,
+                zip(gamma.split(sizes, 1), beta.split(sizes, 1), strict=True),
+                strict=True,
             )
-        return gamma, beta
+        )
+
+    def modulations(self, metadata: Any, batch: int) -> Modulations:
+        """``forward``; for a ``with`` block made once while nothing can change them."""
+        if not isinstance(metadata, Given):
+            made: Modulations = self(metadata, batch)
+            return made
+        fixed = not torch.is_grad_enabled() and direct(self.generator.last.weight)
+        fixed = fixed and not torch.is_inference_mode_enabled()
+        versions = (batch, [p._version for p in self.parameters()]) if fixed else None
+        kept = metadata.made.get(id(self))
+        if fixed and kept is not None and kept[0] == versions:
+            return kept[1]
+        made = self(metadata.rows, batch)
+        if fixed and not self.training:
+            metadata.made[id(self)] = (versions, made)
+        return made
+
+
+@contextmanager
+def applied(modulations: Modulations) -> Iterator[None]:
+    """Groups that run inside find their γ and β."""
+    outer = _thread.modulations
+    _thread.modulations = modulations if outer is None else {**outer, **modulations}
+    try:
+        yield
+    finally:
+        _thread.modulations = outer

@@ -15,8 +15,8 @@ from fastfilm.ops.maps import Joined, Map, plain
 from fastfilm.ops.recipe import Options
 from fastfilm.ops.remembered import Remembered
 
+from . import film as films
 from . import layers
-from .film import Sites
 from .layers import Activation
 
 Path = tuple[str, ...]
@@ -92,7 +92,7 @@ class Group:
         if state.sites:
             film = state.sites.get(self.name)
             if film is not None:
-                gamma, beta = Sites.now(film.site, x.shape[0])
+                gamma, beta = films.now(film.site, x.shape[0])
                 order = film.order
         dims = len(modules[self.conv].weight.shape) if self.conv is not None else len(x.shape)
         maps = isinstance(x, (Tensor, DeferredMap, Joined)) and len(x.shape) == dims

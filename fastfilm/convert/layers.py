@@ -146,11 +146,12 @@ def padding_of(module: _ConvNd) -> tuple[int, ...] | None:
     return tuple(int(p) for p in padding)
 
 
-def norm_of(module: nn.Module) -> str | None:
+def norm_of(module: nn.Module, hooked_too: bool = False) -> str | None:
     """Name of a norm; None for another module and for a subclass that computes something of its own."""
     for kind, name in NORMS.items():
         if isinstance(module, kind):
-            return name if computes_as(module, kind) and unfit(module) is None else None
+            fits = hooked_too or unfit(module) is None
+            return name if computes_as(module, kind) and fits else None
     return None
 
 
@@ -161,11 +162,13 @@ def norm_dims(module: nn.Module) -> int | None:
     return 2 if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)) else None
 
 
-def activation_of(module: nn.Module, more: dict[str, Activation]) -> Activation | None:
+def activation_of(
+    module: nn.Module, more: dict[str, Activation], hooked_too: bool = False
+) -> Activation | None:
     """A module as an activation; ``more``: what classes of other packages are, by name."""
     for kind, read in ACTIVATIONS.items():
-        if computes_as(module, kind) and unfit(module) is None:
-            return read(module)
+        if computes_as(module, kind):
+            return read(module) if hooked_too or unfit(module) is None else None
     return more.get(type(module).__name__)
 
 

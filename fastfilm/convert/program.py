@@ -16,7 +16,7 @@ from fastfilm.ops.maps import Joined
 
 from . import layers
 from .chains import Chain, Finder
-from .group import Group
+from .group import Group, Path
 from .layers import Activation
 from .trace import trace
 
@@ -66,12 +66,14 @@ class Program:
         groups: in the order of the forward.
         children: calls of converted children.
         pending: groups whose input may be pending.
+        calls: paths of the modules that the original's forward calls.
     """
 
     run: Callable[..., Any]
     groups: tuple[Group, ...]
     children: tuple[ChildCall, ...]
     pending: frozenset[Group]
+    calls: frozenset[Path]
 
 
 class CallChild:
@@ -108,6 +110,7 @@ def build(
     deferred: bool,
     more: Mapping[str, Activation],
     converted: Callable[[nn.Module], bool],
+    whole: bool = False,
 ) -> Program:
     """The program of a module for calls with these constant arguments.
 
@@ -116,12 +119,15 @@ def build(
         deferred: what the forward returns may be a map.
         more: activations of other packages by class name.
         converted: whether a child takes maps.
+        whole: layers that could not be fused now belong to groups too; they run one by one.
 
     Raises:
         CannotTrace: with the reason.
     """
     graph = trace(module, dict(arguments), dict(lists))
-    chains = Finder(module, graph, more).find()
+    called = [n for n in graph.nodes if n.op == "call_module"]
+    paths = frozenset(tuple(str(n.target).split(".")) for n in called)
+    chains = Finder(module, graph, more, whole).find()
     owner = _add_owner(graph)
     made: dict[fx.Node, Group] = {}
     for chain in chains:
@@ -146,7 +152,7 @@ def build(
         node.args = (*node.args, node in lazy)
     _plain_arguments(graph, lazy, owner)
     order = tuple(made[n] for n in graph.nodes if n in made)
-    return Program(_function(graph), order, tuple(calls), pending)
+    return Program(_function(graph), order, tuple(calls), pending, paths)
 
 
 def _add_owner(graph: fx.Graph) -> fx.Node:

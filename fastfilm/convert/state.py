@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from fastfilm.ops import DeferredMap
 from fastfilm.ops.maps import Joined
 from fastfilm.ops.remembered import Remembered
 
-from .film import Film
+from . import film
+from .film import Film, Given, Split
 from .group import Group, Path
 from .layers import Activation
 from .program import Program, build, written
@@ -35,6 +36,8 @@ class State:
         root: the module that ``convert`` or ``condition`` was called with.
         conditioned: FiLM was put into the model.
         strides: of parameters before they became channels-last, by name.
+        conditioner: name of the generator among the children, in the root of a conditioned model.
+        split, replica_index: metadata of a batch that is spread over replicas.
         refused: why the forward of the usual call cannot be followed.
     """
 
@@ -47,6 +50,9 @@ class State:
         self.watched: tuple[str, ...] | None = None
         self.strides: dict[str, tuple[int, ...]] = {}
         self.refused: str | None = None
+        self.conditioner: str | None = None
+        self.split: Split | None = None
+        self.replica_index: int | None = None
 
     def call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
@@ -74,13 +80,37 @@ class State:
         key = self._key(module, args, kwargs, deferred)
         try:
             constants, lists = self._bound(args, kwargs)
-            made: Program | None = build(
-                module, constants, lists, deferred, self.more, is_converted
-            )
+            made: Program | None = self.build(module, constants, lists, deferred, is_converted)
         except CannotTrace:
             made = None
+        self._check_sites(module, made)
         self.programs[key] = made
         return made
+
+    def build(
+        self,
+        module: nn.Module,
+        constants: Mapping[str, Any],
+        lists: Mapping[str, tuple[type, int]],
+        deferred: bool,
+        converted: Callable[[nn.Module], bool],
+    ) -> Program:
+        """``program.build`` for this module."""
+        return build(
+            module, constants, lists, deferred, self.more, converted, whole=self.conditioned
+        )
+
+    def _check_sites(self, module: nn.Module, program: Program | None) -> None:
+        """RuntimeError where a program would leave out FiLM that the module owes."""
+        found = {} if program is None else {g.name: g for g in program.groups}
+        for path, at in self.sites.items():
+            owed = at.direct if program is None else path in program.calls
+            roles = tuple(m.role for m in found[path].members) if path in found else ()
+            if owed and roles != at.roles:
+                raise RuntimeError(
+                    f"FiLM at {at.site!r} stands in {' + '.join(at.roles)}, which the forward of"
+                    f" {self.original.__name__} does not run that way in this call"
+                )
 
     def prime(self, module: nn.Module) -> None:
         """Programs of the usual calls, in training and evaluation; those of children as this module calls them."""
@@ -126,7 +156,19 @@ class State:
         """The state of a copy of the module that runs in another thread."""
         made = copy.copy(self)
         made.remembered = {}
+        rows = film.given()
+        if self.conditioner is not None and rows is not None:
+            if self.split is None or self.split.used or self.split.given is not rows:
+                self.split = Split(rows)
+            made.split, made.replica_index = self.split, self.split.replicas
+            self.split.replicas += 1
         return made
+
+    def given(self) -> Given | None:
+        """Metadata of a replica's samples, where the replica runs in a thread of its own."""
+        if self.split is None or self.replica_index is None:
+            return None
+        return self.split.rows(self.replica_index)
 
     def _parameters(self) -> list[inspect.Parameter]:
         return list(inspect.signature(self.original.forward).parameters.values())[1:]
@@ -163,7 +205,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(self.__dict__)
-        kept["programs"], kept["remembered"] = {}, {}
+        kept |= {"programs": {}, "remembered": {}, "split": None, "replica_index": None}
         return kept
 
 

@@ -7,9 +7,9 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .program import written
+from . import root
 from .state import State
 
 _made: dict[type[nn.Module], type[nn.Module]] = {}
@@ -40,8 +40,9 @@ def class_of(original: type[nn.Module]) -> type[nn.Module]:
             @functools.wraps(forward)
             def converted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 state: State = self.__dict__["_fastfilm"]
-                result = state.call(self, args, kwargs, False)
-                return _as_given(result, args) if state.root else result
+                if state.root:
+                    return root.call(self, state, args, kwargs)
+                return state.call(self, args, kwargs, False)
 
             names = {
                 "forward": converted,
@@ -88,22 +89,3 @@ def _empty(original: type[nn.Module]) -> nn.Module:
     kind = class_of(original)
     made: nn.Module = kind.__new__(kind)
     return made
-
-
-def _as_given(result: Any, args: tuple[Any, ...]) -> Any:
-    """A network's outputs contiguous if its input was, as without conversion."""
-    result = written(result)
-    first = next((a for a in args if isinstance(a, Tensor)), None)
-    if first is None or not first.is_contiguous():
-        return result
-    return _contiguous(result)
-
-
-def _contiguous(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.contiguous()
-    if isinstance(value, dict):
-        return type(value)({k: _contiguous(v) for k, v in value.items()})
-    if type(value) in (list, tuple):
-        return type(value)(_contiguous(v) for v in value)
-    return value

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import layers
+from .film import Conditioner
 
 _lock = threading.RLock()
 
@@ -88,6 +89,8 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.traced_func_name = "_fastfilm_original_forward"
         self.expected, self.lists = _surroundings(), lists
+        # fx watches every module's calls and attributes; those of other threads are none of our business
+        self.thread = threading.get_ident()
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -110,13 +113,20 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         if is_sequence(m) and not layers.hooked(m) and not kwargs and len(args) == 1:
             found = args[0]
             for child in m._modules.values():
-                assert child is not None
-                found = child(found)
+                if not isinstance(child, Conditioner):
+                    found = child(found)  # type: ignore[misc]
             return found
         return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _surroundings() != self.expected:
@@ -215,6 +225,8 @@ def _sequence(module: nn.Module) -> fx.Graph:
     def run(m: nn.Module, prefix: str, node: fx.Node) -> fx.Node:
         for name, child in m._modules.items():
             assert child is not None
+            if isinstance(child, Conditioner):
+                continue
             if is_sequence(child) and not layers.hooked(child):
                 node = run(child, f"{prefix}{name}.", node)
             else:

@@ -17,10 +17,8 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        self._form: tuple[Any, ...] = ()
-        self._tensors: tuple[Tensor | None, ...] = ()
-        self._versions: list[int] = []
-        self._coef: Tensor | None = None
+        # one tuple, exchanged as a whole: threads may call a block at the same time
+        self._kept: tuple[Any, Sequence[Tensor | None], list[int], Tensor] | None = None
 
     def get(
         self,
@@ -34,17 +32,18 @@ class Remembered:
         if any(t is not None and t.is_inference() for t in tensors):
             return compute()  # such tensors have no version
         versions = [t._version for t in tensors if t is not None]
-        same = (
-            self._coef is not None
-            and versions == self._versions
-            and form == self._form
-            and all(a is b for a, b in zip(tensors, self._tensors, strict=True))
-        )
-        if not same:
-            self._coef = compute()
-            self._form, self._tensors, self._versions = form, tuple(tensors), versions
-        assert self._coef is not None
-        return self._coef
+        kept = self._kept
+        if kept is not None:
+            old_form, old, old_versions, coef = kept
+            if (
+                versions == old_versions
+                and form == old_form
+                and all(a is b for a, b in zip(tensors, old, strict=True))
+            ):
+                return coef
+        coef = compute()
+        self._kept = form, tuple(tensors), versions, coef
+        return coef
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
         return Remembered, ()

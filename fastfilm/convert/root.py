@@ -1,0 +1,77 @@
+"""The call of a whole network: its metadata before, the layout of its outputs after."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import film
+from .film import Conditioner
+from .program import written
+from .state import State
+
+
+def call(module: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward of the module that ``convert`` or ``condition`` was called with."""
+    if state.conditioner is None:
+        result = state.call(module, args, kwargs, False)
+    else:
+        args, kwargs, rows = _take_metadata(state, args, kwargs)
+        conditioner: Any = module._modules[state.conditioner]
+        assert isinstance(conditioner, Conditioner)
+        batch = next((a.shape[0] for a in _tensors(args, kwargs)), 1)
+        with film.applied(conditioner.modulations(rows, batch)):
+            result = state.call(module, args, kwargs, False)
+    return _as_given(result, args) if state.fused else written(result)
+
+
+def _take_metadata(
+    state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """A call's own arguments, and its metadata: the keyword, the last argument, or those of a ``with`` block."""
+    if "metadata" in kwargs:
+        kwargs = dict(kwargs)
+        rows = kwargs.pop("metadata")
+    else:
+        parameters = list(inspect.signature(state.original.forward).parameters.values())[1:]
+        required = [
+            p
+            for p in parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+        ]
+        needed = sum(p.name not in kwargs for p in required) or 1
+        rows = None
+        if len(args) > needed:
+            args, rows = args[:-1], args[-1]
+    if rows is None:
+        rows = state.given() or film.given()
+    if rows is None:
+        raise TypeError(
+            "metadata is missing: call model(x, metadata), or model(x) inside `with fastfilm.metadata(rows):`"
+        )
+    return args, kwargs, rows
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+
+
+def _as_given(result: Any, args: tuple[Any, ...]) -> Any:
+    """A network's outputs contiguous if its input was, as without conversion."""
+    result = written(result)
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    if first is None or not first.is_contiguous():
+        return result
+    return _contiguous(result)
+
+
+def _contiguous(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    if isinstance(value, dict):
+        return type(value)({k: _contiguous(v) for k, v in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(_contiguous(v) for v in value)
+    return value

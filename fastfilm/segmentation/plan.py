@@ -229,12 +229,20 @@ def _network_and_patch(
             raise UserError(f"Modified3DUNet needs patch sizes divisible by 16, got {wanted}")
         if min(wanted) < step:
             raise UserError(f"preprocessing.patch_size must be at least {step}, got {wanted}")
+        if max(wanted) == step:
+            raise UserError(
+                f"preprocessing.patch_size: at {wanted} one voxel is left at the bottom of the network;"
+                f" one side must be larger than {step}"
+            )
         return network, list(wanted)
     patch = [max(step, int(np.ceil(n / step)) * step) for n in size]
     gpu = torch.cuda.is_available()
     most = {2: LARGEST_2D if gpu else CPU_2D, 3: LARGEST_3D if gpu else CPU_3D}[dims]
     while np.prod(patch) > most and max(patch) > step:
         patch[int(np.argmax(patch))] -= step
+    if max(patch) == step:
+        # a norm over one voxel is none
+        patch[-1] *= 2
     return network, patch
 
 

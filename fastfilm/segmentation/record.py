@@ -26,7 +26,10 @@ class Record:
         self.path = folder / LOG
         kept = [line for line in read_log(folder) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        try:
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
     def epoch(self, values: dict[str, Any]) -> None:
         """Adds a line; numbers go to TensorBoard too, nested ones as ``outer/inner``."""

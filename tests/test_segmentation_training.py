@@ -1,0 +1,246 @@
+"""Training: killed and resumed, in several processes, fine-tuned, stopped by what is not finite."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("monai", reason="needs the extra [segmentation]")
+pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
+pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
+
+from safetensors import safe_open
+
+from fastfilm.ops import environment
+from fastfilm.segmentation.cache import cached
+from fastfilm.segmentation.config import parse
+from fastfilm.segmentation.distributed import Processes
+from fastfilm.segmentation.errors import Problems, UserError
+from fastfilm.segmentation.files import read_tensors
+from fastfilm.segmentation.model_folder import load_model, read_info
+from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
+from fastfilm.segmentation.record import read_log
+from fastfilm.segmentation.training import Start, train
+
+from .phantoms import settings, write_bids
+from .test_distributed import on_two
+
+SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
+ONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def bids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bids(tmp_path_factory.mktemp("bids"))
+
+
+def planned(bids: Path, folder: Path, **sections: Any) -> PlanFolder:
+    make_plan(parse(settings(bids, **sections), "test"), folder)
+    return read_plan(folder)
+
+
+def weights(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    return read_tensors(folder / f"{name}.safetensors")[0]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# everything that has state: dropout, an average, a schedule that depends on the Dice, gradient parts, balancing
+STATEFUL: dict[str, Any] = {
+    "network": {"dropout": 0.3, "norm": "batch"},
+    "training": {
+        "epochs": 3,
+        "steps_per_epoch": 6,
+        "ema": 0.9,
+        "schedule": "plateau",
+        "plateau_patience": 1,
+        "balance": "tumor_type",
+        "accumulate": 2,
+        "checkpoint_steps": 2,
+    },
+}
+
+
+def saved_step(folder: Path) -> int:
+    """Of the state that a resumed training would start from."""
+    last = folder / "last.safetensors"
+    if not last.exists():
+        return 0
+    with safe_open(str(last), framework="pt") as file:
+        return int(json.loads(file.metadata()["state"])["progress"]["step"])
+
+
+def kill_and_resume(bids: Path, tmp_path: Path, kills: int, sections: dict[str, Any]) -> None:
+    """Trains once undisturbed, and once with kill -9 at ``kills`` moments of chance."""
+    plan = planned(bids, tmp_path / "plan", **sections)
+    train(Start(plan, 0, tmp_path / "whole"), ONE)
+    steps = saved_step(tmp_path / "whole")
+    context = multiprocessing.get_context("fork")
+    chance = random.Random(1)
+    # in order; behind each there is something left to train
+    moments = sorted(chance.sample(range(1, steps - 5), kills))
+    for moment in moments:
+        start = Start(plan, 0, tmp_path / "killed", resume=True)
+        process = context.Process(target=train, args=(start, ONE))
+        process.start()
+        while saved_step(tmp_path / "killed") < moment and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0.0, 0.05))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"training ended before step {moment}"
+    train(Start(plan, 0, tmp_path / "killed", resume=True), ONE)
+    for name in ("final", "best"):
+        assert_equal(weights(tmp_path / "whole", name), weights(tmp_path / "killed", name))
+    a, b = (read_log(tmp_path / name) for name in ("whole", "killed"))
+    for line in (*a, *b):
+        for key in ("seconds", "loader_wait", "validation_seconds"):
+            line.pop(key)
+    assert a == b and [line["epoch"] for line in a] == list(range(1, len(a) + 1))
+
+
+def test_training_killed_twice_ends_with_the_weights_of_an_undisturbed_one(
+    bids: Path, tmp_path: Path
+) -> None:
+    kill_and_resume(bids, tmp_path, 2, STATEFUL)
+
+
+@pytest.mark.skipif(not SLOW, reason="half a minute; set FASTFILM_SLOW_TESTS=1 to run it")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_killed_ten_times_ends_with_the_weights_of_an_undisturbed_one(
+    bids: Path, tmp_path: Path, workers: int
+) -> None:
+    sections = {
+        **STATEFUL,
+        "training": {
+            **STATEFUL["training"],
+            "epochs": 12,
+            "steps_per_epoch": 12,
+            "workers": workers,
+        },
+    }
+    kill_and_resume(bids, tmp_path, 10, sections)
+
+
+def test_workers_change_nothing(bids: Path, tmp_path: Path) -> None:
+    plan = planned(bids, tmp_path / "plan")
+    train(Start(plan, 0, tmp_path / "none"), ONE)
+    plan.config.training.workers = 2
+    train(Start(plan, 0, tmp_path / "two"), ONE)
+    assert_equal(weights(tmp_path / "none"), weights(tmp_path / "two"))
+
+
+def test_another_seed_changes_the_weights(bids: Path, tmp_path: Path) -> None:
+    plan = planned(bids, tmp_path / "plan")
+    train(Start(plan, 0, tmp_path / "a"), ONE)
+    plan.config.training.seed = 1
+    train(Start(plan, 0, tmp_path / "b"), ONE)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_two_processes_train_as_one_on_the_same_global_batch(
+    bids: Path, tmp_path: Path, norm: str
+) -> None:
+    # some labels unknown, so that the processes' shares differ in how much is known
+    plan = planned(bids, tmp_path / "plan", network={"norm": norm}, augmentation={"affine": 0.0})
+    plan.cases[0].labels.clear()
+    plan.config.training.learning_rate = 1e-4
+    train(Start(plan, 0, tmp_path / "one"), ONE)
+
+    def work(rank: int) -> float | None:
+        # a Dice and a loss that every process agrees on
+        return train(Start(plan, 0, tmp_path / "two"), Processes(rank, 2, torch.device("cpu"))).best
+
+    best = on_two(work)
+    assert best[0] == best[1]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        # Adam divides by the gradient's size: where that is rounding, so is the direction of a step
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=name)
+    a, b = (read_log(tmp_path / name) for name in ("one", "two"))
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+def test_a_training_is_not_overwritten_and_another_one_not_gone_on_with(
+    bids: Path, tmp_path: Path
+) -> None:
+    plan = planned(bids, tmp_path / "plan", training={"epochs": 1, "steps_per_epoch": 1})
+    train(Start(plan, 0, tmp_path / "model"), ONE)
+    with pytest.raises(UserError, match="holds a training already"):
+        train(Start(plan, 0, tmp_path / "model"), ONE)
+    with pytest.raises(UserError, match="another plan, fold, configuration"):
+        train(Start(plan, 1, tmp_path / "model", resume=True), ONE)
+
+
+def test_early_stopping_waits_from_the_last_better_epoch(bids: Path, tmp_path: Path) -> None:
+    options = {"epochs": 9, "steps_per_epoch": 1, "early_stopping": 2, "min_delta": 0.9}
+    plan = planned(bids, tmp_path / "plan", training=options)
+    # the first validation sets the mark, none is better by 0.9, two epochs later it ends
+    assert train(Start(plan, 0, tmp_path / "model"), ONE).epoch == 3
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_files_of_the_batch(
+    bids: Path, tmp_path: Path
+) -> None:
+    plan = planned(bids, tmp_path / "plan", training={"batch_size": 2})
+    cases = plan.cases_of(0, "train")
+    bad = cached(cases, plan.config.data, plan.plan.preprocessing, plan.path / "cache")[0]
+    image = np.load(bad.folder / "image.npy")
+    np.save(bad.folder / "image.npy", np.full_like(image, np.nan))
+    with pytest.raises(UserError) as error:
+        train(Start(plan, 0, tmp_path / "model"), ONE)
+    assert str(bad.case.images[0]) in str(error.value)
+    assert all(str(c.images[0]) not in str(error.value) for c in cases if c != bad.case)
+    assert "step" in str(error.value) and "nan" in str(error.value)
+
+
+def test_fine_tuning_on_a_new_task_trains_the_generator_only(bids: Path, tmp_path: Path) -> None:
+    task = {"output": {"mode": "task"}, "network": {"norm": "batch"}}
+    old = planned(bids, tmp_path / "old", **task)
+    train(Start(old, 0, tmp_path / "first"), ONE)
+    new = planned(
+        bids,
+        tmp_path / "new",
+        **task,
+        data={"root": str(bids), "contrasts": ["FLAIR"], "labels": {"tumour": 1}},
+        training={"freeze": "all_but_generator", "learning_rate": 0.01},
+    )
+    train(Start(new, 0, tmp_path / "second", init=tmp_path / "first"), ONE)
+    info = read_info(tmp_path / "second")
+    assert info.metadata.values("task") == ["lesion", "tumour"]
+    assert [(x.name, x.value) for x in info.labels] == [("lesion", 1), ("tumour", 2)]
+    a, b = weights(tmp_path / "first"), weights(tmp_path / "second")
+    changed = {k for k in a if a[k].shape != b[k].shape or not torch.equal(a[k], b[k])}
+    assert changed and all(k.startswith("film.") for k in changed)
+    model = load_model(tmp_path / "second")
+    assert model.tasks() == ["lesion", "tumour"]
+    rows = np.concatenate([model.encode({"tumor_type": "x"}, t) for t in model.tasks()])
+    assert model.probabilities(torch.zeros(2, 1, 16, 16), rows).shape == (2, 1, 16, 16)
+
+
+def test_metadata_that_do_not_encode_are_listed_before_training(bids: Path, tmp_path: Path) -> None:
+    plan = planned(bids, tmp_path / "plan", metadata={"age": {"kind": "continuous"}})
+    for case in plan.cases_of(0, "val"):
+        case.metadata["age"] = "old"
+    with pytest.raises(Problems) as error:
+        train(Start(plan, 0, tmp_path / "model"), ONE)
+    assert len(error.value.problems) == len(plan.cases_of(0, "val"))
+    assert "'old'" in str(error.value) and not (tmp_path / "model").exists()

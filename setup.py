@@ -18,7 +18,7 @@ SOURCES = [
     "csrc/bindings.cpp",
     *(
         f"csrc/cpu/{name}.cpp"
-        for name in ("coefficients", "driver", "gather", "baseline", "avx2", "avx512")
+        for name in ("coefficients", "driver", "gather", "residual", "baseline", "avx2", "avx512")
     ),
 ]
 DEPENDS = [
@@ -26,8 +26,9 @@ DEPENDS = [
     "csrc/cpu/driver.h",
     "csrc/cpu/gather.h",
     "csrc/cpu/kernels.h",
+    "csrc/cpu/residual.h",
     "csrc/cpu/walk.h",
-    *(f"csrc/cpu/{name}.inc" for name in ("activation", "gather", "kernels", "vector")),
+    *(f"csrc/cpu/{name}.inc" for name in ("activation", "gather", "kernels", "residual", "vector")),
 ]
 FLAGS = [
     "-std=c++17",

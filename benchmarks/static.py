@@ -75,6 +75,7 @@ def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
                 items = tuple(constants.items())
                 yield Build(family, case, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
         yield from _views(arch, quick)
+        yield from _residual(arch, quick)
         for norm in ("batch",) if quick else ("none", "batch", "instance"):
             yield from _algebra(arch, norm)
 
@@ -101,6 +102,25 @@ def _views(arch: int, quick: bool) -> Iterator[Build]:
             constants |= {"HAS_COEF": True, "ACT": RELU, "BS": bs, "BC": bc}
             items, label = tuple(constants.items()), f"{case} {channels} channels {bs}x{bc}"
             yield Build(family, label, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
+
+
+def _residual(arch: int, quick: bool) -> Iterator[Build]:
+    """A block's sum with a projected skip, with the skip as it is, and an activation in front of the sum."""
+    from fastfilm.kernels import pointwise
+
+    bare: dict[str, Any] = {"other_coef_ptr": None, "slope_ptr": None}
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("projected", {"INSIDE": True, "slope_ptr": None}),
+        ("identity", {"INSIDE": True} | bare),
+        ("activated", {"INSIDE": False} | bare),
+    )
+    for channels in (64,) if quick else (32, 64, 256):
+        for case, more in cases:
+            bs, bc, _, _ = pointwise.blocks(1 << 20, channels, 8, reduces=True)
+            items = tuple((more | {"ACT": RELU, "BS": bs, "BC": bc}).items())
+            for family in ("residual", "residual_backward"):
+                label = f"{case} {channels} channels {bs}x{bc}"
+                yield Build(family, label, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
 
 
 def _algebra(arch: int, norm: str) -> Iterator[Build]:
@@ -179,12 +199,14 @@ def _kernel(family: str) -> Any:
         conv_fprop,
         conv_wgrad,
         pointwise,
+        residual_sum,
         spatial_moments,
         taps,
     )
 
     modules = {"fprop": conv_fprop, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
     modules |= dict.fromkeys(("gather", "gather_backward", "maximum_backward"), taps)
+    modules |= dict.fromkeys(("residual", "residual_backward"), residual_sum)
     modules |= dict.fromkeys(("block_coefficients", "block_coefficients_backward"), coefficients)
     module = modules.get(family) or (spatial_moments if family.startswith("moments") else pointwise)
     return getattr(module, f"{family}_kernel")
@@ -201,6 +223,7 @@ FLOAT32_POINTERS = {
 }
 
 
+FLOAT32_POINTERS |= {"other_coef_ptr", "slope_ptr"}
 FLOAT32_POINTERS |= {"wz_ptr", "wy_ptr", "wx_ptr"}
 INTEGER_POINTERS = {"iz_ptr", "iy_ptr", "ix_ptr"}
 FLOATS = {"eps", "momentum", "unbiased", "slope_value"}

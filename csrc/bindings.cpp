@@ -13,6 +13,7 @@
 #include "cpu/coefficients.h"
 #include "cpu/driver.h"
 #include "cpu/gather.h"
+#include "cpu/residual.h"
 
 namespace py = pybind11;
 using namespace fastfilm;
@@ -122,6 +123,39 @@ void py_moments_backward(Address dy, Address dstats, Address y, Address stats, A
   void* dpre_ = pre ? call.numbers("dpre", dpre) : nullptr;
   if (!pre_) call.map.act = kNone;
   if (!call.empty()) moments_backward(call.map, dy_, dstats_, y_, stats_, pre_, e_, dpre_);
+}
+
+Summands summands(const Call& call, Address y, Address coef, Address y2, Address coef2, Address slope,
+                  bool inside) {
+  return {call.feature_map("y", y),
+          coef ? call.numbers("coef", coef) : nullptr,
+          call.feature_map("y2", y2),
+          coef2 ? call.numbers("coef2", coef2) : nullptr,
+          slope ? call.numbers("slope", slope) : nullptr,
+          inside};
+}
+
+void py_residual(Address y, Address coef, Address y2, Address coef2, Address slope, bool inside,
+                 Address v, int dtype, int act, int64_t n, int64_t s, int64_t c, int threads) {
+  Call call(dtype, act, n, s, c, threads);
+  const Summands in = summands(call, y, coef, y2, coef2, slope, inside);
+  void* v_ = call.feature_map("v", v);
+  if (!call.empty()) residual(call.map, in, v_);
+}
+
+void py_residual_backward(Address dv, Address y, Address coef, Address y2, Address coef2, Address slope,
+                          bool inside, Address dy, Address dcoef, Address dy2, Address dcoef2,
+                          Address dslope, int dtype, int act, int64_t n, int64_t s, int64_t c,
+                          int threads) {
+  Call call(dtype, act, n, s, c, threads);
+  const Summands in = summands(call, y, coef, y2, coef2, slope, inside);
+  const void* dv_ = call.feature_map("dv", dv);
+  const SummandGradients out = {call.feature_map("dy", dy),
+                                coef ? call.numbers("dcoef", dcoef) : nullptr,
+                                dy2 ? call.feature_map("dy2", dy2) : nullptr,
+                                coef2 ? call.numbers("dcoef2", dcoef2) : nullptr,
+                                slope ? call.numbers("dslope", dslope) : nullptr};
+  if (!call.empty()) residual_backward(call.map, dv_, in, out);
 }
 
 // Five numbers an axis: in, out, and the addresses of start, index and weight.
@@ -321,6 +355,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
   m.def("moments_backward", &py_moments_backward, py::arg("dy"), py::arg("dstats"), py::arg("y"),
         py::arg("stats"), py::arg("pre"), py::arg("e"), py::arg("dpre"), py::arg("dtype"),
+        py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
+  m.def("residual", &py_residual, py::arg("y"), py::arg("coef"), py::arg("y2"), py::arg("coef2"),
+        py::arg("slope"), py::arg("inside"), py::arg("v"), py::arg("dtype"), py::arg("act"), py::arg("n"),
+        py::arg("s"), py::arg("c"), py::arg("threads"), release());
+  m.def("residual_backward", &py_residual_backward, py::arg("dv"), py::arg("y"), py::arg("coef"),
+        py::arg("y2"), py::arg("coef2"), py::arg("slope"), py::arg("inside"), py::arg("dy"),
+        py::arg("dcoef"), py::arg("dy2"), py::arg("dcoef2"), py::arg("dslope"), py::arg("dtype"),
         py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());
   m.def("gather", &py_gather, py::arg("y"), py::arg("in_stride"), py::arg("coef"), py::arg("out"),
         py::arg("out_stride"), py::arg("dtype"), py::arg("act"), py::arg("n"), py::arg("c"),

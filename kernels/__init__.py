@@ -5,6 +5,7 @@ from .conv_dgrad import dgrad
 from .conv_fprop import fprop, fprop_apply
 from .conv_wgrad import wgrad
 from .pointwise import apply, apply_backward
+from .residual_sum import residual, residual_backward
 from .spatial_moments import moments, moments_backward
 from .taps import gather_taps, gather_taps_backward
 
@@ -21,5 +22,7 @@ __all__ = [
     "gather_taps_backward",
     "moments",
     "moments_backward",
+    "residual",
+    "residual_backward",
     "wgrad",
 ]

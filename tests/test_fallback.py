@@ -189,6 +189,26 @@ def test_a_finished_block_and_an_overwritten_map_have_a_way_out(
     assert set(calls) == {"fprop_apply", "apply"}
 
 
+@pytest.mark.filterwarnings("ignore:fastfilm")
+def test_a_residual_addition_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("residual", "residual_backward")
+    calls = fail(monkeypatch, names, FAILURES["resources"])
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        block = fastfilm.ConvNormFiLM2d(3, 3, norm="instance", activation=None)
+        x = draw(2, 3, 6, 5).requires_grad_()
+        v = torch.nn.functional.leaky_relu(block(x, deferred=True) + x, 0.2)
+        v.square().sum().backward()
+        assert x.grad is not None
+        return [v, x.grad, *(p.grad for p in block.parameters())]  # type: ignore[list-item]
+
+    ours = run()
+    assert set(calls) == set(names)
+    with fastfilm.backend("reference"):
+        assert_same(ours, run())
+
+
 NEVER: dict[str, Callable[[], BaseException]] = {
     "device memory": lambda: torch.OutOfMemoryError("CUDA out of memory"),
     "host memory": lambda: MemoryError(),

@@ -139,6 +139,21 @@ def moments_backward_inputs(plan: str, draw: Draw) -> Iterator[Arguments]:
         yield draw.numbers(2, *y.shape[:2]), y, stats, pre, act, plan
 
 
+def residual_inputs(plan: str, draw: Draw) -> Iterator[Arguments]:
+    for i, (y, act) in enumerate(maps(draw)):
+        other = draw.map(*y.shape, layout=LAYOUTS[(i + 1) % 3])
+        inner, outer = ("none", act) if i % 2 else (act, "none")
+        coef = draw.numbers(7, *y.shape[:2]) if i % 3 or inner != "none" else None
+        other_coef = draw.numbers(7, *y.shape[:2]) if i % 4 < 2 else None
+        slope = draw.numbers(y.shape[1]) if outer in spec.DEFAULT_SLOPE else None
+        yield y, coef, inner, other, other_coef, slope, outer, plan
+
+
+def residual_backward_inputs(plan: str, draw: Draw) -> Iterator[Arguments]:
+    for i, (y, *rest, _) in enumerate(residual_inputs(plan, draw)):
+        yield draw.map(*y.shape, layout="contiguous"), y, *rest, i % 3 != 1, plan
+
+
 INPUTS: dict[str, Callable[[str, Draw], Iterator[Arguments]]] = {
     "conv": conv_inputs,
     "conv_backward": conv_backward_inputs,
@@ -147,6 +162,8 @@ INPUTS: dict[str, Callable[[str, Draw], Iterator[Arguments]]] = {
     "materialise_backward": materialise_backward_inputs,
     "moments": moments_inputs,
     "moments_backward": moments_backward_inputs,
+    "residual": residual_inputs,
+    "residual_backward": residual_backward_inputs,
 }
 
 

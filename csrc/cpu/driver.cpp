@@ -11,37 +11,6 @@
 namespace fastfilm {
 namespace {
 
-// Sums of a chunk over the positions of the period: [rows][padded] -> [rows][C].
-void fold(const Plan& plan, int64_t c, int64_t rows, const double* sums, double* to) {
-  for (int64_t k = 0; k < rows; ++k, sums += plan.padded, to += c) {
-    std::copy(sums, sums + c, to);
-    for (int64_t j = c; j < plan.period; j += c) {
-      for (int64_t i = 0; i < c; ++i) to[i] += sums[j + i];
-    }
-  }
-}
-
-// Walks the whole map; returns the sums of each chunk, [N][chunks][sum_rows][C].
-template <class R>
-std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, const void* y,
-                         const void* dv, void* out, const Expanded<R>& coef, int64_t sum_rows) {
-  const int64_t scratch = sum_rows * plan.padded;
-  std::vector<double> sums(scratch * plan.threads);
-  std::vector<double> partial(map.n * plan.chunks * sum_rows * map.c);
-  parallel_for(map.n * plan.chunks, plan.threads, [&](int64_t task, int thread) {
-    const int64_t i = task / plan.chunks, chunk = task % plan.chunks;
-    const int64_t at = (i * plan.sample + plan.chunk_start(chunk)) * plan.itemsize;
-    double* acc = sum_rows ? sums.data() + thread * scratch : nullptr;
-    std::fill(acc, acc + scratch, 0.0);
-    run(plan, kernel,
-        {offset(y, at), offset(dv, at), offset(out, at), 0, 0, 0, 0, coef.sample(i), plan.padded, acc,
-         plan.padded},
-        plan.chunk_size(chunk), sum_rows);
-    fold(plan, map.c, sum_rows, acc, partial.data() + task * sum_rows * map.c);
-  });
-  return partial;
-}
-
 template <class R>
 void apply_as(const Map& map, const void* y, void* v, const R* coef) {
   const Plan plan(map);

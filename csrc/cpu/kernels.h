@@ -16,6 +16,15 @@ enum CoefRow { kA, kB, kG, kS, kP, kQ, kSlope, kCoefRows };
 // Sums that the backward pass of `apply` accumulates for each channel.
 enum ApplySum { kSumDvH, kSumDv, kSumDzY, kSumDz, kSumSlope, kApplySums };
 
+// Rows of the coefficients of `residual`, where r = a2 * (y2 - p2) and z = a * (y - p) + b:
+// inside:  v = act(z + r; slope),  outside:  v = g * (act(z; slope) - q) + s + r.
+enum ResidualRow {
+  kResA, kResB, kResP, kResG, kResQ, kResS, kResSlope, kResA2, kResP2, kResidualRows
+};
+
+// Its sums: those of `apply`, and that of the gradient at r times (y2 - p2).
+enum ResidualSum { kSumDrY2 = kApplySums, kResidualSums };
+
 // Rows of the coefficients of `moments`, its sums, and the same for its backward pass.
 enum MomentsRow { kShift, kMomentsSlope, kPivot, kMomentsRows };
 enum MomentsSum { kSum, kSumSquares, kMomentsSums };
@@ -35,6 +44,8 @@ struct Strip {
   int64_t coef_stride;
   double* sums;  // null where they are not wanted
   int64_t sum_stride;
+  const void* y2 = nullptr;  // of `residual`: the other summand
+  void* out2 = nullptr;      // and its gradient; null where it is not wanted
 };
 
 using StripKernel = void (*)(const Strip&);
@@ -73,6 +84,10 @@ struct Kernels {
   StripKernel apply_backward[kStorages][kActivations];
   StripKernel moments[kStorages][kActivations];
   StripKernel moments_backward[kStorages][kActivations];
+  StripKernel residual_inside[kStorages][kActivations];
+  StripKernel residual_outside[kStorages][kActivations];
+  StripKernel residual_inside_backward[kStorages][kActivations];
+  StripKernel residual_outside_backward[kStorages][kActivations];
   GatherKernel gather_sum[kStorages], gather_maximum[kStorages];
   MaximumBackwardKernel maximum_backward[kStorages];
 };

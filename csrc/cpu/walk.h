@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -112,24 +113,31 @@ inline void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip
   constexpr int kVector = 64;
   alignas(64) char y[kMaxBlockRows * kVector] = {}, dv[kMaxBlockRows * kVector] = {};
   alignas(64) char out[kMaxBlockRows * kVector];
+  alignas(64) char y2[kMaxBlockRows * kVector] = {}, out2[kMaxBlockRows * kVector];
   const int64_t bytes = count * plan.itemsize, step = plan.lanes * plan.itemsize;
   const int64_t pitch = strip.stride * plan.itemsize;
   for (int64_t row = 0; row < strip.rows; row += strip.block) {
-    double sums[kApplySums * kVector / 4] = {};
+    double sums[kResidualSums * kVector / 4] = {};
     Strip padded = strip;
     padded.rows = std::min(strip.block, strip.rows - row);
     padded.width = padded.stride = padded.sum_stride = plan.lanes;
     padded.y = y;
     padded.dv = strip.dv ? dv : nullptr;
     padded.out = out;
+    padded.y2 = strip.y2 ? y2 : nullptr;
+    padded.out2 = strip.out2 ? out2 : nullptr;
     padded.sums = strip.sums ? sums : nullptr;
     for (int64_t r = 0; r < padded.rows; ++r) {
       std::memcpy(y + r * step, offset(strip.y, (row + r) * pitch), bytes);
       if (strip.dv) std::memcpy(dv + r * step, offset(strip.dv, (row + r) * pitch), bytes);
+      if (strip.y2) std::memcpy(y2 + r * step, offset(strip.y2, (row + r) * pitch), bytes);
     }
     kernel(padded);
     for (int64_t r = 0; strip.out && r < padded.rows; ++r) {
       std::memcpy(offset(strip.out, (row + r) * pitch), out + r * step, bytes);
+    }
+    for (int64_t r = 0; strip.out2 && r < padded.rows; ++r) {
+      std::memcpy(offset(strip.out2, (row + r) * pitch), out2 + r * step, bytes);
     }
     for (int64_t k = 0; strip.sums && k < sum_rows; ++k) {
       for (int64_t j = 0; j < count; ++j) {
@@ -153,6 +161,8 @@ inline void run_rows(const Plan& plan, StripKernel kernel, Strip strip, int64_t 
   strip.y = offset(strip.y, j * plan.itemsize);
   strip.dv = offset(strip.dv, j * plan.itemsize);
   strip.out = offset(strip.out, j * plan.itemsize);
+  strip.y2 = offset(strip.y2, j * plan.itemsize);
+  strip.out2 = offset(strip.out2, j * plan.itemsize);
   strip.coef = offset(strip.coef, j * plan.real_size);
   if (strip.sums) strip.sums += j;
   run_partial(plan, kernel, strip, width - j, sum_rows);
@@ -165,7 +175,41 @@ inline void run(const Plan& plan, StripKernel kernel, Strip strip, int64_t eleme
   strip.y = offset(strip.y, done * plan.itemsize);
   strip.dv = offset(strip.dv, done * plan.itemsize);
   strip.out = offset(strip.out, done * plan.itemsize);
+  strip.y2 = offset(strip.y2, done * plan.itemsize);
+  strip.out2 = offset(strip.out2, done * plan.itemsize);
   run_rows(plan, kernel, strip, 1, elements - done, sum_rows);
+}
+
+// Sums of a chunk over the positions of the period: [rows][padded] -> [rows][C].
+inline void fold(const Plan& plan, int64_t c, int64_t rows, const double* sums, double* to) {
+  for (int64_t k = 0; k < rows; ++k, sums += plan.padded, to += c) {
+    std::copy(sums, sums + c, to);
+    for (int64_t j = c; j < plan.period; j += c) {
+      for (int64_t i = 0; i < c; ++i) to[i] += sums[j + i];
+    }
+  }
+}
+
+// Walks the whole map; returns the sums of each chunk, [N][chunks][sum_rows][C].
+template <class R>
+std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, const void* y,
+                         const void* dv, void* out, const Expanded<R>& coef, int64_t sum_rows,
+                         const void* y2 = nullptr, void* out2 = nullptr) {
+  const int64_t scratch = sum_rows * plan.padded;
+  std::vector<double> sums(scratch * plan.threads);
+  std::vector<double> partial(map.n * plan.chunks * sum_rows * map.c);
+  parallel_for(map.n * plan.chunks, plan.threads, [&](int64_t task, int thread) {
+    const int64_t i = task / plan.chunks, chunk = task % plan.chunks;
+    const int64_t at = (i * plan.sample + plan.chunk_start(chunk)) * plan.itemsize;
+    double* acc = sum_rows ? sums.data() + thread * scratch : nullptr;
+    std::fill(acc, acc + scratch, 0.0);
+    run(plan, kernel,
+        {offset(y, at), offset(dv, at), offset(out, at), 0, 0, 0, 0, coef.sample(i), plan.padded, acc,
+         plan.padded, offset(y2, at), offset(out2, at)},
+        plan.chunk_size(chunk), sum_rows);
+    fold(plan, map.c, sum_rows, acc, partial.data() + task * sum_rows * map.c);
+  });
+  return partial;
 }
 
 }  // namespace fastfilm

@@ -167,13 +167,14 @@ class ConvNormFiLM(nn.Module):
         gamma: Tensor | None = None,
         beta: Tensor | None = None,
         *,
-        deferred: bool = False,
+        deferred: bool | str = False,
     ) -> Tensor | DeferredMap:
         """The block's output [N, Co, *T], or the ``DeferredMap`` for the next block if ``deferred``.
 
         Args:
             x: [N, Ci, *S], or the ``DeferredMap`` of the block before.
             gamma, beta: FiLM [N, Co], [1, Co] or [Co]; each optional.
+            deferred: "always": also where nothing asks for gradients, as ``fastfilm.conv_norm_film`` says.
         """
         if not hasattr(x, "shape"):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")

@@ -1,6 +1,6 @@
 """The operators: schemas, shape functions, gradients, backend choice, and the float64-capable reference."""
 
-from . import conv, flops, pointwise
+from . import conv, flops, pointwise, residual
 from .backends import backend
 from .functional import conv_norm_film, materialise, moments, norm_film
 from .maps import DeferredMap
@@ -16,4 +16,5 @@ __all__ = [
     "moments",
     "norm_film",
     "pointwise",
+    "residual",
 ]

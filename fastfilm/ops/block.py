@@ -14,7 +14,7 @@ from torch import Tensor
 from . import assemble, backends, conv, pointwise, recipe, reference
 from .assemble import Source
 from .library import direct
-from .maps import DeferredMap, Joined, Map, layout_of
+from .maps import DeferredMap, Joined, Map, layout_of, readable
 from .recipe import Options, TailTensors
 from .remembered import Remembered
 from .tail import Tail, accumulate_dtype
@@ -28,7 +28,7 @@ def run(
     options: Options,
     tensors: TailTensors,
     momentum: float,
-    deferred: bool,
+    deferred: bool | str,
     remembered: Remembered | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | DeferredMap:
@@ -37,10 +37,13 @@ def run(
     Args:
         geometry: stride, padding, dilation, transposed, output_padding, groups.
         tensors: norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope.
+        deferred: "always" hands the map on unwritten even where finishing it in place is the shorter way for most
+            consumers: a residual addition reads it unwritten.
         remembered: where the caller keeps coefficients that do not depend on the map.
         group: processes over which a batch norm's batch is spread.
     """
     sources: list[Source] | None = None
+    x = readable(x)
     if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
         sources = x.sources()
         if x._tensor is not None or not direct(sources[0].raw):
@@ -70,7 +73,7 @@ def run(
         return _identity(v) if deferred else v
 
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
-    finish = how.composed and not torch.is_grad_enabled()
+    finish = how.composed and not torch.is_grad_enabled() and deferred != "always"
     coef, x_act = None, "none"
     if sources is not None:
         if not torch.is_grad_enabled():

@@ -170,6 +170,97 @@ def moments_backward(
     return e, dpre
 
 
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def residual(
+    y: Tensor,
+    coef: Tensor | None,
+    act: str,
+    other: Tensor,
+    other_coef: Tensor | None,
+    slope: Tensor | None,
+    outer: str,
+) -> Tensor:
+    """v = outer(M(y; coef, act) + M(other; other_coef); slope), see ``reference.residual``.
+
+    Args:
+        y, other: [N, C, *S] of one dtype.
+        coef, other_coef: [7, N, C] each; None: nothing is pending.
+        act, outer: activations, one of them "none".
+        slope: [C], of ``outer``; None: 0.
+    """
+    y, other, coef, other_coef, slope = _summands(y, coef, other, other_coef, slope)
+    v = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    inside, call = _side(y, act, outer)
+    _C.residual(
+        y.data_ptr(),
+        _address(coef),
+        other.data_ptr(),
+        _address(other_coef),
+        _address(slope),
+        inside,
+        v.data_ptr(),
+        *call,
+    )
+    return v
+
+
+def residual_backward(
+    dv: Tensor,
+    y: Tensor,
+    coef: Tensor | None,
+    act: str,
+    other: Tensor,
+    other_coef: Tensor | None,
+    slope: Tensor | None,
+    outer: str,
+    at_other: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``residual`` at y, coef, other (None unless ``at_other``), other_coef and slope."""
+    y, other, coef, other_coef, slope = _summands(y, coef, other, other_coef, slope)
+    dv = _like("dv", dv, y)
+    dy = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    dother = torch.empty_like(dy) if at_other else None
+    dcoef, dother_coef = (None if c is None else torch.empty_like(c) for c in (coef, other_coef))
+    dslope = None if slope is None else slope.new_empty(y.shape[:2])
+    inside, call = _side(y, act, outer)
+    _C.residual_backward(
+        dv.data_ptr(),
+        y.data_ptr(),
+        _address(coef),
+        other.data_ptr(),
+        _address(other_coef),
+        _address(slope),
+        inside,
+        dy.data_ptr(),
+        _address(dcoef),
+        _address(dother),
+        _address(dother_coef),
+        _address(dslope),
+        *call,
+    )
+    return dy, dcoef, dother, dother_coef, None if dslope is None else dslope.sum(0)
+
+
+def _summands(
+    y: Tensor, coef: Tensor | None, other: Tensor, other_coef: Tensor | None, slope: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    y = _map("y", y)
+    other = _like("other", other, y)
+    n, c = y.shape[:2]
+    coefs = [None if t is None else _numbers("coef", t, y, 7, n, c) for t in (coef, other_coef)]
+    return y, other, coefs[0], coefs[1], None if slope is None else _numbers("slope", slope, y, c)
+
+
+def _side(y: Tensor, act: str, outer: str) -> tuple[bool, tuple[int, ...]]:
+    """Whether the activation is that of the sum, and the trailing arguments."""
+    if act != "none" and outer != "none":
+        raise ValueError(f"act or outer must be 'none', got {act!r} and {outer!r}")
+    return act == "none", _call(y, outer if act == "none" else act)
+
+
 @functools.lru_cache(maxsize=4096)
 def _algebra(kind: Any) -> _C.Coefficients:
     return _C.Coefficients(

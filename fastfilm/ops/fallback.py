@@ -132,6 +132,43 @@ def _moments_backward(
     return spec.channels_last(e), dpre
 
 
+def _residual(
+    y: Tensor,
+    coef: Tensor | None,
+    act: str,
+    other: Tensor,
+    other_coef: Tensor | None,
+    slope: Tensor | None,
+    outer: str,
+) -> Tensor:
+    """``reference.residual``."""
+    return spec.channels_last(reference.residual(y, coef, act, other, other_coef, slope, outer))
+
+
+def _residual_backward(
+    dv: Tensor,
+    y: Tensor,
+    coef: Tensor | None,
+    act: str,
+    other: Tensor,
+    other_coef: Tensor | None,
+    slope: Tensor | None,
+    outer: str,
+    at_other: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``reference.residual``."""
+    dy, dcoef, dother, dother_coef, dslope = pull(
+        lambda y, coef, other, other_coef, slope: reference.residual(
+            y, coef, act, other, other_coef, slope, outer
+        ),
+        (y, coef, other, other_coef, slope),
+        dv,
+    )
+    assert dy is not None and dother is not None
+    dother = spec.channels_last(dother) if at_other else None
+    return spec.channels_last(dy), dcoef, dother, dother_coef, dslope
+
+
 def _block_coefficients(
     kind: Kind, momentum: float, tensors: Sequence[Tensor | None], device: torch.device
 ) -> Tensor:
@@ -286,6 +323,8 @@ gather_taps = _guarded(_gather_taps)
 gather_taps_backward = _guarded(_gather_taps_backward)
 apply_backward = _guarded(_apply_backward)
 moments = _guarded(_moments)
+residual = _guarded(_residual)
+residual_backward = _guarded(_residual_backward)
 moments_backward = _guarded(_moments_backward)
 block_coefficients = _guarded(_block_coefficients)
 block_coefficients_backward = _guarded(_block_coefficients_backward)

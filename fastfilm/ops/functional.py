@@ -87,7 +87,7 @@ def conv_norm_film(
     order: str = "conv-norm-film-act",
     dropout_mask: Tensor | None = None,
     dropout_position: str = "end",
-    deferred: bool = False,
+    deferred: bool | str = False,
     sync_group: distributed.Group = None,
 ) -> Tensor | DeferredMap:
     """Convolution, normalisation, activation, channel dropout and FiLM as one differentiable op.
@@ -113,7 +113,8 @@ def conv_norm_film(
         dropout_mask: channel dropout, [N, Co], already divided by 1 - p.
         dropout_position: "end" (default), "film" (in front of FiLM) or "norm" (in front of the norm).
         deferred: return the ``DeferredMap`` for the next convolution instead of a tensor, where that saves
-            a pass (without gradients the composed route finishes its map in place and returns the tensor).
+            a pass (without gradients the composed route finishes its map in place and returns the tensor,
+            unless "always" is given: for residual additions, see ``fastfilm.ops.residual.add_act``).
         sync_group: processes over whose batches together batch norm takes its statistics in training: a process
             group, or True for the default one. Ignored where none is initialised.
 

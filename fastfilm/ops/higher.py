@@ -105,6 +105,34 @@ def materialise_backward_backward(ctx: Any, *grads: Tensor) -> tuple[Maybe, ...]
     return (*pull(gradients, ctx.saved_tensors, grads), None, None)
 
 
+def residual_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """What ``residual_backward_backward`` needs of a call of ``fastfilm::residual_backward``."""
+    dv, y, coef, act, other, other_coef, slope, outer, at_other, _ = inputs
+    ctx.save_for_backward(dv, y, coef, other, other_coef, slope)
+    ctx.acts, ctx.at_other = (act, outer), at_other
+
+
+def residual_backward_backward(ctx: Any, *grads: Tensor) -> tuple[Maybe, ...]:
+    """Gradient of ``fastfilm::residual_backward`` at its tensors."""
+    act, outer = ctx.acts
+    given = [t is not None for t in ctx.saved_tensors[1:]]
+    given[2] = ctx.at_other
+
+    def gradients(dv: Tensor, *summands: Maybe) -> tuple[Maybe, ...]:
+        found = pull(
+            lambda y, coef, other, other_coef, slope: reference.residual(
+                y, coef, act, other, other_coef, slope, outer
+            ),
+            summands,
+            dv,
+        )
+        return tuple(g for g, want in zip(found, given, strict=True) if want)
+
+    kept = tuple(g for g, want in zip(grads, given, strict=True) if want)
+    ddv, dy, dcoef, dother, dother_coef, dslope = pull(gradients, ctx.saved_tensors, kept)
+    return ddv, dy, dcoef, None, dother, dother_coef, dslope, None, None, None
+
+
 def moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """What ``moments_backward_backward`` needs of a call of ``fastfilm::moments_backward``."""
     dstats, y, _, pre, ctx.pre_act, _ = inputs

@@ -68,6 +68,10 @@ class _Lazy:
 
 def _operator(name: str) -> Callable[..., Any]:
     def apply(self: _Lazy, *others: Any) -> Any:
+        lazy = _DEFERRING.get(torch.add) if name in ("__add__", "__radd__") else None
+        found = None if lazy is None else lazy(self, *others)
+        if found is not None:
+            return found
         return getattr(self.tensor(), name)(*_plain(others))
 
     apply.__name__ = name
@@ -193,6 +197,12 @@ def deferrable(raw: Tensor, plan: str) -> bool:
     return not plan.endswith("/eager") and raw.dim() in (4, 5) and direct(raw)
 
 
+def readable(x: Any) -> Any:
+    """``x``, written if it is a map that consumers do not read unwritten."""
+    lazy = isinstance(x, _Lazy) and not isinstance(x, (DeferredMap, Joined))
+    return x.tensor() if lazy else x
+
+
 def plain(x: Map) -> Tensor:
     """``x`` as a tensor."""
     return x if isinstance(x, Tensor) else x.tensor()
@@ -244,7 +254,7 @@ def layout_of(x: Tensor, v: Tensor) -> Tensor:
 def _join(tensors: Sequence[Any], dim: int = 0) -> Joined | None:
     parts: list[DeferredMap | Tensor] = []
     for t in tensors:
-        parts += t.parts if isinstance(t, Joined) else [t]
+        parts += t.parts if isinstance(t, Joined) else [readable(t)]
     deferred = [p for p in parts if isinstance(p, DeferredMap) and p._tensor is None]
     if not deferred or dim not in (1, 1 - len(deferred[0].shape)):
         return None
@@ -354,6 +364,11 @@ _DEFERRING: dict[Any, Callable[..., Any]] = {
     F.max_pool2d: _max_pool(2),
     F.max_pool3d: _max_pool(3),
 }
+
+
+def defer(lazy: Callable[..., Any], *functions: Any) -> None:
+    """Makes ``functions`` of maps give what ``lazy`` gives for their arguments, unless that is None."""
+    _DEFERRING.update(dict.fromkeys(functions, lazy))
 
 
 def _plain(value: Any) -> Any:

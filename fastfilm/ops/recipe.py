@@ -202,7 +202,7 @@ def _kind(
     for name, film in films.items():
         spec.check_film(name, film, batch, channels)
     spec.check_number("eps", options.eps)
-    number = _check_slope(activation, options.slope if slope is None else slope, channels)
+    number = check_slope(activation, options.slope if slope is None else slope, channels)
     spec.check_same_device(**others, **vectors, **films, slope=slope)
     if norm == "group" and (
         not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups
@@ -255,7 +255,7 @@ def _check_count(norm: str, groups: int, batch: int, channels: int, size: Sequen
         raise ValueError(f"norm={norm!r} needs more than 1 value per group, got {shape}")
 
 
-def _check_slope(act: str, slope: float | Tensor | None, channels: int) -> float:
+def check_slope(act: str, slope: float | Tensor | None, channels: int) -> float:
     """The activation's parameter if it is a number, else 0."""
     if act not in spec.DEFAULT_SLOPE:
         if slope is not None:

@@ -88,9 +88,40 @@ def materialise(y: Tensor, coef: Tensor, act: str) -> Tensor:
     Returns:
         [N, C, *S] in y's dtype; computed in coef's dtype.
     """
+    return _affine(y, coef, act).to(y.dtype)
+
+
+def _affine(y: Tensor, coef: Tensor, act: str) -> Tensor:
+    """``materialise`` before it is rounded to y's dtype."""
     a, b, g, s, p, q, slope = (spread(row, y.dim()) for row in coef)
     z = a * (y.to(coef.dtype) - p) + b
-    return (g * (activation(z, act, slope) - q) + s).to(y.dtype)
+    return g * (activation(z, act, slope) - q) + s
+
+
+def residual(
+    y: Tensor,
+    coef: Tensor | None,
+    act: str,
+    other: Tensor,
+    other_coef: Tensor | None,
+    slope: Tensor | None,
+    outer: str,
+) -> Tensor:
+    """v = outer(M(y; coef, act) + M(other; other_coef, "none"); slope), M being ``materialise``.
+
+    Args:
+        y, other: raw feature maps [N, C, *S].
+        coef, other_coef: [7, N, C] each; None: M(y) = y.
+        slope: [C], of ``outer``; None: 0.
+
+    Returns:
+        [N, C, *S] in y's dtype; computed in float32, or float64 for a float64 ``y``.
+    """
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    first = y.to(wide) if coef is None else _affine(y, coef, act)
+    second = other.to(wide) if other_coef is None else _affine(other, other_coef, "none")
+    parameter = 0.0 if slope is None else spread(slope.to(wide), y.dim())
+    return activation(first + second, outer, parameter).to(y.dtype)
 
 
 def moments(y: Tensor, pre: Tensor | None = None, act: str = "none") -> Tensor:

@@ -50,7 +50,11 @@ def smp_unet() -> tuple[nn.Module, Tensor]:
         globals()["_library"] = library
     smp = pytest.importorskip("segmentation_models_pytorch")
     net = smp.Unet(
-        "resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8), in_channels=1
+        "resnet18",
+        encoder_weights=None,
+        encoder_depth=3,
+        decoder_channels=(16, 8, 8),
+        in_channels=1,
     )
     return net, torch.randn(4, 1, 16, 16)
 
@@ -98,7 +102,9 @@ def test_conditioned_networks_learn_what_plain_ones_cannot(
         # every image comes with both kinds, so that a network without metadata has nothing to go by
         images = torch.cat([x[:2], x[:2]])
         kinds = torch.tensor([0, 0, 1, 1])
-        bright = (F.avg_pool2d(images, 3, 1, 1) if x.dim() == 4 else F.avg_pool3d(images, 3, 1, 1)) > 0
+        bright = (
+            F.avg_pool2d(images, 3, 1, 1) if x.dim() == 4 else F.avg_pool3d(images, 3, 1, 1)
+        ) > 0
         target = (bright ^ kinds.view(-1, *[1] * (x.dim() - 1)).bool()).float()
         losses = []
         for _ in range(60):

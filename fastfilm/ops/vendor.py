@@ -29,9 +29,11 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T]."""
-    plain = reference.unsafe_channels_last(v)
+    unsafe = reference.unsafe_channels_last(v)
+    small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
+    plain = unsafe or (not transposed and _long_sums(v, weight, small))
     v, weight = _input(v, plain), _weight(weight, plain)
-    if not plain and not transposed and _avoids_onednn(v, weight, groups):
+    if small:
         return torch.ops.aten.mkldnn_convolution.default(
             v, weight, bias, padding, stride, dilation, groups
         )
@@ -81,6 +83,17 @@ def convolution_backward(
         [*needs, False],
     )
     return dv[:1] if doubled and needs[0] else dv, dw
+
+
+def _long_sums(v: Tensor, weight: Tensor, small: bool) -> bool:
+    """Whether a channels-last convolution would round visibly more than a contiguous one.
+
+    On a CPU oneDNN adds up all of a channels-last float32 sum in one register, so that its error grows with
+    the root of the channels; at 256 it is three to four times that of its contiguous form, which is as fast
+    for so many. PyTorch's slow convolution, which ``small`` maps would get, is more exact still.
+    """
+    wide = weight.shape[1] >= (32 if small else 128)
+    return wide and v.device.type == "cpu" and v.dtype == torch.float32
 
 
 def _avoids_onednn(v: Tensor, weight: Tensor, groups: int) -> bool:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import layers
+from . import families, layers
 from .group import Group, Member, Path
 from .layers import Activation
 
@@ -29,7 +29,6 @@ class Finder:
 
     Args:
         owner: the module whose forward the graph is.
-        more: activations of other packages by class name.
         whole: take in layers that run one by one for the moment: hooked ones, dropouts of single values.
     """
 
@@ -37,10 +36,9 @@ class Finder:
         self,
         owner: nn.Module,
         graph: fx.Graph,
-        more: Mapping[str, Activation],
         whole: bool = False,
     ) -> None:
-        self.owner, self.graph, self.more, self.whole = owner, graph, dict(more), whole
+        self.owner, self.graph, self.whole = owner, graph, whole
         self.taken: set[fx.Node] = set()
 
     def find(self) -> list[Chain]:
@@ -55,25 +53,31 @@ class Finder:
             return None
         return self.owner.get_submodule(str(node.target))
 
-    def _norm(self, module: nn.Module) -> str | None:
-        return layers.norm_of(module, hooked_too=self.whole)
+    def _norm(self, node: fx.Node, module: nn.Module) -> str | None:
+        return layers.norm_of(module, self.whole, node.meta.get("base"))
 
     def _from_convolution(self, node: fx.Node) -> Chain | None:
         conv = self.module(node)
         if conv is None or layers.convolution_dims(conv) is None:
             return None
-        if layers.unfit_convolution(conv) is not None and not self.whole:
+        base = node.meta.get("base")
+        if layers.unfit_convolution(conv, base) is not None and not self.whole:
             return None
-        return self._follow(node, "conv")
+        if base is not None:
+            padding = node.args[0]
+            own = isinstance(padding, fx.Node) and len(padding.users) == 1
+            if own and str(padding.target).startswith(f"{node.target}."):  # type: ignore[union-attr]
+                return self._follow([padding, node], ["pad", "conv"])  # type: ignore[list-item]
+        return self._follow([node], ["conv"])
 
     def _from_norm(self, node: fx.Node) -> Chain | None:
         norm = self.module(node)
-        if node in self.taken or norm is None or self._norm(norm) is None:
+        if node in self.taken or norm is None or self._norm(node, norm) is None:
             return None
-        return self._follow(node, "norm")
+        return self._follow([node], ["norm"])
 
-    def _follow(self, first: fx.Node, role: str) -> Chain:
-        nodes, roles = [first], [role]
+    def _follow(self, nodes: list[fx.Node], roles: list[str]) -> Chain:
+        first = nodes[-1]
         activation = Activation("none")
         while True:
             step = self._next(nodes[-1])
@@ -82,7 +86,7 @@ class Finder:
             node, role, acts = step
             if role in ("norm", "act") and role in roles:
                 break
-            if role == "norm" and not self._norm_fits(nodes[0], node):
+            if role == "norm" and not self._norm_fits(first, node):
                 break
             if acts is not None:
                 activation = acts
@@ -109,19 +113,30 @@ class Finder:
         module = self.module(user)
         if module is None:
             return None
-        if self._norm(module) is not None:
+        if self._norm(user, module) is not None:
             return user, "norm", None
         if layers.is_dropout(module):
             assert isinstance(module, _DropoutNd)
             single = not layers.is_channel_dropout(module) and module.training and module.p > 0
             alone = single or layers.hooked(module)
             return None if alone and not self.whole else (user, "drop", None)
-        found = layers.activation_of(module, self.more, self.whole)
-        if found is None:
-            return None
-        if found.name == "prelu":
-            found = Activation("prelu", path=_path(user))
-        return user, "act", found
+        found = self._activation_module(user, module)
+        return None if found is None else (user, "act", found)
+
+    def activation_at(self, user: fx.Node, node: fx.Node) -> tuple[Activation, Member] | None:
+        """The activation that ``user`` is of ``node``, and as a layer; None if it is something else."""
+        if user.op in ("call_function", "call_method"):
+            found = self._activation_function(user, node)
+        else:
+            module = self.module(user)
+            found = None if module is None else self._activation_module(user, module)
+        return None if found is None else (found, _member(user, "act"))
+
+    def _activation_module(self, user: fx.Node, module: nn.Module) -> Activation | None:
+        found = families.activation_of(module, self.whole)
+        if found is not None and found.name == "prelu":
+            return Activation("prelu", path=_path(user))
+        return found
 
     @staticmethod
     def _activation_function(user: fx.Node, node: fx.Node) -> Activation | None:
@@ -160,12 +175,10 @@ class Finder:
         norm_at = roles.index("norm") if "norm" in roles else len(roles)
         first = "conv" in roles and act_at < norm_at < len(roles)
         for i, (node, role) in enumerate(zip(nodes, roles, strict=True)):
+            members.append(_member(node, role))
             if node.op != "call_module":
-                options = tuple((k, v) for k, v in node.kwargs.items() if k != "input")
-                members.append(Member(role, None, _function(node), tuple(node.args[1:]), options))
                 continue
             path = _path(node)
-            members.append(Member(role, path))
             kinds[path] = type(self.owner.get_submodule(str(node.target)))
             if role == "conv":
                 conv = path
@@ -175,6 +188,13 @@ class Finder:
                 last = max(norm_at, act_at if act_at < len(roles) else norm_at)
                 drops.append((path, "norm" if i < norm_at else "end" if i > last else "film"))
         return Group(tuple(members), kinds, conv, norm, activation, first, tuple(drops))
+
+
+def _member(node: fx.Node, role: str) -> Member:
+    if node.op == "call_module":
+        return Member(role, _path(node), base=node.meta.get("base"))
+    options = tuple((k, v) for k, v in node.kwargs.items() if k != "input")
+    return Member(role, None, _function(node), tuple(node.args[1:]), options)
 
 
 def _path(node: fx.Node) -> Path:

@@ -9,7 +9,6 @@ from torch import nn
 
 from fastfilm.ops import spec
 
-from . import families
 from .report import Report
 from .state import State, is_converted
 from .survey import report_on
@@ -91,14 +90,14 @@ def attach(model: nn.Module, fused: bool, conditioned: bool = False) -> None:
         fused: groups run as one, not layer by layer.
         conditioned: FiLM stands, or will stand, in the groups, which therefore stay whole.
     """
-    known = families.activations()
     states: dict[nn.Module, State] = {}
     for module in model.modules():
         if "_fastfilm" in module.__dict__:
             states[module] = module.__dict__["_fastfilm"]
         elif module._modules and swappable(module) is None:
-            states[module] = State(type(module), known)
+            states[module] = State(type(module))
     gains: set[nn.Module] = set()
+    passing: set[nn.Module] = set()
     # children first: a module without groups of its own may still hand maps from child to child
     for module in reversed(list(states)):
         state = states[module]
@@ -107,12 +106,18 @@ def attach(model: nn.Module, fused: bool, conditioned: bool = False) -> None:
         state.programs.clear()
         state.refused = None
         try:
-            program = state.build(module, state.defaults(), {}, False, gains.__contains__)
+            program = state.build(
+                module, state.defaults(), {}, False, lambda m: m in gains or m in passing
+            )
         except CannotTrace as reason:
             state.refused = str(reason)
             continue
-        if any(not g.bare for g in program.groups) or program.children:
+        if program.passes:
+            passing.add(module)
+        inside = any(module.get_submodule(c.path) in gains for c in program.children)
+        if inside or any(not g.bare for g in program.groups):
             gains.add(module)
+    gains |= passing
     for module, state in states.items():
         if (module in gains or module is model) and not is_converted(module):
             swap(module, state)

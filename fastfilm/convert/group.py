@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,9 @@ class Member:
     """One layer of a group in the original's order: a module, or a function of the map.
 
     Attributes:
-        role: "conv", "norm", "act" or "drop".
+        role: "conv", "norm", "act" or "drop"; "pad" for zeros in front of a convolution.
         path: of the module in the owner; None for a function.
+        base: the class whose forward is this part of what the module does.
     """
 
     role: str
@@ -39,8 +40,11 @@ class Member:
     function: Callable[..., Any] | None = None
     arguments: tuple[Any, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    base: Any = None
 
     def __call__(self, modules: dict[Path, nn.Module], x: Tensor) -> Any:
+        if self.base is not None:
+            return self.base.forward(modules[self.path], x)  # type: ignore[index]
         if self.path is not None:
             return modules[self.path](x)
         assert self.function is not None
@@ -83,10 +87,15 @@ class Group:
         """A convolution alone: it gains where its input is pending."""
         return len(self.members) == 1 and self.conv is not None
 
+    @property
+    def takes_maps(self) -> bool:
+        """Whether its input may have something pending."""
+        return self.conv is not None and self.members[0].role != "pad"
+
     def __call__(self, owner: nn.Module, x: Map, deferred: bool = False) -> Tensor | DeferredMap:
         """The group's output for ``x`` [N, C, *S]; a map for the next layer if ``deferred``."""
         state = owner.__dict__["_fastfilm"]
-        modules, watched = self._modules(owner)
+        modules, seen = watched(owner, self.kinds)
         order, gamma, beta = NORM_FILM_ACT, None, None
         film = None
         if state.sites:
@@ -96,7 +105,7 @@ class Group:
                 order = film.order
         dims = len(modules[self.conv].weight.shape) if self.conv is not None else len(x.shape)
         maps = isinstance(x, (Tensor, DeferredMap, Joined)) and len(x.shape) == dims
-        if watched or not state.fused or not maps or dims not in (4, 5):
+        if seen or not state.fused or not maps or dims not in (4, 5):
             return self._one_by_one(modules, plain(x), order, gamma, beta)
         if self.bare and isinstance(x, Tensor) and gamma is None:
             found: Tensor = modules[self.name](x)
@@ -149,6 +158,8 @@ class Group:
         activation, slope = self.activation, self.activation.slope
         learned = None if activation.path is None else modules[activation.path].weight
         conv = None if self.conv is None else modules[self.conv]
+        if self.members[0].role == "pad":
+            x = self.members[0](modules, plain(x))
         mask, position = None, "end"
         if drop is not None:
             # drawn as PyTorch draws it, so that a seed gives the same masks
@@ -197,26 +208,6 @@ class Group:
             process_group,
         )
 
-    def _modules(self, owner: nn.Module) -> tuple[dict[Path, Any], bool]:
-        """The group's modules, and whether somebody watches one of them (or it was replaced)."""
-        found: dict[Path, Any] = {}
-        watched = bool(
-            torch_module._global_forward_hooks
-            or torch_module._global_forward_pre_hooks
-            or torch_module._global_backward_hooks
-            or torch_module._global_backward_pre_hooks
-        )
-        for path, kind in self.kinds.items():
-            m: Any = owner
-            for name in path:
-                m = m._modules[name]
-                if layers.hooked(m):
-                    watched = True
-            if type(m) is not kind and not (kind in layers.NORMS and type(m) in layers.NORMS):
-                watched = True
-            found[path] = m
-        return found, watched
-
     def _can_mask(self, drop: Any, position: str, order: str, film: bool) -> bool:
         """Whether a dropout in training can be part of the group's coefficients."""
         if not layers.is_channel_dropout(drop) or drop.p >= 1 or self.norm is None:
@@ -237,11 +228,25 @@ class Group:
     ) -> Any:
         """The original's layers in their order, FiLM at its place."""
         last = self._film_behind(order)
+        whole = self._whole(modules)
         for i, member in enumerate(self.members):
-            x = member(modules, x)
+            if member.path in whole:
+                x = modules[member.path](x)
+            elif member.path is None or member.path[:-1] not in whole:
+                x = member(modules, x)
             if gamma is not None and i == last:
                 x = modulated(x, gamma, beta)
         return x
+
+    def _whole(self, modules: dict[Path, nn.Module]) -> set[Path]:
+        """Modules of several members that somebody watches: their own forward runs."""
+        return {
+            m.path
+            for m in self.members
+            if m.base is not None
+            and m.path is not None
+            and (layers.hooked(modules[m.path]) or type(modules[m.path]) is not self.kinds[m.path])
+        }
 
     def _film_behind(self, order: str) -> int:
         """Index of the member that FiLM follows."""
@@ -251,6 +256,33 @@ class Group:
         if order == NORM_ACT_FILM and "act" in roles:
             return roles.index("act")
         return roles.index("norm" if "norm" in roles else "conv")
+
+
+def watched(
+    owner: nn.Module, kinds: Mapping[Path, type[nn.Module]]
+) -> tuple[dict[Path, Any], bool]:
+    """Modules by their paths in ``owner``, and whether somebody watches one of them (or it was replaced).
+
+    Args:
+        kinds: their classes when the program was made.
+    """
+    found: dict[Path, Any] = {}
+    seen = bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+    for path, kind in kinds.items():
+        m: Any = owner
+        for name in path:
+            m = m._modules[name]
+            if layers.hooked(m):
+                seen = True
+        if type(m) is not kind and not (kind in layers.NORMS and type(m) in layers.NORMS):
+            seen = True
+        found[path] = m
+    return found, seen
 
 
 def modulated(x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:

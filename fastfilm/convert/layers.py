@@ -119,10 +119,14 @@ def convolution_dims(module: nn.Module) -> int | None:
     return next((d for kind, d in CONVOLUTIONS.items() if isinstance(module, kind)), None)
 
 
-def unfit_convolution(module: nn.Module) -> str | None:
-    """Why a convolution has to stay as it is; None if it can be fused."""
+def unfit_convolution(module: nn.Module, base: type[nn.Module] | None = None) -> str | None:
+    """Why a convolution has to stay as it is; None if it can be fused.
+
+    Args:
+        base: the class whose forward is meant, where the layer's own does more.
+    """
     assert isinstance(module, _ConvNd)
-    if not any(computes_as(module, kind) for kind in CONVOLUTIONS):
+    if base is None and not any(computes_as(module, kind) for kind in CONVOLUTIONS):
         return f"{type(module).__name__} computes something of its own"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrised"
@@ -146,12 +150,14 @@ def padding_of(module: _ConvNd) -> tuple[int, ...] | None:
     return tuple(int(p) for p in padding)
 
 
-def norm_of(module: nn.Module, hooked_too: bool = False) -> str | None:
+def norm_of(
+    module: nn.Module, hooked_too: bool = False, base: type[nn.Module] | None = None
+) -> str | None:
     """Name of a norm; None for another module and for a subclass that computes something of its own."""
     for kind, name in NORMS.items():
         if isinstance(module, kind):
             fits = hooked_too or unfit(module) is None
-            return name if computes_as(module, kind) and fits else None
+            return name if (base is kind or computes_as(module, kind)) and fits else None
     return None
 
 
@@ -162,14 +168,12 @@ def norm_dims(module: nn.Module) -> int | None:
     return 2 if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)) else None
 
 
-def activation_of(
-    module: nn.Module, more: dict[str, Activation], hooked_too: bool = False
-) -> Activation | None:
-    """A module as an activation; ``more``: what classes of other packages are, by name."""
+def activation_of(module: nn.Module, hooked_too: bool = False) -> Activation | None:
+    """A module as an activation, if it is one of PyTorch's."""
     for kind, read in ACTIVATIONS.items():
         if computes_as(module, kind):
             return read(module) if hooked_too or unfit(module) is None else None
-    return more.get(type(module).__name__)
+    return None
 
 
 def unfit(module: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ from torch import fx, nn
 from fastfilm.ops import DeferredMap
 from fastfilm.ops.maps import Joined
 
-from . import layers
+from . import layers, sums
 from .chains import Chain, Finder
 from .group import Group, Path
-from .layers import Activation
-from .trace import trace
+from .trace import Owned, trace
 
 _VIEWS: tuple[Any, ...] = (
     torch.cat,
@@ -65,15 +65,21 @@ class Program:
         run: the new forward: (module, module, *args, **kwargs).
         groups: in the order of the forward.
         children: calls of converted children.
-        pending: groups whose input may be pending.
+        pending: groups whose input may be pending, and the child that it comes from if it does.
         calls: paths of the modules that the original's forward calls.
+        gives: what the forward returns may be a map.
+        passes: it returns one of its arguments.
+        summed: groups whose output is read by one pass that adds it to another pending map.
     """
 
     run: Callable[..., Any]
     groups: tuple[Group, ...]
     children: tuple[ChildCall, ...]
-    pending: frozenset[Group]
+    pending: Mapping[Group, str]
     calls: frozenset[Path]
+    gives: bool
+    passes: bool
+    summed: frozenset[Group]
 
 
 class CallChild:
@@ -108,7 +114,6 @@ def build(
     arguments: Mapping[str, Any],
     lists: Mapping[str, tuple[type, int]],
     deferred: bool,
-    more: Mapping[str, Activation],
     converted: Callable[[nn.Module], bool],
     whole: bool = False,
 ) -> Program:
@@ -117,7 +122,6 @@ def build(
     Args:
         arguments, lists: see ``trace``.
         deferred: what the forward returns may be a map.
-        more: activations of other packages by class name.
         converted: whether a child takes maps.
         whole: layers that could not be fused now belong to groups too; they run one by one.
 
@@ -127,8 +131,13 @@ def build(
     graph = trace(module, dict(arguments), dict(lists))
     called = [n for n in graph.nodes if n.op == "call_module"]
     paths = frozenset(tuple(str(n.target).split(".")) for n in called)
-    chains = Finder(module, graph, more, whole).find()
+    finder = Finder(module, graph, whole)
+    chains = finder.find()
+    passes = next(iter(reversed(graph.nodes))).args[0] in graph.find_nodes(op="placeholder")
     owner = _add_owner(graph)
+    for node in graph.nodes:
+        if isinstance(node.target, Owned):
+            node.args = (owner, *node.args)
     made: dict[fx.Node, Group] = {}
     for chain in chains:
         made[_replace(graph, chain, owner)] = chain.group
@@ -136,8 +145,17 @@ def build(
     for node in list(graph.nodes):
         if node.op == "call_module" and converted(module.get_submodule(str(node.target))):
             children[_replace_child(graph, node, owner)] = str(node.target)
-    lazy = _lazy(graph, module, set(made), set(children), deferred)
-    pending = frozenset(g for n, g in made.items() if n.args[1] in lazy and n.args[1] in made)
+    added = sums.replace(graph, finder, owner, made, children)
+    lazy = _lazy(graph, module, set(made), set(children), added, deferred)
+    pending = {g: _source(n, lazy, made, children) for n, g in made.items()}
+    summed = {
+        x
+        for node in added
+        for x, other in itertools.permutations(node.all_input_nodes[1:])
+        if x in made and x in lazy and other in lazy and not _bare(other, made)
+    }
+    result = next(iter(reversed(graph.nodes))).args[0]
+    gives = isinstance(result, fx.Node) and result in lazy
     calls = []
     for node, path in children.items():
         form = tuple(
@@ -152,7 +170,36 @@ def build(
         node.args = (*node.args, node in lazy)
     _plain_arguments(graph, lazy, owner)
     order = tuple(made[n] for n in graph.nodes if n in made)
-    return Program(_function(graph), order, tuple(calls), pending, paths)
+    return Program(
+        _function(graph),
+        order,
+        tuple(calls),
+        {g: s for g, s in pending.items() if s is not None},
+        paths,
+        gives,
+        passes,
+        frozenset(made[s] for s in summed),
+    )
+
+
+def _bare(node: fx.Node, made: Mapping[fx.Node, Group]) -> bool:
+    return node in made and made[node].bare
+
+
+def _source(
+    node: fx.Node,
+    lazy: set[fx.Node],
+    groups: Mapping[fx.Node, Group],
+    children: Mapping[fx.Node, str],
+) -> str | None:
+    """The child that a group's pending input comes from; "" for a group of the same forward."""
+    found = node.args[1]
+    while isinstance(found, fx.Node) and found in lazy:
+        if found in groups or found in children:
+            return children.get(found, "")
+        first = found.args[0]
+        found = next(iter(first)) if isinstance(first, (list, tuple)) else first
+    return None
 
 
 def _add_owner(graph: fx.Graph) -> fx.Node:
@@ -187,6 +234,7 @@ def _lazy(
     module: nn.Module,
     groups: set[fx.Node],
     children: set[fx.Node],
+    added: set[fx.Node],
     deferred: bool,
 ) -> set[fx.Node]:
     """Nodes whose value may be a map, because everything that uses it takes one."""
@@ -204,8 +252,8 @@ def _lazy(
         if user in groups:
             target = user.target
             assert isinstance(target, Group)
-            return target.conv is not None
-        if user in children:
+            return target.takes_maps
+        if user in children or user in added:
             return True
         if user.op == "output":
             return deferred
@@ -224,8 +272,8 @@ def _plain_arguments(graph: fx.Graph, lazy: set[fx.Node], owner: fx.Node) -> Non
     for node in [n for n in graph.nodes if n.op == "placeholder" and n is not owner]:
         users = list(node.users)
         fine = all(
-            (isinstance(u.target, Group) and u.target.conv is not None)
-            or isinstance(u.target, CallChild)
+            (isinstance(u.target, Group) and u.target.takes_maps)
+            or isinstance(u.target, (CallChild, sums.Sum))
             or u in lazy
             for u in users
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import families
 from .group import Group
 from .state import State
 
@@ -108,6 +109,11 @@ def _decoder(model: nn.Module, sites: list[Site], example: Any) -> set[str]:
     """Names of the sites that stand behind the smallest map of the network."""
     if example is not None:
         return _behind_the_smallest(model, sites, example)
+    layout = families.layout_of(model)
+    if layout is not None:
+        sides = {s.name: layout.is_decoder(s.name) for s in sites}
+        if None not in sides.values() and True in sides.values():
+            return {name for name, late in sides.items() if late}
     late = {s.name for s in sites if _DECODER.search(s.name)}
     unknown = [s.name for s in sites if s.name not in late and not _ENCODER.search(s.name)]
     if not late or len(unknown) == len(sites) - len(late) > 0:

@@ -17,7 +17,6 @@ from fastfilm.ops.remembered import Remembered
 from . import film
 from .film import Film, Given, Split
 from .group import Group, Path
-from .layers import Activation
 from .program import Program, build, written
 from .trace import CannotTrace
 
@@ -30,7 +29,6 @@ class State:
 
     Attributes:
         original: the module's class.
-        more: activations of other packages by class name.
         fused: False runs the layers one by one.
         sites: FiLM by the path of the group that applies it.
         root: the module that ``convert`` or ``condition`` was called with.
@@ -41,8 +39,8 @@ class State:
         refused: why the forward of the usual call cannot be followed.
     """
 
-    def __init__(self, original: type[nn.Module], more: Mapping[str, Activation]) -> None:
-        self.original, self.more = original, dict(more)
+    def __init__(self, original: type[nn.Module]) -> None:
+        self.original = original
         self.fused, self.root, self.conditioned = True, False, False
         self.sites: dict[Path, Film] = {}
         self.remembered: dict[Path, Remembered] = {}
@@ -96,9 +94,7 @@ class State:
         converted: Callable[[nn.Module], bool],
     ) -> Program:
         """``program.build`` for this module."""
-        return build(
-            module, constants, lists, deferred, self.more, converted, whole=self.conditioned
-        )
+        return build(module, constants, lists, deferred, converted, whole=self.conditioned)
 
     def _check_sites(self, module: nn.Module, program: Program | None) -> None:
         """RuntimeError where a program would leave out FiLM that the module owes."""

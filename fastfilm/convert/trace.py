@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import inspect
 import operator
 import random
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import layers
+from . import families, layers
 from .film import Conditioner
 
 _lock = threading.RLock()
@@ -30,6 +31,18 @@ _lock = threading.RLock()
 
 class CannotTrace(Exception):
     """Why a forward cannot be followed."""
+
+
+class Owned:
+    """Calls a method or a function kept in an attribute of the module whose forward runs."""
+
+    __name__ = "owned"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(owner, self.name)(*args, **kwargs)
 
 
 def original(module: nn.Module) -> type[nn.Module]:
@@ -85,8 +98,10 @@ def _proxies_are_tensors() -> Iterator[None]:
 class _Tracer(fx.Tracer):
     """Follows a forward and its ``Sequential`` children, and refuses what it would lose."""
 
-    def __init__(self, lists: dict[str, tuple[type, int]]) -> None:
-        super().__init__()
+    def __init__(
+        self, lists: dict[str, tuple[type, int]], functions: tuple[Callable[..., Any], ...]
+    ) -> None:
+        super().__init__(autowrap_functions=functions)
         self.traced_func_name = "_fastfilm_original_forward"
         self.expected, self.lists = _surroundings(), lists
         # fx watches every module's calls and attributes; those of other threads are none of our business
@@ -121,7 +136,17 @@ class _Tracer(fx.Tracer):
                 if not isinstance(child, Conditioner):
                     found = child(found)  # type: ignore[misc]
             return found
-        return super().call_module(m, forward, args, kwargs)
+        found = parts(m) if len(args) == 1 and not kwargs else None
+        if found is None:
+            return super().call_module(m, forward, args, kwargs)
+        path, x = self.path_of_module(m), args[0]
+        for name, base in found:
+            if base is None:
+                x = m.get_submodule(name)(x)
+            else:
+                x = self.create_proxy("call_module", path, (x,), {})
+                x.node.meta["base"] = base
+        return x
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
@@ -167,6 +192,10 @@ def _trace(
         raise CannotTrace("its forward takes any arguments")
     if is_sequence(module):
         return _sequence(module)
+    own = {name: getattr(module, name) for name in _owned(module)}
+    fixed = {name: module.__dict__.get(name) for name in own}
+    for name, function in own.items():
+        module.__dict__[name] = _stand_in(name, function)
     before = dict(module.__dict__)
     children = dict(module._modules)
     drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -176,7 +205,8 @@ def _trace(
         holder._fastfilm_original_forward = kind.forward  # type: ignore[attr-defined]
     try:
         with _proxies_are_tensors():
-            graph = _Tracer(lists).trace(module, concrete_args=arguments)
+            functions = families.functions() if module.training else ()
+            graph = _Tracer(lists, functions).trace(module, concrete_args=arguments)
     except CannotTrace:
         raise
     except Exception as error:  # whatever a forward does with something that is not a tensor
@@ -192,6 +222,11 @@ def _trace(
         if changed:
             module.__dict__.clear()
             module.__dict__.update(before)
+        for name, value in fixed.items():
+            if value is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = value
         draws = _put_back(*drawn)
     if changed:
         raise CannotTrace("its forward sets attributes")
@@ -204,6 +239,60 @@ def _trace(
             # maps are channels-last behind fused groups, where a view is not always possible
             node.target = "reshape"
     return graph
+
+
+def parts(m: nn.Module) -> list[tuple[str, type[nn.Module] | None]] | None:
+    """What a layer that is several in one does: names of its own layers, and the class whose forward is the rest.
+
+    None for an ordinary layer; an identity does nothing.
+    """
+    if layers.unfit(m) is not None:
+        return None
+    if type(m) is nn.Identity:
+        return []
+    family = families.family_of(type(m))
+    name = type(m).__name__
+    if family is None:
+        return None
+    if name in family.norm_acts:
+        base = next((k for k in layers.NORMS if isinstance(m, k)), None)
+        drop, act = m._modules.get("drop"), m._modules.get("act")
+        known = type(act) is nn.Identity or (act is not None and families.activation_of(act))
+        if base is not None and type(drop) is nn.Identity and known:
+            return [("", base), ("act", None)]
+    padding = family.padded.get(name)
+    if padding is not None and isinstance(m._modules.get(padding), (nn.ZeroPad2d, nn.Identity)):
+        base = next((k for k in layers.CONVOLUTIONS if isinstance(m, k)), None)
+        if base is not None and layers.unfit_convolution(m, base) is None:
+            return [(padding, None), ("", base)]
+    return None
+
+
+def _owned(module: nn.Module) -> list[str]:
+    """Names of methods and attributes of ``module`` that are called as they are."""
+    names = {k.__name__ for k in type(module).__mro__}
+    found = [
+        method
+        for f in families.FAMILIES
+        for kind, method in f.methods
+        if kind in names and f.has(original(module))
+    ]
+    return found + [
+        name
+        for name, value in module.__dict__.items()
+        if isinstance(value, functools.partial)
+        and isinstance(getattr(value.func, "__self__", None), nn.Module)
+    ]
+
+
+def _stand_in(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        proxy = next((a for a in (*args, *kwargs.values()) if type(a) is fx.Proxy), None)
+        if proxy is None:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", Owned(name), args, kwargs)
+
+    return call
 
 
 def _put_back(seed: Tensor, python: Any, arrays: Any) -> bool:
@@ -227,10 +316,21 @@ def _sequence(module: nn.Module) -> fx.Graph:
             assert child is not None
             if isinstance(child, Conditioner):
                 continue
-            if is_sequence(child) and not layers.hooked(child):
-                node = run(child, f"{prefix}{name}.", node)
+            node = call(child, f"{prefix}{name}", node)
+        return node
+
+    def call(m: nn.Module, path: str, node: fx.Node) -> fx.Node:
+        if is_sequence(m) and not layers.hooked(m):
+            return run(m, f"{path}.", node)
+        found = parts(m)
+        if found is None:
+            return graph.create_node("call_module", path, (node,))
+        for name, base in found:
+            if base is None:
+                node = call(m.get_submodule(name), f"{path}.{name}", node)
             else:
-                node = graph.create_node("call_module", f"{prefix}{name}", (node,))
+                node = graph.create_node("call_module", path, (node,))
+                node.meta["base"] = base
         return node
 
     graph.output(run(module, "", node))

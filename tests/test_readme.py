@@ -48,8 +48,24 @@ def test_deferred_example_stays_unwritten_and_is_a_tensor_to_others() -> None:
     assert names["brightness"].shape == () and torch.isfinite(names["brightness"])
 
 
+def test_existing_model_example_is_conditioned_and_fused() -> None:
+    pytest.importorskip("monai")
+    names = run(next(e for e in EXAMPLES if "DynUNet" in e))
+    assert names["logits"].shape == (2, 2, 16, 16, 16)
+    assert fastfilm.conversion_report(names["net"]).share(3) == 1.0
+
+
+def test_conditioning_guide_runs_from_top_to_bottom() -> None:
+    page = (ROOT / "docs" / "condition.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = run("\n".join(examples))
+    assert names["logits"].shape == (2, 2, 32, 32)
+    trained = [n for n, p in names["model"].named_parameters() if p.requires_grad]
+    assert trained and all(n.startswith("film_generator.") for n in trained)
+
+
 def test_every_example_is_run() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

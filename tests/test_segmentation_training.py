@@ -28,11 +28,12 @@ from fastfilm.segmentation.distributed import Processes
 from fastfilm.segmentation.errors import Problems, UserError
 from fastfilm.segmentation.files import read_tensors
 from fastfilm.segmentation.model_folder import load_model, read_info
+from fastfilm.segmentation.network import build_network
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.record import read_log
 from fastfilm.segmentation.training import Start, train
 
-from .phantoms import settings, write_bids
+from .phantoms import TYPES, settings, write_bids
 from .test_distributed import on_two
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
@@ -234,6 +235,63 @@ def test_fine_tuning_on_a_new_task_trains_the_generator_only(bids: Path, tmp_pat
     assert model.tasks() == ["lesion", "tumour"]
     rows = np.concatenate([model.encode({"tumor_type": "x"}, t) for t in model.tasks()])
     assert model.probabilities(torch.zeros(2, 1, 16, 16), rows).shape == (2, 1, 16, 16)
+
+
+FOREIGN = {
+    "monai.networks.nets.BasicUNet": {
+        "spatial_dims": "{dims}",
+        "in_channels": "{in}",
+        "out_channels": "{out}",
+        "features": [4, 4, 4, 4, 4, 4],
+    },
+    "dynamic_network_architectures.architectures.unet.PlainConvUNet": {
+        "input_channels": "{in}",
+        "n_stages": 2,
+        "features_per_stage": [4, 8],
+        "conv_op": "torch.nn.Conv2d",
+        "kernel_sizes": 3,
+        "strides": [1, 2],
+        "n_conv_per_stage": 1,
+        "num_classes": "{out}",
+        "n_conv_per_stage_decoder": 1,
+        "conv_bias": True,
+        "norm_op": "torch.nn.InstanceNorm2d",
+        "nonlin": "torch.nn.LeakyReLU",
+        "deep_supervision": True,
+    },
+}
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+def test_networks_of_other_libraries_train_and_load(
+    bids: Path, tmp_path: Path, target: str
+) -> None:
+    pytest.importorskip(target.partition(".")[0], reason="another library")
+    network = {"name": "condition", "target": target, "arguments": FOREIGN[target], "depth": None}
+    plan = planned(
+        bids,
+        tmp_path / "plan",
+        network=network,
+        preprocessing={"patch_size": [32, 64]},
+        training={"epochs": 1, "steps_per_epoch": 2},
+    )
+    train(Start(plan, 0, tmp_path / "model"), ONE)
+    model = load_model(tmp_path / "model")
+    image = torch.randn(1, 1, 32, 64)
+    found = [model.probabilities(image, model.encode({"tumor_type": t})) for t in TYPES]
+    # the generator has moved from γ = 1, β = 0: it was trained and saved
+    assert not torch.equal(found[0], found[1])
+
+
+def test_a_model_folder_cannot_name_any_function_there_is(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="not a fastfilm model"):
+        load_model(tmp_path)
+    config = parse(settings(tmp_path, network={"name": "condition", "target": "os.system"}), "test")
+    with pytest.raises(UserError, match="target must begin with one of"):
+        build_network(
+            config.network, spatial_dims=2, in_channels=1, out_channels=1, metadata_size=1
+        )
 
 
 def test_metadata_that_do_not_encode_are_listed_before_training(bids: Path, tmp_path: Path) -> None:

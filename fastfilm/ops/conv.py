@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import higher, reference, spec
+from . import higher, spec, vendor
 from .backends import BACKENDS
 from .library import define, differentiable, direct
 from .tail import accumulate_dtype
@@ -48,30 +48,6 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
         device=x.device,
         memory_format=spec.channels_last_format(len(shape)),
     )
-
-
-def _vendor_weight(weight: Tensor, plain: bool) -> Tensor:
-    """``weight`` channels-last, as vendors' channels-last kernels want it (oneDNN is 1.6 times slower else)."""
-    if plain:
-        return weight.contiguous()
-    return weight.contiguous(memory_format=spec.channels_last_format(weight.dim()))
-
-
-def _vendor_input(v: Tensor, plain: bool) -> Tensor:
-    """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1.
-
-    Args:
-        plain: contiguous instead, see ``reference.unsafe_channels_last``.
-    """
-    if plain:
-        return v.contiguous()
-    if v.shape[1] != 1 or not v.is_contiguous(memory_format=spec.channels_last_format(v.dim())):
-        return v
-    strides, step = [], 1
-    for size in reversed(v.shape[2:]):
-        strides.append(step)
-        step *= size
-    return v.as_strided(v.shape, (step, 1, *reversed(strides)))
 
 
 def _laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
@@ -108,18 +84,8 @@ def conv_fwd(
             x, weight, bias, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
         )
     v = x if coef is None else kernels.apply(x, coef, act)
-    plain = reference.unsafe_channels_last(v)
-    y = torch.convolution(
-        _vendor_input(v, plain),
-        _vendor_weight(weight, plain),
-        bias,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-    )
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    y = vendor.convolution(v, weight, bias, *geometry)
     y = spec.channels_last(y)
     stats = kernels.moments(y, pre, pre_act) if moments else y.new_empty(0, dtype=torch.float32)
     return y, stats
@@ -164,20 +130,8 @@ def conv_bwd(
             dweight = _laid_out_like(dw, weight)
         return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
     v = x if coef is None else kernels.apply(x, coef, act)
-    plain = reference.unsafe_channels_last(v)
-    dv, dw, _ = torch.ops.aten.convolution_backward(
-        _vendor_input(e, plain),
-        _vendor_input(v, plain),
-        _vendor_weight(weight, plain),
-        None,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        [need_input, need_weight, False],
-    )
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    dv, dw = vendor.convolution_backward(e, v, weight, *geometry, (need_input, need_weight))
     if need_weight:
         dweight = _laid_out_like(dw, weight)
     if need_input:
@@ -317,18 +271,8 @@ def conv_apply(
             x, weight, bias, coef, act, out_coef, out_act, tuple(stride), tuple(padding)
         )
     v = x if coef is None else kernels.apply(x, coef, act)
-    plain = reference.unsafe_channels_last(v)
-    y = torch.convolution(
-        _vendor_input(v, plain),
-        _vendor_weight(weight, plain),
-        bias,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-    )
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    y = vendor.convolution(v, weight, bias, *geometry)
     return kernels.apply(spec.channels_last(y), out_coef, out_act, in_place=True)
 
 

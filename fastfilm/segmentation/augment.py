@@ -51,8 +51,11 @@ class Augment:
         elif c.elastic:
             steps.append(mt.Rand3DElasticd(both, (5, 7), (50, 150), prob=c.elastic, **mode))
         if c.low_resolution:
+            up: Any = "bilinear" if spatial_dims == 2 else "trilinear"
             steps.append(
-                mt.RandSimulateLowResolutiond(IMAGE, prob=c.low_resolution, zoom_range=(0.5, 1.0))
+                mt.RandSimulateLowResolutiond(
+                    IMAGE, prob=c.low_resolution, upsample_mode=up, zoom_range=(0.5, 1.0)
+                )
             )
         if c.noise:
             steps.append(mt.RandGaussianNoised(IMAGE, prob=c.noise, std=0.1))

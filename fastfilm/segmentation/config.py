@@ -218,7 +218,9 @@ class NetworkConfig(Section):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="condition: of the class; {in}, {out} stand for channels"
     )
-    where: str | None = Field(None, description="condition: which layers; none: its default")
+    where: str | list[str] | None = Field(
+        None, description="condition: decoder, encoder, all, or names of layers; none: decoder"
+    )
 
     @model_validator(mode="after")
     def _target(self) -> NetworkConfig:

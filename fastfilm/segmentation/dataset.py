@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -119,6 +122,19 @@ class Samples(Dataset[Batch]):
             known = torch.ones(1, dtype=torch.bool)
         row = torch.from_numpy(self.encoder.encode(values, hidden))
         return Batch(x[None], y[None], known[None], row[None], [case.case.id])
+
+
+def quiet_worker(_: int) -> None:
+    """In a loading process: Ctrl-C is the main process's affair, and so is that it has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # the thread that hands over file descriptors, when nobody takes them any more
+        if not issubclass(kind, ConnectionError | EOFError):
+            shown(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def cut(array: NDArray, corner: Sequence[int], size: Sequence[int]) -> NDArray:

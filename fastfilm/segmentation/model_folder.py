@@ -168,7 +168,8 @@ class LoadedModel:
             rows: metadata [N, M] or [1, M] (from ``encode``).
         """
         rows = torch.as_tensor(rows, dtype=torch.float32, device=image.device)
-        return self.activate(call(self.network, image, rows))
+        logits = call(self.network, image, rows)
+        return self.activate(logits[0] if isinstance(logits, list | tuple) else logits)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Logits -> probabilities, one channel a label (the background of "classes" is left out)."""

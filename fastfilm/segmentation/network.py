@@ -83,7 +83,10 @@ def build_network(
 
 
 def call(network: nn.Module, image: Tensor, rows: Tensor | None) -> Any:
-    """Logits for ``image`` [N, C, *S] and metadata ``rows`` [N or 1, M] (None or M = 0: unconditioned)."""
+    """Logits for ``image`` [N, C, *S] and metadata ``rows`` [N or 1, M] (None or M = 0: unconditioned).
+
+    Networks with deep supervision return a list in training, full size first; some do so always.
+    """
     if rows is None or rows.shape[-1] == 0:
         return network(image)
     return network(image, rows)
@@ -152,18 +155,10 @@ def _conditioned(
     network = cls(**arguments)
     if metadata_size == 0:
         return network
-    condition = getattr(fastfilm, "condition", None)
-    if condition is None:
-        raise UserError(
-            f"network: fastfilm {fastfilm.__version__} cannot condition networks of other libraries yet"
-            " (fastfilm.condition is not available); use FiLMedUNet or Modified3DUNet"
-        )
     options: dict[str, Any] = {"order": config.order, "generator": config.generator}
     if config.where is not None:
         options["where"] = config.where
-    conditioned = condition(network, metadata_size=metadata_size, **options)
-    assert isinstance(conditioned, nn.Module)
-    return conditioned
+    return fastfilm.condition(fastfilm.convert(network, verbose=False), metadata_size, **options)
 
 
 def _argument(value: Any, channels: int, out: int, dims: int) -> Any:

@@ -24,7 +24,7 @@ from .cache import CachedCase, cached
 from .checkpoint import NAME, State, seed_step
 from .config import Config, write_config
 from .console import bar, say
-from .dataset import Batch, Samples, collate
+from .dataset import Batch, Samples, collate, quiet_worker
 from .distributed import Processes
 from .errors import Problems, UserError
 from .files import write_json
@@ -460,6 +460,7 @@ class Trainer:
             batch_sampler=Steps(step, self.steps, self.batch_size, p.rank, p.world),
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=quiet_worker,
             pin_memory=p.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )

@@ -1,0 +1,142 @@
+"""PyTorch's own convolutions on channels-last maps, by the fastest of the routes that it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference, spec
+
+_SMALL = 20480
+"""Below so many values (N·C·D·H) PyTorch convolves a single float32 sample on a CPU without oneDNN."""
+
+_DOUBLED = 64 * 64
+"""Up to so many pairs of channels the gradient of such a sample is faster beside a sample of zeros."""
+
+
+def convolution(
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T]."""
+    unsafe = reference.unsafe_channels_last(v)
+    small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
+    plain = unsafe or (not transposed and _long_sums(v, weight, small))
+    v, weight = _input(v, plain), _weight(weight, plain)
+    if small:
+        return torch.ops.aten.mkldnn_convolution.default(
+            v, weight, bias, padding, stride, dilation, groups
+        )
+    return torch.convolution(
+        v, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
+
+
+def convolution_backward(
+    e: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients at the map and at the weight, as far as ``needs`` asks for them (what it does not is None).
+
+    Args:
+        e: gradient at the output [N, Co, *T].
+    """
+    plain = reference.unsafe_channels_last(v)
+    e, v, weight = _input(e, plain), _input(v, plain), _weight(weight, plain)
+    doubled = (
+        not plain
+        and not transposed
+        and weight.shape[0] * weight.shape[1] <= _DOUBLED
+        and _avoids_onednn(v, weight, groups)
+    )
+    if doubled:
+        e, v = _with_zeros(e), _with_zeros(v)
+    dv, dw, _ = torch.ops.aten.convolution_backward.default(
+        e,
+        v,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [*needs, False],
+    )
+    return dv[:1] if doubled and needs[0] else dv, dw
+
+
+def _long_sums(v: Tensor, weight: Tensor, small: bool) -> bool:
+    """Whether a channels-last convolution would round visibly more than a contiguous one.
+
+    On a CPU oneDNN adds up all of a channels-last float32 sum in one register, so that its error grows with
+    the root of the channels; at 256 it is three to four times that of its contiguous form, which is as fast
+    for so many. PyTorch's slow convolution, which ``small`` maps would get, is more exact still.
+    """
+    wide = weight.shape[1] >= (32 if small else 128)
+    return wide and v.device.type == "cpu" and v.dtype == torch.float32
+
+
+def _avoids_onednn(v: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether PyTorch would take its slow 3D convolution, which runs on one core and unfolds its input."""
+    return (
+        v.dim() == 5
+        and v.device.type == "cpu"
+        and v.dtype == torch.float32
+        and v.shape[0] == 1
+        and groups == 1
+        and v.numel() > 0
+        and 1 < max(weight.shape[2:]) <= 3
+        and math.prod(v.shape[:4]) <= _SMALL
+        and bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    )
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    """A single sample [1, C, *S] and one of zeros behind it, channels-last."""
+    both = torch.zeros_like(x.expand(2, *x.shape[1:]), memory_format=torch.channels_last_3d)
+    both[0] = x[0]
+    return both
+
+
+def _weight(weight: Tensor, plain: bool) -> Tensor:
+    """``weight`` channels-last, as vendors' channels-last kernels want it (oneDNN is 1.6 times slower else)."""
+    if plain:
+        return weight.contiguous()
+    return weight.contiguous(memory_format=spec.channels_last_format(weight.dim()))
+
+
+def _input(v: Tensor, plain: bool) -> Tensor:
+    """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1.
+
+    Args:
+        plain: contiguous instead, see ``reference.unsafe_channels_last``.
+    """
+    if plain:
+        return v.contiguous()
+    if v.shape[1] != 1 or not v.is_contiguous(memory_format=spec.channels_last_format(v.dim())):
+        return v
+    strides, step = [], 1
+    for size in reversed(v.shape[2:]):
+        strides.append(step)
+        step *= size
+    return v.as_strided(v.shape, (step, 1, *reversed(strides)))

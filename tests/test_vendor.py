@@ -1,0 +1,60 @@
+"""The vendor's convolutions: single small 3D samples take oneDNN's, with the same values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastfilm.ops import vendor
+
+from .yardstick import relative_error
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [(3, 8), (80, 72)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_single_small_volume_has_eagers_values_and_gradients(
+    stride: int, channels: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    ci, co = channels
+    x, w = torch.randn(1, ci, 6, 7, 8), torch.randn(co, ci, 3, 3, 3)
+    b = torch.randn(co) if bias else None
+    geometry = ([stride] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1)
+    used = []
+    direct = torch.ops.aten.mkldnn_convolution.default
+    monkeypatch.setattr(
+        torch.ops.aten.mkldnn_convolution, "default", lambda *a: used.append(1) or direct(*a)
+    )
+    channels_last = x.to(memory_format=torch.channels_last_3d)
+    ours = vendor.convolution(channels_last, w, b, *geometry)
+    assert used == [1] * torch.backends.mkldnn.is_available()
+    dy = torch.randn(ours.shape)
+    exact = torch.convolution(x.double(), w.double(), None if b is None else b.double(), *geometry)
+    eager = torch.convolution(x, w, b, *geometry)
+    values = [(ours, eager, exact)]
+    backward = torch.ops.aten.convolution_backward
+    args = (None, *geometry, [True, True, False])
+    values += zip(
+        vendor.convolution_backward(dy, channels_last, w, *geometry, (True, True)),
+        backward(dy, x, w, *args)[:2],
+        backward(dy.double(), x.double(), w.double(), *args)[:2],
+        strict=True,
+    )
+    for mine, theirs, true in values:
+        assert relative_error(mine, true) <= 1.5 * relative_error(theirs, true) + 1.2e-7
+    only, none = vendor.convolution_backward(dy, channels_last, w, *geometry, (True, False))
+    assert none is None
+    assert only.shape == x.shape
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_wide_convolutions_round_no_more_than_contiguous_ones(dims: int) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 256, *[8] * dims), torch.randn(64, 256, *[3] * dims)
+    geometry = ([1] * dims, [1] * dims, [1] * dims, False, [0] * dims, 1)
+    exact = torch.convolution(x.double(), w.double(), None, *geometry)
+    eager = torch.convolution(x, w, None, *geometry)
+    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+    ours = vendor.convolution(x.to(memory_format=layout), w, None, *geometry)
+    assert relative_error(ours, exact) <= 1.5 * relative_error(eager, exact) + 1.2e-7

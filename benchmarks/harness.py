@@ -209,6 +209,22 @@ def saved_bytes(forward: Callable[[], object], exclude: Sequence[torch.Tensor] =
     return sum(storage.nbytes() for storage in seen.values())
 
 
+def tensor_peak_bytes(call: Call) -> int:
+    """Peak of the tensors' memory on the host during ``call()``, above what was there before it.
+
+    What libraries take for themselves, such as a convolution's working space, is not seen.
+    """
+    host = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[host], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 def peak_bytes(call: Call, device: str) -> int | None:
     """Peak of CUDA memory during ``call()``, above what was allocated before it; None on a CPU."""
     if device != "cuda":

@@ -54,7 +54,7 @@ class Row:
         ratio: median over the rounds of (best eager layout / this), above 1 is faster than eager.
         tflops, gbps: arithmetic and compulsory traffic of the case over the median time.
         floor_s, fraction_of_floor: roofline floor, and floor / median (1 is at the floor).
-        peak_bytes: peak device memory of a call; saved_bytes: kept for the backward pass.
+        peak_bytes: peak memory of a call; saved_bytes: kept for the backward pass.
         error: norm-relative error against float64.
         eager_error: that of eager PyTorch, the larger one of its layouts.
         status: "ok", "FAILED" (error or limit exceeded) or "skipped".

@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the suites asked for and returns the exit status."""
     # before torch is imported: on a busy machine threads that spin at a barrier slow a call tenfold
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # the profiler, which counts memory, tells when it starts and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from benchmarks import cli
 
     return cli.main(argv)

@@ -1,4 +1,4 @@
-"""Bytes a FiLMed U-Net keeps for its backward pass: a count, the same on every machine."""
+"""Bytes that a FiLMed U-Net keeps for its backward pass, and maps that it moves: the same on every machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastfilm
+from fastfilm.ops import traffic
 
 from .. import providers
 from ..eager import DoubleConv, FilmForm
+from ..harness import peak_bytes, tensor_peak_bytes
 from ..networks import NETWORKS, Network
 from ..record import FAILED
 from ..session import Case, Session
@@ -60,21 +63,78 @@ class _Checkpointed(torch.autograd.Function):
         raise RuntimeError("this graph is for counting only")
 
 
-def checkpointed(network: nn.Module) -> nn.Module:
-    """``network`` with each double convolution checkpointed."""
+def checkpointed(network: nn.Module, real: bool = False) -> nn.Module:
+    """``network`` with each double convolution checkpointed; not ``real``: for counting what is kept."""
     for module in network.modules():
         if isinstance(module, DoubleConv):
             forward, anchor = module.forward, module.conv1.weight
-            module.forward = lambda x, f=forward, a=anchor: _Checkpointed.apply(x, a, f)
+            if real:
+                module.forward = partial(checkpoint, forward, use_reentrant=False)
+            else:
+                module.forward = lambda x, f=forward, a=anchor: _Checkpointed.apply(x, a, f)
     return network
 
 
 def run(session: Session) -> None:
     """Counts each form of each network."""
-    bounded = session.quick or session.budget.left() != float("inf")
-    for limit in LIMITS[: 1 if bounded else None]:
+    for limit in LIMITS[: 1 if bounded(session) else None]:
         if not session.budget.spent():
             count(session, limit)
+
+
+def bounded(session: Session) -> bool:
+    """Whether the run has to end in time: no large network then, and no peaks."""
+    return session.quick or session.budget.left() != float("inf")
+
+
+def peak(step: Step, device: str) -> int | None:
+    """Peak bytes of a training step."""
+    return peak_bytes(step, device) if device == "cuda" else tensor_peak_bytes(step)
+
+
+def traffic_of(network: Network, session: Session) -> dict[str, dict[str, tuple[float, int]]]:
+    """For each form: of forward, backward and inference, maps moved a convolution and kernels launched.
+
+    Channels are an eighth of the network's, which changes no count.
+    """
+    torch.manual_seed(0)
+    narrow = replace(network, widths=tuple(max(w // 8, 2) for w in network.widths))
+    model = narrow.build().to(session.device)
+    image = torch.randn(1, 1, *network.size).to(session.device)
+    rows = one_hot(1, session.device)
+    ours = twin(model).to(session.device)
+    forms: dict[str, tuple[nn.Module, str | None]] = {
+        name: (narrow.build(form).to(session.device), None) for name, form in FORMS
+    }
+    for name in providers.backends(session.device)[0]:
+        forms[f"fastfilm-{name}"] = (ours, name)
+    convolutions = sum(isinstance(m, nn.Conv2d | nn.Conv3d) for m in model.modules())
+    found = {}
+    for name, (net, backend) in forms.items():
+        with fastfilm.backend(backend):
+            found[name] = _counted(net.train(), image, rows, convolutions)
+    return found
+
+
+def _counted(
+    net: nn.Module, image: Tensor, rows: Tensor, convolutions: int
+) -> dict[str, tuple[float, int]]:
+    def summed(launches: list[traffic.Launch]) -> tuple[float, int]:
+        return sum(k.passes for k in launches) / convolutions, len(launches)
+
+    with traffic.counted() as forward:
+        out = net(image, rows)
+    gradient = torch.ones_like(out)
+    with traffic.counted() as backward:
+        out.backward(gradient)
+    net.eval()
+    with torch.no_grad(), traffic.counted() as inference:
+        net(image, rows)
+    return {
+        "forward": summed(forward),
+        "backward": summed(backward),
+        "inference": summed(inference),
+    }
 
 
 def count(session: Session, limit: Limit) -> None:
@@ -86,6 +146,7 @@ def count(session: Session, limit: Limit) -> None:
     session.say(f"memory: {network.case}")
     image = torch.randn(1, 1, *network.size).to(session.device)
     batch = (image, one_hot(1, session.device), image)
+    passes = traffic_of(network, session)
     model = network.build().to(session.device)
     step = partial(Step, mode="training", dtype="float32")
     counted: dict[str, Step] = {}
@@ -102,12 +163,24 @@ def count(session: Session, limit: Limit) -> None:
     eager_bytes = counted["eager"].saved()
     expected = counted["eager"].forward().detach()
     kept = {name: one.saved() for name, one in counted.items()}
+    peaks = {}
+    if not bounded(session):
+        again = step(checkpointed(network.build().to(session.device), real=True), *batch)
+        for name, one in (counted | {"eager-checkpointed": again}).items():
+            session.say(f"memory: {network.case}, a step of {name}")
+            peaks[name] = peak(one, session.device)
     checkpointed(counted["eager"].model)
     kept["eager-checkpointed"] = counted["eager"].saved()
     for name, bytes_kept in kept.items():
         part = bytes_kept / eager_bytes
         row = session.row(case, name, saved_bytes=bytes_kept, note=f"{part:.2f} of eager's")
         row.extra["saved_ratio"] = part
+        row.peak_bytes = peaks.get(name)
+        for mode, (count_, launches) in passes.get(name, {}).items():
+            row.extra |= {f"{mode}_passes": count_, f"{mode}_launches": launches}
+        if name in passes:
+            text = " + ".join(f"{passes[name][m][0]:.1f}" for m in ("forward", "backward"))
+            row.note = f"{row.note}; {text} passes a convolution"
         if name.startswith("fastfilm"):
             out = counted[name].forward()
             row.extra["max_abs_diff"] = float((out - expected).detach().abs().max())

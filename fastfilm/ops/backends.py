@@ -14,9 +14,10 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -35,6 +36,19 @@ class Fused:
 
 
 _module = functools.cache(importlib.import_module)
+_replaced: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def replaced(launchers: Mapping[str, Any]) -> Iterator[None]:
+    """Other launchers in the place of backends' own, for an instrument that watches them."""
+    before = dict(_replaced)
+    _replaced.update(launchers)
+    try:
+        yield
+    finally:
+        _replaced.clear()
+        _replaced.update(before)
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Backend:
 
     def kernels(self) -> ModuleType:
         """The launchers (imported on first use)."""
-        return _module(self.module)
+        return _replaced[self.name] if self.name in _replaced else _module(self.module)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ compiler, no tracer, no dispatch mode, no tensor subclass) the same functions ar
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -96,12 +97,26 @@ def recalling(backward: Callable[..., Any]) -> Callable[..., Any]:
 _PLAIN = (Tensor, nn.Parameter)
 
 
+_observers = 0
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[None]:
+    """For a dispatch mode that watches operators and lets eager mode run as it does without it."""
+    global _observers
+    _observers += 1
+    try:
+        yield
+    finally:
+        _observers -= 1
+
+
 def direct(x: Tensor) -> bool:
     """Whether operators on ``x`` may be called without the dispatcher."""
     return (
         type(x) in _PLAIN
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_dispatch_stack() == _observers
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )

@@ -32,6 +32,8 @@ from fastfilm.segmentation.network import build_network
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.record import read_log
 from fastfilm.segmentation.training import Start, train
+from fastfilm.segmentation.validation import windowed
+from fastfilm.segmentation.volumes import read_volume
 
 from .phantoms import TYPES, settings, write_bids
 from .test_distributed import on_two
@@ -281,6 +283,122 @@ def test_networks_of_other_libraries_train_and_load(
     found = [model.probabilities(image, model.encode({"tumor_type": t})) for t in TYPES]
     # the generator has moved from γ = 1, β = 0: it was trained and saved
     assert not torch.equal(found[0], found[1])
+
+
+def two_labels(_: Any, mask: Any) -> Any:
+    """The target, and beside it a block of another label."""
+    mask = mask.copy()
+    mask[2:6, 2:6, 2:6] = 2
+    return mask
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "classes": {"output": {"mode": "classes"}, "training": {"loss": ["dice", "focal"]}},
+    "tasks of a case together": {
+        "output": {"mode": "task", "tasks_per_case": "all"},
+        "training": {"loss": ["tversky"], "balance": "label"},
+    },
+    "deep supervision in bfloat16": {
+        "network": {"deep_supervision": True, "depth": 2},
+        "training": {"precision": "bfloat16", "optimizer": "sgd", "schedule": "poly"},
+    },
+    "float16": {"training": {"precision": "float16", "learning_rate": 1e-4}},
+    "volumes": {"preprocessing": {"dimensions": "3d", "patch_size": [8, 16, 16]}},
+    "the 3D network": {
+        "network": {"name": "Modified3DUNet"},
+        "preprocessing": {"dimensions": "3d", "patch_size": [16, 16, 32]},
+    },
+    "without metadata": {"metadata": []},
+    "sagittal slices of 1.5 mm, in parts": {
+        "preprocessing": {
+            "slice_axis": "sagittal",
+            "spacing": [None, 1.5, 1.5],
+            "patch_size": [8, 8],
+        },
+        "training": {"accumulate": 2, "channels_last": False, "clip_gradient": None},
+    },
+    "every augmentation": {
+        "augmentation": {"elastic": 1.0, "low_resolution": 1.0, "flip": ["sagittal", "axial"]}
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_trains_and_loads(tmp_path: Path, form: str) -> None:
+    root = write_bids(tmp_path / "bids", count=4, labels=two_labels)
+    sections = {
+        "data": {"root": str(root), "labels": {"lesion": 1, "block": 2}},
+        "training": {"epochs": 1, "steps_per_epoch": 2},
+    }
+    for name, section in FORMS[form].items():
+        mapping = isinstance(section, dict)
+        sections[name] = {**sections.get(name, {}), **section} if mapping else section
+    plan = planned(root, tmp_path / "plan", **sections)
+    done = train(Start(plan, 0, tmp_path / "model"), ONE)
+    assert done.finished and done.best is not None and np.isfinite(done.best)
+    model = load_model(tmp_path / "model")
+    case = plan.cases_of(0, "val")[0]
+    volume = read_volume(next(p for p in case.images if p is not None))
+    prepared = model.preprocess([volume.array], volume.affine)
+    values = {k: case.metadata[k] for k in model.metadata_keys()}
+    for task in model.tasks() or [None]:
+        p = windowed(model, torch.from_numpy(prepared.image), model.encode(values, task))
+        assert p.shape == (1 if task else 2, *prepared.geometry.grid)
+        assert float(p.min()) >= 0 and float(p.max()) <= 1
+        back = prepared.geometry.from_network(p.numpy())
+        assert back.shape[1:] == volume.array.shape
+
+
+def test_a_label_that_was_not_annotated_is_not_trained_as_background(tmp_path: Path) -> None:
+    """Two tables that differ in whether a label is known where its file has none."""
+    root = write_bids(tmp_path / "bids", count=4, labels=two_labels)
+    table = root / "participants.tsv"
+    rows = table.read_text().splitlines()
+    biases = {}
+    for name, annotated in (("all", "lesion;block"), ("some", "lesion")):
+        lines = [rows[0] + "\tannotated"]
+        lines += [f"{r}\t{annotated if i < 3 else 'lesion;block'}" for i, r in enumerate(rows[1:])]
+        table.write_text("\n".join(lines) + "\n")
+        plan = planned(
+            root,
+            tmp_path / f"plan-{name}",
+            data={
+                "labels": {"lesion": 1, "block": 2},
+                "annotated_column": "annotated",
+                "missing_labels": "mask",
+            },
+            splits={"folds": 4},
+            training={"ema": None, "warmup_steps": 0},
+        )
+        fold = next(i for i, f in enumerate(plan.folds) if f["val"] == ["sub-03"])
+        train(Start(plan, fold, tmp_path / name), ONE)
+        biases[name] = weights(tmp_path / name)["last.bias"]
+    fresh = load_model(tmp_path / "some").info
+    torch.manual_seed(0)
+    start = fresh.build().state_dict()["last.bias"]
+    # nothing pulled the channel of a label that no training case has
+    assert biases["some"][1] == start[1] and biases["some"][0] != start[0]
+    assert biases["all"][1] != start[1]
+
+
+def test_memory_stays_flat_over_epochs(bids: Path, tmp_path: Path) -> None:
+    plan = planned(
+        bids, tmp_path / "plan", training={"epochs": 30, "steps_per_epoch": 2, "workers": 1}
+    )
+    sizes: list[int] = []
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident(*_: Any) -> bool:
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+        return False
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastfilm.segmentation.training.say", resident)
+        train(Start(plan, 0, tmp_path / "model"), ONE)
+    assert len(sizes) == 30
+    assert sizes[-1] - sizes[10] < 4 * 2**20, [s >> 20 for s in sizes]
 
 
 def test_a_model_folder_cannot_name_any_function_there_is(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def _make(
         path = case.labels.get(name)
         if path is not None:
             volume = read_volume(path)
-            if (difference := same_grid(first, volume)) is not None:
+            if (difference := same_grid(first, volume, data.grid_tolerance)) is not None:
                 raise UserError(f"{path}: not on the grid of its image: {difference}")
             masks[k] = label_mask(volume, label.values)
     placed = preprocessing.masks(masks, done.geometry)

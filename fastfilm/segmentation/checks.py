@@ -69,8 +69,12 @@ def check_cases(
         return found
 
     # reading is decompression, which lets other threads run
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         results = list(pool.map(look, cases))
+    finally:
+        # after Ctrl-C the cases that are waiting are not read
+        pool.shutdown(cancel_futures=True)
     problems = [p for _, wrong in results for p in wrong]
     good = [facts for facts, wrong in results if not wrong]
     for name, label in data.labels.items():
@@ -89,7 +93,7 @@ def check_case(case: Case, data: Data) -> tuple[CaseFacts, list[str]]:
         images.append(None if path is None else _read(path, problems))
     there = [(p, i) for p, i in zip(case.images, images, strict=True) if p and i]
     for path, image in there:
-        problems += _image_problems(path, image, there[0])
+        problems += _image_problems(path, image, there[0], data.grid_tolerance)
     digest = hashlib.sha256()
     for _, image in there:
         digest.update(np.ascontiguousarray(image.array).tobytes())
@@ -130,7 +134,9 @@ def _read(path: Path, problems: list[str]) -> NiftiVolume | None:
         return None
 
 
-def _image_problems(path: Path, image: NiftiVolume, first: tuple[Path, NiftiVolume]) -> list[str]:
+def _image_problems(
+    path: Path, image: NiftiVolume, first: tuple[Path, NiftiVolume], tolerance: float
+) -> list[str]:
     problems = []
     a = image.array
     if 0 in a.shape:
@@ -143,7 +149,7 @@ def _image_problems(path: Path, image: NiftiVolume, first: tuple[Path, NiftiVolu
         problems.append(f"{path}: {int((~np.isfinite(a)).sum())} voxels are NaN or infinite")
     elif a.min() == a.max():
         problems.append(f"{path}: every voxel is {a.min():g}")
-    if path != first[0] and (difference := same_grid(first[1], image)) is not None:
+    if path != first[0] and (difference := same_grid(first[1], image, tolerance)) is not None:
         problems.append(f"{path}: not on the grid of {first[0]}: {difference}")
     return problems
 
@@ -156,7 +162,10 @@ def _label_problems(
     image: tuple[Path, NiftiVolume] | None,
 ) -> list[str]:
     problems = []
-    if image is not None and (difference := same_grid(image[1], mask)) is not None:
+    if (
+        image is not None
+        and (difference := same_grid(image[1], mask, data.grid_tolerance)) is not None
+    ):
         problems.append(f"{path}: not on the grid of its image {image[0]}: {difference}")
     values = np.unique(mask.array)
     if values.dtype.kind == "f" and not np.isfinite(values).all():

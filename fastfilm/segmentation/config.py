@@ -80,6 +80,9 @@ class Data(Section):
         None,
         description="column with the names of the labels that were annotated in the case (separated by ;)",
     )
+    grid_tolerance: float = Field(
+        0.1, ge=0, description="voxels that channels and labels of one shape may lie apart"
+    )
     empty_cases: Literal["error", "allow"] = Field(
         "error", description="a case in which no annotated label has a voxel"
     )

@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -23,8 +24,18 @@ def say(text: str) -> None:
     out.print(text, markup=False)
 
 
+class Tick:
+    """Moves a bar on by one step; its text may change."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
+
+    def __call__(self, text: str | None = None) -> None:
+        self.progress.update(self.task, advance=1, description=text)
+
+
 @contextlib.contextmanager
-def bar(title: str, show: bool = True) -> Iterator[Callable[[int], Callable[[], None]]]:
+def bar(title: str, show: bool = True) -> Iterator[Callable[[int], Tick]]:
     """A progress bar with the time left, on a terminal only.
 
     Yields a function that gets the number of steps and returns what is called after each.
@@ -37,12 +48,6 @@ def bar(title: str, show: bool = True) -> Iterator[Callable[[int], Callable[[], 
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=out, transient=True, disable=not (show and out.is_terminal)
-    ) as p:
-
-        def start(total: int) -> Callable[[], None]:
-            task = p.add_task(title, total=total)
-            return lambda: p.advance(task)
-
-        yield start
+    hidden = not (show and out.is_terminal)
+    with Progress(*columns, console=out, transient=True, disable=hidden) as p:
+        yield lambda total: Tick(p, p.add_task(title, total=total))

@@ -34,7 +34,9 @@ def make_splits(
         return _fixed(cases, same)
     units = _units(cases, same)
     if len(units) < config.folds:
-        return [], [f"{config.folds} folds need as many subjects, there are {len(units)}"]
+        return [], [
+            f"{config.folds} folds need as many subjects with images of their own, got {len(units)}"
+        ]
     rng = np.random.default_rng(config.seed)
     strata: dict[tuple[str, ...], list[list[str]]] = {}
     levels = _levels(cases, config.stratify, keys)

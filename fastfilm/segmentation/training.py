@@ -249,13 +249,14 @@ class Trainer:
             while progress.epoch < self.config.epochs:
                 clock = _Clock()
                 left = (progress.epoch + 1) * self.epoch_steps - progress.step
-                with bar(f"epoch {progress.epoch + 1}/{self.config.epochs}", first) as start:
+                title = f"epoch {progress.epoch + 1}/{self.config.epochs}"
+                with bar(title, first) as start:
                     tick = start(left)
                     while progress.step < (progress.epoch + 1) * self.epoch_steps:
                         with clock.waiting():
                             batch = next(batches)
                         self._step(batch)
-                        tick()
+                        tick(f"{title}  loss {progress.loss_sum / progress.loss_steps:.4f}")
                         if self._due(saved) and progress.step % self.epoch_steps:
                             self._save()
                             saved = time.monotonic()
@@ -490,7 +491,11 @@ def _summary(line: dict[str, Any], epochs: int, progress: Progress) -> str:
         each = ", ".join(f"{k} {v:.4f}" for k, v in line["dice"].items())
         text += f"  Dice {line['dice_mean']:.4f} ({each})"
         text += "  best" if progress.best_epoch == progress.epoch else ""
-    return text + f"  {line['seconds']:.1f} s, {line['loader_wait']:.1%} of it waiting for data"
+    left = (line["seconds"] + line.get("validation_seconds", 0.0)) * (epochs - line["epoch"])
+    return (
+        f"{text}  {line['seconds']:.1f} s, {line['loader_wait']:.1%} of it waiting for data"
+        f"  {left / 60:.0f} min left"
+    )
 
 
 def _precision(name: str, device: torch.device) -> str:

@@ -89,6 +89,7 @@ def case_dice(
     return result
 
 
+@torch.no_grad()
 def windowed(model: LoadedModel, image: Tensor, row: NDArray[np.float32]) -> Tensor:
     """Probabilities [K, D, H, W] of ``image`` [C, D, H, W] under one metadata row, from overlapping windows."""
     flat = model.info.spatial_dims == 2

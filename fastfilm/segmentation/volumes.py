@@ -44,12 +44,14 @@ def read_volume(path: Path) -> NiftiVolume:
     return NiftiVolume(np.asarray(array), np.asarray(image.affine))
 
 
-def same_grid(a: NiftiVolume, b: NiftiVolume) -> str | None:
-    """None if both have one grid, else what differs (voxel positions by more than a tenth of a voxel)."""
+def same_grid(a: NiftiVolume, b: NiftiVolume, tolerance: float) -> str | None:
+    """None if both have one grid, else what differs (positions by more than ``tolerance`` voxels)."""
     if a.array.shape != b.array.shape:
         return f"shapes {a.array.shape} and {b.array.shape}"
     size = np.sqrt((a.affine[:3, :3] ** 2).sum(0)).min()
     corners = np.array([[x, y, z, 1.0] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
     corners[:, :3] *= np.array(a.array.shape) - 1
     far = np.abs(corners @ (a.affine - b.affine).T).max()
-    return None if far <= 0.1 * size else f"affines that place voxels up to {far:.3g} mm apart"
+    if far <= tolerance * size:
+        return None
+    return f"affines that place voxels up to {far:.3g} mm apart (data.grid_tolerance)"

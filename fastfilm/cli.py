@@ -9,6 +9,7 @@ from collections.abc import Sequence
 SUMMARIES = {
     "plan": "check a data set, decide preprocessing and patch size, write the splits",
     "train": "train one fold of a plan",
+    "predict": "segment images with a trained model",
 }
 """Command -> one line of help. Each is the function ``command`` of ``fastfilm.segmentation.commands.NAME``."""
 

@@ -45,6 +45,9 @@ class ConvNormFiLM(nn.Module):
         sync_group: processes whose batches batch norm normalises together in training, as
             ``torch.nn.SyncBatchNorm`` does: a process group, or True for the default one. Without an initialised
             process group it is plain batch norm. ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` sets it.
+
+    Attributes:
+        dropout_in_evaluation: drop channels in evaluation mode too (Monte Carlo dropout); False at first.
     """
 
     spatial_dims = 2
@@ -117,6 +120,7 @@ class ConvNormFiLM(nn.Module):
         if dropout > 0 and self.dropout_position == "norm" and self.norm == "none":
             raise ValueError("dropout_position='norm' needs a norm")
         self.num_groups, self.momentum, self.eps, self.dropout = num_groups, momentum, eps, dropout
+        self.dropout_in_evaluation = False
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         weight = torch.empty(shape)
         if shape[1] > 1 and math.prod(self.kernel_size) > 1:
@@ -183,7 +187,7 @@ class ConvNormFiLM(nn.Module):
                 f"x must have {self.spatial_dims + 2} dimensions for this block, got {tuple(x.shape)}"
             )
         mask = None
-        if self.training and self.dropout > 0:
+        if (self.training or self.dropout_in_evaluation) and self.dropout > 0:
             keep = 1 - self.dropout
             mask = torch.full((x.shape[0], self.out_channels), keep, device=x.device)
             mask = torch.bernoulli(mask).div_(keep)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .config import Config, Data, MetadataKey
 from .errors import UserError
-from .metadata import is_missing
+from .metadata import KeyEncoder, is_missing
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -129,7 +129,7 @@ def _bids(config: Config) -> Found:
     rows, problems = _participants(config)
     groups: dict[tuple[str, str], dict[str, Path]] = {}
     for path in _images(data.root):
-        contrast = _contrast(path, data.contrasts)
+        contrast = contrast_of(path, data.contrasts)
         if contrast is None:
             continue
         entities, _ = parts(path)
@@ -166,11 +166,11 @@ def _bids(config: Config) -> Found:
                 subject=subject,
                 images=tuple(channels.get(n) for n in names),
                 labels=labels,
-                metadata=_metadata(
+                metadata=find_metadata(
                     config.metadata,
                     row,
-                    _entities(first, data.contrasts),
-                    _sidecar(first, problems),
+                    find_entities(first, data.contrasts),
+                    read_sidecar(first, problems),
                 ),
                 split=_split(config, row, case, problems),
             ),
@@ -213,7 +213,7 @@ def _images(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _contrast(path: Path, contrasts: list[str]) -> str | None:
+def contrast_of(path: Path, contrasts: list[str]) -> str | None:
     """The most specific contrast that the file is of."""
     entities, suffix = parts(path)
     have = {f"{k}-{v}" for k, v in entities.items()}
@@ -269,12 +269,14 @@ def _uses_table(config: Config, columns: Mapping[str, str]) -> bool:
     return any(k in columns for k in [*keys, config.splits.column])
 
 
-def _entities(path: Path, contrasts: list[str]) -> dict[str, str]:
+def find_entities(path: Path, contrasts: list[str]) -> dict[str, str]:
+    """Metadata that an image's file name carries: its BIDS entities, ``suffix`` and ``contrast``."""
     entities, suffix = parts(path)
-    return {**entities, "suffix": suffix, "contrast": _contrast(path, contrasts) or suffix}
+    return {**entities, "suffix": suffix, "contrast": contrast_of(path, contrasts) or suffix}
 
 
-def _sidecar(image: Path, problems: list[str]) -> dict[str, Any]:
+def read_sidecar(image: Path, problems: list[str]) -> dict[str, Any]:
+    """The JSON object beside an image; {} where there is none. What cannot be read is added to ``problems``."""
     path = image.with_name(f"{stem(image)}.json")
     if not path.exists():
         return {}
@@ -286,8 +288,8 @@ def _sidecar(image: Path, problems: list[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _metadata(
-    keys: Mapping[str, MetadataKey],
+def find_metadata(
+    keys: Mapping[str, MetadataKey] | Mapping[str, KeyEncoder],
     row: Mapping[str, str],
     entities: Mapping[str, str],
     sidecar: Mapping[str, Any],
@@ -364,8 +366,8 @@ def _table_cases(config: Config) -> Found:
             taken[case] = line
             first = next(p for p in images if p is not None)
             column = next(c for c, p in paths.items() if p == first)
-            metadata = _metadata(
-                config.metadata, row, {"contrast": column}, _sidecar(first, problems)
+            metadata = find_metadata(
+                config.metadata, row, {"contrast": column}, read_sidecar(first, problems)
             )
             made = Case(
                 case, subject, images, labels, metadata, _split(config, row, where, problems)

@@ -1,0 +1,138 @@
+"""``fastfilm predict``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastfilm.segmentation.console import bar, say
+from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.inference import Options
+from fastfilm.segmentation.inputs import find_inputs, parse_meta
+from fastfilm.segmentation.model_folder import load_model
+from fastfilm.segmentation.prediction import Outcome, Writing, predict_cases
+from fastfilm.segmentation.preprocessing import AXES
+from fastfilm.segmentation.sources import SUFFIXES
+from fastfilm.segmentation.swap import case_under, swap_values
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="model folder")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="image, folder of images, BIDS folder, or plan")
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write to (or OUT.nii.gz for one image)")],
+    meta: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for all cases, before table and sidecar")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="metadata (.tsv or .csv); none: IN/participants.tsv")
+    ] = None,
+    swap: Annotated[
+        str | None,
+        typer.Option(help="predict under every value of this metadata KEY (or KEY=VALUE,VALUE…)"),
+    ] = None,
+    fold: Annotated[int, typer.Option(help="IN is a plan: of this fold")] = 0,
+    part: Annotated[str, typer.Option(help="IN is a plan: train, val or test cases")] = "val",
+    weights: Annotated[str, typer.Option(help="best or final")] = "best",
+    flip: Annotated[
+        list[str] | None,
+        typer.Option(help="also mirrored across this plane: sagittal, coronal, axial; repeat"),
+    ] = None,
+    overlap: Annotated[float, typer.Option(help="of windows, share of their size")] = 0.5,
+    samples: Annotated[
+        int, typer.Option(help="dropout samples; more than 0 writes uncertainty maps")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="of the dropout samples")] = 0,
+    keep_largest: Annotated[bool, typer.Option("--keep-largest")] = False,
+    fill_holes: Annotated[bool, typer.Option("--fill-holes")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="write them as well")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(help="windows at once")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: what is there")] = "auto",
+    continue_: Annotated[
+        bool, typer.Option("--continue", help="leave alone what is there already")
+    ] = False,
+) -> int:
+    """Segments images with a trained model, on their own grid and with their own header.
+
+    A case that fails does not stop the others; the failures are listed at the end and the exit status is 1.
+    """
+    for name, planes in (("--flip", flip or []),):
+        for plane in planes:
+            if plane not in AXES:
+                raise UserError(f"{name} must be one of {', '.join(AXES)}, got {plane!r}")
+    if not 0 <= overlap < 1:
+        raise UserError(f"--overlap must be at least 0 and below 1, got {overlap}")
+    if samples < 0 or (batch is not None and batch < 1):
+        raise UserError(f"--samples and --batch must not be negative, got {samples} and {batch}")
+    loaded = load_model(model, _device(device), weights)
+    given = parse_meta(meta or [], loaded)
+    options = Options(overlap, batch, tuple(flip or ()), samples, seed)  # type: ignore[arg-type]
+    writing = Writing(keep_largest, fill_holes, probabilities)
+    single = out.name.endswith(SUFFIXES)
+    if single and (not source.is_file() or swap):
+        raise UserError(
+            f"{out}: with {'--swap' if swap else 'several images'} OUT must be a folder"
+        )
+    cases = find_inputs(source, loaded.info, meta=given, table=table, fold=fold, part=part)
+    if swap is not None:
+        key, values = swap_values(swap, loaded)
+        folders = [(out / f"{key}={v or 'unknown'}", v) for v in values]
+        listed = [{"value": v or "unknown", "folder": f.name} for f, v in folders]
+        jobs: list[tuple[Path, Any]] = [
+            (f, [case_under(c, key, v) for c in cases]) for f, v in folders
+        ]
+        extra = {"swap": {"key": key, "true": {c.id: c.metadata.get(key) for c in cases}}}
+    else:
+        jobs, extra, listed = [(out, cases)], {}, []
+    total = Outcome()
+    for folder, these in jobs:
+        if single:
+            folder = out.parent
+            these[0].id = out.name.removesuffix(".gz").removesuffix(".nii")
+        with bar(f"predicting {folder.name}") as progress:
+            outcome = predict_cases(
+                loaded, these, folder, options, writing, go_on=continue_, extra=extra, progress=progress,
+            )  # fmt: skip
+        total.done += outcome.done
+        total.kept += outcome.kept
+        where = f"{folder.name}: " if swap else ""
+        total.failed |= {f"{where}{k}": v for k, v in outcome.failed.items()}
+        total.timing.network += outcome.timing.network
+        total.timing.around += outcome.timing.around
+    if swap is not None:
+        from fastfilm.segmentation.swap import write_swap
+
+        write_swap(out, extra["swap"], listed)
+    return _report(total, out)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _report(total: Outcome, out: Path) -> int:
+    t = total.timing
+    kept = f", {len(total.kept)} were there" if total.kept else ""
+    speed = (
+        f"; {t.network:.1f} s in the network, {t.overhead:.1%} more around it" if t.network else ""
+    )
+    say(f"{out}: {len(total.done)} predicted{kept}{speed}")
+    if total.failed:
+        lines = "\n".join(f"  - {case}: {why}" for case, why in total.failed.items())
+        print(f"fastfilm predict: {len(total.failed)} failed:\n{lines}", file=sys.stderr)
+        return 1
+    return 0

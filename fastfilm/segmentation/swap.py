@@ -1,0 +1,54 @@
+"""Counterfactuals: every case predicted under every value of one metadata key, and what that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import read_json, write_json
+from .inputs import InputCase
+from .model_folder import LoadedModel
+
+SWAP = "swap.json"
+
+
+def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
+    """``KEY`` or ``KEY=VALUE,VALUE`` -> the key and its values; None stands for "unknown", if the model knows it.
+
+    Raises:
+        UserError: a key the model does not have, a continuous one without values, a value it cannot take.
+    """
+    key, sign, given = text.partition("=")
+    if key == model.info.task_key:
+        raise UserError(f"--swap {key}: every {key} is predicted anyway")
+    encoder = model.encoder[key]
+    if not sign:
+        if encoder.kind == "continuous":
+            raise UserError(f"--swap {key} is continuous: give values, as in {key}=20,40,60")
+        return key, [*encoder.values, *([None] if encoder.unknown else [])]
+    values: list[str | None] = [v.strip() or None for v in given.split(",")]
+    values = [None if v == "unknown" and v not in encoder.values else v for v in values]
+    for v in values:
+        encoder.encode(v)
+    return key, values
+
+
+def case_under(case: InputCase, key: str, value: str | None) -> InputCase:
+    """The case with another value of ``key``."""
+    return replace(case, metadata={**case.metadata, key: value})
+
+
+def write_swap(out: Path, swap: Mapping[str, Any], folders: Sequence[Mapping[str, str]]) -> None:
+    """OUT/swap.json: the key, the true value of each case, and the folder of each value that was fed."""
+    write_json(out / SWAP, {**swap, "fed": list(folders)})
+
+
+def read_swap(out: Path) -> dict[str, Any]:
+    """What ``write_swap`` wrote."""
+    value = read_json(out / SWAP)
+    if not isinstance(value, dict) or not {"key", "true", "fed"} <= value.keys():
+        raise UserError(f"{out / SWAP}: not made by fastfilm predict --swap")
+    return value

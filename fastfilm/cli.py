@@ -10,6 +10,7 @@ SUMMARIES = {
     "plan": "check a data set, decide preprocessing and patch size, write the splits",
     "train": "train one fold of a plan",
     "predict": "segment images with a trained model",
+    "evaluate": "score predictions against the truth, compare runs",
 }
 """Command -> one line of help. Each is the function ``command`` of ``fastfilm.segmentation.commands.NAME``."""
 

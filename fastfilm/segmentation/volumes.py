@@ -44,7 +44,11 @@ def read_volume(path: Path) -> NiftiVolume:
     return NiftiVolume(np.asarray(array), np.asarray(image.affine))
 
 
-def same_grid(a: NiftiVolume, b: NiftiVolume, tolerance: float) -> str | None:
+GRID_TOLERANCE = 0.1
+"""Voxels by which positions on one grid may differ, where nothing else is configured."""
+
+
+def same_grid(a: NiftiVolume, b: NiftiVolume, tolerance: float = GRID_TOLERANCE) -> str | None:
     """None if both have one grid, else what differs (positions by more than ``tolerance`` voxels)."""
     if a.array.shape != b.array.shape:
         return f"shapes {a.array.shape} and {b.array.shape}"

@@ -15,6 +15,7 @@ What is not defined is null in files and does not enter means, which say over ho
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,11 +86,21 @@ def _surface(prediction: Mask, truth: Mask, spacing: Sequence[float], tolerance:
     box = tuple(slice(*b) for b in bounding_box(prediction | truth))
     a, b = (torch.from_numpy(np.pad(m[box], 2))[None, None] for m in (prediction, truth))
     scale = [float(s) for s in spacing]
+    with warnings.catch_warnings():
+        # MONAI about calls of its own
+        warnings.simplefilter("ignore", FutureWarning)
+        hd, nsd = _monai(a, b, scale, tolerance)
+    return {"HD95": hd, "NSD": nsd}
+
+
+def _monai(
+    a: torch.Tensor, b: torch.Tensor, scale: list[float], tolerance: float
+) -> tuple[float, float]:
     hd = compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=scale)
     nsd = compute_surface_dice(
         a, b, [tolerance], include_background=True, spacing=scale, use_subvoxels=True
     )
-    return {"HD95": float(hd), "NSD": float(nsd)}
+    return float(hd), float(nsd)
 
 
 def _lesions(prediction: Mask, truth: Mask) -> Values:

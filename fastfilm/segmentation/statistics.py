@@ -31,7 +31,7 @@ class Mean:
 def bootstrap_means(
     values: NDArray[np.float64], subjects: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
 ) -> NDArray[np.float64]:
-    """Means [resamples] over subjects drawn with replacement, each with all its cases (they depend on each other)."""
+    """Means [resamples] over subjects drawn with replacement, each with all its cases."""
     names = {s: i for i, s in enumerate(dict.fromkeys(subjects))}
     index = np.array([names[s] for s in subjects])
     sums = np.bincount(index, values, len(names))

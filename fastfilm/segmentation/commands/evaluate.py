@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from fastfilm.segmentation.console import bar, out, say
@@ -127,9 +128,8 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def _print(table: Table) -> None:
-    # in a log a table is as wide as it needs to be
-    width = out.width if out.is_terminal else 240
-    out.print(table, width=max(width, 120), soft_wrap=False)
+    # a table that is cut off says nothing: in a log, and on a narrow terminal, it is as wide as it needs to be
+    Console(file=out.file, width=max(out.width, 200), highlight=False).print(table)
 
 
 def _compared(a: dict[str, Any], b: dict[str, Any], name: str, seed: int) -> dict[str, Any]:

@@ -395,7 +395,7 @@ def test_memory_stays_flat_over_epochs(bids: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastfilm.segmentation.training.say", resident)
+        patch.setattr("fastfilm.segmentation.trainer.say", resident)
         train(Start(plan, 0, tmp_path / "model"), ONE)
     assert len(sizes) == 30
     assert sizes[-1] - sizes[10] < 4 * 2**20, [s >> 20 for s in sizes]

@@ -11,6 +11,8 @@ SUMMARIES = {
     "train": "train one fold of a plan",
     "predict": "segment images with a trained model",
     "evaluate": "score predictions against the truth, compare runs",
+    "report": "curves, tables, overlays and comparisons as one HTML file",
+    "inspect": "γ and β of each layer and metadata value",
 }
 """Command -> one line of help. Each is the function ``command`` of ``fastfilm.segmentation.commands.NAME``."""
 

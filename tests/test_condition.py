@@ -347,3 +347,27 @@ def test_film_is_never_left_out_silently() -> None:
         model(x, x, metadata=ROWS)
     with pytest.raises(RuntimeError, match="outside of its conditioned network's forward"):
         small().inc(X)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_converted_and_conditioned_models_compile_to_one_graph_of_our_operators(
+    training: bool,
+) -> None:
+    import torch._dynamo as dynamo
+
+    ours: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        ours.append([n for n in names if n.startswith("fastfilm.")])
+        return graph
+
+    model = trained(small(converted=True)).train(training)
+    expected = copy.deepcopy(model)(X, torch.tensor(ROWS))
+    dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(X, torch.tensor(ROWS)), expected, rtol=1e-4, atol=1e-4)
+    assert len(ours) == 1 and len(ours[0]) >= 6
+    other = torch.tensor(ROWS[::-1])
+    torch.testing.assert_close(compiled(X, other), model(X, other), rtol=1e-3, atol=1e-3)
+    assert len(ours) == 1

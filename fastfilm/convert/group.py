@@ -191,10 +191,10 @@ class Group:
             conv.output_padding,
             conv.groups,
         )
-        remembered = owner.__dict__["_fastfilm"].remembered
-        kept = remembered.get(self.name)
-        if kept is None:
-            kept = remembered[self.name] = Remembered()
+        kept = None
+        if not torch.compiler.is_compiling():
+            # a compiled graph remembers nothing, and must not depend on what is remembered
+            kept = owner.__dict__["_fastfilm"].remembered.setdefault(self.name, Remembered())
         return block.run(
             x,
             conv.weight,

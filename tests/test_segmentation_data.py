@@ -18,10 +18,11 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 import nibabel as nib
 
+from fastfilm.segmentation.checks import CaseFacts
 from fastfilm.segmentation.config import parse, read_config
 from fastfilm.segmentation.errors import Problems, UserError
 from fastfilm.segmentation.files import write_json
-from fastfilm.segmentation.plan import make_plan, read_plan
+from fastfilm.segmentation.plan import decide, make_plan, read_plan
 from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
 from fastfilm.segmentation.sources import find_cases
 from fastfilm.segmentation.splits import make_splits
@@ -127,6 +128,69 @@ def test_plan_brings_back_what_it_wrote(tmp_path: Path) -> None:
     assert again == made
     fingerprint = json.loads((tmp_path / "plan" / "fingerprint.json").read_text())
     assert fingerprint["median_shape"] == [16, 16, 12] and len(fingerprint["cases"]) == 6
+
+
+def facts(
+    shape: tuple[int, ...] = (64, 64, 64),
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0),
+    lowest: float = 0.0,
+) -> CaseFacts:
+    numbers = {"mean": 0.0, "std": 1.0, "lowest": lowest, "highest": 3000.0}
+    inside = np.linspace(-100, 300, 500, dtype=np.float32)
+    return CaseFacts("c", "c", list(shape), list(spacing), "RAS", [numbers], {"a": 9}, [inside])
+
+
+def decided(*cases: CaseFacts, **sections: Any) -> Any:
+    value = {"data": {"root": "x", "contrasts": ["T1w"], "labels": {"a": 1}}, **sections}
+    return decide(parse(value, "test"), cases)
+
+
+def test_thick_slices_are_taken_one_by_one_across_their_axis() -> None:
+    plan = decided(facts((12, 200, 180), (6.0, 1.0, 1.0)))
+    assert plan.spatial_dims == 2 and plan.preprocessing.slice_axis == 0
+    assert all(n <= p < n + 32 for p, n in zip(plan.patch_size, (200, 180), strict=True))
+    assert plan.preprocessing.spacing[0] is None
+    assert decided(facts()).spatial_dims == 3
+    forced = {"preprocessing": {"dimensions": "2d", "slice_axis": "coronal"}}
+    assert decided(facts(), **forced).preprocessing.slice_axis == 1
+
+
+def test_spacing_that_differs_between_cases_becomes_the_median() -> None:
+    cases = [facts((48, 48, 32), (1.0, 1.0, z)) for z in (1.0, 1.5, 2.0)]
+    assert decided(*cases).preprocessing.spacing == (None, None, 1.5)
+    assert decided(*cases, preprocessing={"spacing": "keep"}).preprocessing.spacing == (None,) * 3
+    exact = decided(*cases, preprocessing={"spacing": [2, None, 1]})
+    assert exact.preprocessing.spacing == (2, None, 1)
+    # half the voxels along the first axis
+    assert exact.patch_size[1] < decided(*cases).patch_size[1]
+
+
+def test_hounsfield_units_are_normalised_by_constants_of_the_labels() -> None:
+    (channel,) = decided(facts(lowest=-1024)).preprocessing.channels
+    assert channel.kind == "ct" and -100 <= channel.low < channel.high <= 300
+    done = channel(np.full((2, 2, 2), -1024, np.float32))
+    np.testing.assert_allclose(done, (channel.low - channel.mean) / channel.std, rtol=1e-5)
+    assert decided(facts()).preprocessing.channels[0].kind == "zscore"
+
+
+def test_batches_fit_the_memory_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for gigabytes in (1, 4, 64):
+        monkeypatch.setattr(
+            "os.sysconf", lambda n, g=gigabytes: {"SC_PAGE_SIZE": 1}.get(n, g * 2**30)
+        )
+        sizes.append(decided(facts()).batch_size)
+    assert sizes[0] <= sizes[1] <= sizes[2] == 4 and sizes[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [([16, 16], "needs 3 numbers"), ([16, 16, 24], "divisible by 16"), ([16] * 3, "one voxel")],
+)
+def test_patches_that_a_network_cannot_take_are_refused(patch: list[int], message: str) -> None:
+    sections = {"network": {"name": "Modified3DUNet"}, "preprocessing": {"patch_size": patch}}
+    with pytest.raises(UserError, match=message):
+        decided(facts(), **sections)
 
 
 def test_an_empty_case_may_be_allowed(tmp_path: Path) -> None:

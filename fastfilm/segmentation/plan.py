@@ -35,6 +35,9 @@ LARGEST_2D, LARGEST_3D = 512 * 512, 128**3
 CPU_2D, CPU_3D = 256 * 256, 64**3
 """Voxels of a patch at most, on a GPU and without one."""
 
+ASSUMED = 8 * 2**30
+"""Bytes of memory where the system does not say."""
+
 KEPT_MAPS = 24
 """Bytes a training step needs, in float32 maps of the first level (measured: 8 to 18)."""
 
@@ -251,7 +254,10 @@ def _batch_size(network: NetworkConfig, patch: list[int], dims: int) -> int:
     if torch.cuda.is_available():
         memory = torch.cuda.mem_get_info()[0]
     else:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # not Linux
+            memory = ASSUMED
     sample = KEPT_MAPS * 4 * network.base_filters * int(np.prod(patch))
     return int(np.clip(memory // 2 // sample, 1, 16 if dims == 2 else 4))
 

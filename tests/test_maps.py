@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,6 +181,20 @@ def test_negative_scale_pools_the_smallest_raw_value() -> None:
     assert not ours[:, 1].any()
 
 
+STEPS = (
+    "none",
+    "max",
+    "avg",
+    "nearest",
+    "linear",
+    "concat",
+    "sum",
+    "residual",
+    "transposed",
+    "convolution",
+)
+
+
 class Graph(nn.Module):
     """A random chain of blocks with a consumer between each two of them."""
 
@@ -194,6 +209,9 @@ class Graph(nn.Module):
                 ConvNormFiLM2d(ci, 4, norm=norm, order=order, activation="silu", num_groups=2)
             )
             channels.append(4)
+        self.up = nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1, groups=2)
+        self.plain = nn.Conv2d(4, 4, 3, padding=1)
+        self.side = ConvNormFiLM2d(4, 4, 1, norm=norm, order=order, activation=None, num_groups=2)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -212,8 +230,14 @@ class Graph(nn.Module):
                 shape = tuple(v.shape[2:])
                 other = F.interpolate(v, size=shape, mode="bilinear", align_corners=False)
                 v = torch.cat([other, v], 1)
+            elif step == "sum":
+                v = v + torch.tanh(maps.plain(v))
             elif step == "residual":
-                v = v + torch.tanh(v)
+                v = F.leaky_relu(v + self.side(v, gamma, beta, deferred=self.deferred), 0.2)
+            elif step == "transposed":
+                v = self.up(v)
+            elif step == "convolution":
+                v = self.plain(F.avg_pool2d(v, 2, 1))
             v = block(v, gamma, beta, deferred=self.deferred)
         return maps.plain(v)
 
@@ -222,7 +246,7 @@ class Graph(nn.Module):
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(
-        st.sampled_from(("none", "max", "avg", "nearest", "linear", "concat", "residual")),
+        st.sampled_from(STEPS),
         min_size=1,
         max_size=4,
     ),
@@ -234,6 +258,20 @@ def test_random_graphs_of_consumers(
     steps: list[str], norm: str, order: str, training: bool
 ) -> None:
     assume(sum(s in ("max", "avg") for s in steps) <= 2)
+    assume(sum(s in ("nearest", "transposed") for s in steps) <= 2)
+    check_graph(steps, norm, order, training)
+
+
+@needs_cpu
+@pytest.mark.parametrize("order", spec.ORDERS)
+@pytest.mark.parametrize("norm", spec.NORMS)
+def test_every_consumer_behind_every_norm_and_order(norm: str, order: str) -> None:
+    for step in STEPS:
+        check_graph([step], norm, order, training=True)
+
+
+def check_graph(steps: list[str], norm: str, order: str, training: bool) -> None:
+    """Value and gradients of a graph of unwritten maps are those of the reference, in float64."""
     torch.manual_seed(0)
     ours = Graph(steps, norm, order, deferred=True).double().train(training)
     theirs = Graph(steps, norm, order, deferred=False).double().train(training)
@@ -295,6 +333,42 @@ def test_modules_of_pytorch_keep_maps_deferred_and_the_result_is_theirs() -> Non
         written = module(block(x, deferred=True))
         assert isinstance(written, Tensor), module
         torch.testing.assert_close(written, module(expected), rtol=1e-5, atol=1e-6)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_of_pytorch_read_maps_unwritten(transposed: bool, dims: int) -> None:
+    torch.manual_seed(0)
+    kinds = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    conv: Any = kinds[2 * transposed + dims - 2](4, 6, 3, stride=2, padding=1, groups=2)
+    block = (ConvNormFiLM2d, fastfilm.ConvNormFiLM3d)[dims - 2](2, 4, norm="instance")
+    x = torch.randn(2, 2, *(7, 6, 5)[:dims])
+    shown: list[Callable[[Any], Any]] = [lambda v: v, lambda v: F.interpolate(v, scale_factor=2.0)]
+    for show in shown:
+        v = show(block(x, deferred=True))
+        kept: set[tuple[int, ...]] = set()
+
+        def pack(t: Tensor, kept: set[tuple[int, ...]] = kept) -> Tensor:
+            kept.add(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            found = conv(v)
+        assert v._tensor is None and tuple(v.raw.shape) in kept
+        expected = conv(show(block(x)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        parameters = (conv.weight, conv.bias, block.weight, block.norm_weight)
+        ours = torch.autograd.grad(found.square().sum(), parameters)
+        theirs = torch.autograd.grad(expected.square().sum(), parameters)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    # another type, or a padding by name, is PyTorch's
+    v = block(x, deferred=True)
+    with pytest.raises(RuntimeError):
+        conv.double()(v)
+    same = (nn.Conv2d, nn.Conv3d)[dims - 2](4, 2, 3, padding="same")
+    torch.testing.assert_close(same(v), same(block(x)), rtol=1e-5, atol=1e-5)
 
 
 @needs_cpu
@@ -369,8 +443,9 @@ def test_triton_graph_is_the_reference() -> None:
     if triton.unavailable() is not None or not backends.interpreting():
         pytest.skip(triton.unavailable() or "the interpreter is not active")
     torch.manual_seed(0)
-    ours = Graph(["max", "concat"], "instance", spec.ORDERS[1], deferred=True)
-    theirs = Graph(["max", "concat"], "instance", spec.ORDERS[1], deferred=False)
+    steps = ["max", "concat", "residual"]
+    ours = Graph(steps, "instance", spec.ORDERS[1], deferred=True)
+    theirs = Graph(steps, "instance", spec.ORDERS[1], deferred=False)
     theirs.load_state_dict(ours.state_dict())
     x, gamma, beta = torch.randn(1, 3, 8, 7), torch.randn(1, 4), torch.randn(1, 4)
     found = []
@@ -379,6 +454,7 @@ def test_triton_graph_is_the_reference() -> None:
         with fastfilm.backend(backend):
             v = model(x_, gamma, beta)
             v.square().sum().backward()
-        found.append([v.detach(), x_.grad, *(p.grad for p in model.parameters())])
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([v.detach(), x_.grad, *grads])
     for a, b in zip(*found, strict=True):
         assert relative_error(a, b) <= 1e-4 or b.norm() < 1e-3

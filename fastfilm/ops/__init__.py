@@ -1,6 +1,6 @@
 """The operators: schemas, shape functions, gradients, backend choice, and the float64-capable reference."""
 
-from . import conv, flops, pointwise, residual
+from . import consumers, conv, flops, pointwise, residual
 from .backends import backend
 from .functional import conv_norm_film, materialise, moments, norm_film
 from .maps import DeferredMap
@@ -10,6 +10,7 @@ flops.watch()
 __all__ = [
     "DeferredMap",
     "backend",
+    "consumers",
     "conv",
     "conv_norm_film",
     "materialise",

@@ -27,7 +27,7 @@ from fastfilm.segmentation.config import parse
 from fastfilm.segmentation.distributed import Processes
 from fastfilm.segmentation.errors import Problems, UserError
 from fastfilm.segmentation.files import read_tensors
-from fastfilm.segmentation.model_folder import load_model, read_info
+from fastfilm.segmentation.model_folder import load_model, read_info, save_weights
 from fastfilm.segmentation.network import build_network
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.record import read_log
@@ -138,6 +138,31 @@ def test_training_killed_ten_times_ends_with_the_weights_of_an_undisturbed_one(
         },
     }
     kill_and_resume(bids, tmp_path, 10, sections)
+
+
+def test_a_run_killed_while_it_writes_its_end_writes_it_when_resumed(
+    bids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(bids, tmp_path / "plan", training={"early_stopping": 1, "min_delta": 0.9})
+    train(Start(plan, 0, tmp_path / "whole"), ONE)
+    steps = saved_step(tmp_path / "whole")
+
+    def killed(folder: Path, name: str, state: Any) -> None:
+        if name == "final":
+            (folder / ".writing-x").write_text("half")
+            raise KeyboardInterrupt
+        save_weights(folder, name, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastfilm.segmentation.trainer.save_weights", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(Start(plan, 0, tmp_path / "model"), ONE)
+    assert saved_step(tmp_path / "model") == steps
+    assert not (tmp_path / "model" / "final.safetensors").exists()
+    done = train(Start(plan, 0, tmp_path / "model", resume=True), ONE)
+    assert done.finished and done.step == steps
+    assert_equal(weights(tmp_path / "model"), weights(tmp_path / "whole"))
+    assert not list((tmp_path / "model").glob(".writing-*"))
 
 
 def test_workers_change_nothing(bids: Path, tmp_path: Path) -> None:

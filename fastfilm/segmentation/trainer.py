@@ -92,7 +92,7 @@ class Trainer:
         batches = iter(loader)
         saved = time.monotonic()
         try:
-            while progress.epoch < self.config.epochs:
+            while not self._over():
                 clock = _Clock()
                 left = (progress.epoch + 1) * self.epoch_steps - progress.step
                 title = f"epoch {progress.epoch + 1}/{self.config.epochs}"
@@ -107,11 +107,8 @@ class Trainer:
                             self._save()
                             saved = time.monotonic()
                 progress.epoch += 1
-                stop = self._end_of_epoch(record, clock)
+                self._end_of_epoch(record, clock)
                 saved = time.monotonic()
-                if stop:
-                    break
-            progress.finished = True
             self._finish()
         finally:
             del batches
@@ -174,8 +171,16 @@ class Trainer:
             " or precision bfloat16 or float32, may help if the images are fine"
         )
 
-    def _end_of_epoch(self, record: Record | None, clock: _Clock) -> bool:
-        """Validates, logs, saves; True if training should stop."""
+    def _over(self) -> bool:
+        return self.state.progress.epoch >= self.config.epochs or self._stopped()
+
+    def _stopped(self) -> bool:
+        """Early, for want of a better Dice."""
+        patience = self.config.early_stopping
+        return patience is not None and self.state.progress.waited >= patience
+
+    def _end_of_epoch(self, record: Record | None, clock: _Clock) -> None:
+        """Validates, logs, saves."""
         config, progress = self.config, self.state.progress
         seconds, share = clock.read()
         line: dict[str, Any] = {
@@ -196,15 +201,12 @@ class Trainer:
             line["validation_seconds"] = round(time.monotonic() - begun, 3)
             if progress.validated(found.mean, config) and self.processes.first:
                 save_weights(self.folder, "best", self._weights())
-        stop = config.early_stopping is not None and progress.waited >= config.early_stopping
         if record is not None:
             record.epoch(line)
             say(_summary(line, config.epochs, progress))
-            if stop:
+            if self._stopped():
                 say(f"stopped early: no better Dice for {progress.waited} epochs")
-        progress.finished = stop or last
         self._save()
-        return stop
 
     def _finish(self) -> None:
         progress = self.state.progress
@@ -220,7 +222,9 @@ class Trainer:
                 "best_epoch": progress.best_epoch,
             }
             save_model(self.folder, self.info)
-            self._save()
+        # only now: a run that was killed before this has its end still to write
+        progress.finished = True
+        self._save()
         self.processes.wait()
 
     def _save(self) -> None:

@@ -75,6 +75,9 @@ def train(start: Start, processes: Processes) -> Progress:
     info, network = _model(start, train_cases)
     _check_metadata([*train_cases, *val_cases], info)
     if processes.first:
+        for left in start.folder.glob(".writing-*"):
+            # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         save_model(start.folder, info)
         write_config(config, start.folder / "config.yaml")
         write_json(start.folder / "splits.json", start.plan.folds[start.fold])

@@ -371,3 +371,13 @@ def test_converted_and_conditioned_models_compile_to_one_graph_of_our_operators(
     other = torch.tensor(ROWS[::-1])
     torch.testing.assert_close(compiled(X, other), model(X, other), rtol=1e-3, atol=1e-3)
     assert len(ours) == 1
+
+
+def test_conditioned_models_export_with_metadata_as_an_input() -> None:
+    model, rows = trained(small(converted=True)), torch.tensor(ROWS)
+    program = torch.export.export(model, (X, rows))
+    assert not [n for n in program.graph.nodes if "fastfilm" in str(n.target)]
+    for given in (rows, rows.flip(0)):
+        torch.testing.assert_close(
+            program.module()(X, given), model(X, given), rtol=1e-4, atol=1e-4
+        )

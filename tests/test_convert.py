@@ -409,3 +409,31 @@ def test_convert_twice_is_convert_once_and_says_what_it_is_given(
         fastfilm.convert([])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         fastfilm.restore({})  # type: ignore[arg-type]
+
+
+def test_devices_and_tracers_that_fused_groups_do_not_know_get_the_models_own_layers() -> None:
+    model = fastfilm.convert(Small().eval(), verbose=False)
+    x = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+    shape = copy.deepcopy(model).to("meta")(x.to("meta")).shape
+    assert shape == (1, 2, 16, 16)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model.inc)(x), model.inc(x))
+
+
+def test_functional_calls_and_per_sample_gradients_work() -> None:
+    torch.manual_seed(0)
+    model = fastfilm.convert(Small().eval(), verbose=False)
+    parameters, x = dict(model.named_parameters()), torch.randn(2, 1, 16, 16)
+
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(model, p, (x[None],))
+        return y.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(2):
+        model.zero_grad()
+        model(x[i : i + 1]).square().sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        for name, grad in grads.items():
+            torch.testing.assert_close(each[name][i], grad, rtol=1e-3, atol=1e-2)

@@ -15,6 +15,7 @@ from .engine import attach
 from .film import Conditioner, Film
 from .group import ACT_NORM_FILM, Path
 from .state import State
+from .swap import take_metadata
 
 NAME = "film_generator"
 """The submodule that ``condition`` adds to a model."""
@@ -97,6 +98,7 @@ def condition(
     conditioner.train(model.training)
     _place(model, chosen, order)
     model.add_module(NAME, conditioner)
+    take_metadata(model)
     return model
 
 

@@ -105,7 +105,7 @@ class Group:
                 order = film.order
         dims = len(modules[self.conv].weight.shape) if self.conv is not None else len(x.shape)
         maps = isinstance(x, (Tensor, DeferredMap, Joined)) and len(x.shape) == dims
-        if seen or not state.fused or not maps or dims not in (4, 5):
+        if seen or not state.fused or not maps or dims not in (4, 5) or _foreign(x):
             return self._one_by_one(modules, plain(x), order, gamma, beta)
         if self.bare and isinstance(x, Tensor) and gamma is None:
             found: Tensor = modules[self.name](x)
@@ -283,6 +283,11 @@ def watched(
             seen = True
         found[path] = m
     return found, seen
+
+
+def _foreign(x: Map) -> bool:
+    """Whether nothing of ours may run: another kind of device, or PyTorch's old tracer."""
+    return x.device.type not in ("cpu", "cuda") or torch.jit.is_tracing()
 
 
 def modulated(x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:

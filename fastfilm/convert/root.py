@@ -27,6 +27,24 @@ def call(module: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[st
     return _as_given(result, args) if state.fused else written(result)
 
 
+def signature(original: type[nn.Module]) -> inspect.Signature:
+    """Arguments of a conditioned network's forward: metadata follow what the original's insists on."""
+    own, *parameters = inspect.signature(original.forward).parameters.values()
+    needed = [p for p in parameters if _required(p)]
+    rest = [p for p in parameters if not _required(p)]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    rest = [p if p.kind in kinds else p.replace(kind=p.KEYWORD_ONLY) for p in rest]
+    added = inspect.Parameter("metadata", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    if any(p.kind is p.VAR_POSITIONAL for p in rest):
+        added = added.replace(kind=added.KEYWORD_ONLY)
+    order = sorted([*needed, added, *rest], key=lambda p: p.kind)
+    return inspect.Signature([own, *order])
+
+
+def _required(p: inspect.Parameter) -> bool:
+    return p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+
+
 def _take_metadata(
     state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -36,12 +54,7 @@ def _take_metadata(
         rows = kwargs.pop("metadata")
     else:
         parameters = list(inspect.signature(state.original.forward).parameters.values())[1:]
-        required = [
-            p
-            for p in parameters
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-        ]
-        needed = sum(p.name not in kwargs for p in required) or 1
+        needed = sum(_required(p) and p.name not in kwargs for p in parameters) or 1
         rows = None
         if len(args) > needed:
             args, rows = args[:-1], args[-1]

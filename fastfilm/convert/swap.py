@@ -12,7 +12,7 @@ from torch import nn
 from . import root
 from .state import State
 
-_made: dict[type[nn.Module], type[nn.Module]] = {}
+_made: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 _lock = threading.Lock()
 
 
@@ -22,7 +22,8 @@ class Converted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         assert isinstance(self, nn.Module)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _empty, (self.__dict__["_fastfilm"].original,), state
+        own: State = self.__dict__["_fastfilm"]
+        return _empty, (own.original, own.conditioner is not None), state
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
@@ -30,10 +31,14 @@ class Converted:
         return replica
 
 
-def class_of(original: type[nn.Module]) -> type[nn.Module]:
-    """The class of converted ``original`` modules; always the same one."""
+def class_of(original: type[nn.Module], metadata: bool = False) -> type[nn.Module]:
+    """The class of converted ``original`` modules; always the same one.
+
+    Args:
+        metadata: its forward takes metadata too.
+    """
     with _lock:
-        found = _made.get(original)
+        found = _made.get((original, metadata))
         if found is None:
             forward = original.forward
 
@@ -44,6 +49,9 @@ def class_of(original: type[nn.Module]) -> type[nn.Module]:
                     return root.call(self, state, args, kwargs)
                 return state.call(self, args, kwargs, False)
 
+            if metadata:
+                # exporters and others who ask for the arguments
+                converted.__signature__ = root.signature(original)  # type: ignore[attr-defined]
             names = {
                 "forward": converted,
                 "_fastfilm_original_forward": forward,
@@ -53,7 +61,7 @@ def class_of(original: type[nn.Module]) -> type[nn.Module]:
             }
             meta: Any = type(original)
             found = meta(original.__name__, (Converted, original), names)
-            _made[original] = found
+            _made[original, metadata] = found
         return found
 
 
@@ -85,7 +93,12 @@ def unswap(module: nn.Module) -> None:
     module.__class__ = module.__dict__.pop("_fastfilm").original
 
 
-def _empty(original: type[nn.Module]) -> nn.Module:
-    kind = class_of(original)
+def take_metadata(module: nn.Module) -> None:
+    """Gives a converted module's forward metadata as an argument."""
+    module.__class__ = class_of(module.__dict__["_fastfilm"].original, metadata=True)
+
+
+def _empty(original: type[nn.Module], metadata: bool) -> nn.Module:
+    kind = class_of(original, metadata)
     made: nn.Module = kind.__new__(kind)
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -43,8 +43,9 @@ class Batch:
         return self._with(lambda t: t.pin_memory(), self.cases)
 
     def to(self, device: torch.device) -> Batch:
-        """On ``device``."""
-        return self._with(lambda t: t.to(device, non_blocking=True), self.cases)
+        """On ``device``, but for ``known``, which decides what is computed."""
+        moved = self._with(lambda t: t.to(device, non_blocking=True), self.cases)
+        return replace(moved, known=self.known)
 
     def part(self, i: int, count: int) -> Batch:
         """The i-th of ``count`` parts."""

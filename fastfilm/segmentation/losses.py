@@ -67,7 +67,7 @@ class KnownLoss:
             logits: [N, K, *S] (K + 1 with the background), or a list of them from full size to coarse (deep
                 supervision), whose losses count 1, 1/2, 1/4 …
             masks: [N, K, *S], 0 or 1.
-            known: [N, K] bool.
+            known: [N, K] bool, best on the CPU.
             totals: entries of the whole batch, from ``weights``; the losses of its parts then add up.
         """
         if isinstance(logits, Tensor):
@@ -85,7 +85,7 @@ class KnownLoss:
     ) -> Tensor:
         logits = logits.float()
         loss = logits.new_zeros(())
-        for labels, rows in _patterns(known):
+        for labels, rows in _patterns(known, logits.device):
             x, y = logits[rows], masks[rows][:, labels].to(logits.dtype)
             x, y = self._merged(x, y, labels) if self.exclusive else (x[:, labels], y)
             for name, term in self.terms.items():
@@ -108,13 +108,13 @@ class KnownLoss:
         return x, torch.cat([1 - y.amax(1, keepdim=True), y], 1)
 
 
-def _patterns(known: Tensor) -> list[tuple[list[int], Tensor]]:
+def _patterns(known: Tensor, device: torch.device) -> list[tuple[list[int], Tensor]]:
     """Samples with the same known labels: (labels, positions); samples that know none are left out."""
     found: dict[tuple[bool, ...], list[int]] = {}
     for i, row in enumerate(known.tolist()):
         found.setdefault(tuple(row), []).append(i)
     return [
-        ([k for k, on in enumerate(row) if on], torch.tensor(rows, device=known.device))
+        ([k for k, on in enumerate(row) if on], torch.tensor(rows, device=device))
         for row, rows in found.items()
         if any(row)
     ]

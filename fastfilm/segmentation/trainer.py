@@ -124,7 +124,8 @@ class Trainer:
             group["lr"] = learning_rate(config, progress, self.steps)
         seed_step(config.seed, progress.step, self.processes.rank)
         batch = batch.to(self.processes.device)
-        totals = {k: self.processes.sum(v) for k, v in self.loss.weights(batch.known).items()}
+        weights = self.loss.weights(batch.known).items()
+        totals = {k: self.processes.sum(v.to(self.processes.device)) for k, v in weights}
         total = torch.zeros((), device=self.processes.device)
         state.optimizer.zero_grad(set_to_none=True)
         for i in range(config.accumulate):

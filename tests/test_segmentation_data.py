@@ -18,6 +18,7 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 import nibabel as nib
 
+from fastfilm.segmentation.cache import cached
 from fastfilm.segmentation.checks import CaseFacts
 from fastfilm.segmentation.config import parse, read_config
 from fastfilm.segmentation.errors import Problems, UserError
@@ -377,3 +378,35 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         write_json(tmp_path / "a.json", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_the_cache_is_made_once_anew_when_a_file_changes_and_never_by_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_bids(tmp_path / "bids", count=2)
+    config = parse(settings(root), "test")
+    cases, cache = find_cases(config).cases, tmp_path / "cache"
+    first = cached(cases, config.data, Preprocessing(), cache)
+    assert first[0].image().shape == (1, *first[0].shape) and first[0].image().std() > 0.5
+    expected = nib.load(label(root, 0)).get_fdata()
+    back = np.flatnonzero(first[0].masks().sum((0, 2, 3)))
+    assert (back == np.flatnonzero(expected.sum((0, 1)))).all(), "slices across the third axis"
+    stamps = {p: p.stat().st_mtime_ns for p in cache.rglob("*")}
+    cached(cases, config.data, Preprocessing(), cache)
+    assert stamps == {p: p.stat().st_mtime_ns for p in cache.rglob("*")}
+    change(image(root, 0), lambda a: a[::-1])
+    second = cached(cases, config.data, Preprocessing(), cache)
+    assert second[0].folder != first[0].folder and second[1].folder == first[1].folder
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.save", full)
+        change(image(root, 1), lambda a: a[::-1])
+        with pytest.raises(UserError, match=r"sub-01.*cannot be written: No space left"):
+            cached(cases, config.data, Preprocessing(), cache)
+    assert len(list(cache.iterdir())) == 3
+    image(root, 1).write_bytes(b"")
+    with pytest.raises(Problems, match=r"sub-01_FLAIR\.nii\.gz: the file is empty"):
+        cached(cases, config.data, Preprocessing(), cache)

@@ -13,6 +13,7 @@ SUMMARIES = {
     "evaluate": "score predictions against the truth, compare runs",
     "report": "curves, tables, overlays and comparisons as one HTML file",
     "inspect": "γ and β of each layer and metadata value",
+    "demo": "all of it on phantoms, in about three minutes",
 }
 """Command -> one line of help. Each is the function ``command`` of ``fastfilm.segmentation.commands.NAME``."""
 

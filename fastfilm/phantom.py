@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,7 @@ def make_phantom(
     *,
     shape: Sequence[int] = (128, 128, 64),
     tumour_type: str = "astrocytoma",
+    look: str | None = None,
     seed: int = 0,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[Nifti1Image, Nifti1Image]:
@@ -133,6 +134,8 @@ def make_phantom(
             ``NAME_mask.nii.gz``. None writes nothing.
         shape: voxels (X, Y, Z) = (right, anterior, superior), each at least 8.
         tumour_type: one of the table's.
+        look: the type whose place and look the lesion has, while ``tumour_type`` decides which parts of it are the
+            target; None is ``tumour_type``. With a look drawn apart from the type, only the metadata tell it.
         seed: a non-negative integer; the result is a function of it and of the other arguments.
         spacing: voxel size in mm.
 
@@ -152,13 +155,17 @@ def make_phantom(
     mm = _check_spacing(spacing)
     if tumour_type not in LESIONS:
         raise ValueError(f"tumour_type must be one of {', '.join(LESIONS)}, got {tumour_type!r}")
+    look = tumour_type if look is None else look
+    if look not in LESIONS:
+        raise ValueError(f"look must be one of {', '.join(LESIONS)}, got {look!r}")
     if not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed must be a non-negative integer, got {seed!r}")
     files = None if path is None else _file_names(path)
 
     from nibabel.nifti1 import Nifti1Image
 
-    voxels, target = _draw(size, LESIONS[tumour_type], int(seed))
+    lesion = replace(LESIONS[look], target=LESIONS[tumour_type].target)
+    voxels, target = _draw(size, lesion, int(seed))
     affine = np.diag([*mm, 1.0])
     affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(size, mm, strict=True)]
     image, mask = Nifti1Image(voxels, affine), Nifti1Image(target, affine)

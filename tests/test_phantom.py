@@ -99,3 +99,15 @@ def test_files_hold_what_is_returned(tmp_path: Any, name: str) -> None:
 def test_bad_argument_is_named(bad: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         make_phantom(**bad)
+
+
+def test_a_look_of_another_type_changes_the_target_and_not_the_image() -> None:
+    look = {"look": "ependymoma", "seed": 3}
+    found = {t: arrays(tumour_type=t, **look) for t in LESIONS}
+    images = [image for image, _ in found.values()]
+    assert all(np.array_equal(images[0], i) for i in images[1:])
+    astro, ependymoma, hemangio = (found[t][1] != 0 for t in LESIONS)
+    assert (hemangio <= ependymoma).all() and (ependymoma <= astro).all()
+    assert hemangio.sum() < ependymoma.sum() < astro.sum()
+    with pytest.raises(ValueError, match="look"):
+        make_phantom(shape=SMALL, look="glioma")

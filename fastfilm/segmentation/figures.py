@@ -167,7 +167,8 @@ def film_heat_maps(found: Inspection) -> Figure:
             axes.set_title(f"{'γ' if column == 0 else 'β'}, {layer.name}", fontsize=9)
             axes.set_yticks(range(len(found.values)), found.values if column == 0 else [])
             axes.tick_params(labelsize=7)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            if array.shape[1] == 1:
+                axes.set_xticks([0])
         grid[-1, column].set_xlabel("channel")
         label = "γ (white: 1)" if column == 0 else "β (white: 0)"
         figure.colorbar(shown, ax=grid[:, column], label=label, shrink=0.8)

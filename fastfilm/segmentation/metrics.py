@@ -25,6 +25,11 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from .postprocessing import Mask, components
 from .preprocessing import bounding_box
 
+# MONAI about calls of its own
+warnings.filterwarnings(
+    "ignore", message="monai.metrics.utils get_mask_edges", category=FutureWarning
+)
+
 Values = dict[str, float | None]
 
 METRICS = {
@@ -86,21 +91,11 @@ def _surface(prediction: Mask, truth: Mask, spacing: Sequence[float], tolerance:
     box = tuple(slice(*b) for b in bounding_box(prediction | truth))
     a, b = (torch.from_numpy(np.pad(m[box], 2))[None, None] for m in (prediction, truth))
     scale = [float(s) for s in spacing]
-    with warnings.catch_warnings():
-        # MONAI about calls of its own
-        warnings.simplefilter("ignore", FutureWarning)
-        hd, nsd = _monai(a, b, scale, tolerance)
-    return {"HD95": hd, "NSD": nsd}
-
-
-def _monai(
-    a: torch.Tensor, b: torch.Tensor, scale: list[float], tolerance: float
-) -> tuple[float, float]:
     hd = compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=scale)
     nsd = compute_surface_dice(
         a, b, [tolerance], include_background=True, spacing=scale, use_subvoxels=True
     )
-    return float(hd), float(nsd)
+    return {"HD95": float(hd), "NSD": float(nsd)}
 
 
 def _lesions(prediction: Mask, truth: Mask) -> Values:

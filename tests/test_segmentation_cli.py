@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -215,7 +216,8 @@ def test_help_does_not_import_the_segmentation_system() -> None:
     assert all(name in done.stdout for name in cli.SUMMARIES)
 
 
-GUIDE = (Path(__file__).resolve().parent.parent / "docs" / "segmentation.md").read_text("utf-8")
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+GUIDE, RESULTS = (DOCS / "segmentation.md").read_text("utf-8"), DOCS / "results"
 
 
 def test_the_guides_reference_is_that_of_the_configuration() -> None:
@@ -230,3 +232,14 @@ def test_the_guides_configurations_are_valid() -> None:
     assert len(blocks) >= 2
     for block in blocks:
         parse(yaml.safe_load(block), "docs/segmentation.md")
+
+
+def test_the_guides_figures_are_those_of_the_committed_runs() -> None:
+    results = {p.stem: json.loads(p.read_text("utf-8")) for p in RESULTS.glob("*.json")}
+    assert "glioma" in results
+    for run in results.values():
+        last = run["log"][-1]
+        assert f"{last['step']} steps in {run['train_cpu_seconds'] / 60:.1f} CPU minutes" in GUIDE
+        assert f"alidation Dice {last['dice_mean']:.3f}" in GUIDE
+        for fed in run.get("dice_true_by_fed", {}).values():
+            assert " | ".join(f"{v['mean']:.3f}" for v in fed.values()) in GUIDE

@@ -1,0 +1,257 @@
+"""Small networks of the packages that ``fastfilm.convert`` knows: one list for tests and table."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as its package makes it.
+
+    Attributes:
+        package: what has to be installed.
+        name: of the architecture, with what is special about this one.
+        make: builds it.
+        shape: of an input [N, C, *S].
+        call: runs it; gives a tensor or several.
+    """
+
+    package: str
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    call: Callable[[nn.Module, Tensor], Any] = lambda model, x: model(x)
+
+    @property
+    def id(self) -> str:
+        """Package and name in one word."""
+        return f"{self.package}-{self.name}".replace(" ", "-")
+
+    def build(self) -> nn.Module:
+        """The network with initial weights; dropout off, so that two runs may be compared.
+
+        Raises:
+            ImportError: the package is not installed.
+        """
+        if self.package in ("segmentation_models_pytorch", "torchvision"):
+            torchvision_operators()
+        importlib.import_module(self.package)
+        model = self.make()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        return model
+
+    def outputs(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+        """What the network gives, as a list."""
+        found = self.call(model, x)
+        return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+@functools.cache
+def torchvision_operators() -> Any:
+    """Declares two operators of torchvision where its binary does not fit torch, so that it can be imported."""
+    if hasattr(torch.ops.torchvision, "nms"):
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def _of(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        found: nn.Module = getattr(importlib.import_module(module), name)(*args, **kwargs)
+        return found
+
+    return make
+
+
+def _monai(name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    return _of("monai.networks.nets", name, *args, **kwargs)
+
+
+def _nnunet(name: str, dims: int, **kwargs: Any) -> Callable[[], nn.Module]:
+    conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if dims == 2 else (nn.Conv3d, nn.InstanceNorm3d)
+    return _of(
+        "dynamic_network_architectures.architectures.unet",
+        name,
+        1,
+        3,
+        (8, 16, 32),
+        conv,
+        3,
+        (1, 2, 2),
+        2,
+        2,
+        2,
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"affine": True, "eps": 1e-5},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        **kwargs,
+    )
+
+
+def _smp(name: str, encoder: str = "resnet18", **kwargs: Any) -> Callable[[], nn.Module]:
+    return _of("segmentation_models_pytorch", name, encoder, encoder_weights=None, **kwargs)
+
+
+def _order(order: str, name: str = "UNet3D") -> Callable[[], nn.Module]:
+    return _of("pytorch3dunet.unet3d.model", name, 1, 2, f_maps=8, num_levels=3, layer_order=order)
+
+
+def _steps(model: nn.Module, x: Tensor) -> Any:
+    return model(x, torch.arange(x.shape[0]))
+
+
+_VOLUME, _IMAGE, _RGB = (2, 1, 16, 16, 16), (2, 1, 32, 32), (2, 3, 32, 32)
+_SHALLOW: dict[str, Any] = {"encoder_depth": 3, "decoder_channels": (32, 16, 16)}
+_DYN: dict[str, Any] = {"filters": [8, 16, 32]}
+
+NETWORKS: tuple[Network, ...] = (
+    Network(
+        "monai", "UNet 3D", _monai("UNet", 3, 1, 2, (8, 16, 32), (2, 2), num_res_units=2), _VOLUME
+    ),
+    Network(
+        "monai",
+        "UNet 2D batch norm",
+        _monai("UNet", 2, 1, 2, (8, 16, 32), (2, 2), norm="batch", act="relu"),
+        _IMAGE,
+    ),
+    Network(
+        "monai", "BasicUNet", _monai("BasicUNet", 3, 1, 2, (4, 4, 8, 8, 16, 4)), (1, 1, 32, 32, 32)
+    ),
+    Network(
+        "monai",
+        "BasicUNetPlusPlus",
+        _monai("BasicUNetPlusPlus", 2, 1, 2, (4, 4, 8, 8, 16, 4)),
+        _IMAGE,
+    ),
+    Network(
+        "monai",
+        "DynUNet 3D",
+        _monai("DynUNet", 3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], **_DYN),
+        _VOLUME,
+    ),
+    Network(
+        "monai",
+        "DynUNet 2D residual",
+        _monai(
+            "DynUNet",
+            2,
+            1,
+            2,
+            [3, 3, 3],
+            [1, 2, 2],
+            [2, 2],
+            res_block=True,
+            deep_supervision=True,
+            **_DYN,
+        ),
+        _IMAGE,
+    ),
+    Network("monai", "SegResNet", _monai("SegResNet", 3, 8, 1, 2), _VOLUME),
+    Network(
+        "monai", "SegResNetDS", _monai("SegResNetDS", 3, 8, 1, 2, blocks_down=(1, 2, 2)), _VOLUME
+    ),
+    Network(
+        "monai", "AttentionUnet", _monai("AttentionUnet", 2, 1, 2, (8, 16, 32), (2, 2)), _IMAGE
+    ),
+    Network(
+        "monai",
+        "FlexibleUNet EfficientNet",
+        _monai("FlexibleUNet", 1, 2, "efficientnet-b0", spatial_dims=2),
+        (2, 1, 64, 64),
+    ),
+    Network(
+        "monai",
+        "FlexibleUNet ResNet",
+        _monai("FlexibleUNet", 1, 2, "resnet18", spatial_dims=2),
+        (2, 1, 64, 64),
+    ),
+    Network(
+        "monai",
+        "SwinUNETR",
+        _monai("SwinUNETR", 1, 2, feature_size=12, spatial_dims=2),
+        (2, 1, 64, 64),
+    ),
+    Network(
+        "monai", "UNETR", _monai("UNETR", 1, 2, (16, 16, 32), 8, 24, 48, 4), (2, 1, 16, 16, 32)
+    ),
+    Network(
+        "monai",
+        "DiffusionModelUNet",
+        _monai(
+            "DiffusionModelUNet",
+            2,
+            1,
+            1,
+            channels=(8, 16),
+            num_res_blocks=1,
+            attention_levels=(False, True),
+            norm_num_groups=4,
+            num_head_channels=8,
+        ),
+        _IMAGE,
+        _steps,
+    ),
+    Network(
+        "dynamic_network_architectures",
+        "PlainConvUNet 3D",
+        _nnunet("PlainConvUNet", 3, deep_supervision=True),
+        _VOLUME,
+    ),
+    Network(
+        "dynamic_network_architectures", "PlainConvUNet 2D", _nnunet("PlainConvUNet", 2), _IMAGE
+    ),
+    Network(
+        "dynamic_network_architectures",
+        "ResidualEncoderUNet 3D",
+        _nnunet("ResidualEncoderUNet", 3),
+        _VOLUME,
+    ),
+    *(
+        Network("segmentation_models_pytorch", name, _smp(name, **_SHALLOW), _RGB)
+        for name in ("Unet", "UnetPlusPlus", "MAnet")
+    ),
+    *(
+        Network("segmentation_models_pytorch", name, _smp(name), _RGB)
+        for name in ("FPN", "DeepLabV3Plus")
+    ),
+    Network(
+        "segmentation_models_pytorch",
+        "Unet EfficientNet",
+        _smp("Unet", "efficientnet-b0", **_SHALLOW),
+        _RGB,
+    ),
+    Network(
+        "segmentation_models_pytorch",
+        "Unet RegNet timm",
+        _smp("Unet", "timm-regnetx_002", **_SHALLOW),
+        _RGB,
+    ),
+    Network(
+        "torchvision",
+        "FCN ResNet-50",
+        _of("torchvision.models.segmentation", "fcn_resnet50", weights=None, weights_backbone=None),
+        (2, 3, 32, 32),
+        lambda model, x: model(x)["out"],
+    ),
+    Network("torchvision", "r3d_18", _of("torchvision.models.video", "r3d_18"), (1, 3, 4, 16, 16)),
+    *(
+        Network("pytorch3dunet", f"UNet3D {order}", _order(order), (1, 1, 16, 16, 16))
+        for order in ("gcr", "cbr", "bcr", "cl", "crg")
+    ),
+    Network("pytorch3dunet", "ResidualUNet3D", _order("gcr", "ResidualUNet3D"), (1, 1, 16, 16, 16)),
+)
+"""In the order of the table."""

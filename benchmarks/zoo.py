@@ -129,7 +129,7 @@ NETWORKS: tuple[Network, ...] = (
         _IMAGE,
     ),
     Network(
-        "monai", "BasicUNet", _monai("BasicUNet", 3, 1, 2, (4, 4, 8, 8, 16, 4)), (1, 1, 32, 32, 32)
+        "monai", "BasicUNet", _monai("BasicUNet", 3, 1, 2, (4, 4, 8, 8, 16, 4)), (2, 1, 32, 16, 16)
     ),
     Network(
         "monai",
@@ -247,11 +247,11 @@ NETWORKS: tuple[Network, ...] = (
         (2, 3, 32, 32),
         lambda model, x: model(x)["out"],
     ),
-    Network("torchvision", "r3d_18", _of("torchvision.models.video", "r3d_18"), (1, 3, 4, 16, 16)),
+    Network("torchvision", "r3d_18", _of("torchvision.models.video", "r3d_18"), (2, 3, 8, 32, 32)),
     *(
-        Network("pytorch3dunet", f"UNet3D {order}", _order(order), (1, 1, 16, 16, 16))
+        Network("pytorch3dunet", f"UNet3D {order}", _order(order), _VOLUME)
         for order in ("gcr", "cbr", "bcr", "cl", "crg")
     ),
-    Network("pytorch3dunet", "ResidualUNet3D", _order("gcr", "ResidualUNet3D"), (1, 1, 16, 16, 16)),
+    Network("pytorch3dunet", "ResidualUNet3D", _order("gcr", "ResidualUNet3D"), _VOLUME),
 )
 """In the order of the table."""

@@ -27,6 +27,7 @@ NAMES = (
     "filmed_unet_2d_depth3_partial_multiclass",
     "filmed_unet_3d_depth2",
     "modified_3d_unet_film",
+    "modified_3d_unet_attention_partial",
 )
 ROUTES = [("reference", None), ("cpu", None), ("triton", "fused")]
 
@@ -105,7 +106,7 @@ def eager_runs(name: str) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_every_array(name: str, backend: str, route: str | None) -> None:
-    """Arrays within 1e-5 of their norm, outputs within 1e-6 absolute.
+    """Arrays within 1e-5 of their norm, outputs within 1.5e-6 absolute.
 
     The golden arrays are float32 results with errors of their own. In the 3D network whose lowest level
     has four voxels they reach 3e-5 of the norm, 7e-5 without oneDNN, and one unit in the last place of the
@@ -121,21 +122,23 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
     names = [k for k in data if k in ("eval_output", "train_output") or k.startswith("grad")]
     assert found.keys() == set(names)
     runs = [] if backend == "reference" else eager_runs(name)
+    largest = max(exact(name)[k].norm() for k in names)
     for key in names:
         ours, theirs = found[key], data[key]
         truth = exact(name)[key]
         error = (ours - truth).norm()
         allowed = 1.5 * max([(r[key] - truth).norm() for r in runs], default=torch.zeros(()))
         difference = (ours - theirs).norm()
-        # a bias in front of an instance norm has no gradient but rounding
-        near = difference <= max(1e-5 * theirs.norm(), 1e-7)
+        # a bias in front of a norm has no gradient but rounding
+        rounding = 1e-7 * largest if truth.norm() <= 1e-12 * largest else 1e-7
+        near = difference <= max(1e-5 * theirs.norm(), rounding)
         assert near or error <= allowed, f"{key}: {difference / theirs.norm():.2e}"
         if key.endswith("output"):
             worst = (ours - truth).abs().max()
             allowed = 1.5 * max(
                 [(r[key] - truth).abs().max() for r in runs], default=torch.zeros(())
             )
-            assert (ours - theirs).abs().max() <= 1e-6 or worst <= allowed, key
+            assert (ours - theirs).abs().max() <= 1.5e-6 or worst <= allowed, key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,13 +172,11 @@ def test_first_layers_weights_win_where_a_state_dict_is_untied() -> None:
     assert torch.equal(model.to_ivadomed()[key], state(data)[key])
 
 
-def test_attention_gates_are_refused_by_name() -> None:
+def test_other_networks_weights_are_refused_by_name() -> None:
     data = {
         "conv3d_c1_1.weight": torch.zeros(2, 1, 3, 3, 3),
         "conv3d_l4.weight": torch.zeros(1, 4, 1, 1, 1),
     }
-    with pytest.raises(NotImplementedError, match="attention gates"):
-        Modified3DUNet.from_ivadomed({**data, "gating.conv1.0.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="not a FiLMedUnet"):
         FiLMedUNet.from_ivadomed(data)
     with pytest.raises(ValueError, match="does not fit"):

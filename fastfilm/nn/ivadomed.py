@@ -25,21 +25,40 @@ def generator_keys(theirs: str, ours: str) -> Keys:
 
 
 def _double_keys(theirs: str, ours: str, block: DoubleConv) -> Keys:
-    keys = {}
+    keys: Keys = {}
     for i, name in ((1, "first"), (2, "second")):
         layer = getattr(block, name)
-        assert isinstance(layer, ConvNormFiLM)
-        keys[f"{theirs}.conv{i}.weight"] = f"{ours}.{name}.weight"
-        keys[f"{theirs}.conv{i}.bias"] = f"{ours}.{name}.bias"
-        for part, mine in (
-            ("weight", "norm_weight"),
-            ("bias", "norm_bias"),
-            ("running_mean", "running_mean"),
-            ("running_var", "running_var"),
-            ("num_batches_tracked", "num_batches_tracked"),
-        ):
-            if getattr(layer, mine) is not None:
-                keys[f"{theirs}.conv{i}_bn.{part}"] = f"{ours}.{name}.{mine}"
+        keys |= _layer_keys(f"{theirs}.conv{i}", f"{theirs}.conv{i}_bn", f"{ours}.{name}", layer)
+    return keys
+
+
+def _layer_keys(conv: str, norm: str, ours: str, layer: nn.Module) -> Keys:
+    """Names of a convolution and the norm that belongs to it."""
+    assert isinstance(layer, ConvNormFiLM)
+    keys = {f"{conv}.{part}": f"{ours}.{part}" for part in ("weight", "bias")}
+    for part, mine in (
+        ("weight", "norm_weight"),
+        ("bias", "norm_bias"),
+        ("running_mean", "running_mean"),
+        ("running_var", "running_var"),
+        ("num_batches_tracked", "num_batches_tracked"),
+    ):
+        if getattr(layer, mine) is not None:
+            keys[f"{norm}.{part}"] = f"{ours}.{mine}"
+    return keys
+
+
+def _gate_keys(model: Any) -> Keys:
+    """Names of the attention gates, if there are any."""
+    if model.gates is None:
+        return {}
+    keys = _layer_keys("gating.conv1.0", "gating.conv1.1", "gating", model.gating)
+    for i, gate in enumerate(model.gates):
+        theirs, ours = f"attentionblock{i + 2}", f"gates.{i}"
+        keys |= _layer_keys(f"{theirs}.W.0", f"{theirs}.W.1", f"{ours}.out", gate.out)
+        keys[f"{theirs}.theta.weight"] = f"{ours}.theta.weight"
+        for name in ("phi", "psi"):
+            keys |= {f"{theirs}.{name}.{p}": f"{ours}.{name}.{p}" for p in ("weight", "bias")}
     return keys
 
 
@@ -78,7 +97,7 @@ def modified_keys(model: Any) -> Keys:
     ours |= {f"reduce.{i}": f"conv3d_l{i + 1}" for i in range(3)}
     ours |= {f"heads.{i}": f"ds{i + 2}_1x1_conv3d" for i in range(2)}
     keys = {f"{theirs}.weight": f"{mine}.weight" for mine, theirs in ours.items()}
-    return keys | film_keys(model.film, _MODIFIED_FILM)
+    return keys | _gate_keys(model) | film_keys(model.film, _MODIFIED_FILM)
 
 
 _MODIFIED_FILM = tuple(f"film_layer{i}" for i in range(1, 11))
@@ -89,8 +108,6 @@ def read_modified(state: Mapping[str, Tensor]) -> dict[str, Any]:
     first, last = f"{_CONTEXT[0]}.weight", "conv3d_l4.weight"
     if first not in state or last not in state:
         raise ValueError(f"state_dict is not a Modified3DUNet's: it has no {first!r} and {last!r}")
-    if any(name.startswith(("gating.", "attentionblock")) for name in state):
-        raise NotImplementedError("Modified3DUNet with attention gates is not supported")
     switches, metadata_size = read_film(state, _MODIFIED_FILM)
     return {
         "in_channels": state[first].shape[1],
@@ -98,6 +115,7 @@ def read_modified(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "base_filters": state[first].shape[0],
         "metadata_size": metadata_size,
         "film_layers": switches,
+        "attention": "gating.conv1.0.weight" in state,
     }
 
 

@@ -12,6 +12,7 @@ from fastfilm.ops import conv_norm_film, maps, norm_film, spec
 from fastfilm.ops.maps import Map
 
 from . import ivadomed
+from .attention_gate import AttentionGate3d
 from .blocks import ConvNormFiLM3d
 from .metadata import Metadata
 from .unet import (
@@ -59,6 +60,7 @@ class Modified3DUNet(Conditioned):
         generator: "paper" or "identity", see ``FiLMGenerator``.
         final_activation: None (logits), "sigmoid" or "softmax".
         drop_background: leave out channel 0 after the final activation.
+        attention: gates on the skips of levels 2, 3 and 4, which the fifth level's map steers.
         deferred: hand maps on unwritten, as ``FiLMedUNet`` does; False writes every block's output.
 
     Every spatial size must be divisible by 16.
@@ -76,6 +78,7 @@ class Modified3DUNet(Conditioned):
         generator: str = "paper",
         final_activation: str | None = None,
         drop_background: bool = False,
+        attention: bool = False,
         deferred: bool = True,
     ) -> None:
         super().__init__()
@@ -121,6 +124,11 @@ class Modified3DUNet(Conditioned):
             widths[0],
             out_channels,
         ]
+        self.gating: ConvNormFiLM3d | None = None
+        self.gates: nn.ModuleList | None = None
+        if attention:
+            self.gating = ConvNormFiLM3d(widths[4], widths[3], 1, norm="batch", activation="relu")
+            self.gates = nn.ModuleList(AttentionGate3d(w, widths[3]) for w in widths[1:4])
         self.film = generators(channels, self.film_layers, metadata_size, generator)
 
     def forward(self, image: Tensor, metadata: Metadata | Modulation | None = None) -> Tensor:
@@ -177,6 +185,12 @@ class Modified3DUNet(Conditioned):
             # the block's one convolution runs twice, each time behind norm and activation
             twice = inner(_pending_norm_act(residual), deferred=True)
             x = maps.plain(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual
+        if self.gating is not None and self.gates is not None:
+            # the paper code takes the signal behind norm and activation, and normalises once more below
+            x = maps.plain(_norm_act(x, lazy, None, None))
+            signal = self.gating(x)
+            gated = zip(self.gates, found[1:], strict=True)
+            found[1:] = [gate(maps.plain(skip), signal) for gate, skip in gated]
         return [*found, _norm_act(x, lazy, *film[LEVELS - 1])]
 
     @classmethod
@@ -190,7 +204,6 @@ class Modified3DUNet(Conditioned):
         """The network of an ivadomed ``Modified3DUNet`` state_dict, bit for bit.
 
         Raises:
-            NotImplementedError: a network with attention gates.
             ValueError: keys or shapes that are not such a network's.
         """
         structure = ivadomed.read_modified(state_dict)

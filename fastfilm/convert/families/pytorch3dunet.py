@@ -5,5 +5,5 @@ from .family import Family, Layout
 FAMILY = Family(
     name="pytorch-3dunet",
     modules=("pytorch3dunet",),
-    layouts={"AbstractUNet": Layout(r"decoders\.|final_conv\.", r"encoders\.")},
+    layouts={"AbstractUNet": Layout(r"decoders\.|final_conv", r"encoders\.")},
 )

@@ -58,6 +58,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return allocate
 
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     yield

@@ -92,19 +92,20 @@ def peak(step: Step, device: str) -> int | None:
     return peak_bytes(step, device) if device == "cuda" else tensor_peak_bytes(step)
 
 
-def traffic_of(network: Network, session: Session) -> dict[str, dict[str, tuple[float, int]]]:
-    """For each form: of forward, backward and inference, maps moved a convolution and kernels launched.
+def traffic_of(network: Network, session: Session) -> dict[str, dict[str, float]]:
+    """For each form, of forward, backward and inference: maps moved a convolution, their bytes, and kernels.
 
-    Channels are an eighth of the network's, which changes no count.
+    In 2D on a map of a quarter of the sides: the maps are the same ones. The channels stay, because which
+    kernel PyTorch takes for a convolution depends on them.
     """
     torch.manual_seed(0)
-    narrow = replace(network, widths=tuple(max(w // 8, 2) for w in network.widths))
-    model = narrow.build().to(session.device)
-    image = torch.randn(1, 1, *network.size).to(session.device)
+    small = replace(network, size=tuple(s // (4 if network.dims == 2 else 1) for s in network.size))
+    model = small.build().to(session.device)
+    image = torch.randn(1, 1, *small.size).to(session.device)
     rows = one_hot(1, session.device)
     ours = twin(model).to(session.device)
     forms: dict[str, tuple[nn.Module, str | None]] = {
-        name: (narrow.build(form).to(session.device), None) for name, form in FORMS
+        name: (small.build(form).to(session.device), None) for name, form in FORMS
     }
     for name in providers.backends(session.device)[0]:
         forms[f"fastfilm-{name}"] = (ours, name)
@@ -116,12 +117,7 @@ def traffic_of(network: Network, session: Session) -> dict[str, dict[str, tuple[
     return found
 
 
-def _counted(
-    net: nn.Module, image: Tensor, rows: Tensor, convolutions: int
-) -> dict[str, tuple[float, int]]:
-    def summed(launches: list[traffic.Launch]) -> tuple[float, int]:
-        return sum(k.passes for k in launches) / convolutions, len(launches)
-
+def _counted(net: nn.Module, image: Tensor, rows: Tensor, convolutions: int) -> dict[str, float]:
     with traffic.counted() as forward:
         out = net(image, rows)
     gradient = torch.ones_like(out)
@@ -130,11 +126,12 @@ def _counted(
     net.eval()
     with torch.no_grad(), traffic.counted() as inference:
         net(image, rows)
-    return {
-        "forward": summed(forward),
-        "backward": summed(backward),
-        "inference": summed(inference),
-    }
+    found: dict[str, float] = {}
+    for mode, launches in (("forward", forward), ("backward", backward), ("inference", inference)):
+        found[f"{mode}_passes"] = sum(k.passes for k in launches) / convolutions
+        found[f"{mode}_bytes"] = sum(k.bytes for k in launches)
+        found[f"{mode}_launches"] = len(launches)
+    return found
 
 
 def count(session: Session, limit: Limit) -> None:
@@ -176,10 +173,9 @@ def count(session: Session, limit: Limit) -> None:
         row = session.row(case, name, saved_bytes=bytes_kept, note=f"{part:.2f} of eager's")
         row.extra["saved_ratio"] = part
         row.peak_bytes = peaks.get(name)
-        for mode, (count_, launches) in passes.get(name, {}).items():
-            row.extra |= {f"{mode}_passes": count_, f"{mode}_launches": launches}
+        row.extra |= passes.get(name, {})
         if name in passes:
-            text = " + ".join(f"{passes[name][m][0]:.1f}" for m in ("forward", "backward"))
+            text = " + ".join(f"{passes[name][f'{m}_passes']:.1f}" for m in ("forward", "backward"))
             row.note = f"{row.note}; {text} passes a convolution"
         if name.startswith("fastfilm"):
             out = counted[name].forward()

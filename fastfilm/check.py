@@ -18,6 +18,8 @@ from torch import Tensor
 from .machine import devices, section, versions
 from .ops import backends, conv_norm_film
 from .ops.backends import BACKENDS, Backend
+from .ops.maps import Map, interpolate, join, max_pool
+from .ops.residual import add_act
 
 DRAWS = 8
 """Draws of the inputs; PyTorch's error is its largest over them, since that of a short sum is itself random."""
@@ -37,6 +39,8 @@ class Case:
     groups: int = 1
     batch: int = 2
     training: bool = True
+    between: str = ""
+    """What happens to the unwritten map: "max pool", "concatenation" (with itself, resized) or "residual"."""
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.size))
@@ -44,6 +48,7 @@ class Case:
         parts.append(f"k{self.kernel} s{self.stride}")
         parts += [f"g{self.groups}"] if self.groups > 1 else []
         parts += [self.norm or "no norm", self.activation, self.order.removeprefix("conv-")]
+        parts += [f"behind {self.between}"] if self.between else []
         return " ".join(parts) + ("" if self.training else " eval")
 
 
@@ -62,8 +67,11 @@ CASES = (
     Case((6, 5, 7), (33, 1), "group", FIRST, "silu", kernel=1),
     Case((5, 5, 5), (3, 3), "layer", MIDDLE, "gelu"),
     Case((9, 9, 8), (4, 8), "instance", LAST, "relu", kernel=5),
+    Case((9, 10), (3, 5), "batch", LAST, "relu", between="max pool"),
+    Case((8, 6), (17, 3), "instance", MIDDLE, "relu", between="concatenation"),
+    Case((5, 4, 6), (3, 4), "instance", FIRST, "relu", between="residual"),
 )
-INTERPRETED = (replace(CASES[0], channels=(3, 2)), CASES[1])
+INTERPRETED = (replace(CASES[0], channels=(3, 2)), CASES[1], CASES[-1])
 """All that Triton's interpreter is given."""
 
 
@@ -111,7 +119,8 @@ def check(quick: bool = False) -> Iterator[Row]:
             cases: Sequence[Case] = CASES[:3] if b.name == "reference" else CASES
             few = quick or (b.name == "triton" and device == "cpu")
             if few:
-                cases = INTERPRETED if b.name == "triton" and device == "cpu" else cases[:3]
+                some = (*cases[:3], *(c for c in cases if c.between))
+                cases = INTERPRETED if b.name == "triton" and device == "cpu" else some
             dtypes = [t for t in b.dtypes if t in _QUICK or not few]
             for case in cases:
                 for dtype in dtypes:
@@ -207,9 +216,10 @@ def _run(
         return numbers.to(small if (storage or dtype) == torch.float64 else torch.float32).to(small)
 
     (ci, co), kernel, dims = case.channels, case.kernel, len(case.size)
+    width = 2 * ci if case.between == "concatenation" else ci
     leaves: dict[str, Any] = {
         "x": rounded(draw(case.batch, ci, *case.size)),
-        "weight": rounded(0.3 * draw(co, ci // case.groups, *[kernel] * dims)),
+        "weight": rounded(0.3 * draw(co, width // case.groups, *[kernel] * dims)),
         "bias": vector(co),
         "gamma": vector(case.batch, co),
         "beta": vector(case.batch, co),
@@ -236,7 +246,7 @@ def _run(
         running = {"running_mean": vector(co), "running_var": vector(co).abs() + 0.5}
         running = {k: v.to(device) for k, v in running.items()}
     with backends.backend(name, route):
-        x = conv_norm_film(
+        x: Map = conv_norm_film(
             leaves["x"],
             inner,
             gamma=film[0],
@@ -245,6 +255,7 @@ def _run(
             order="conv-norm-act-film",
             deferred=True,
         )
+        x = _between(case.between, x, leaves["x"])
         others: dict[str, Any] = {k: v for k, v in leaves.items() if k != "x"}
         v = conv_norm_film(x, **others, **running, **options)
         assert isinstance(v, Tensor)
@@ -253,3 +264,12 @@ def _run(
         grads = torch.autograd.grad(loss, list(leaves.values()))
     gradients = {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}
     return {"output": v.detach(), **gradients, **running}
+
+
+def _between(kind: str, x: Map, image: Tensor) -> Map:
+    """The map that the block reads; ``x`` is the one behind the first block."""
+    if kind == "max pool":
+        return max_pool(x, 2)
+    if kind == "concatenation":
+        return join([interpolate(x, size=tuple(x.shape[2:])), x])
+    return add_act(x, image, "silu") if kind == "residual" else x

@@ -80,6 +80,8 @@ WRONG: dict[str, Callable[..., Any]] = {
     "moments": slightly,
     "apply_backward": lambda found: (found[0], found[1] * 1.001),
     "moments_backward": lambda found: (found[0].mul_(float("nan")), found[1]),
+    "residual": lambda v: v * 1.001,
+    "residual_backward": lambda found: (found[0] * 1.001, *found[1:]),
 }
 
 
@@ -94,6 +96,22 @@ def test_a_wrong_launcher_is_found_and_the_status_is_1(
     wrong = [r for r in rows if "WRONG" in r]
     assert wrong and all(r.startswith("cpu") for r in wrong)
     assert all(r.endswith("ok") for r in rows if r.startswith("reference"))
+
+
+@needs_cpu
+def test_a_wrong_view_is_found(
+    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = BACKENDS["cpu"].kernels().gather
+
+    def gather(raw: Any, coef: Any, act: str, view: Any, out: torch.Tensor, at: int) -> None:
+        real(raw, coef, act, view, out, at)
+        out[:, at] *= 1.001
+
+    monkeypatch.setattr(BACKENDS["cpu"].kernels(), "gather", gather)
+    assert main(["check", "--quick"]) == 1
+    wrong = [r for r in lines(capsys.readouterr().out) if "WRONG" in r]
+    assert wrong and all("behind" in r for r in wrong)
 
 
 @needs_cpu

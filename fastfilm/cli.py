@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ SUMMARIES = {
     "evaluate": "score predictions against the truth, compare runs",
     "report": "curves, tables, overlays and comparisons as one HTML file",
     "inspect": "γ and β of each layer and metadata value",
+    "export": "write a model as ONNX",
+    "import": "make a model folder of ivadomed weights",
     "demo": "all of it on phantoms, in about three minutes",
 }
 """Command -> one line of help. Each is the function ``command`` of ``fastfilm.segmentation.commands.NAME``."""
@@ -28,7 +31,8 @@ def run(name: str, argv: Sequence[str]) -> int:
     2: a wrong command line. 130: interrupted.
     """
     try:
-        module = importlib.import_module(f"fastfilm.segmentation.commands.{name}")
+        file = f"{name}_" if keyword.iskeyword(name) else name
+        module = importlib.import_module(f"fastfilm.segmentation.commands.{file}")
         import typer
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "fastfilm":

@@ -1,0 +1,27 @@
+"""``fastfilm export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastfilm.segmentation.console import say
+from fastfilm.segmentation.exchange import export_onnx
+from fastfilm.segmentation.model_folder import load_model
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="model folder")],
+    out: Annotated[Path, typer.Argument(help="file to write, .onnx")],
+    weights: Annotated[str, typer.Option(help="best or final")] = "best",
+) -> None:
+    """Writes the network as ONNX, with the metadata row as second input, and checks it with ONNX Runtime."""
+    difference = export_onnx(load_model(model, weights=weights), out)
+    checked = (
+        "onnxruntime is not installed, not checked"
+        if difference is None
+        else (f"ONNX Runtime agrees to {difference:.1e}")
+    )
+    say(f"written: {out}; {checked}")

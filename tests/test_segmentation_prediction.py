@@ -345,6 +345,32 @@ def test_one_image_is_written_under_the_name_that_is_asked_for(folder, tmp_path)
     out = tmp_path / "mask.nii.gz"
     assert run("predict", folder / "model", folder / "in" / "a.nii.gz", out) == 0
     assert nib.load(out).shape == (8, 9, 7)
+    assert outputs(tmp_path) == {"mask.nii.gz"}
+
+
+def test_images_are_never_overwritten(folder, tmp_path, capsys) -> None:
+    source = copied(folder, tmp_path / "in")
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    assert run("predict", folder / "model", source, source) == 1
+    assert "another folder" in capsys.readouterr().err
+    assert run("predict", folder / "model", source / "a.nii.gz", source / "a.nii.gz") == 1
+    assert "another name" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+def test_text_where_a_number_belongs_is_named(tmp_path, capsys) -> None:
+    rows = {str(i): {"age": 30 + i} for i in range(5)}
+    encoder = MetadataEncoder.fit(rows, {"age": MetadataKey(kind="continuous")})
+    make_model(tmp_path / "model", metadata=encoder)
+    (tmp_path / "in").mkdir()
+    image = nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4))
+    for name in "ab":
+        nib.save(image, tmp_path / "in" / f"{name}.nii.gz")
+    (tmp_path / "in" / "participants.tsv").write_text("participant_id\tage\na\t31\nb\told\n")
+    assert run("predict", tmp_path / "model", tmp_path / "in", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "- b: " in error and "'age'" in error and "'old'" in error
+    assert outputs(tmp_path / "out") == {"a.nii.gz", "predictions.json"}
 
 
 BAD: dict[str, tuple[Any, str]] = {

@@ -69,6 +69,7 @@ def predict_cases(
     *,
     go_on: bool = False,
     extra: Mapping[str, Any] | None = None,
+    listed: bool = True,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
 ) -> Outcome:
     """Predicts and writes every case.
@@ -76,11 +77,16 @@ def predict_cases(
     Args:
         go_on: leave alone what an earlier run with the same model, settings and metadata has written.
         extra: further entries of predictions.json.
+        listed: write predictions.json.
         progress: gets the number of cases; what it returns is called after each.
 
     Raises:
-        UserError: the output folder cannot be written.
+        UserError: the output folder cannot be written, or holds the images.
     """
+    for case in cases:
+        for path in case.images:
+            if listed and path is not None and path.parent.resolve() == out.resolve():
+                raise UserError(f"{out}: holds the image {path.name}: write to another folder")
     head = {
         "model": str(model.folder.resolve()),
         "labels": [label.model_dump() for label in model.info.labels],
@@ -93,8 +99,13 @@ def predict_cases(
     outcome = Outcome()
     entries: dict[str, Any] = dict(old)
     done = progress(len(cases))
+
+    def note() -> None:
+        if listed:
+            write_json(out / MANIFEST, {**head, "settings": settings, "cases": entries})
+
     # shows at once whether the folder can be written
-    write_json(out / MANIFEST, {**head, "settings": settings, "cases": entries})
+    note()
     for case in cases:
         if case.id in old and _same(old[case.id], case) and _there(out, old[case.id]):
             outcome.kept.append(case.id)
@@ -108,7 +119,7 @@ def predict_cases(
             except (MemoryError, torch.OutOfMemoryError):
                 outcome.failed[case.id] = f"{case.first}: not enough memory for it"
             # what is done stays known if the next case is interrupted
-            write_json(out / MANIFEST, {**head, "settings": settings, "cases": entries})
+            note()
         done()
     return outcome
 

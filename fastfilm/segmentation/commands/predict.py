@@ -62,10 +62,9 @@ def command(
 
     A case that fails does not stop the others; the failures are listed at the end and the exit status is 1.
     """
-    for name, planes in (("--flip", flip or []),):
-        for plane in planes:
-            if plane not in AXES:
-                raise UserError(f"{name} must be one of {', '.join(AXES)}, got {plane!r}")
+    for plane in flip or []:
+        if plane not in AXES:
+            raise UserError(f"--flip must be one of {', '.join(AXES)}, got {plane!r}")
     if not 0 <= overlap < 1:
         raise UserError(f"--overlap must be at least 0 and below 1, got {overlap}")
     if samples < 0 or (batch is not None and batch < 1):
@@ -79,6 +78,8 @@ def command(
         raise UserError(
             f"{out}: with {'--swap' if swap else 'several images'} OUT must be a folder"
         )
+    if single and continue_:
+        raise UserError("--continue is for folders")
     cases = find_inputs(source, loaded.info, meta=given, table=table, fold=fold, part=part)
     if swap is not None:
         key, values = swap_values(swap, loaded)
@@ -93,12 +94,22 @@ def command(
     total = Outcome()
     for folder, these in jobs:
         if single:
+            if out.resolve() in [p.resolve() for p in these[0].images if p is not None]:
+                raise UserError(f"{out}: is the image itself: give another name")
             folder = out.parent
             these[0].id = out.name.removesuffix(".gz").removesuffix(".nii")
         with bar(f"predicting {folder.name}") as progress:
             outcome = predict_cases(
-                loaded, these, folder, options, writing, go_on=continue_, extra=extra, progress=progress,
-            )  # fmt: skip
+                loaded,
+                these,
+                folder,
+                options,
+                writing,
+                go_on=continue_,
+                extra=extra,
+                listed=not single,
+                progress=progress,
+            )
         total.done += outcome.done
         total.kept += outcome.kept
         where = f"{folder.name}: " if swap else ""

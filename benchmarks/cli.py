@@ -21,7 +21,7 @@ from .volume import InputError, load
 SUITES = ("model", "memory", "ops", "static")
 """What ``--suite all`` runs, in this order."""
 
-ALONE = ("peers", "host")
+ALONE = ("peers", "host", "coverage")
 DEFAULT_SECONDS = 120.0
 MODEL_SHARE = 0.6
 """Most of a bounded run's time that the model suite may take, so that others are reached."""
@@ -135,9 +135,10 @@ def run(args: argparse.Namespace, device: str, suite: str, dtypes: list[str]) ->
         elif name == "static":
             session.record.failed |= static(session, quick=args.quick or args.suite is None)
         else:
-            from .suites import host, memory, model, ops, peers
+            from .suites import coverage, host, memory, model, ops, peers
 
             suites = {"model": model, "memory": memory, "ops": ops, "peers": peers, "host": host}
+            suites["coverage"] = coverage
             suites[name].run(session)
     record = session.record
     record.machine["seconds"] = round(time.monotonic() - started, 1)

@@ -22,6 +22,7 @@ class Network:
         make: builds it.
         shape: of an input [N, C, *S].
         call: runs it; gives a tensor or several.
+        fixed: it takes no other size.
     """
 
     package: str
@@ -29,11 +30,19 @@ class Network:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     call: Callable[[nn.Module, Tensor], Any] = lambda model, x: model(x)
+    fixed: bool = False
 
     @property
     def id(self) -> str:
         """Package and name in one word."""
         return f"{self.package}-{self.name}".replace(" ", "-")
+
+    @property
+    def timed(self) -> tuple[int, ...]:
+        """Shape of the input that it is timed with, larger than the one that it is tested with."""
+        n, c, *size = self.shape
+        factor = 1 if self.fixed else 4 if len(size) == 2 else 2
+        return (n, c, *(factor * s for s in size))
 
     def build(self) -> nn.Module:
         """The network with initial weights; dropout off, so that two runs may be compared.
@@ -186,7 +195,11 @@ NETWORKS: tuple[Network, ...] = (
         (2, 1, 64, 64),
     ),
     Network(
-        "monai", "UNETR", _monai("UNETR", 1, 2, (16, 16, 32), 8, 24, 48, 4), (2, 1, 16, 16, 32)
+        "monai",
+        "UNETR",
+        _monai("UNETR", 1, 2, (16, 16, 32), 8, 24, 48, 4),
+        (2, 1, 16, 16, 32),
+        fixed=True,
     ),
     Network(
         "monai",

@@ -1,0 +1,104 @@
+"""Networks of other packages before and after ``fastfilm.convert``: what is fused, how exact, how fast."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fastfilm
+
+from ..harness import paired, paired_ratio, quantile
+from ..record import FAILED, OK, Row, relative_error
+from ..session import Session
+from ..zoo import NETWORKS, Network
+
+MODES = ("inference", "training")
+
+
+def run(session: Session) -> None:
+    """One row a network and mode; packages that are not installed are skipped."""
+    for network in NETWORKS:
+        if session.budget.spent():
+            return
+        try:
+            torch.manual_seed(0)
+            model = network.build()
+        except ImportError as error:
+            session.say(f"coverage: {network.id} left out ({error})")
+            continue
+        measure(session, network, model)
+
+
+def measure(session: Session, network: Network, model: nn.Module) -> None:
+    """Share, error and time of one network."""
+    device = session.device
+    model = model.to(device)
+    converted = fastfilm.convert(model, copy=True, verbose=False)
+    x = torch.randn(network.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    exact = _output(network, copy.deepcopy(model).double(), x.double())
+    eager_error, error = (relative_error(_output(network, m, x), exact) for m in (model, converted))
+    report = fastfilm.conversion_report(converted)
+    extra = {
+        "package": network.package,
+        "shape": list(network.timed),
+        "convolutions": len(report.convolutions),
+        "fused": len(report.fused),
+        "share": report.share(),
+        "share_3": report.share(3),
+        "left_3": [[c.name, c.reason] for c in report.left if 3 in c.kernel],
+    }
+    timed = torch.randn(network.timed, device=device)
+    for mode in MODES:
+        calls = {
+            name: _call(network, m, timed, mode)
+            for name, m in (("eager", model), ("fastfilm", converted))
+        }
+        times = paired(calls, session.clock, session.effort)
+        for name, seconds in times.items():
+            wrong = name == "fastfilm" and error > 1.5 * eager_error + 1e-6
+            session.record.add(
+                Row(
+                    "coverage",
+                    network.name,
+                    name,
+                    mode,
+                    "float32",
+                    device,
+                    median_s=quantile(seconds, 0.5),
+                    p20_s=quantile(seconds, 0.2),
+                    p80_s=quantile(seconds, 0.8),
+                    ratio=paired_ratio(times["eager"], seconds),
+                    error=error if name == "fastfilm" else eager_error,
+                    eager_error=eager_error,
+                    status=FAILED if wrong else OK,
+                    extra=extra if name == "fastfilm" else {"package": network.package},
+                )
+            )
+    ratios = [r.ratio for r in session.record.rows if r.case == network.name][-4:]
+    session.say(f"coverage: {network.id} {report.share(3):.0%} {ratios[1]:.2f}× {ratios[3]:.2f}×")
+
+
+@torch.no_grad()
+def _output(network: Network, model: nn.Module, x: Tensor) -> Tensor:
+    """The first output in evaluation."""
+    return network.outputs(model.eval(), x)[0]
+
+
+def _call(network: Network, model: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+    return partial(_infer if mode == "inference" else _train, network, model, x)
+
+
+@torch.no_grad()
+def _infer(network: Network, model: nn.Module, x: Tensor) -> None:
+    model.eval()
+    network.outputs(model, x)
+
+
+def _train(network: Network, model: nn.Module, x: Tensor) -> None:
+    model.train()
+    model.zero_grad()
+    torch.stack([y.float().square().mean() for y in network.outputs(model, x)]).sum().backward()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -58,3 +62,19 @@ def test_wide_convolutions_round_no_more_than_contiguous_ones(dims: int) -> None
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     ours = vendor.convolution(x.to(memory_format=layout), w, None, *geometry)
     assert relative_error(ours, exact) <= 1.5 * relative_error(eager, exact) + 1.2e-7
+
+
+def test_strided_pointwise_convolutions_do_not_damage_the_heap() -> None:
+    """In a process of its own, whose allocator checks itself: PyTorch's channels-last form dies there."""
+    code = (
+        "import torch, fastfilm\n"
+        "x = torch.randn(2, 8, 64, 64).contiguous(memory_format=torch.channels_last)\n"
+        "w = torch.randn(16, 8, 1, 1, requires_grad=True)\n"
+        "for _ in range(10):\n"
+        "    fastfilm.conv_norm_film(x, w, stride=2, norm='instance').square().sum().backward()\n"
+    )
+    environment = {**os.environ, "MALLOC_CHECK_": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-500:]

@@ -59,7 +59,7 @@ def convolution_backward(
     Args:
         e: gradient at the output [N, Co, *T].
     """
-    plain = reference.unsafe_channels_last(v)
+    plain = reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
     e, v, weight = _input(e, plain), _input(v, plain), _weight(weight, plain)
     doubled = (
         not plain
@@ -83,6 +83,15 @@ def convolution_backward(
         [*needs, False],
     )
     return dv[:1] if doubled and needs[0] else dv, dw
+
+
+def _overruns(v: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether oneDNN's channels-last weight gradient would write behind its buffers.
+
+    A strided 1×1 convolution of 8 or 12 channels does (torch 2.13): the process dies later of a damaged heap.
+    """
+    pointwise = all(k == 1 for k in weight.shape[2:])
+    return pointwise and max(stride) > 1 and v.device.type == "cpu"
 
 
 def _long_sums(v: Tensor, weight: Tensor, small: bool) -> bool:

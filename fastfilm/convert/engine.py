@@ -7,7 +7,7 @@ import copy as copying
 import torch
 from torch import nn
 
-from fastfilm.ops import spec
+from fastfilm.ops import spec, vendor
 
 from .report import Report
 from .state import State, is_converted
@@ -140,6 +140,8 @@ def _channels_last(model: nn.Module) -> None:
             name = ".".join((*group.conv, "weight"))
             weight = module.get_parameter(name)
             if weight.shape[1] == 1 or weight[0, 0].numel() == 1 or not weight.is_contiguous():
+                continue
+            if weight.device.type == "cpu" and weight.shape[1] >= vendor.WIDE:
                 continue
             state.strides[name] = weight.stride()
             weight.data = spec.channels_last(weight.data)

@@ -31,7 +31,7 @@ def convolution(
     """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T]."""
     unsafe = reference.unsafe_channels_last(v)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
-    plain = unsafe or (not transposed and _long_sums(v, weight, small))
+    plain = unsafe or (not transposed and long_sums(v, weight, small))
     v, weight = _input(v, plain), _weight(weight, plain)
     if small:
         return torch.ops.aten.mkldnn_convolution.default(
@@ -59,7 +59,9 @@ def convolution_backward(
     Args:
         e: gradient at the output [N, Co, *T].
     """
-    plain = reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
+    # wide: the weight's own layout says that nothing has to be copied
+    wide = not transposed and weight.is_contiguous() and long_sums(v, weight)
+    plain = wide or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
     e, v, weight = _input(e, plain), _input(v, plain), _weight(weight, plain)
     doubled = (
         not plain
@@ -94,15 +96,24 @@ def _overruns(v: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     return pointwise and max(stride) > 1 and v.device.type == "cpu"
 
 
-def _long_sums(v: Tensor, weight: Tensor, small: bool) -> bool:
+WIDE = 128
+"""Input channels (of a group) from which float32 sums on a CPU are taken in the form that rounds less."""
+
+
+def long_sums(v: Tensor, weight: Tensor, small: bool = False) -> bool:
     """Whether a channels-last convolution would round visibly more than a contiguous one.
 
     On a CPU oneDNN adds up all of a channels-last float32 sum in one register, so that its error grows with
     the root of the channels; at 256 it is three to four times that of its contiguous form, which is as fast
-    for so many. PyTorch's slow convolution, which ``small`` maps would get, is more exact still.
+    for so many (unless the map is so small that copying a channels-last weight would show). PyTorch's slow
+    convolution, which ``small`` maps would get, is more exact still.
     """
-    wide = weight.shape[1] >= (32 if small else 128)
-    return wide and v.device.type == "cpu" and v.dtype == torch.float32
+    if v.device.type != "cpu" or v.dtype != torch.float32:
+        return False
+    if small:
+        return weight.shape[1] >= WIDE // 4
+    few = v.shape[0] * math.prod(v.shape[2:]) < 256
+    return weight.shape[1] >= WIDE and (weight.is_contiguous() or not few)
 
 
 def _avoids_onednn(v: Tensor, weight: Tensor, groups: int) -> bool:

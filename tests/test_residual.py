@@ -257,7 +257,7 @@ ACTIVATIONS: list[Callable[[Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: getattr(a, "__name__", str(a)))
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_sum_and_its_activation_are_one_pass_each_way(
     activation: Callable[[Any], Any], turned: bool, calls: list[str]

@@ -64,6 +64,13 @@ def test_conditioning_guide_runs_from_top_to_bottom() -> None:
     assert trained and all(n.startswith("film_generator.") for n in trained)
 
 
+def test_monai_recipe_runs_from_top_to_bottom() -> None:
+    pytest.importorskip("monai")
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    names = run("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
+    assert names["segmented"].shape == (2, 2, 96, 80)
+
+
 def test_every_example_is_run() -> None:
     assert len(EXAMPLES) == 4
 

@@ -167,7 +167,8 @@ class Group:
             channels = modules[self.name].weight if conv is None else conv
             count = channels.shape[0] if isinstance(channels, Tensor) else channels.out_channels
             noise = torch.empty((x.shape[0], count), dtype=x.dtype, device=x.device)
-            mask = noise.bernoulli_(keep).div_(keep).float()
+            noise = noise.bernoulli_(keep).div_(keep)
+            mask = noise if noise.dtype == torch.float64 else noise.float()
         options = Options(
             kind,
             groups,

@@ -299,7 +299,8 @@ def _put_back(seed: Tensor, python: Any, arrays: Any) -> bool:
     """Sets the states of the random number generators; whether they had moved."""
     moved = not torch.equal(seed, torch.get_rng_state())
     moved = moved or python != random.getstate()
-    moved = moved or str(arrays) != str(np.random.get_state())
+    now: Any = np.random.get_state()
+    moved = moved or not np.array_equal(arrays[1], now[1]) or arrays[2:] != now[2:]
     if moved:
         torch.set_rng_state(seed)
         random.setstate(python)

@@ -1,0 +1,1 @@
+"""fastfilm inside other packages' training and inference: imported by nobody but their users."""

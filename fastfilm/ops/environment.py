@@ -25,6 +25,14 @@ VARIABLES = (
     Variable("FASTFILM_GOLDEN", None, "tests: the folder of the golden arrays"),
     Variable("FASTFILM_SLOW_TESTS", SWITCH, "tests, 1: the slow ones run too"),
     Variable("FASTFILM_FUZZ_EXAMPLES", int, "tests: draws of the fuzz test"),
+    Variable("FASTFILM_NNUNET_TABLE", None, "nnU-Net trainer: metadata of the cases"),
+    Variable("FASTFILM_NNUNET_COLUMNS", None, "nnU-Net trainer: columns of the table"),
+    Variable(
+        "FASTFILM_NNUNET_WHERE", ("decoder", "encoder", "all"), "nnU-Net trainer: FiLM's place"
+    ),
+    Variable("FASTFILM_NNUNET_META", None, "nnU-Net prediction: values of all cases"),
+    Variable("FASTFILM_NNUNET_EPOCHS", int, "nnU-Net trainer: a shorter run"),
+    Variable("FASTFILM_NNUNET_ITERATIONS", int, "nnU-Net trainer: a shorter epoch"),
 )
 
 

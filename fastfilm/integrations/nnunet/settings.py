@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+
+from fastfilm.ops import environment
 
 
 @dataclass(frozen=True)
@@ -24,33 +25,24 @@ def settings() -> Settings:
     Raises:
         ValueError: a value that makes no sense, naming the variable.
     """
-    table = os.environ.get("FASTFILM_NNUNET_TABLE", "")
-    columns = [
-        c.strip() for c in os.environ.get("FASTFILM_NNUNET_COLUMNS", "").split(",") if c.strip()
-    ]
+    table = environment.read("FASTFILM_NNUNET_TABLE") or ""
+    names = environment.read("FASTFILM_NNUNET_COLUMNS") or ""
+    columns = [c.strip() for c in names.split(",") if c.strip()]
     if bool(table) != bool(columns):
         raise ValueError(
             "FASTFILM_NNUNET_TABLE and FASTFILM_NNUNET_COLUMNS must be set together,"
             f" got {table!r} and {','.join(columns)!r}"
         )
-    where = os.environ.get("FASTFILM_NNUNET_WHERE") or "decoder"
-    if where not in ("decoder", "encoder", "all"):
-        raise ValueError(
-            f"FASTFILM_NNUNET_WHERE must be one of decoder, encoder, all, got {where!r}"
-        )
     meta = {}
-    for part in filter(None, os.environ.get("FASTFILM_NNUNET_META", "").split(",")):
+    for part in filter(None, (environment.read("FASTFILM_NNUNET_META") or "").split(",")):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"FASTFILM_NNUNET_META must be like column=value, got {part!r}")
         meta[name.strip()] = value.strip()
+    where = environment.read("FASTFILM_NNUNET_WHERE") or "decoder"
     return Settings(table, columns, where, meta, _count("EPOCHS"), _count("ITERATIONS"))
 
 
 def _count(name: str) -> int | None:
-    text = os.environ.get(f"FASTFILM_NNUNET_{name}", "")
-    if not text:
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"FASTFILM_NNUNET_{name} must be a positive integer, got {text!r}")
-    return int(text)
+    text = environment.read(f"FASTFILM_NNUNET_{name}")
+    return None if text is None else int(text)

@@ -310,6 +310,44 @@ def test_a_group_of_another_kind_is_refused_by_name() -> None:
         block(torch.randn(2, 2, 4, 4))
 
 
+def plain_net(norm: type[nn.Module]) -> nn.Module:
+    """A network of PyTorch's own layers with FiLM put in, converted."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for a, b in ((2, 4), (4, 3)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), norm(b), nn.SiLU()]
+    model = fastfilm.condition(nn.Sequential(*layers), metadata_size=3, where="all")
+    with torch.no_grad():
+        for parameter in fastfilm.generator_parameters(model):
+            parameter.add_(0.1)
+    return fastfilm.convert(model, verbose=False)
+
+
+def test_a_converted_network_under_sync_batch_norm_is_one_with_the_whole_batch() -> None:
+    """Without DDP, which refuses PyTorch's SyncBatchNorm on CPUs."""
+
+    def work(rank: int) -> Any:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(plain_net(nn.BatchNorm2d))
+        return trained(model, model, rank)
+
+    whole = trained(model := plain_net(nn.BatchNorm2d), model, None)
+    assert_same(on_two(work), whole)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ddp_trains_a_converted_and_conditioned_network(compiled: bool) -> None:
+    def work(rank: int) -> Any:
+        torch._dynamo.reset()
+        model = plain_net(nn.InstanceNorm2d)
+        wrapped: Any = DistributedDataParallel(model)
+        return trained(
+            model, torch.compile(wrapped, backend="aot_eager") if compiled else wrapped, rank
+        )
+
+    whole = trained(model := plain_net(nn.InstanceNorm2d), model, None)
+    assert_same(on_two(work), whole, scale=2.0)
+
+
 def test_fsdp_trains_a_network_as_one_process_does() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

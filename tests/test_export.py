@@ -57,7 +57,21 @@ def block() -> tuple[nn.Module, tuple[int, ...], int]:
     return Block("group", "conv-norm-act-film"), (1, 6, 5), 8
 
 
-MODELS = {f.__name__: f for f in (unet, unet3d, block)}
+def converted() -> tuple[nn.Module, tuple[int, ...], int]:
+    """A network of PyTorch's own layers, conditioned and converted."""
+    conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+    net = nn.Sequential(
+        *(conv(1, 4), nn.BatchNorm2d(4), nn.ReLU()),
+        *(conv(4, 4), nn.InstanceNorm2d(4), nn.PReLU(), nn.Conv2d(4, 2, 1)),
+    )
+    fastfilm.condition(net, metadata_size=3, where="all")
+    with torch.no_grad():
+        for parameter in fastfilm.generator_parameters(net):
+            parameter.add_(0.1)
+    return fastfilm.convert(net, verbose=False), (1, 6, 7), 3
+
+
+MODELS = {f.__name__: f for f in (unet, unet3d, block, converted)}
 
 
 @pytest.fixture(params=MODELS)

@@ -111,10 +111,10 @@ def predict(
     exclusive = model.info.output == "classes"
     for first, p in regridded(planes, geometry):
         at = (slice(d0 + first, d0 + first + p.shape[1]), slice(h0, h1), slice(w0, w1))
-        on, best = decide(p[:labels], exclusive)
         every = (slice(None), *at)
-        masks[every] = on
-        strongest[at] = best
+        # plane by plane, as argmax and the comparisons make copies
+        for i, on in enumerate(masks[every].swapaxes(0, 1)):
+            on[...], strongest[at][i] = decide(p[:labels, i], exclusive)
         if maps:
             kept[:maps][every] = p[:labels]
         if uncertain:

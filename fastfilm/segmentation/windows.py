@@ -141,9 +141,11 @@ def sliding_windows(
             yield first - before[0], planes[:, first - low : last - low, rest[0], rest[1]]
             clock.start()
         kept = buffer.shape[1] - done
-        if kept > 0:
-            buffer[:, :kept] = buffer[:, done:].clone()
-        buffer[:, max(kept, 0) :] = 0
+        # one output channel at a time: a copy of all of them would be half a window more
+        for channel in buffer:
+            if kept > 0:
+                channel[:kept] = channel[done:].clone()
+            channel[max(kept, 0) :] = 0
         low = following
     clock.stop()
 

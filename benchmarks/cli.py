@@ -73,6 +73,11 @@ def parser() -> Parser:
         help="float32, bfloat16, float16, tf32 (CUDA); repeatable",
     )
     p.add_argument("--quick", action="store_true", help="small and short: under a minute on a CPU")
+    p.add_argument(
+        "--explain",
+        action="store_true",
+        help="model: floor, estimate, time and limiter of each layer, and steps on several GPUs",
+    )
     p.add_argument("--volume", metavar="FILE.nii.gz", help="3D image to cut patches from")
     p.add_argument("--json", metavar="OUT", default="fastfilm-benchmark.json")
     p.add_argument("--plot", metavar="OUT.png", default="fastfilm-benchmark.png")
@@ -103,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no CUDA device")
     suite = args.suite or "all"
+    if args.explain and suite not in ("model", "all"):
+        p.error(f"--explain goes with --suite model, got --suite {suite}")
     dtypes = choose_dtypes(args.dtype, device, suite, args.quick)
     if device == "cpu" and "tf32" in dtypes:
         p.error("--dtype tf32 exists on CUDA devices only")
@@ -135,16 +142,18 @@ def run(args: argparse.Namespace, device: str, suite: str, dtypes: list[str]) ->
         elif name == "static":
             session.record.failed |= static(session, quick=args.quick or args.suite is None)
         else:
-            from .suites import coverage, host, memory, model, ops, peers
+            from .suites import coverage, explain, host, memory, model, ops, peers
 
             suites = {"model": model, "memory": memory, "ops": ops, "peers": peers, "host": host}
             suites["coverage"] = coverage
             suites[name].run(session)
+            if args.explain and name == "model":
+                explain.run(session)
     record = session.record
     record.machine["seconds"] = round(time.monotonic() - started, 1)
     record.machine["load_end"] = machine.load()
     record.write()
-    print(report.table(record.rows))
+    print(report.table([r for r in record.rows if r.suite != "explain"]))  # has tables of its own
     reason = report.plot(record.rows, record.machine, Path(args.plot))
     print(f"\nwrote {args.json}" + (f"; no plot: {reason}" if reason else f" and {args.plot}"))
     if session.budget.spent() or whole.spent():
@@ -169,6 +178,8 @@ def prepare(
         ceilings = machine.ceilings(device, dtypes, clock, args.quick)
         about["copy_gbps"] = ceilings.bandwidth / 1e9
         about["matrix_tflops"] = {k: v / 1e12 for k, v in ceilings.matrix.items()}
+        about["l2_gbps"] = (ceilings.l2 or 0.0) / 1e9
+        about["launch_us"] = ceilings.launch * 1e6
     return Session(
         device=device,
         dtypes=dtypes,

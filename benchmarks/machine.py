@@ -96,22 +96,32 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def ceilings(device: str, dtypes: list[str], clock: Clock, quick: bool = False) -> Ceilings:
-    """Measures the large copy and a large matrix product of every dtype.
+    """Measures a large copy, one that stays in the cache, a launch, and a large matrix product of every dtype.
 
     A ceiling is the best of several tries: what disturbs a try can only make it slower.
     """
     big = device == "cuda"
     tries = 8 if quick else 15
-    source = torch.empty((1 << 30) if big else (64 << 20), dtype=torch.int8, device=device)
-    source.random_(0, 100)
-    target = torch.empty_like(source)
-    copy = partial(target.copy_, source)
-    bandwidth = 2 * source.numel() / min(clock.time(copy, 1) for _ in range(tries))
-    del source, target, copy
+    bandwidth = _copy_rate(device, (1 << 30) if big else (64 << 20), clock, tries)
+    # a few megabytes lie in the L2 of every GPU that there is, a quarter of one in that of a CPU core
+    cached = _copy_rate(device, (8 << 20) if big else (256 << 10), clock, tries, calls=20)
+    one = torch.zeros(1, device=device)
+    launch = min(clock.time(partial(one.add_, 1), 200) for _ in range(tries))
+    processors = torch.cuda.get_device_properties(0).multi_processor_count if big else 1
     matrix = {}
     for name in dtypes:
         matrix[name] = _matrix_rate(device, name, clock, tries)
-    return Ceilings(bandwidth, matrix)
+    return Ceilings(bandwidth, matrix, max(cached, bandwidth), launch, processors)
+
+
+def _copy_rate(device: str, size: int, clock: Clock, tries: int, calls: int = 1) -> float:
+    """Bytes/s, read plus written, of a copy of ``size`` bytes; several ``calls`` find it in the cache."""
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    source.random_(0, 100)
+    target = torch.empty_like(source)
+    copy = partial(target.copy_, source)
+    copy()
+    return 2 * size / min(clock.time(copy, calls) for _ in range(tries))
 
 
 def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastfilm.ops.cost import Ceilings, Convolution
+
 DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -60,16 +62,23 @@ class Layer:
         return f"{self.cin}{arrow}{self.cout} {kernel}{stride} @ {size}"
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured in the same run: bytes/s of a large copy, FLOP/s of a large product by dtype."""
-
-    bandwidth: float
-    matrix: dict[str, float]
-
-    def rate(self, dtype: str) -> float:
-        """FLOP/s of a dtype; the slowest one measured if that dtype was not."""
-        return self.matrix.get(dtype) or min(self.matrix.values())
+def convolution(layer: Layer, batch: int, dtype: str, moments: bool = True) -> Convolution:
+    """The layer as the cost model takes it; ``moments``: a norm of its own statistics stands behind it."""
+    dims = len(layer.size)
+    return Convolution(
+        batch=batch,
+        cin=layer.cin,
+        cout=layer.cout,
+        kernel=(layer.kernel,) * dims,
+        stride=(layer.stride,) * dims,
+        size=layer.size,
+        output=layer.output,
+        itemsize=torch.finfo(DTYPES[dtype]).bits // 8,
+        transposed=layer.transposed,
+        affine=layer.input_grad,  # nothing is pending on the image
+        moments=moments,
+        input_grad=layer.input_grad,
+    )
 
 
 def flops(layer: Layer, batch: int) -> int:

@@ -14,12 +14,7 @@ from pathlib import Path
 
 import torch
 
-# ceilings of an H200 (bytes/s of a copy, dense bf16 FLOP/s) and the share of the matrix ceiling that a
-# generic Triton convolution and the vendor's reach; the ratio of the two shares is the published 0.7
-BANDWIDTH = 4.3e12
-MATRIX_RATE = 790e12
-FUSED_SHARE = 0.35
-VENDOR_SHARE = 0.5
+from .cost import FUSED_SHARE, H200, VENDOR_SHARE
 
 
 def key(
@@ -66,8 +61,9 @@ def prefers_fused(
     read = voxels * math.prod(stride) * channels[0] * size
     written = voxels * channels[1] * size
     flops = 2 * voxels * channels[0] * channels[1] * math.prod(kernel)
-    moved = (read + written) / BANDWIDTH
-    fused = max(flops / (FUSED_SHARE * MATRIX_RATE), moved)
+    bandwidth, rate = H200.bandwidth, H200.matrix["bfloat16"]
+    moved = (read + written) / bandwidth
+    fused = max(flops / (FUSED_SHARE * rate), moved)
     # the affine of the input costs a read and a write, the moments of the output a read
-    composed = max(flops / (VENDOR_SHARE * MATRIX_RATE), moved) + (2 * read + written) / BANDWIDTH
+    composed = max(flops / (VENDOR_SHARE * rate), moved) + (2 * read + written) / bandwidth
     return fused < composed

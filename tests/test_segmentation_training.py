@@ -19,7 +19,6 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
-from safetensors import safe_open
 
 from fastfilm.ops import environment
 from fastfilm.segmentation.cache import cached
@@ -83,8 +82,10 @@ def saved_step(folder: Path) -> int:
     last = folder / "last.safetensors"
     if not last.exists():
         return 0
-    with safe_open(str(last), framework="pt") as file:
-        return int(json.loads(file.metadata()["state"])["progress"]["step"])
+    # the header through one open file: safe_open opens the path twice, and it may be replaced in between
+    with last.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return int(json.loads(header["__metadata__"]["state"])["progress"]["step"])
 
 
 def kill_and_resume(bids: Path, tmp_path: Path, kills: int, sections: dict[str, Any]) -> None:

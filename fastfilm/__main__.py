@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import cli
+from . import __version__, cli
 from .machine import Table, devices, section, versions
 
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fastfilm",
         description="Fused convolution, normalisation, activation and FiLM.",
     )
+    parser.add_argument("--version", action="version", version=f"fastfilm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = subparsers.add_parser(

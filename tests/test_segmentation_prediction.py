@@ -323,12 +323,14 @@ def outputs(out: Path) -> set[str]:
     return {p.name for p in out.iterdir()}
 
 
-def test_metadata_come_from_the_command_the_table_and_the_sidecar(folder, tmp_path) -> None:
+def test_metadata_come_from_the_command_the_table_and_the_sidecar(folder, tmp_path, capsys) -> None:
     source = copied(folder, tmp_path / "in")
     assert run("predict", folder / "model", source, tmp_path / "table") == 0
+    assert "unknown" not in capsys.readouterr().out
     (source / "participants.tsv").unlink()
     (source / "b.json").write_text(json.dumps({"tumor_type": TYPES[1]}))
     assert run("predict", folder / "model", source, tmp_path / "sidecar") == 0
+    assert "tumor_type is unknown in 2 of 3 cases: a, c" in capsys.readouterr().out
     meta = f"tumor_type={TYPES[2]}"
     assert run("predict", folder / "model", source, tmp_path / "meta", "--meta", meta) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,9 @@ import typer
 from fastfilm.segmentation.console import bar, say
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.inference import Options
-from fastfilm.segmentation.inputs import find_inputs, parse_meta
-from fastfilm.segmentation.model_folder import load_model
+from fastfilm.segmentation.inputs import InputCase, find_inputs, parse_meta
+from fastfilm.segmentation.metadata import is_missing
+from fastfilm.segmentation.model_folder import LoadedModel, load_model
 from fastfilm.segmentation.prediction import Outcome, Writing, predict_cases
 from fastfilm.segmentation.preprocessing import AXES
 from fastfilm.segmentation.sources import SUFFIXES
@@ -91,6 +93,7 @@ def command(
         extra = {"swap": {"key": key, "true": {c.id: c.metadata.get(key) for c in cases}}}
     else:
         jobs, extra, listed = [(out, cases)], {}, []
+    _say_unknown(loaded, cases, "" if swap is None else swap.partition("=")[0])
     total = Outcome()
     for folder, these in jobs:
         if single:
@@ -133,6 +136,16 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return name
+
+
+def _say_unknown(model: LoadedModel, cases: Sequence[InputCase], but: str) -> None:
+    """A line for each key that is predicted as unknown: a forgotten table shall not pass for a known value."""
+    for name in model.metadata_keys():
+        key = model.encoder[name]
+        without = [c.id for c in cases if is_missing(c.metadata.get(name), key.missing)]
+        if without and key.unknown and name != but:
+            some = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
+            say(f"{name} is unknown in {len(without)} of {len(cases)} cases: {some}")
 
 
 def _report(total: Outcome, out: Path) -> int:

@@ -81,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _backends() -> Table:
     from fastfilm.ops.backends import describe
+    from fastfilm.ops.tables import describe as choices
 
     rows: Table = []
     for name, reason, covers in describe():
         rows.append((name, "available" if reason is None else f"unavailable: {reason}"))
         rows.append(("", covers))
-    return rows
+    return [*rows, *choices()]
 
 
 def _environment() -> Table:

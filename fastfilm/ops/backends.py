@@ -219,12 +219,28 @@ def traced() -> bool:
     )
 
 
+_watchers: list[list[Request]] = []
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Request]]:
+    """The requests that are made inside the block."""
+    seen: list[Request] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
+
+
 def choose(request: Request) -> str:
     """The plan ``"backend/route"`` for a request, from what is forced, available and supported.
 
     Raises:
         NotImplementedError: the forced backend or route cannot serve the request; says why.
     """
+    for seen in _watchers:
+        seen.append(request)
     if traced():
         if _forced.backend is None:
             return "reference/eager"

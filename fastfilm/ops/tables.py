@@ -143,8 +143,8 @@ def _entry(value: Mapping[str, Any]) -> Entry:
 def write(table: Table, path: Path) -> None:
     """Writes a table, to a neighbour first: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"format": FORMAT, "architecture": table.architecture}
-    head["measured_on"] = dict(table.measured_on)  # type: ignore[assignment]
+    head: dict[str, Any] = {"format": FORMAT, "architecture": table.architecture}
+    head["measured_on"] = dict(table.measured_on)
     lines = ",\n".join(
         f"{json.dumps(str(k))}: {json.dumps({'plan': e.plan, 'tiles': e.tiles, 'seconds': e.seconds})}"
         for k, e in sorted(table.entries.items(), key=lambda item: str(item[0]))

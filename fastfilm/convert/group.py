@@ -213,12 +213,14 @@ class Group:
         )
 
     def _gains_nothing(self, modules: dict[Path, Any], x: Map) -> bool:
-        """Whether PyTorch's own layers are the faster ones: wide float32 convolutions and batch norm on a CPU.
+        """Whether PyTorch's own layers are the faster ones: wide float32 convolutions, batch norm, ReLU on a CPU.
 
-        They are convolved contiguously (``vendor.long_sums``), and PyTorch's batch norm is as fast as ours there:
-        what would be left of the fusion is two copies between the layouts.
+        They are convolved contiguously (``vendor.long_sums``), and PyTorch's batch norm and ReLU are as fast as
+        ours there: what would be left of the fusion is two copies between the layouts.
         """
-        if x.device.type != "cpu" or x.dtype != torch.float32 or None in (self.conv, self.norm):
+        if self.conv is None or self.norm is None or not self.activation.homogeneous:
+            return False
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
         conv, norm = modules[self.conv], modules[self.norm]
         if (
@@ -227,7 +229,7 @@ class Group:
             or isinstance(norm, nn.SyncBatchNorm)
         ):
             return False
-        return vendor.long_sums(x, conv.weight) and not torch.is_autocast_enabled("cpu")
+        return vendor.long_sums(x, conv.weight)  # type: ignore[arg-type]
 
     def _can_mask(self, drop: Any, position: str, order: str, film: bool) -> bool:
         """Whether a dropout in training can be part of the group's coefficients."""

@@ -1,0 +1,220 @@
+// Everything that is specific to the device: threads, barriers, asynchronous copies, matrix instructions, packed
+// conversions, launches. Kernels use these names only; emulation/emulation.h implements the same on the host.
+//
+// A kernel is a struct with `Params`, `kThreads`, `kMinBlocks` and `static FF_DEVICE void run(const Params&)`.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "types.h"
+
+namespace fastfilm::cuda {
+
+// Storage types; only their bits are ever held.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+struct Grid {
+  int x, y, z;
+};
+
+}  // namespace fastfilm::cuda
+
+#ifdef FASTFILM_EMULATED
+#include "../emulation/emulation.h"
+#else
+
+#include <cuda_runtime_api.h>
+
+#define FF_DEVICE __device__ __forceinline__
+#define FF_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace fastfilm::cuda {
+
+FF_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+FF_DEVICE Grid block_index() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
+}
+FF_DEVICE Grid grid_size() {
+  return {static_cast<int>(gridDim.x), static_cast<int>(gridDim.y), static_cast<int>(gridDim.z)};
+}
+
+FF_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+FF_DEVICE void barrier() { __syncthreads(); }
+
+FF_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+// Copies `bytes` (0 or 16) from global to shared memory and zeroes the rest of the 16; visible after `wait_copies`
+// to the thread that issued it and after a barrier to the others.
+FF_DEVICE void copy_async16(void* shared, const void* global, int bytes) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(global), "r"(bytes) : "memory");
+}
+FF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+FF_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+FF_DEVICE void load_matrix4(uint32_t (&r)[4], const void* row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+
+// The same, each matrix transposed: lane i gets what lane i of `load_matrix4` would get of the transposed matrices.
+FF_DEVICE void load_matrix4_transposed(uint32_t (&r)[4], const void* row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+
+// d += a b for a 16x16 (row-major), b 16x8 (column-major), d 16x8 float32.
+FF_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+FF_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+FF_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+FF_DEVICE uint32_t float_to_bits(float f) { return __float_as_uint(f); }
+
+FF_DEVICE float to_float(BFloat16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
+FF_DEVICE float to_float(Float16 v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+  return f;
+}
+FF_DEVICE void from_float(float f, BFloat16& v) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v.bits) : "f"(f)); }
+FF_DEVICE void from_float(float f, Float16& v) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v.bits) : "f"(f)); }
+
+// Both rounded to nearest, `low` in the lower half.
+FF_DEVICE uint32_t pack(float low, float high, BFloat16) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+FF_DEVICE uint32_t pack(float low, float high, Float16) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+struct alignas(16) Word16 {
+  uint32_t w[4];
+};
+FF_DEVICE Word16 load16(const void* at) {
+  const uint4 v = *static_cast<const uint4*>(at);
+  return {{v.x, v.y, v.z, v.w}};
+}
+FF_DEVICE void store16(void* at, const Word16& v) {
+  *static_cast<uint4*>(at) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    entry(const __grid_constant__ typename Kernel::Params params) {
+  Kernel::run(params);
+}
+
+// Null if the launch was accepted, else the runtime's reason.
+template <class Kernel>
+const char* launch(Grid grid, int shared_bytes, Stream stream, const typename Kernel::Params& params) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024) {
+    error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(&entry<Kernel>), dim3(grid.x, grid.y, grid.z),
+                             dim3(Kernel::kThreads), arguments, shared_bytes,
+                             static_cast<cudaStream_t>(stream));
+  }
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // an error that was reported is not to meet the next launch
+  return cudaGetErrorString(error);
+}
+
+// Of the current device; all 0 if there is none.
+inline Device query_device() {
+  Device d;
+  int index = 0;
+  if (cudaGetDevice(&index) == cudaSuccess) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    d.capability = 10 * major + minor;
+  }
+  cudaGetLastError();
+  return d;
+}
+
+}  // namespace fastfilm::cuda
+#endif
+
+namespace fastfilm::cuda {
+
+FF_DEVICE float to_float(float v) { return v; }
+FF_DEVICE void from_float(float f, float& v) { v = f; }
+
+// What 16 bytes hold of a storage type.
+template <class T>
+constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+FF_DEVICE void unpack16(const Word16& word, float (&v)[kLanes<T>]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = to_float(T{static_cast<uint16_t>(word.w[i])});
+    v[2 * i + 1] = to_float(T{static_cast<uint16_t>(word.w[i] >> 16)});
+  }
+}
+template <class T>
+FF_DEVICE Word16 pack16(const float (&v)[kLanes<T>]) {
+  Word16 word;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) word.w[i] = pack(v[2 * i], v[2 * i + 1], T{});
+  return word;
+}
+template <>
+FF_DEVICE void unpack16<float>(const Word16& word, float (&v)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = bits_to_float(word.w[i]);
+}
+template <>
+FF_DEVICE Word16 pack16<float>(const float (&v)[4]) {
+  Word16 word;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) word.w[i] = float_to_bits(v[i]);
+  return word;
+}
+
+// What `launch` returned, with the kernel's name in front; empty if the launch was accepted.
+inline std::string launched(const char* kernel, const char* reason) {
+  return reason ? std::string("the kernel ") + kernel + " failed: " + reason : std::string();
+}
+
+}  // namespace fastfilm::cuda

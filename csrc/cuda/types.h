@@ -1,0 +1,25 @@
+// What the host side of the CUDA kernels shares; no CUDA header is needed to read it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace fastfilm::cuda {
+
+// Codes of the storage types, as in the CPU extension (where 1 is float64).
+enum Storage { kFloat32 = 0, kBFloat16 = 2, kFloat16 = 3 };
+
+enum Activation { kNone, kReLU, kLeakyReLU, kELU, kSiLU, kGELU, kGELUTanh, kActivations };
+
+using Stream = void*;
+
+struct Device {
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // that one block may have
+  int capability = 0;    // 10 * major + minor
+};
+
+// The current device.
+Device device();
+
+}  // namespace fastfilm::cuda

@@ -1,0 +1,371 @@
+#include "../cuda/primitives.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define FF_ASAN 1
+#endif
+
+namespace fastfilm::cuda::emulated {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 * 1024;
+
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  void* fake_stack = nullptr;
+  const uint64_t* watched = nullptr;  // runs again once this counter has left `seen`
+  uint64_t seen = 0;
+  bool done = false;
+  std::vector<Copy> issued;
+  std::deque<std::vector<Copy>> groups;
+  std::string error;
+};
+
+// Lanes leave their operands; the last to arrive computes for all.
+struct Rendezvous {
+  int arrived = 0;
+  uint64_t generation = 0;
+  uint32_t in[kWarp][6];
+  const void* rows[kWarp];
+  uint32_t out[kWarp][4];
+  float sums[kWarp][4];
+};
+
+struct Block {
+  explicit Block(std::vector<Fiber>& pool) : fibers(pool) {}
+
+  std::vector<Fiber>& fibers;
+  Request request;
+  Grid index;
+  std::vector<Rendezvous> warps;
+  std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
+  int at_barrier = 0;
+  uint64_t barrier_generation = 0;
+  int current = 0;
+  ucontext_t scheduler;
+  void* scheduler_fake = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_size = 0;
+};
+
+Block* block = nullptr;
+uint64_t seed = 0;
+std::string reason;
+
+struct Stop : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+void to_scheduler(bool last) {
+  Fiber& f = block->fibers[block->current];
+#ifdef FF_ASAN
+  __sanitizer_start_switch_fiber(last ? nullptr : &f.fake_stack, block->scheduler_stack, block->scheduler_size);
+#endif
+  (void)last;
+  swapcontext(&f.context, &block->scheduler);
+#ifdef FF_ASAN
+  __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void wait_for(const uint64_t* counter, uint64_t seen) {
+  Fiber& f = block->fibers[block->current];
+  f.watched = counter;
+  f.seen = seen;
+  to_scheduler(false);
+}
+
+void fiber_main() {
+#ifdef FF_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_size);
+#endif
+  {
+    Fiber& f = block->fibers[block->current];
+    try {
+      block->request.body(block->request.params);
+      if (!f.groups.empty() || !f.issued.empty()) f.error = "an asynchronous copy was never waited for";
+    } catch (const Stop& stop) {
+      f.error = stop.what();
+    }
+    f.done = true;
+  }
+  to_scheduler(true);
+}
+
+void resume(int i) {
+  block->current = i;
+  Fiber& f = block->fibers[i];
+  f.watched = nullptr;
+#ifdef FF_ASAN
+  __sanitizer_start_switch_fiber(&block->scheduler_fake, f.stack.get(), kStack);
+#endif
+  swapcontext(&block->scheduler, &f.context);
+#ifdef FF_ASAN
+  __sanitizer_finish_switch_fiber(block->scheduler_fake, nullptr, nullptr);
+#endif
+  if (f.done && !f.error.empty()) throw Stop(f.error);
+}
+
+void run_block(std::mt19937_64& random) {
+  const int count = block->request.threads;
+  for (int i = 0; i < count; ++i) {
+    Fiber& f = block->fibers[i];
+    f.done = false;
+    f.watched = nullptr;
+    f.issued.clear();
+    f.groups.clear();
+    f.error.clear();
+    f.fake_stack = nullptr;
+#ifdef FF_ASAN
+    // a block before left its frames on this stack without returning from them
+    ASAN_UNPOISON_MEMORY_REGION(f.stack.get(), kStack);
+#endif
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, fiber_main, 0);
+  }
+  // 0xff makes a NaN of every floating point type
+  if (block->shared) std::memset(block->shared.get(), 0xff, block->request.shared_bytes);
+  for (Rendezvous& w : block->warps) w.arrived = 0;
+  block->at_barrier = 0;
+  std::vector<int> order(count);
+  for (int i = 0; i < count; ++i) order[i] = i;
+  for (int left = count; left > 0;) {
+    bool moved = false;
+    if (seed) std::shuffle(order.begin(), order.end(), random);
+    for (int i : order) {
+      Fiber& f = block->fibers[i];
+      if (f.done || (f.watched && *f.watched == f.seen)) continue;
+      moved = true;
+      resume(i);
+      left -= f.done;
+    }
+    if (!moved) throw Stop("deadlock: a barrier or a warp collective that not every thread reaches");
+  }
+}
+
+Rendezvous& warp() { return block->warps[block->current / kWarp]; }
+
+// True for the lane that arrived last; the others come back when `leave` was called.
+template <class Compute>
+void meet(Compute compute) {
+  Rendezvous& w = warp();
+  const uint64_t generation = w.generation;
+  if (++w.arrived == kWarp) {
+    compute(w);
+    w.arrived = 0;
+    ++w.generation;
+  } else {
+    wait_for(&w.generation, generation);
+  }
+}
+
+}  // namespace
+
+void fail(const char* why) { throw Stop(why); }
+
+const char* run(const Request& request) {
+  if (request.threads % kWarp) return "the number of threads is not a multiple of 32";
+  static std::vector<Fiber> pool;
+  if (static_cast<int>(pool.size()) < request.threads) pool = std::vector<Fiber>(request.threads);
+  Block b(pool);
+  b.request = request;
+  b.warps.resize(request.threads / kWarp);
+  // of its exact size, so that a sanitizer sees what lies behind
+  void* shared = nullptr;
+  if (request.shared_bytes && posix_memalign(&shared, 1024, request.shared_bytes)) return "out of memory";
+  b.shared.reset(static_cast<unsigned char*>(shared));
+  block = &b;
+  std::mt19937_64 random(seed);
+  const char* result = nullptr;
+  try {
+    for (b.index.z = 0; b.index.z < request.grid.z; ++b.index.z)
+      for (b.index.y = 0; b.index.y < request.grid.y; ++b.index.y)
+        for (b.index.x = 0; b.index.x < request.grid.x; ++b.index.x) run_block(random);
+  } catch (const Stop& stop) {
+    reason = stop.what();
+    result = reason.c_str();
+  }
+  block = nullptr;
+  return result;
+}
+
+void set_seed(uint64_t value) { seed = value; }
+int thread_index() { return block->current; }
+Grid block_index() { return block->index; }
+Grid grid_size() { return block->request.grid; }
+unsigned char* shared_memory() { return block->shared.get(); }
+
+void barrier() {
+  const uint64_t generation = block->barrier_generation;
+  if (++block->at_barrier == block->request.threads) {
+    block->at_barrier = 0;
+    ++block->barrier_generation;
+  } else {
+    wait_for(&block->barrier_generation, generation);
+  }
+}
+
+float shuffle_xor(float value, int mask) {
+  const int lane = block->current % kWarp;
+  Rendezvous& w = warp();
+  std::memcpy(&w.in[lane][0], &value, 4);
+  meet([](Rendezvous& all) {
+    for (int i = 0; i < kWarp; ++i) all.out[i][0] = all.in[i][0];
+  });
+  float other;
+  std::memcpy(&other, &w.out[lane ^ mask][0], 4);
+  return other;
+}
+
+void copy_async16(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
+    fail("copy_async16: misaligned address");
+  }
+  std::memset(shared, 0xff, 16);
+  block->fibers[block->current].issued.push_back({shared, global, bytes});
+}
+
+void commit_copies() {
+  Fiber& f = block->fibers[block->current];
+  f.groups.push_back(std::move(f.issued));
+  f.issued.clear();
+}
+
+void wait_copies(int pending) {
+  Fiber& f = block->fibers[block->current];
+  while (static_cast<int>(f.groups.size()) > pending) {
+    for (const Copy& c : f.groups.front()) {
+      std::memset(c.shared, 0, 16);
+      if (c.bytes) std::memcpy(c.shared, c.global, c.bytes);
+    }
+    f.groups.pop_front();
+  }
+}
+
+namespace {
+
+template <class Compute>
+void load_matrices(uint32_t (&r)[4], const void* row, Compute compute) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrix4: misaligned address");
+  const int lane = block->current % kWarp;
+  Rendezvous& w = warp();
+  w.rows[lane] = row;
+  meet(compute);
+  for (int m = 0; m < 4; ++m) r[m] = w.out[lane][m];
+}
+
+}  // namespace
+
+void load_matrix4(uint32_t (&r)[4], const void* row) {
+  load_matrices(r, row, [](Rendezvous& all) {
+    for (int i = 0; i < kWarp; ++i)
+      for (int m = 0; m < 4; ++m)
+        std::memcpy(&all.out[i][m], static_cast<const char*>(all.rows[8 * m + i / 4]) + 4 * (i % 4), 4);
+  });
+}
+
+void load_matrix4_transposed(uint32_t (&r)[4], const void* row) {
+  load_matrices(r, row, [](Rendezvous& all) {
+    for (int i = 0; i < kWarp; ++i)
+      for (int m = 0; m < 4; ++m) {
+        uint16_t pair[2];
+        for (int h = 0; h < 2; ++h)
+          std::memcpy(&pair[h], static_cast<const char*>(all.rows[8 * m + i % 4 * 2 + h]) + 2 * (i / 4), 2);
+        all.out[i][m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+      }
+  });
+}
+
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t)) {
+  const int lane = block->current % kWarp;
+  Rendezvous& w = warp();
+  for (int i = 0; i < 4; ++i) w.in[lane][i] = a[i];
+  w.in[lane][4] = b0;
+  w.in[lane][5] = b1;
+  meet([widen](Rendezvous& all) {
+    float a16[16][16], b16[16][8];
+    for (int i = 0; i < kWarp; ++i) {
+      for (int r = 0; r < 6; ++r) {
+        for (int h = 0; h < 2; ++h) {
+          const float v = widen(static_cast<uint16_t>(all.in[i][r] >> 16 * h));
+          const int k = i % 4 * 2 + h;
+          if (r < 4) {
+            a16[i / 4 + r % 2 * 8][k + r / 2 * 8] = v;
+          } else {
+            b16[k + (r - 4) * 8][i / 4] = v;
+          }
+        }
+      }
+    }
+    for (int i = 0; i < kWarp; ++i) {
+      for (int e = 0; e < 4; ++e) {
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += a16[i / 4 + e / 2 * 8][k] * b16[k][i % 4 * 2 + e % 2];
+        all.sums[i][e] = sum;
+      }
+    }
+  });
+  for (int e = 0; e < 4; ++e) d[e] += w.sums[lane][e];
+}
+
+float widen_bfloat16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float f;
+  std::memcpy(&f, &wide, 4);
+  return f;
+}
+
+float widen_float16(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float f = exponent == 31  ? (fraction ? std::nanf("") : INFINITY)
+            : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                            : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return bits >> 15 ? -f : f;
+}
+
+uint16_t narrow_bfloat16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (std::isnan(f)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t narrow_float16(float f) {
+  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+  if (std::isnan(f)) return 0x7fff;
+  f = std::fabs(f);
+  if (f == 0) return sign;
+  if (f >= 65520.0f) return sign | 0x7c00;
+  int exponent;
+  std::frexp(f, &exponent);
+  const int step = std::max(exponent - 11, -24);
+  // nearbyint rounds half to even; a carry runs into the exponent as it should
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(f, -step)));
+  const int biased = step + 24;
+  return sign | static_cast<uint16_t>(units + (biased << 10));
+}
+
+}  // namespace fastfilm::cuda::emulated

@@ -1,0 +1,124 @@
+// cuda/primitives.h on the host: a block's threads are fibers that switch at barriers and warp collectives.
+//
+// Chosen so that mistakes show: shared memory starts as NaN; the target of an asynchronous copy is NaN until its
+// wait; which thread runs next may be drawn from a seed; an unmet barrier and a misaligned access are errors.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define FF_DEVICE inline
+#define FF_HOST_DEVICE inline
+
+namespace fastfilm::cuda {
+
+namespace emulated {
+
+using Body = void (*)(const void*);
+
+struct Request {
+  Grid grid;
+  int threads, shared_bytes;
+  Body body;
+  const void* params;
+};
+
+// Runs all blocks; null, or what was wrong.
+const char* run(const Request& request);
+
+// 0: threads run in order; else their order is drawn anew at every switch.
+void set_seed(uint64_t seed);
+
+void fail(const char* reason);
+
+int thread_index();
+Grid block_index();
+Grid grid_size();
+unsigned char* shared_memory();
+void barrier();
+float shuffle_xor(float value, int mask);
+void copy_async16(void* shared, const void* global, int bytes);
+void commit_copies();
+void wait_copies(int pending);
+void load_matrix4(uint32_t (&r)[4], const void* row);
+void load_matrix4_transposed(uint32_t (&r)[4], const void* row);
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t));
+
+float widen_bfloat16(uint16_t bits);
+float widen_float16(uint16_t bits);
+uint16_t narrow_bfloat16(float f);
+uint16_t narrow_float16(float f);
+
+}  // namespace emulated
+
+using emulated::barrier;
+using emulated::block_index;
+using emulated::commit_copies;
+using emulated::copy_async16;
+using emulated::grid_size;
+using emulated::load_matrix4;
+using emulated::load_matrix4_transposed;
+using emulated::shared_memory;
+using emulated::shuffle_xor;
+using emulated::thread_index;
+
+template <int kPending>
+inline void wait_copies() {
+  emulated::wait_copies(kPending);
+}
+
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
+  emulated::multiply_add(d, a, b0, b1, emulated::widen_bfloat16);
+}
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
+  emulated::multiply_add(d, a, b0, b1, emulated::widen_float16);
+}
+
+inline float bits_to_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float to_float(BFloat16 v) { return emulated::widen_bfloat16(v.bits); }
+inline float to_float(Float16 v) { return emulated::widen_float16(v.bits); }
+inline void from_float(float f, BFloat16& v) { v.bits = emulated::narrow_bfloat16(f); }
+inline void from_float(float f, Float16& v) { v.bits = emulated::narrow_float16(f); }
+
+template <class T>
+uint32_t pack(float low, float high, T) {
+  T a, b;
+  from_float(low, a);
+  from_float(high, b);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+}
+
+struct alignas(16) Word16 {
+  uint32_t w[4];
+};
+inline Word16 load16(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) emulated::fail("load16: misaligned address");
+  Word16 v;
+  std::memcpy(&v, at, 16);
+  return v;
+}
+inline void store16(void* at, const Word16& v) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) emulated::fail("store16: misaligned address");
+  std::memcpy(at, &v, 16);
+}
+
+template <class Kernel>
+const char* launch(Grid grid, int shared_bytes, Stream, const typename Kernel::Params& params) {
+  const emulated::Body body = [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); };
+  return emulated::run({grid, Kernel::kThreads, shared_bytes, body, &params});
+}
+
+inline Device query_device() { return {2, 163 * 1024, 80}; }
+
+}  // namespace fastfilm::cuda

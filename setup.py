@@ -122,7 +122,7 @@ setup(
     # kernels/ is installed as fastfilm.kernels and must never be importable by its own name
     packages=[*find_packages(include=["fastfilm", "fastfilm.*"]), "fastfilm.kernels"],
     package_dir={"fastfilm": "fastfilm", "fastfilm.kernels": "kernels"},
-    package_data={"fastfilm": ["py.typed", "*.pyi"], "fastfilm.ops": ["tuned.json"]},
+    package_data={"fastfilm": ["py.typed", "*.pyi"], "fastfilm.ops": ["tuned/*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
 )

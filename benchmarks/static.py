@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Shared memory of one block, bytes (CUDA C++ Programming Guide, technical specifications)."""
-
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+from fastfilm.tuning.binary import MATRIX_INSTRUCTION, SHARED_LIMIT, read_binary
 
 RELU = 1  # fastfilm.kernels.common.ACT_CODES["relu"]; Triton is imported only where it is used
 
@@ -280,30 +273,6 @@ def compile_one(build: Build) -> dict[str, Any]:
     if build.matrix and matrix == 0:
         faults.append(f"no {MATRIX_INSTRUCTION[build.arch]}")
     return row | {"status": "FAILED: " + ", ".join(faults) if faults else "ok"}
-
-
-def read_binary(cubin: bytes, arch: int) -> tuple[int, int, int]:
-    """Registers, stack bytes and matrix instructions of a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        raise RuntimeError(f"Triton's package has no {tool.name}; the static suite needs it")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run([str(tool), "-res-usage", file.name])
-        sass = _run([str(tool), "-sass", file.name])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
-    name = MATRIX_INSTRUCTION[arch]
-    return int(found[1]), int(found[2]), len(re.findall(rf"\b{name}\b", sass))
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 def run_static(

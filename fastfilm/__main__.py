@@ -46,9 +46,23 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few cases only")
 
 
+def tune(arguments: argparse.Namespace) -> int:
+    """Measures what is fastest for a network's convolutions on this machine's GPU; 1 without one."""
+    from .tuning.command import run
+
+    return run(arguments)
+
+
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    from .tuning.arguments import add
+
+    add(parser)
+
+
 COMMANDS = (
     Command("info", "versions, devices, and each backend or why it is unavailable", info),
     Command("check", "every backend on this machine against float64", check, _check_arguments),
+    Command("tune", "the fastest tiles for a network on this machine's GPU", tune, _tune_arguments),
 )
 
 
@@ -81,12 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _backends() -> Table:
     from fastfilm.ops.backends import describe
+    from fastfilm.ops.tables import describe as choices
 
     rows: Table = []
     for name, reason, covers in describe():
         rows.append((name, "available" if reason is None else f"unavailable: {reason}"))
         rows.append(("", covers))
-    return rows
+    return [*rows, *choices()]
 
 
 def _environment() -> Table:

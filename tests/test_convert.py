@@ -437,3 +437,20 @@ def test_functional_calls_and_per_sample_gradients_work() -> None:
         grads = {n: p.grad for n, p in model.named_parameters()}
         for name, grad in grads.items():
             torch.testing.assert_close(each[name][i], grad, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_wide_batch_norm_layers_on_a_cpu_are_pytorchs_own(norm: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), norm(128), nn.ReLU())
+    fused = fastfilm.convert(model, copy=True, verbose=False)
+    x = torch.randn(2, 128, 16, 16, requires_grad=True)
+    for training in (True, False):
+        y = fused.train(training)(x)
+        own = norm is nn.BatchNorm2d
+        assert (type(y.grad_fn).__name__ == "ReluBackward0") == own
+        if own:
+            assert torch.equal(y, model.train(training)(x))
+    # with FiLM behind it the group is one pass again
+    fastfilm.condition(fused, metadata_size=2, where="all")
+    assert type(fused(x, torch.randn(2, 2)).grad_fn).__name__ != "ReluBackward0"

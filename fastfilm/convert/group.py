@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfilm.ops import DeferredMap, block, distributed, spec
+from fastfilm.ops import DeferredMap, block, distributed, spec, vendor
 from fastfilm.ops.maps import Joined, Map, plain
 from fastfilm.ops.recipe import Options
 from fastfilm.ops.remembered import Remembered
@@ -110,6 +111,8 @@ class Group:
         if self.bare and isinstance(x, Tensor) and gamma is None:
             found: Tensor = modules[self.name](x)
             return found
+        if gamma is None and self._gains_nothing(modules, x):
+            return self._one_by_one(modules, plain(x).contiguous(), order, None, None)
         if self.activation_first:
             order = ACT_NORM_FILM
         mask, position = None, "end"
@@ -208,6 +211,25 @@ class Group:
             kept,
             process_group,
         )
+
+    def _gains_nothing(self, modules: dict[Path, Any], x: Map) -> bool:
+        """Whether PyTorch's own layers are the faster ones: wide float32 convolutions, batch norm, ReLU on a CPU.
+
+        They are convolved contiguously (``vendor.long_sums``), and PyTorch's batch norm and ReLU are as fast as
+        ours there: what would be left of the fusion is two copies between the layouts.
+        """
+        if self.conv is None or self.norm is None or not self.activation.homogeneous:
+            return False
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        conv, norm = modules[self.conv], modules[self.norm]
+        if (
+            conv.transposed
+            or not isinstance(norm, _BatchNorm)
+            or isinstance(norm, nn.SyncBatchNorm)
+        ):
+            return False
+        return vendor.long_sums(x, conv.weight)  # type: ignore[arg-type]
 
     def _can_mask(self, drop: Any, position: str, order: str, film: bool) -> bool:
         """Whether a dropout in training can be part of the group's coefficients."""

@@ -219,12 +219,28 @@ def traced() -> bool:
     )
 
 
+_watchers: list[list[Request]] = []
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Request]]:
+    """The requests that are made inside the block."""
+    seen: list[Request] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
+
+
 def choose(request: Request) -> str:
     """The plan ``"backend/route"`` for a request, from what is forced, available and supported.
 
     Raises:
         NotImplementedError: the forced backend or route cannot serve the request; says why.
     """
+    for seen in _watchers:
+        seen.append(request)
     if traced():
         if _forced.backend is None:
             return "reference/eager"
@@ -241,8 +257,40 @@ def automatic(device: str) -> str:
     return "triton" if device == "cuda" else "cpu"
 
 
+def _shape(request: Request) -> tuple[Any, ...]:
+    r = request
+    return r.dtype, r.batch, r.channels, r.kernel, r.stride, r.output
+
+
+def why_not_plan(plan: str, request: Request) -> str | None:
+    """Why "backend/route" cannot serve ``request``; None if it can."""
+    name, route = plan.split("/")
+    b = BACKENDS.get(name)
+    if b is None:
+        return f"there is no backend {name!r}"
+    reason = why_not_backend(b, request)
+    if reason is not None or route == "composed":
+        return reason
+    return why_not_fused(b, request) if route == "fused" else f"there is no route {route!r}"
+
+
+def measured(request: Request, name: str | None) -> str | None:
+    """The plan that was measured to be the fastest, if this request and the backend asked for allow it."""
+    irregular = len(set(request.kernel)) > 1 or len(set(request.stride)) > 1
+    irregular |= request.transposed or request.groups != 1 or set(request.dilation) != {1}
+    if request.device != "cuda" or irregular:
+        return None
+    entry = routing.measured(*_shape(request))
+    if entry is None or name not in (None, entry.plan.partition("/")[0]):
+        return None
+    return None if why_not_plan(entry.plan, request) else entry.plan
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(request: Request, name: str | None, route: str | None, interpreted: bool) -> str:
+    plan = None if route is not None else measured(request, name)
+    if plan is not None:
+        return plan
     if name is None:
         # the interpreter is for tests: on CPU tensors it is used only where it is asked for by name
         name = automatic(request.device)
@@ -261,14 +309,7 @@ def _choose(request: Request, name: str | None, route: str | None, interpreted: 
     fused_reason = why_not_fused(b, request)
     if route is None:
         route = "composed"
-        if fused_reason is None and routing.prefers_fused(
-            request.dtype,
-            request.batch,
-            request.channels,
-            request.kernel,
-            request.stride,
-            request.output,
-        ):
+        if fused_reason is None and routing.prefers_fused(*_shape(request)):
             route = "fused"
     elif route == "fused" and fused_reason is not None:
         raise NotImplementedError(

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import backends, conv, environment, reference, spec
 from .higher import after_moments, pull
 from .tail import Kind, Tail
+from .tiles import TILED
 
 Key = tuple[object, ...]
 
@@ -74,6 +75,7 @@ def _part(argument: str, value: Any) -> object:
 def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
     """The kernels' launcher of the name of ``plain``, which takes over where that fails."""
     name = plain.__name__.removeprefix("_")
+    tiled = TILED.get(name)
     signature = inspect.signature(plain)
 
     def key(*args: Any, **options: Any) -> Key:
@@ -82,7 +84,8 @@ def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **options: Any) -> Any:
         if not failures or key(*args, **options) not in failures:
             try:
-                return getattr(importlib.import_module(_KERNELS), name)(*args, **options)
+                launcher = getattr(importlib.import_module(_KERNELS), name)
+                return launcher(*args, **options, **(tiled(*args) if tiled else {}))
             except Exception as error:
                 if STRICT or backends.forced()[:2] != (None, None) or not recoverable(error):
                     raise

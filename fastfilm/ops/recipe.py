@@ -6,8 +6,9 @@ finds its recipe by one dictionary lookup.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -79,6 +80,18 @@ def keep(key: Any, recipe: Recipe) -> None:
     except TypeError:
         # a list among the options: nothing to remember it by
         return
+
+
+@contextlib.contextmanager
+def unremembered() -> Iterator[None]:
+    """No recipe from before is found inside the block; those that are made there are forgotten behind it."""
+    before = dict(_recipes)
+    _recipes.clear()
+    try:
+        yield
+    finally:
+        _recipes.clear()
+        _recipes.update(before)
 
 
 def of_convolution(

@@ -1,45 +1,32 @@
-"""Fused or composed? A per-shape choice from a shipped table, and an analytic estimate for the rest.
+"""Fused or composed, by which backend, with which tiles? Measured choices, and an estimate for the rest.
 
-The table ``tuned.json`` beside this file maps a bucketed shape key to a route. It is filled by
-measurement on a GPU; a key that is not in it is decided by the estimate below.
+What was measured stands in tables (``tables.py``); a shape whose bucket is in none is decided by the estimate
+below, its tiles by the kernels' own ``pick``.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from . import tables
 from .cost import FUSED_SHARE, H200, VENDOR_SHARE
 
 
-def key(
+def measured(
     dtype: torch.dtype,
     batch: int,
     channels: tuple[int, int],
     kernel: Sequence[int],
     stride: Sequence[int],
     output: Sequence[int],
-) -> str:
-    """Bucketed key of a convolution: channels and voxels are rounded up to powers of two."""
-    voxels = batch * math.prod(output)
-    bucket = [1 << max(v - 1, 0).bit_length() for v in (*channels, voxels)]
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"{name}-{len(kernel)}d-k{kernel[0]}s{stride[0]}-ci{bucket[0]}-co{bucket[1]}-v{bucket[2]}"
-    )
-
-
-@functools.cache
-def table() -> dict[str, str]:
-    """The shipped table of measured choices, key -> route."""
-    path = Path(__file__).with_name("tuned.json")
-    entries = json.loads(path.read_text())["routes"]
-    return {str(k): str(v) for k, v in entries.items()}
+) -> tables.Entry | None:
+    """What was the fastest on this machine's kind of GPU; None where nothing was measured."""
+    if not output:
+        return None
+    return tables.find(tables.key(dtype, batch, channels, kernel, stride, output))
 
 
 def prefers_fused(
@@ -53,9 +40,6 @@ def prefers_fused(
     """Whether the fused route is expected to be faster on a GPU."""
     if not output:
         return False
-    measured = table().get(key(dtype, batch, channels, kernel, stride, output))
-    if measured is not None:
-        return measured == "fused"
     size = torch.finfo(dtype).bits // 8
     voxels = batch * math.prod(output)
     read = voxels * math.prod(stride) * channels[0] * size

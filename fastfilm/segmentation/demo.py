@@ -60,7 +60,7 @@ def configuration(quick: bool) -> dict[str, Any]:
         "augmentation": {"flip": ["sagittal"]},
         "splits": {"folds": 3, "stratify": ["tumor_type"]},
         "training": {
-            "epochs": 1 if quick else 10,
+            "epochs": 1 if quick else 24,
             "steps_per_epoch": 2 if quick else 50,
             "batch_size": 16,
             "learning_rate": 3e-3,

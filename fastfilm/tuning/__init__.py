@@ -1,0 +1,6 @@
+"""Finds the fastest backend, route and tiles for a network's convolutions on a GPU: ``fastfilm tune``."""
+
+from .search import Search, tune
+from .shapes import Shape, of_model
+
+__all__ = ["Search", "Shape", "of_model", "tune"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,15 @@ from .volume import InputError, load
 SUITES = ("model", "memory", "ops", "static")
 """What ``--suite all`` runs, in this order."""
 
-ALONE = ("peers", "host", "coverage")
+ALONE = ("peers", "host", "coverage", "converted", "scaling", "ceilings", "profile", "campaign")
+COMPILE: dict[str, tuple[str, ...] | None] = {
+    "all": None,
+    "none": (),
+    "default": ("compile", "compile-contiguous"),
+    "max-autotune": ("compile-max-autotune",),
+}
+"""``--compile`` -> the providers that it leaves in."""
+
 DEFAULT_SECONDS = 120.0
 MODEL_SHARE = 0.6
 """Most of a bounded run's time that the model suite may take, so that others are reached."""
@@ -82,6 +91,18 @@ def parser() -> Parser:
     p.add_argument("--json", metavar="OUT", default="fastfilm-benchmark.json")
     p.add_argument("--plot", metavar="OUT.png", default="fastfilm-benchmark.png")
     p.add_argument("--minutes", type=_minutes, help="start no new row after this time")
+    p.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="all",
+        help="which forms of torch.compile to measure (default: all)",
+    )
+    p.add_argument("--out", metavar="DIR", help="campaign: folder of its results, new or begun")
+    p.add_argument("--again", action="append", metavar="STEP", help="campaign: not what is there")
+    p.add_argument(
+        "--explained", metavar="FILE", help="profile: rows of --explain to take the slowest from"
+    )
+    p.add_argument("--one", metavar="N:M", help=argparse.SUPPRESS)  # what profile runs under ncu
     return p
 
 
@@ -94,7 +115,9 @@ def choose_dtypes(
     if device == "cpu":
         return ["float32"] if quick and suite == "peers" else ["float32", "bfloat16"]
     return (
-        ["bfloat16", "float16", "tf32", "float32"] if suite == "peers" else ["bfloat16", "float32"]
+        ["bfloat16", "float16", "tf32", "float32"]
+        if suite in ("peers", "ceilings")
+        else ["bfloat16", "float32"]
     )
 
 
@@ -108,6 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no CUDA device")
     suite = args.suite or "all"
+    if suite == "campaign":
+        if args.out is None:
+            p.error("--suite campaign: needs --out DIR")
+        from .campaign import runner
+
+        return runner.main(Path(args.out), device, 60 * (args.minutes or 9.0), args.again or [])
     if args.explain and suite not in ("model", "all"):
         p.error(f"--explain goes with --suite model, got --suite {suite}")
     dtypes = choose_dtypes(args.dtype, device, suite, args.quick)
@@ -142,11 +171,13 @@ def run(args: argparse.Namespace, device: str, suite: str, dtypes: list[str]) ->
         elif name == "static":
             session.record.failed |= static(session, quick=args.quick or args.suite is None)
         else:
-            from .suites import coverage, explain, host, memory, model, ops, peers
+            from .suites import explain, profile
 
-            suites = {"model": model, "memory": memory, "ops": ops, "peers": peers, "host": host}
-            suites["coverage"] = coverage
-            suites[name].run(session)
+            if args.one is not None:
+                profile.one(session, args.one)
+                return 0
+            if name != "ceilings":  # they stand in the header of every run
+                importlib.import_module(f"benchmarks.suites.{name}").run(session)
             if args.explain and name == "model":
                 explain.run(session)
     record = session.record
@@ -174,7 +205,7 @@ def prepare(
     about: dict[str, Any] = machine.describe(device)
     suite = args.suite or "all"
     ceilings = machine.Ceilings(1.0, {d: 1.0 for d in dtypes})
-    if suite not in ("memory", "static"):
+    if suite not in ("memory", "static") and args.one is None:
         ceilings = machine.ceilings(device, dtypes, clock, args.quick)
         about["copy_gbps"] = ceilings.bandwidth / 1e9
         about["matrix_tflops"] = {k: v / 1e12 for k, v in ceilings.matrix.items()}
@@ -190,6 +221,8 @@ def prepare(
         clock=clock,
         ceilings=ceilings,
         volume=args.volume,
+        compile_kinds=COMPILE[args.compile],
+        explained=args.explained,
         compile_seconds=120.0 if device == "cuda" else 30.0 if args.suite else 15.0,
     )
 

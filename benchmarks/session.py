@@ -56,6 +56,8 @@ class Session:
         compile_seconds: bound of one compilation.
         slow_to_compile: compiled providers that ran into that bound on a whole network.
         baseline: providers of which the fastest is the one that ratios refer to.
+        compile_kinds: compiled providers to measure; None: all.
+        explained: file of an earlier run with ``--explain``, for the choice of layers to profile.
     """
 
     device: str
@@ -69,9 +71,16 @@ class Session:
     volume: str | None = None
     compile_seconds: float = 60.0
     baseline: tuple[str, ...] = EAGER
+    compile_kinds: tuple[str, ...] | None = None
+    explained: str | None = None
     verbose: bool = True
     slow_to_compile: set[str] = field(default_factory=set)
     told: set[tuple[str, str, str]] = field(default_factory=set)
+
+    def why_not(self, provider: str) -> str | None:
+        """Why a compiled provider is left out of this run; None if it is not."""
+        kinds = self.compile_kinds
+        return None if kinds is None or provider in kinds else "left out of this run"
 
     def say(self, text: str) -> None:
         """Progress, on stderr: stdout is for the table."""

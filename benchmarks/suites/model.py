@@ -56,7 +56,7 @@ def initialise(model: nn.Module) -> None:
 def run(session: Session) -> None:
     """Measures every network in every dtype and mode."""
     if session.volume is None:
-        voxels, source = volume.phantom(), "phantom"
+        voxels, source = volume.phantom(), volume.phantoms_source()
     else:
         voxels, source = volume.load(session.volume), "volume"
     for network in networks(session):
@@ -113,6 +113,9 @@ def _case(
     usable, missing = providers.backends(session.device)
     skipped += [(f"fastfilm-{name}", reason) for name, reason in missing]
     ours = twin(model).to(session.device)
+    if session.device == "cuda":
+        # the automatic choice, which may mix backends and routes
+        candidates["fastfilm"] = step(ours, *batch, layout="channels-last").provider(names)
     for name in usable:
         scope = partial(fastfilm.backend, name)
         candidates[f"fastfilm-{name}"] = step(
@@ -149,6 +152,7 @@ def compile_into(
     skipped = []
     for name, kind in providers.compile_modes(session.device).items():
         reason = providers.why_not_compile(session.device, session.quick)
+        reason = reason or session.why_not(name)
         if name in session.slow_to_compile:
             reason = "not tried again: an earlier case took too long to compile"
         if reason is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastfilm
+from fastfilm.ops import reference, spec
 
 from .. import blocks, providers
 from ..blocks import Block, Tensors
@@ -40,9 +41,36 @@ def cases(session: Session) -> list[Block]:
     ]
 
 
+def apply_pass(session: Session, dtype: str) -> None:
+    """The pass that writes a pending map: its bandwidth beside a copy's."""
+    shape = (16, 64, 320, 256) if session.device == "cuda" else (2, 64, 96, 96)
+    y = torch.randn(shape, device=session.device).to(DTYPES[dtype])
+    y = providers.channels_last(y)
+    coef = torch.rand(spec.COEF_ROWS, *shape[:2], device=session.device)
+    case = Case("ops", f"apply {'×'.join(map(str, shape))}", "forward", dtype)
+    with torch.no_grad():
+        # two ways to the same number: the definition where it is checked, the kernel where it is timed
+        candidates = {
+            "eager-channels-last": Provider(lambda: [reference.materialise(y, coef, "relu")]),
+            "fastfilm": Provider(lambda: [fastfilm.materialise(y, coef, "relu")]),
+        }
+        exact = coef.double()
+        session.measure(
+            case, candidates, lambda: [reference.materialise(y.double(), exact, "relu")]
+        )
+    moved = 2 * y.numel() * y.element_size()
+    for row in session.record.rows[-2:]:
+        if row.case == case.case and row.median_s:
+            row.gbps = moved / row.median_s / 1e9
+            row.extra["fraction_of_copy"] = moved / row.median_s / session.ceilings.bandwidth
+
+
 def run(session: Session) -> None:
     """Measures every block, forward and forward with backward, in every dtype."""
     usable, missing = providers.backends(session.device)
+    for dtype in session.dtypes:
+        if not session.budget.spent():
+            apply_pass(session, dtype)
     for dtype in session.dtypes:
         for block in cases(session):
             for mode in ("forward", "forward+backward"):
@@ -79,6 +107,7 @@ def _case(
     skipped = [(f"fastfilm-{name}", reason) for name, reason in missing]
     for name, kind in providers.compile_modes(session.device).items():
         reason = providers.why_not_compile(session.device, session.quick)
+        reason = reason or session.why_not(name)
         if reason is None:
             seconds = min(session.compile_seconds, session.budget.left())
             # compiled in the mode it is timed in: a training graph is another program
@@ -88,6 +117,8 @@ def _case(
                 candidates[name] = provider(function, last, mode)  # type: ignore[arg-type]
                 continue
         skipped.append((name, reason))
+    if session.device == "cuda":
+        candidates["fastfilm"] = provider(partial(blocks.fused, block), last, mode)
     for name in usable:
         candidates[f"fastfilm-{name}"] = provider(_forced(block, name), last, mode)
 

@@ -1,0 +1,1 @@
+"""One command that builds, checks, tunes, measures and reports within a time budget: ``--suite campaign``."""

@@ -102,6 +102,9 @@ def parser() -> Parser:
     p.add_argument(
         "--explained", metavar="FILE", help="profile: rows of --explain to take the slowest from"
     )
+    p.add_argument(
+        "--ceilings", metavar="FILE", help="rows of a run on this machine: take its ceilings"
+    )
     p.add_argument("--one", metavar="N:M", help=argparse.SUPPRESS)  # what profile runs under ncu
     return p
 
@@ -206,11 +209,9 @@ def prepare(
     suite = args.suite or "all"
     ceilings = machine.Ceilings(1.0, {d: 1.0 for d in dtypes})
     if suite not in ("memory", "static") and args.one is None:
-        ceilings = machine.ceilings(device, dtypes, clock, args.quick)
-        about["copy_gbps"] = ceilings.bandwidth / 1e9
-        about["matrix_tflops"] = {k: v / 1e12 for k, v in ceilings.matrix.items()}
-        about["l2_gbps"] = (ceilings.l2 or 0.0) / 1e9
-        about["launch_us"] = ceilings.launch * 1e6
+        known = machine.known_ceilings(args.ceilings, about, dtypes)
+        ceilings = known or machine.ceilings(device, dtypes, clock, args.quick)
+        about |= machine.as_json(ceilings)
     return Session(
         device=device,
         dtypes=dtypes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -112,6 +113,34 @@ def ceilings(device: str, dtypes: list[str], clock: Clock, quick: bool = False) 
     for name in dtypes:
         matrix[name] = _matrix_rate(device, name, clock, tries)
     return Ceilings(bandwidth, matrix, max(cached, bandwidth), launch, processors)
+
+
+def as_json(found: Ceilings) -> dict[str, Any]:
+    """Ceilings as they stand in a run's header."""
+    return {
+        "copy_gbps": found.bandwidth / 1e9,
+        "l2_gbps": (found.l2 or 0.0) / 1e9,
+        "launch_us": found.launch * 1e6,
+        "processors": found.processors,
+        "matrix_tflops": {k: v / 1e12 for k, v in found.matrix.items()},
+    }
+
+
+def known_ceilings(path: str | None, about: dict[str, Any], dtypes: list[str]) -> Ceilings | None:
+    """Those of an earlier run; None if there is none on this device with all ``dtypes``."""
+    if path is None or not Path(path).exists():
+        return None
+    then = json.loads(Path(path).read_text(encoding="utf-8"))["machine"]
+    same = all(then.get(k) == about[k] for k in ("device", "device_name", "threads", "torch"))
+    if not same or not set(dtypes) <= set(then.get("matrix_tflops", {})):
+        return None
+    return Ceilings(
+        then["copy_gbps"] * 1e9,
+        {k: v * 1e12 for k, v in then["matrix_tflops"].items()},
+        then["l2_gbps"] * 1e9,
+        then["launch_us"] / 1e6,
+        then["processors"],
+    )
 
 
 def _copy_rate(device: str, size: int, clock: Clock, tries: int, calls: int = 1) -> float:

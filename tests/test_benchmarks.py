@@ -35,7 +35,7 @@ def _load_run():
 
 RUN = _load_run()
 
-from benchmarks import blocks, cli, harness, networks, record, report, roofline, volume  # noqa: E402
+from benchmarks import blocks, cli, harness, machine, networks, record, report, roofline, volume  # noqa: E402
 from benchmarks.session import Case, Provider, Session  # noqa: E402
 from benchmarks.suites import peers  # noqa: E402
 
@@ -151,6 +151,21 @@ def test_floor_of_a_layer_is_pinned():
     assert step.floor_s == pytest.approx(3 * one.floor_s)
     first = roofline.Layer(32, 64, (8, 16), kernel=3, input_grad=False)
     assert roofline.work([first], 2, "float32", "training", CEILINGS).flops == 2 * one.flops
+
+
+def test_ceilings_of_another_run_are_taken_on_the_same_machine_only(tmp_path):
+    about = {"device": "cuda", "device_name": "Card", "threads": 2, "torch": "2"}
+    ceilings = roofline.Ceilings(1e12, {"float32": 5e13, "bfloat16": 7e14}, 3e12, 2e-6, 132)
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"machine": about | machine.as_json(ceilings), "rows": []}))
+    found = machine.known_ceilings(str(path), about, ["bfloat16"])
+    assert (found.bandwidth, found.l2, found.launch, found.processors) == pytest.approx(
+        (1e12, 3e12, 2e-6, 132)
+    )
+    assert found.matrix == pytest.approx(ceilings.matrix)
+    assert machine.known_ceilings(str(path), about | {"device_name": "Other"}, ["bfloat16"]) is None
+    assert machine.known_ceilings(str(path), about, ["float16"]) is None
+    assert machine.known_ceilings(str(tmp_path / "none.json"), about, ["float32"]) is None
 
 
 def test_strided_and_transposed_layers_have_the_sizes_of_pytorch():

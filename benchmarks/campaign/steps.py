@@ -74,7 +74,7 @@ def _suite(
     command = _python(
         str(ROOT / "benchmarks" / "run.py"), "--suite", suite, "--device", device,
         "--json", f"{{out}}/steps/{name}.json", "--plot", f"{{out}}/steps/{name}.png",
-        "--minutes", minutes, *more,
+        "--minutes", minutes, "--ceilings", "{out}/steps/ceilings.json", *more,
     )  # fmt: skip
     return Step(name, why, command, seconds, rows=True, **options)  # type: ignore[arg-type]
 

@@ -102,6 +102,15 @@ struct Walk {
   int64_t source_rows, rows_each;
 };
 
+// Whether every position of the result is the map's at the same place.
+bool is_same(const Axis& axis) {
+  bool same = axis.in == axis.out;
+  for (int64_t x = 0; same && x < axis.out; ++x) {
+    same = axis.start[x] == x && axis.start[x + 1] == x + 1 && axis.index[x] == x && axis.weight[x] == 1.0;
+  }
+  return same;
+}
+
 // Whether no two positions of the result read the same one of the map.
 bool disjoint(const Axis& axis) {
   for (int64_t x = 1; x < axis.out; ++x) {
@@ -122,6 +131,7 @@ void gather_as(const Map& map, const View& view, const void* y, int64_t in_strid
   const GatherKernel kernel = view.maximum ? walk.plan.kernels.gather_maximum[map.storage]
                                            : walk.plan.kernels.gather_sum[map.storage];
   const int threads = threads_for(map, map.n * result_rows * width.out * map.c);
+  const bool same = is_same(width);
   // each thread takes consecutive rows, so that it finds the ones it has
   const int64_t total = map.n * result_rows, each = ceil_div(total, threads);
   parallel_for(threads, threads, [&](int64_t part, int) {
@@ -129,12 +139,14 @@ void gather_as(const Map& map, const View& view, const void* y, int64_t in_strid
                  2 * walk.rows_each);
     std::vector<const void*> found;
     std::vector<double> weight;
+    std::vector<R> room(view.maximum ? 0 : width.in * map.c + walk.plan.lanes);
     for (int64_t task = part * each; task < std::min(total, (part + 1) * each); ++task) {
       const int64_t i = task / result_rows, at = task % result_rows;
       walk.find(rows, i, at / height.out, at % height.out, found, weight);
       kernel({found.data(), weight.data(), static_cast<int64_t>(found.size()), in_stride, width.start,
               width.index, width.weight, width.out, map.c,
-              offset(out, task * width.out * out_stride * walk.plan.itemsize), out_stride});
+              offset(out, task * width.out * out_stride * walk.plan.itemsize), out_stride, width.in, same,
+              room.data()});
     }
   });
 }
@@ -163,7 +175,7 @@ void maximum_backward_as(const Map& map, const View& view, const void* y, const 
       for (int64_t n : number) drows.push_back(offset(dv, n * row_bytes));
       walk.plan.kernels.maximum_backward[map.storage](
           {{found.data(), weight.data(), static_cast<int64_t>(found.size()), map.c, width.start,
-            width.index, width.weight, width.out, map.c, nullptr, 0},
+            width.index, width.weight, width.out, map.c, nullptr, 0, 0, false, nullptr},
            offset(dout, task * width.out * dout_stride * walk.plan.itemsize),
            dout_stride,
            drows.data()});

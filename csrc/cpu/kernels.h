@@ -62,6 +62,11 @@ struct GatherRow {
   int64_t width, c;
   void* out;
   int64_t out_stride;
+  // of the sum: positions of a source row, whether position x reads position x alone, and room for one row of
+  // them in the arithmetic's type with a vector to spare
+  int64_t in_width;
+  bool same;
+  void* room;
 };
 
 // The gradient of a maximum goes to the first of its largest elements: added to `drows`, which lie as `rows`.

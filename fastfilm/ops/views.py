@@ -226,6 +226,7 @@ def _transposed(axis: Axis) -> Axis:
     return _axis(axis.positions, readers)
 
 
+@functools.lru_cache(maxsize=1024)
 def covered(view: View | None, size: tuple[int, ...]) -> bool:
     """Whether no position has too many taps, either way."""
     for found in (axes(view, size), transposed_axes(view, size)):

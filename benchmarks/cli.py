@@ -22,7 +22,17 @@ from .volume import InputError, load
 SUITES = ("model", "memory", "ops", "static")
 """What ``--suite all`` runs, in this order."""
 
-ALONE = ("peers", "host", "coverage", "converted", "scaling", "ceilings", "profile", "campaign")
+ALONE = (
+    "peers",
+    "host",
+    "coverage",
+    "converted",
+    "scaling",
+    "ceilings",
+    "profile",
+    "gate",
+    "campaign",
+)
 COMPILE: dict[str, tuple[str, ...] | None] = {
     "all": None,
     "none": (),
@@ -102,6 +112,8 @@ def parser() -> Parser:
     p.add_argument(
         "--explained", metavar="FILE", help="profile: rows of --explain to take the slowest from"
     )
+    p.add_argument("--static", metavar="FILE", help="gate: rows of a run of the static suite")
+    p.add_argument("--update-gate", action="store_true", help="gate: write its figures down")
     p.add_argument(
         "--ceilings", metavar="FILE", help="rows of a run on this machine: take its ceilings"
     )
@@ -187,7 +199,9 @@ def run(args: argparse.Namespace, device: str, suite: str, dtypes: list[str]) ->
     record.machine["seconds"] = round(time.monotonic() - started, 1)
     record.machine["load_end"] = machine.load()
     record.write()
-    print(report.table([r for r in record.rows if r.suite != "explain"]))  # has tables of its own
+    print(
+        report.table([r for r in record.rows if r.suite not in ("explain", "gate")])
+    )  # these print their own
     reason = report.plot(record.rows, record.machine, Path(args.plot))
     print(f"\nwrote {args.json}" + (f"; no plot: {reason}" if reason else f" and {args.plot}"))
     if session.budget.spent() or whole.spent():
@@ -208,7 +222,7 @@ def prepare(
     about: dict[str, Any] = machine.describe(device)
     suite = args.suite or "all"
     ceilings = machine.Ceilings(1.0, {d: 1.0 for d in dtypes})
-    if suite not in ("memory", "static") and args.one is None:
+    if suite not in ("memory", "static", "gate") and args.one is None:
         known = machine.known_ceilings(args.ceilings, about, dtypes)
         ceilings = known or machine.ceilings(device, dtypes, clock, args.quick)
         about |= machine.as_json(ceilings)
@@ -224,6 +238,8 @@ def prepare(
         volume=args.volume,
         compile_kinds=COMPILE[args.compile],
         explained=args.explained,
+        static_rows=args.static,
+        update_gate=args.update_gate,
         compile_seconds=120.0 if device == "cuda" else 30.0 if args.suite else 15.0,
     )
 

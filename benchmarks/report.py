@@ -183,7 +183,7 @@ def plot(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> str | None
         figure.legend(
             handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False
         )
-    figure.supxlabel(_conditions(machine), fontsize=7.5, color="#444444")
+    figure.supxlabel(conditions(machine), fontsize=7.5, color="#444444")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return None
@@ -233,7 +233,7 @@ def _memory_bars(axis: Any, rows: Sequence[Row], ours: list[str]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _conditions(machine: dict[str, Any]) -> str:
+def conditions(machine: dict[str, Any]) -> str:
     text = (
         f"{machine['device_name']}, {machine['threads']} threads; torch {machine['torch']},"
         f" triton {machine['triton']}, cudnn {machine['cudnn']}; medians of interleaved rounds"

@@ -57,6 +57,8 @@ class Session:
         slow_to_compile: compiled providers that ran into that bound on a whole network.
         baseline: providers of which the fastest is the one that ratios refer to.
         compile_kinds: compiled providers to measure; None: all.
+        static_rows: file of a run of the static suite, for the gate.
+        update_gate: write the gate's figures down instead of comparing with them.
         explained: file of an earlier run with ``--explain``, for the choice of layers to profile.
     """
 
@@ -73,6 +75,8 @@ class Session:
     baseline: tuple[str, ...] = EAGER
     compile_kinds: tuple[str, ...] | None = None
     explained: str | None = None
+    static_rows: str | None = None
+    update_gate: bool = False
     verbose: bool = True
     slow_to_compile: set[str] = field(default_factory=set)
     told: set[tuple[str, str, str]] = field(default_factory=set)

@@ -24,10 +24,21 @@ if "benchmarks" not in sys.modules:
 
 from benchmarks import cli, layers  # noqa: E402
 from benchmarks.blocks import Block  # noqa: E402
-from benchmarks.campaign import report, results, runner, steps, targets  # noqa: E402
+from benchmarks.campaign import (  # noqa: E402
+    gaps,
+    plots,
+    report,
+    results,
+    runner,
+    steps,
+    targets,
+)
 from benchmarks.campaign.steps import Step  # noqa: E402
-from benchmarks.roofline import Layer  # noqa: E402
-from benchmarks.suites import profile, scaling  # noqa: E402
+from benchmarks.harness import QUICK, Budget, HostClock  # noqa: E402
+from benchmarks.record import Record  # noqa: E402
+from benchmarks.roofline import Ceilings, Layer  # noqa: E402
+from benchmarks.session import Session  # noqa: E402
+from benchmarks.suites import gate, profile, scaling  # noqa: E402
 
 
 def script(name: str, code: str, seconds: float = 30.0, **options: Any) -> Step:
@@ -354,3 +365,128 @@ def test_a_layer_is_the_block_that_it_stands_for_and_stages_can_be_left_out() ->
     assert counts == {"prologue": 9, "moments": 8, "film": 8}
     with pytest.raises(ValueError, match="without must be of"):
         layers.LayerStep(block, "cpu", "float32", "training", without=("pooling",))
+
+
+def session_of(**options: Any) -> Session:
+    usual = {"quick": True, "effort": QUICK, "budget": Budget(None), "clock": HostClock()}
+    ceilings = Ceilings(1.0, {"float32": 1.0})
+    usual |= {"record": Record({}), "ceilings": ceilings, "verbose": False}
+    return Session("cpu", ["float32"], **(usual | options))
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed", "status"),
+    [
+        (10.0, 0.0, "ok"),
+        (10.1, 0.0, "FAILED"),
+        (10.9, 0.1, "ok"),
+        (11.1, 0.1, "FAILED"),
+        (9.0, 0.0, "ok"),
+    ],
+)
+def test_a_count_that_has_grown_fails_the_gate(value: float, allowed: float, status: str) -> None:
+    session = session_of()
+    session.record.add(gate.judged(session, gate.Figure("maps moved", value, allowed), 10.0))
+    assert session.record.rows[0].status == status
+    assert session.record.failed == (status == "FAILED")
+    assert ("better" in session.record.rows[0].note) == (value < 10)
+
+
+def test_new_figures_pass_the_gate_and_are_written_down_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "BASELINE", tmp_path / "gate.json")
+    (tmp_path / "gate.json").write_text('{"figures": {"other": 3.0, "grown": 1.0}}')
+    found = [gate.Figure("new", 2.0), gate.Figure("grown", 5.0)]
+    monkeypatch.setattr(gate, "figures", lambda static: iter(found))
+    session = session_of()
+    gate.run(session)
+    assert [r.status for r in session.record.rows] == ["ok", "FAILED"]
+    gate.run(session_of(update_gate=True))
+    known = json.loads((tmp_path / "gate.json").read_text())["figures"]
+    assert known == {"other": 3.0, "grown": 5.0, "new": 2.0}
+
+
+def test_function_calls_are_counted_without_those_of_the_first_call() -> None:
+    done = []
+
+    def inner() -> None:
+        pass
+
+    def outer() -> None:
+        if not done:
+            done.append(1)
+            inner()
+        inner()
+
+    assert gate.calls_of(outer) == 2
+
+
+def test_the_committed_counts_cover_every_plan_and_allow_no_spill() -> None:
+    known = json.loads(gate.BASELINE.read_text(encoding="utf-8"))["figures"]
+    for name, route in gate.PLANS:
+        said = name if route is None else f"{name}/{route}"
+        assert f"{said}: maps moved a convolution, forward" in known
+        assert f"{said}: bytes kept" in known
+    stacks = {k: v for k, v in known.items() if k.startswith("stack bytes")}
+    assert len(stacks) > 40 and not any(stacks.values())
+
+
+def test_every_picture_is_drawn_from_rows_and_none_from_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    rows = []
+    for step, peer, seconds in (("model", "paper", 3e-3), ("compile", "compile", 1.5e-3)):
+        for provider, time_ in (("eager-channels-last", 2e-3), (peer, seconds), ("fastfilm", 1e-3)):
+            rows.append(row(provider, time_, step=step, peak_bytes=1 << 20))
+    for i, seconds in enumerate((1e-3, 2e-3)):
+        extra = {
+            "floor_s": 5e-4,
+            "estimate_s": 8e-4,
+            "tflops": 300.0,
+            "flops_per_byte": 10.0 ** (i + 1),
+        }
+        rows.append(
+            row("fastfilm", seconds, suite="explain", network="N", layer=f"L{i} @ 4", **extra)
+        )
+        growth = {"dims": 2, "axis": "size", "voxels": 64 * 4**i, "batch": 1}
+        rows.append(row("fastfilm", seconds, suite="scaling", **growth))
+    machine = {"device_name": "Card", "matrix_tflops": {"bfloat16": 700.0}, "copy_gbps": 4000.0}
+    found = {"about": {"device": "cuda"}, "machine": machine, "rows": rows}
+    drawn = plots.draw(found, tmp_path / "plots")
+    assert [Path(p).stem for p in drawn] == ["speedup", "memory", "roofline", "layers", "growth"]
+    assert all((tmp_path / p).stat().st_size > 10_000 for p in drawn)
+    assert plots.draw(found | {"rows": []}, tmp_path / "none") == {}
+
+
+def test_rows_of_another_step_are_scaled_by_their_own_reference() -> None:
+    rows = [row("eager-channels-last", 2.0), row("fastfilm", 1.0)]
+    rows += [row("eager-channels-last", 4.0, step="later"), row("compile", 2.0, step="later")]
+    group = (targets.FLAT, "training", "bfloat16")
+    found = plots._same_step(rows, group, rows[0])
+    assert found["compile"]["median_s"] == 1.0 and found["fastfilm"]["median_s"] == 1.0
+
+
+def test_the_committed_gaps_are_those_of_no_measurement_at_all() -> None:
+    committed = (ROOT / "benchmarks" / "results" / "GAPS.md").read_text(encoding="utf-8")
+    assert committed == gaps.text(None)
+    assert "no target has been measured" in committed
+
+
+def test_gaps_of_a_campaign_list_what_falls_short_and_not_what_is_reached() -> None:
+    rows = [
+        row("eager-channels-last", 6.0),
+        row("fastfilm", 1.0, fraction_of_floor=0.5, tflops=1.0),
+    ]
+    machine: dict[str, Any] = {
+        "copy_gbps": 4000.0,
+        "l2_gbps": 6000.0,
+        "launch_us": 3.0,
+        "processors": 132,
+    }
+    machine |= {"matrix_tflops": {"bfloat16": 700.0}}
+    results_ = {"about": {"device": "cuda"}, "machine": machine, "rows": rows}
+    text = gaps.text(results_)
+    assert AGAINST_EAGER not in text and "no target has been measured" not in text
+    assert "FiLMedUNet 2D, training step, of the roofline floor | ≥ 60 % | 50 % |" in text
+    # a dry run is no measurement
+    assert gaps.text(results_ | {"about": {"device": "cpu"}}) == gaps.text(None)

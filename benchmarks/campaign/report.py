@@ -17,7 +17,7 @@ DRY = (
 
 def write(out: Path, pictures: bool = False) -> Path:
     """Writes ``report.md`` from ``results.json``, and the pictures in ``plots/`` if wanted."""
-    from . import plots
+    from . import gaps, plots
 
     path = out / "results.json"
     if path.exists():
@@ -27,6 +27,7 @@ def write(out: Path, pictures: bool = False) -> Path:
     drawn = plots.draw(results, out / "plots") if pictures else {}
     report = out / "report.md"
     report.write_text(text(results, drawn), encoding="utf-8")
+    (out / "GAPS.md").write_text(gaps.text(results), encoding="utf-8")
     return report
 
 

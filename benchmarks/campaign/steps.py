@@ -162,8 +162,8 @@ def _cpu() -> list[Step]:
         Step("info", "versions, devices, backends", _python("-m", "fastfilm", "info"), 60),
         Step(
             "tests",
-            "essential tests in Triton's interpreter",
-            _tests(ESSENTIAL_TESTS[:2], marked="not gpu"),
+            "an essential test in Triton's interpreter",
+            _tests(ESSENTIAL_TESTS[:1], marked="not gpu"),
             60,
         ),
         _suite("ceilings", "ceilings", "cpu", "copy, cache, call and matrix product", 60, *quick),
@@ -187,4 +187,8 @@ def _cpu() -> list[Step]:
         ),
         _suite("scaling", "scaling", "cpu", "size and batch", 60, *quick, minutes="0.2"),
         _suite("static", "static", "cpu", "spills and matrix instructions", 90, "--quick"),
+        _suite(
+            "gate", "gate", "cpu", "counts that may not grow", 60,
+            "--static", "{out}/steps/static.json", environment=interpreter,
+        ),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from .. import explain, report
 from ..blocks import Block
 from ..layers import LayerStep
 from ..networks import Network
-from ..roofline import Layer
+from ..roofline import Layer, work
 from ..session import Case, Session
 from .model import networks
 
@@ -81,6 +81,10 @@ def show(
             },
         )
         row = session.row(case, "fastfilm", median_s=line.measured, floor_s=line.floor)
+        least = work([line.layer] * line.count, network.batch, dtype, mode, session.ceilings)
+        row.extra["flops_per_byte"] = least.flops / least.bytes
         if line.measured:
             row.fraction_of_floor = line.floor / line.measured
+            row.tflops = least.flops / line.measured / 1e12
+            row.gbps = least.bytes / line.measured / 1e9
         session.record.add(row)

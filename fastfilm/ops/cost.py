@@ -13,8 +13,9 @@ output channels, and each weight once for every tile: all of that goes through t
 The *floor* of a layer counts each convolution's input, weight and output once and its arithmetic at the full rate.
 No version runs faster, unless it computes something else (Winograd).
 
-What is assumed and not measured: the share of the matrix rate that a convolution reaches, and that a
-multiprocessor holds one program of a convolution at a time.
+What is assumed and not measured: the share of the matrix rate that a convolution reaches, that a multiprocessor
+holds one program of a convolution at a time, and that taps find nothing in the L1: the L2's term is an upper
+bound.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""``GAPS.md``: each target that is not reached, what limits it by the cost model, and the next step.
+
+A campaign writes it into its folder. Without one on a GPU nothing was measured, and the page says so; the cost
+model then stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastfilm.ops import cost
+
+from .. import explain
+from ..networks import NETWORKS
+from ..roofline import Ceilings
+from . import targets
+from .report import number, table
+
+ASSUMED = replace(cost.H200, l2=5.5e12, launch=3e-6)
+"""Copy and matrix product of an H200 as measured once without fastfilm; L2 and launch are assumptions."""
+
+NEXT = {
+    "dram": "one pass less: the gradient at the raw output in the prologues of dgrad and wgrad",
+    "l2": "a halo tile in shared memory that serves all taps, read and normalised once, weights resident",
+    "matrix": "a pipeline with asynchronous copies and wgmma: the assumed share of the matrix rate is 0.35",
+    "launch": "a CUDA graph of the step, fewer small kernels for the coefficients",
+}
+"""Limiter -> what would move it."""
+
+
+def text(results: Mapping[str, Any] | None) -> str:
+    """The page for a campaign's results, or for none."""
+    measured = results is not None and results["about"].get("device") == "cuda"
+    rows = results["rows"] if measured and results is not None else []
+    parts = ["# Gaps", "", *_state(results if measured else None), *_targets(rows)]
+    if measured:
+        slower = [(case, peer, f"{ratio:.2f}×") for case, peer, ratio in targets.slower(rows)]
+        parts += ["## Where a peer was faster", ""]
+        parts += table(("case", "peer", "its time over ours"), slower) or ["Nowhere.", ""]
+    parts += [*_model(ceilings_of(results) if measured and results is not None else ASSUMED)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def ceilings_of(results: Mapping[str, Any]) -> Ceilings:
+    """Those that a campaign measured."""
+    m = results["machine"]
+    return Ceilings(
+        m["copy_gbps"] * 1e9,
+        {k: v * 1e12 for k, v in m["matrix_tflops"].items()},
+        m["l2_gbps"] * 1e9,
+        m["launch_us"] / 1e6,
+        m["processors"],
+    )
+
+
+def _state(results: Mapping[str, Any] | None) -> list[str]:
+    if results is None:
+        return [
+            "**No campaign has run on a GPU yet: no target has been measured, and none is claimed.** What stands"
+            " here is what the cost model ([docs/benchmarks.md](../../docs/benchmarks.md)) says of the layers,"
+            " from the copy and the matrix product of an H200 (4.3 TB/s, 790 TFLOP/s) and assumptions for the L2"
+            " (5.5 TB/s, nothing found in the L1), the launch (3 µs) and the shares of the matrix rate (0.35 for"
+            " the fused kernels, 0.5 for the vendor's). It says where to look first, not how fast anything is.",
+            "",
+            "    python benchmarks/run.py --suite campaign --out DIR --minutes 9",
+            "",
+            "on a machine with a CUDA device measures them; its `GAPS.md` takes the place of this page.",
+            "",
+        ]
+    m = results["machine"]
+    return [
+        f"{m.get('device_name')}, torch {m.get('torch')}, triton {m.get('triton')}, commit {m.get('commit')}.",
+        "",
+    ]
+
+
+def _targets(rows: targets.Rows) -> list[str]:
+    cells = []
+    for v in targets.verdicts(rows):
+        if v.word == "reached":
+            continue
+        t = v.target
+        name = "" if "memory" in t.figure else (v.limiter or _limiter(t)).split(" ")[0]
+        sign = "≥" if t.above else "≤"
+        value = "not measured" if v.value is None else f"{number(v.value)} {t.unit}"
+        cells.append(
+            (t.figure, f"{sign} {number(t.least)} {t.unit}", value, name or "-", _next(t, name))
+        )
+    head = ("figure", "to reach", "measured", "limiter by the cost model", "next step")
+    return [
+        "## Targets that are not reached",
+        "",
+        *(table(head, cells) or ["All are reached.", ""]),
+    ]
+
+
+def _next(target: targets.Target, limiter: str) -> str:
+    if "memory" in target.figure:
+        return "measure; bytes kept are counted already (`--suite memory`)"
+    return NEXT.get(limiter, "measure")
+
+
+def _limiter(target: targets.Target) -> str:
+    for network in NETWORKS:
+        if network.case == target.case:
+            found = explain.lines(network, target.mode, "bfloat16", ASSUMED)
+            terms = cost.added(
+                cost.Terms(
+                    **{
+                        n: line.count * getattr(line.estimate.terms, n)
+                        for n in (*cost.LIMITERS, "total")
+                    }
+                )
+                for line in found
+            )
+            return terms.limiter
+    return ""
+
+
+def _model(ceilings: Ceilings) -> list[str]:
+    cells = []
+    for network in NETWORKS[:3]:
+        for mode in ("training", "inference"):
+            found = explain.lines(network, mode, "bfloat16", ceilings)
+            floor, estimate = sum(x.floor for x in found), sum(x.seconds for x in found)
+            worst = sorted(found, key=lambda x: x.floor - x.seconds)[:3]
+            cells.append(
+                (
+                    f"{network.case}, {mode}",
+                    number(1e3 * floor),
+                    number(1e3 * estimate),
+                    f"{100 * floor / estimate:.0f}%",
+                    "; ".join(f"{x.layer.label} ({x.estimate.limiter})" for x in worst),
+                )
+            )
+    head = (
+        "network, bfloat16",
+        "floor ms",
+        "estimate ms",
+        "of floor",
+        "layers that are furthest from it",
+    )
+    return ["## By the cost model", "", *table(head, cells)]

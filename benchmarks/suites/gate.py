@@ -1,0 +1,195 @@
+"""A gate on figures that any machine can count: they may not grow against the committed ones.
+
+Feature maps moved, kernels on maps and bytes kept of a small FiLMed U-Net by each backend and route; Python's
+function calls and time of a block; registers and spills of the compiled tiles (from a run of the static suite).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastfilm
+from fastfilm.ops import backends, traffic
+
+from ..harness import saved_bytes
+from ..record import FAILED, Row
+from ..session import Case, Session
+
+BASELINE = Path(__file__).resolve().parents[1] / "results" / "gate.json"
+
+PLANS: tuple[tuple[str, str | None], ...] = (
+    ("cpu", None),
+    ("triton", "fused"),
+    ("triton", "composed"),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A count, and how much more than the committed one still passes (a share of it)."""
+
+    name: str
+    value: float
+    allowed: float = 0.0
+
+
+def network() -> tuple[nn.Module, Tensor, Tensor]:
+    """A FiLMed U-Net so small that Triton's interpreter takes seconds for it, with its input."""
+    torch.manual_seed(0)
+    net = fastfilm.FiLMedUNet(1, 1, base_filters=8, depth=1, metadata_size=3)
+    return net, torch.randn(1, 1, 16, 16), torch.eye(3)[:1]
+
+
+def maps(name: str, route: str | None) -> Iterator[Figure]:
+    """Maps moved a convolution and kernels on maps, forward, backward and inference; bytes kept."""
+    net, image, rows = network()
+    said = name if route is None else f"{name}/{route}"
+    convolutions = sum(isinstance(m, fastfilm.ConvNormFiLM2d) for m in net.modules())
+    with fastfilm.backend(name, route):
+        with traffic.counted() as forward:
+            out = net(image, rows)
+        with traffic.counted() as backward:
+            out.backward(torch.ones_like(out))
+        kept = saved_bytes(lambda: net(image, rows), list(net.parameters()))  # one more forward
+        net.eval()
+        with torch.no_grad(), traffic.counted() as inference:
+            net(image, rows)
+    for mode, launches in (("forward", forward), ("backward", backward), ("inference", inference)):
+        moved = sum(k.passes for k in launches) / max(convolutions, 1)
+        yield Figure(f"{said}: maps moved a convolution, {mode}", moved)
+        kernels = sum(k.passes > 0 for k in launches)
+        yield Figure(f"{said}: kernels on maps, {mode}", kernels)
+    yield Figure(f"{said}: bytes kept", kept)
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """Python functions that one call enters (those written in C are not counted)."""
+    count = 0
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    function()
+    function()  # what is computed once is there
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def least_seconds(function: Callable[[], object], calls: int = 200, rounds: int = 7) -> float:
+    """CPU seconds of a call, the least of several rounds."""
+    found = []
+    for _ in range(rounds):
+        begun = time.process_time()
+        for _ in range(calls):
+            function()
+        found.append((time.process_time() - begun) / calls)
+    return min(found)
+
+
+def python() -> Iterator[Figure]:
+    """Python's work for one block on a map of 8 × 8, and its time over that of PyTorch's layers."""
+    block = fastfilm.ConvNormFiLM2d(8, 8, norm="instance", order="conv-norm-act-film")
+    plain = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.ReLU()
+    )
+    image, gamma, beta = torch.randn(1, 8, 8, 8), torch.rand(1, 8), torch.rand(1, 8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for mode in ("training", "inference"):
+            with torch.set_grad_enabled(mode == "training"):
+                ours = partial(block.train(mode == "training"), image, gamma, beta)
+                theirs = partial(plain.train(mode == "training"), image)
+                # a comprehension is a function of its own up to Python 3.11
+                yield Figure(f"Python functions of a block, {mode}", calls_of(ours), 0.1)
+                ours_s = least_seconds(ours)
+                ratio = ours_s / least_seconds(theirs)
+                yield Figure(f"time of a block over PyTorch's layers, {mode}", ratio, 0.6)
+                # another machine is another number: only a multiple of it is an error
+                yield Figure(f"Python µs of a block, {mode}", ours_s * 1e6, 3.0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def tiles(path: Path) -> Iterator[Figure]:
+    """Spilled bytes and registers of each compiled kernel, from the rows of a static suite."""
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        name = f"{row['provider']} {row['case']} {row['dtype']}"
+        if row.get("registers") is not None:
+            yield Figure(f"stack bytes: {name}", row["stack_bytes"])
+            yield Figure(f"registers: {name}", row["registers"], 0.1)
+
+
+def figures(static: str | None) -> Iterator[Figure]:
+    """All that can be counted here."""
+    for name, route in PLANS:
+        b = backends.BACKENDS[name]
+        if (
+            b.unavailable() is None
+            and ("cpu" in b.devices)
+            and (name != "triton" or backends.interpreting())
+        ):
+            yield from maps(name, route)
+    yield from python()
+    if static is not None and Path(static).exists():
+        yield from tiles(Path(static))
+
+
+def run(session: Session) -> None:
+    """A row for each figure; one that has grown FAILED."""
+    known = json.loads(BASELINE.read_text(encoding="utf-8"))["figures"]
+    found = list(figures(session.static_rows))
+    rows = [judged(session, figure, known.get(figure.name)) for figure in found]
+    for row in rows:
+        session.record.add(row)
+    moved = [r for r in rows if r.extra["value"] != r.extra["committed"]]
+    for row in moved:
+        print(f"{row.status:6}  {row.case}: {row.note}")
+    print(f"gate: {len(rows)} figures, {len(rows) - len(moved)} as committed")
+    if session.update_gate:
+        write(found)
+
+
+def judged(session: Session, figure: Figure, committed: float | None) -> Row:
+    """The row of a figure beside the committed one."""
+    value = float(f"{figure.value:.6g}")
+    case = Case("gate", figure.name, "", "", extra={"value": value, "committed": committed})
+    row = session.row(case, "fastfilm")
+    if committed is None:
+        row.note = f"{figure.value:.6g}, new"
+        return row
+    limit = committed * (1 + figure.allowed)
+    row.note = f"{figure.value:.6g}, committed {committed:.6g}"
+    if value > limit * (1 + 1e-9) and not session.update_gate:
+        row.status = FAILED
+        row.note += f": at most {limit:.6g} allowed"
+    elif figure.allowed == 0 and value < committed:
+        row.note += ": better, --update-gate writes it down"
+    return row
+
+
+def write(found: list[Figure]) -> None:
+    """Commits the figures; those that were not counted now stay as they were."""
+    before = (
+        json.loads(BASELINE.read_text(encoding="utf-8"))["figures"] if BASELINE.exists() else {}
+    )
+    whole = before | {f.name: float(f"{f.value:.6g}") for f in found}
+    about = "counts that --suite gate compares with; written by --suite gate --update-gate"
+    text = json.dumps({"about": about, "figures": whole}, indent=1, ensure_ascii=False)
+    BASELINE.write_text(text + "\n", encoding="utf-8")

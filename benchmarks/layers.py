@@ -21,6 +21,29 @@ STAGES = ("prologue", "moments", "film")
 """What a variant of a layer may leave out: the pending affine of its input, its norm's statistics, its FiLM."""
 
 
+def steady(call: Callable[[], object], device: str) -> tuple[Callable[[], object], str]:
+    """A call whose time is the device's alone, and how: replayed from a CUDA graph, or as it is.
+
+    On a GPU the host needs longer to launch a small layer than the device to run it.
+    """
+    if device != "cuda":
+        return call, "call"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call, "call"
+    return graph.replay, "graph"
+
+
 class LayerStep:
     """A layer's forward pass (inference) or forward and backward pass (training), ready to be timed.
 

@@ -25,6 +25,15 @@ def ulp(dtype: str) -> float:
     return 2.0**-10 if dtype == "tf32" else torch.finfo(DTYPES[dtype]).eps
 
 
+def yardstick(device: str, dtype: str) -> str:
+    """The precision that errors are measured against.
+
+    float64, and on a GPU float32 (IEEE) for 16-bit types: PyTorch's float64 convolutions take seconds there, and
+    float32's own error is some ten thousandths of theirs.
+    """
+    return "float32" if device == "cuda" and dtype in ("bfloat16", "float16") else "float64"
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution of a network.

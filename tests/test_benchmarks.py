@@ -395,7 +395,8 @@ def test_a_suite_runs_from_the_command_line_to_its_files(tmp_path, monkeypatch, 
     status = cli.main([*arguments, "--json", str(out), "--plot", str(picture)])
     data = json.loads(out.read_text())
     ours = [r for r in data["rows"] if r["provider"].startswith("fastfilm")]
-    assert status == 0 and {r["mode"] for r in data["rows"]} == {"forward", "forward+backward"}
+    modes = {"forward", "forward+backward", "inference"}
+    assert status == 0 and {r["mode"] for r in data["rows"]} == modes
     assert any(r["status"] == "ok" and r["ratio"] for r in ours)
     assert data["machine"]["torch"] == torch.__version__ and data["machine"]["copy_gbps"] == 1.0
     text = capsys.readouterr().out

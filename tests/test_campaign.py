@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if "benchmarks" not in sys.modules:
@@ -38,7 +39,7 @@ from benchmarks.harness import QUICK, Budget, HostClock  # noqa: E402
 from benchmarks.record import Record  # noqa: E402
 from benchmarks.roofline import Ceilings, Layer  # noqa: E402
 from benchmarks.session import Session  # noqa: E402
-from benchmarks.suites import gate, profile, scaling  # noqa: E402
+from benchmarks.suites import frozen, gate, profile, scaling  # noqa: E402
 
 
 def script(name: str, code: str, seconds: float = 30.0, **options: Any) -> Step:
@@ -490,3 +491,12 @@ def test_gaps_of_a_campaign_list_what_falls_short_and_not_what_is_reached() -> N
     assert "FiLMedUNet 2D, training step, of the roofline floor | ≥ 60 % | 50 % |" in text
     # a dry run is no measurement
     assert gaps.text(results_ | {"about": {"device": "cpu"}}) == gaps.text(None)
+
+
+def test_norm_and_film_fold_into_the_weights_of_one_convolution() -> None:
+    layer = Layer(3, 5, (6, 7))
+    inputs = frozen.make(layer, "cpu", torch.float64)
+    weight, bias = frozen.folded(inputs)
+    one = torch.relu(torch.nn.functional.conv2d(inputs.x, weight, bias, padding=1))
+    torch.testing.assert_close(one, frozen.eager(layer, inputs))
+    torch.testing.assert_close(frozen.ours(layer, inputs), frozen.eager(layer, inputs))

@@ -297,6 +297,33 @@ def test_a_candidate_with_a_static_fault_is_never_run(told: dict[Candidate, str]
     assert [o.reason for o in s.outcomes if o.status == PRUNED] == ["spills 8 bytes"]
 
 
+def test_a_candidate_that_the_model_gives_twice_the_best_time_is_never_run(
+    told: dict[Candidate, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, slow = _candidates("wgrad")[:2]
+    times = {best: 1.0, slow: 2.1}
+    monkeypatch.setattr(search, "predicted", lambda shape, c, found: times.get(c, 1.9))
+    _, s = _searched()
+    assert str(slow) not in Told.ran and str(best) in Told.ran
+    (pruned,) = [o for o in s.outcomes if o.status == PRUNED]
+    assert pruned.what == str(slow) and "2.1 times the best estimate" in pruned.reason
+    order = [r for r in Told.ran if r.startswith("wgrad")]
+    assert order[0] == str(best)
+
+
+def test_waves_that_do_not_fill_the_gpu_cost_what_they_cost() -> None:
+    candidate = Candidate("fprop", (8, 16, 64, 64, 8, 2))
+    even = Facts(programs=132 * 4, resident=2)
+    ragged = Facts(programs=132 * 4 + 1, resident=2)
+    seconds = [facts.predicted(FLAT, candidate, f) for f in (even, ragged)]
+    assert seconds[1] / seconds[0] == pytest.approx(3 / (529 / 264), rel=1e-6)
+
+
+def test_buckets_that_are_known_already_are_left_out(told: dict[Candidate, str]) -> None:
+    entries, s = _searched(known=frozenset([FLAT.key]))
+    assert not entries and not s.outcomes
+
+
 def test_when_the_time_is_over_nothing_more_is_started(told: dict[Candidate, str]) -> None:
     entries, s = _searched(seconds=0.0)
     assert not entries and Told.ran == ()

@@ -96,7 +96,9 @@ BF16 = ("--dtype", "bfloat16")
 
 
 def _cuda() -> list[Step]:
-    tune = _python("-m", "fastfilm", "tune", "--minutes", "{minutes}")
+    tune = _python(
+        "-m", "fastfilm", "tune", "--minutes", "{minutes}", "--candidates", "10", "--missing"
+    )
     volume = ("--size", "128x128x128", "--batch", "2", "--filters", "32")
     built = ("build",)
     return [
@@ -117,8 +119,8 @@ def _cuda() -> list[Step]:
         ),
         _suite("ceilings", "ceilings", "cuda", "copy, L2, launch and matrix products", 40),
         Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS), 75, after=built),
-        Step("tune-2d", "tiles and plans of the 2D network", tune, 60, 25, built),
-        Step("tune-3d", "tiles and plans of the 3D network", (*tune, *volume), 60, 25, built),
+        Step("tune-2d", "tiles and plans of the 2D network", tune, 75, 25, built),
+        Step("tune-3d", "tiles and plans of the 3D network", (*tune, *volume), 75, 25, built),
         _suite(
             "model", "model", "cuda", "whole networks, and their layers", 120, "--explain",
             *BF16, "--compile", "none", least=30, after=built,

@@ -6,7 +6,7 @@ import statistics
 
 from .. import explain, report
 from ..blocks import Block
-from ..layers import LayerStep
+from ..layers import LayerStep, steady
 from ..networks import Network
 from ..roofline import Layer, work
 from ..session import Case, Session
@@ -47,7 +47,8 @@ def measure(session: Session, network: Network, dtype: str, mode: str) -> dict[L
         if session.budget.spent():
             break
         session.say(f"explain: {layer.label}, {mode}, {dtype}")
-        step = LayerStep(block_of(network, layer), session.device, dtype, mode)
+        block = block_of(network, layer)
+        step, _ = steady(LayerStep(block, session.device, dtype, mode), session.device)
         step()
         estimate = session.clock.time(step, 1)
         calls = max(1, round(session.effort.window / max(estimate, 1e-7)))

@@ -12,7 +12,7 @@ import fastfilm
 
 from .. import providers, volume
 from ..networks import NETWORKS, Network
-from ..roofline import DTYPES, work
+from ..roofline import DTYPES, work, yardstick
 from ..session import Case, Provider, Results, Session
 from ..step import Step
 
@@ -133,15 +133,16 @@ def truth(
     dtype: str,
     names: list[str],
 ) -> Results:
-    """The network in float64, on what the providers get: rounded weights and image in inference."""
+    """The network in the yardstick's precision, on what the providers get: in inference rounded weights and image."""
+    exact = yardstick(batch[0].device.type, dtype)
     image, metadata, upstream = batch
-    reference = Step(model, image, metadata, upstream, mode=mode, dtype="float64")
+    reference = Step(model, image, metadata, upstream, mode=mode, dtype=exact)
     if mode == "inference":
-        storage = DTYPES[dtype]
-        reference.model.to(storage).double()
-        reference.image = image.to(storage).double()
+        storage, wide = DTYPES[dtype], DTYPES[exact]
+        reference.model.to(storage).to(wide)
+        reference.image = image.to(storage).to(wide)
         if metadata is not None:
-            reference.metadata = metadata.to(storage).double()
+            reference.metadata = metadata.to(storage).to(wide)
     return reference.named_results(names)
 
 

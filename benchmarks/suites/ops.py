@@ -13,8 +13,9 @@ from fastfilm.ops import reference, spec
 
 from .. import blocks, providers
 from ..blocks import Block, Tensors
-from ..roofline import DTYPES, Layer, work
+from ..roofline import DTYPES, Layer, work, yardstick
 from ..session import Case, Provider, Session
+from . import frozen
 
 PAPER, NNUNET, FILM = "conv-act-norm-film", "conv-norm-act-film", "conv-norm-film-act"
 
@@ -71,6 +72,7 @@ def run(session: Session) -> None:
     for dtype in session.dtypes:
         if not session.budget.spent():
             apply_pass(session, dtype)
+            frozen.measure(session, dtype)
     for dtype in session.dtypes:
         for block in cases(session):
             for mode in ("forward", "forward+backward"):
@@ -123,7 +125,11 @@ def _case(
         candidates[f"fastfilm-{name}"] = provider(_forced(block, name), last, mode)
 
     def truth() -> list[Tensor | None]:
-        return blocks.results(partial(blocks.definition, block), source.to(torch.float64), mode)
+        return blocks.results(
+            partial(blocks.definition, block),
+            source.to(DTYPES[yardstick(session.device, dtype)]),
+            mode,
+        )
 
     session.measure(case, candidates, truth)
     for name, reason in skipped:

@@ -20,7 +20,7 @@ import torch
 import fastfilm
 
 from .. import explain, providers
-from ..layers import STAGES, LayerStep
+from ..layers import STAGES, LayerStep, steady
 from ..networks import Network
 from ..roofline import Layer
 from ..session import Case, Session
@@ -78,7 +78,8 @@ def _measured(path: str | None, dtype: str) -> dict[tuple[str, str], float]:
     }
 
 
-def _seconds(session: Session, call: Any) -> float:
+def _seconds(session: Session, step: Any) -> float:
+    call, _ = steady(step, session.device)
     call()
     once = session.clock.time(call, 1)
     calls = max(1, round(session.effort.window / max(once, 1e-7)))

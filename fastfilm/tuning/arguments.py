@@ -46,6 +46,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=_minutes, default=5.0, help="time it may take (5)")
     parser.add_argument("--shapes", type=_positive, help="only the costliest N shapes")
     parser.add_argument("--candidates", type=_positive, default=16, help="a shape and kernel (16)")
+    parser.add_argument(
+        "--missing", action="store_true", help="leave out what the table to merge into has"
+    )
     parser.add_argument("--out", type=Path, help="table to merge into; none: the user's own")
     parser.add_argument("--dry", action="store_true", help="compile and prune only, without a GPU")
     parser.add_argument(

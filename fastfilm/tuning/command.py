@@ -64,15 +64,17 @@ def run(arguments: argparse.Namespace) -> int:
     shapes = network_shapes(arguments)[: arguments.shapes]
     device = "cuda" if cuda and not arguments.dry else "cpu"
     print(f"{len(shapes)} shapes, {arguments.minutes:g} minutes at most, for sm_{number}")
+    path = arguments.out or tables.user_path(f"sm_{number}")
+    there = arguments.missing and device == "cuda" and path.exists()
     search = Search(
         shapes,
         device,
         number,
         60 * arguments.minutes,
         most=arguments.candidates,
+        known=frozenset(tables.read(path).entries) if there else frozenset(),
         say=lambda text: print(text, flush=True),
     )
-    path = arguments.out or tables.user_path(f"sm_{number}")
     if device == "cuda":
         table = save(search, path)
         print(f"\n{len(table.entries)} entries in {path}")

@@ -24,7 +24,7 @@ from fastfilm.ops.tiles import config
 
 from .binary import SHARED_LIMIT, read_binary, resident
 from .shapes import Shape
-from .space import Candidate
+from .space import RANKED, Candidate, estimated
 
 TYPES = {
     torch.float16: "fp16",
@@ -225,6 +225,14 @@ def facts(shape: Shape, candidate: Candidate, arch: int) -> Facts:
         faults.append("does not fit on a multiprocessor")
     moved = through_l2(shape, candidate)
     return Facts(registers, stack, shared, matrix, programs, held, moved, ", ".join(faults))
+
+
+def predicted(shape: Shape, candidate: Candidate, found: Facts) -> float:
+    """Seconds by the cost model, with the waves that the binary's needs allow."""
+    seconds = estimated(shape, candidate.family, candidate.fields[:-2], whole_waves=False)
+    if candidate.family == "wgrad":
+        return seconds  # its sums are split until the GPU is full
+    return seconds * cost.tail(found.programs, RANKED.processors, max(found.resident, 1))
 
 
 def through_l2(shape: Shape, candidate: Candidate) -> int:

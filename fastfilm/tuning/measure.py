@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import statistics
 import time
@@ -214,7 +215,8 @@ class Subject:
     def why_wrong_plan(self, plan: str) -> str | None:
         """What is wrong with a whole plan's results on the reduced map; None if nothing."""
         x, weight, _, coef = self.small_tensors
-        with poisoned():
+        # the vendor's convolutions need not have deterministic forms, which poisoning asks for
+        with poisoned() if plan.endswith("/fused") else contextlib.nullcontext():
             y, stats = self._forward(plan, x, weight, coef)
             dx, dw, dcoef, _ = self._backward(plan, self.small_tensors)
         found = {"y": y, "stats": stats, "dx": dx, "dw": dw}

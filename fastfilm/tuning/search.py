@@ -15,10 +15,13 @@ from torch import Tensor
 from fastfilm.ops import backends, tables
 from fastfilm.ops.tables import FAMILIES, Entry, Table
 
-from .facts import Compilers, Facts
+from .facts import Compilers, Facts, predicted
 from .measure import Clock, Subject
 from .shapes import Shape, of_model
-from .space import Candidate, candidates
+from .space import RANKED, Candidate, candidates
+
+PROMISE = 2.0
+"""A candidate that the cost model gives more than so many times the best one's time is not launched."""
 
 GAIN = 0.98
 """A tile takes the place of the kernel's own choice if its time is below this share of that one's."""
@@ -56,6 +59,7 @@ class Search:
         seconds: bound of the whole search.
         most: candidates of a shape and family.
         processes: that compile; None: one for each core.
+        known: buckets to leave out.
     """
 
     shapes: Sequence[Shape]
@@ -64,6 +68,7 @@ class Search:
     seconds: float = 300.0
     most: int = 16
     processes: int | None = None
+    known: frozenset[tables.Key] = frozenset()
     say: Say = lambda text: None
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -79,7 +84,7 @@ class Search:
         """Runs the search; gives the entry of each bucket when it is complete."""
         self._end = time.monotonic() + self.seconds
         compilers = Compilers(self.arch, self.processes)
-        seen: set[tables.Key] = set()
+        seen = set(self.known)
         try:
             jobs = {s: self._submitted(s, compilers) for s in self._distinct(seen)}
             for shape, waiting in jobs.items():
@@ -112,8 +117,8 @@ class Search:
         if self.device == "cuda" or backends.interpreting():
             subject = Subject(shape, self.device, full=self.device == "cuda")
         best: dict[str, tuple[float, tuple[int, ...]]] = {}
-        for candidate, future in waiting.items():
-            outcome = self._candidate(shape, candidate, future, subject)
+        for candidate, found in self._worthwhile(shape, waiting):
+            outcome = self._candidate(shape, candidate, found, subject)
             self._note(outcome)
             seconds = outcome.seconds
             least = best.get(candidate.family, (float("inf"), ()))[0]
@@ -130,20 +135,51 @@ class Search:
                 tiles[family] = fields
         return self._plans(shape, subject, tiles)
 
-    def _candidate(
-        self, shape: Shape, candidate: Candidate, future: Future[Facts], subject: Subject | None
-    ) -> Outcome:
+    def _worthwhile(
+        self, shape: Shape, waiting: dict[Candidate, Future[Facts]]
+    ) -> list[tuple[Candidate, Facts]]:
+        """Candidates without a static fault whose waves and traffic promise enough, the most promising first."""
+        known: dict[str, list[tuple[float, Candidate, Facts]]] = {}
+        for candidate, future in waiting.items():
+            found = self._known(shape, candidate, future)
+            if found is not None:
+                seconds = predicted(shape, candidate, found)
+                known.setdefault(candidate.family, []).append((seconds, candidate, found))
+        kept = []
+        for some in known.values():
+            some.sort(key=lambda item: item[0])
+            for seconds, candidate, found in some:
+                if seconds <= PROMISE * some[0][0]:
+                    kept.append((candidate, found))
+                    continue
+                waves = found.waves(RANKED.processors)
+                reason = f"{seconds / some[0][0]:.1f} times the best estimate"
+                reason += f" ({waves:.1f} waves, {found.l2 / 2**20:.0f} MiB through the L2)"
+                self._note(Outcome(shape, str(candidate), PRUNED, reason, facts=found))
+        return kept
+
+    def _known(self, shape: Shape, candidate: Candidate, future: Future[Facts]) -> Facts | None:
+        """The candidate's facts; None if they are not to be had in time or forbid a launch."""
         name = str(candidate)
-        if self.left() <= 0:
-            return Outcome(shape, name, SKIPPED, "the time is over")
         try:
             found = future.result(timeout=max(self.left(), 0.1))
         except TooLate:
-            return Outcome(shape, name, SKIPPED, "not compiled in time")
+            self._note(Outcome(shape, name, SKIPPED, "not compiled in time"))
+            return None
         except Exception as error:  # a compiler process that died takes one candidate with it
-            return Outcome(shape, name, SKIPPED, f"{type(error).__name__}: {error}"[:200])
+            self._note(Outcome(shape, name, SKIPPED, f"{type(error).__name__}: {error}"[:200]))
+            return None
         if found.fault:
-            return Outcome(shape, name, PRUNED, found.fault, facts=found)
+            self._note(Outcome(shape, name, PRUNED, found.fault, facts=found))
+            return None
+        return found
+
+    def _candidate(
+        self, shape: Shape, candidate: Candidate, found: Facts, subject: Subject | None
+    ) -> Outcome:
+        name = str(candidate)
+        if self.left() <= 0:
+            return Outcome(shape, name, SKIPPED, "the time is over", facts=found)
         if subject is None:
             return Outcome(shape, name, SKIPPED, "not run without a GPU", facts=found)
         try:

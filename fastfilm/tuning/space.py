@@ -108,8 +108,11 @@ def _waste(length: int, tile: int) -> float:
     return math.ceil(length / tile) * tile / length
 
 
-def estimated(shape: Shape, family: str, tile: tuple[int, ...]) -> float:
-    """Seconds by the cost model (``th, tw, bn, bk`` or ``bm, bn, bp``)."""
+def estimated(shape: Shape, family: str, tile: tuple[int, ...], whole_waves: bool = True) -> float:
+    """Seconds by the cost model (``th, tw, bn, bk`` or ``bm, bn, bp``), one program a multiprocessor.
+
+    Without ``whole_waves`` the work counts as spread evenly.
+    """
     c = shape.convolution()
     dtype = str(shape.dtype).removeprefix("torch.")
     if family == "wgrad":
@@ -126,7 +129,8 @@ def estimated(shape: Shape, family: str, tile: tuple[int, ...]) -> float:
             c = replace(c, cin=c.cout, cout=c.cin, output=c.size, size=c.output)
         t = cost.Tile(th * tw, bn, bk, (th, tw))
         moved, flops = cost.l2_bytes(c, t), cost.padded_flops(c, t)
-        flops = int(flops * cost.tail(cost.programs(c, t), RANKED.processors))
+        if whole_waves:
+            flops = int(flops * cost.tail(cost.programs(c, t), RANKED.processors))
         dram = c.x_bytes + c.y_bytes
     kernel = cost.Kernel(family, dram, moved, flops, cost.FUSED_SHARE)
     terms = cost.time(kernel, dtype, RANKED)

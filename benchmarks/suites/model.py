@@ -133,7 +133,7 @@ def truth(
     dtype: str,
     names: list[str],
 ) -> Results:
-    """The network in the yardstick's precision, on what the providers get: in inference rounded weights and image."""
+    """The network in the yardstick's precision; in inference on rounded weights and image, as the providers."""
     exact = yardstick(batch[0].device.type, dtype)
     image, metadata, upstream = batch
     reference = Step(model, image, metadata, upstream, mode=mode, dtype=exact)

@@ -93,6 +93,27 @@ def test_a_step_without_what_it_needs_is_not_started(tmp_path: Path) -> None:
     assert state(tmp_path)["x"] == "skipped"
 
 
+@pytest.mark.parametrize("builds", [True, False])
+def test_where_pip_cannot_install_the_package_is_put_into_the_campaigns_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: bool
+) -> None:
+    def run_(self: runner.Campaign, step: Step, seconds: float) -> runner.Done:
+        if builds and "setup.py" in step.command:
+            (self.out / "site" / "fastfilm" / "kernels").mkdir(parents=True)
+            return runner.Done("ok", 1.0, 0, "", 1)
+        return runner.Done("FAILED", 1.0, 1, "no pip", 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.Campaign, "run", run_)
+        run(tmp_path, [script("build", "")])
+    assert state(tmp_path) == {"build": "ok"}
+    if builds:
+        return
+    code = "import fastfilm.kernels, pathlib; print(pathlib.Path(fastfilm.kernels.__file__).parts)"
+    assert run(tmp_path, [script("after", code)]) == 0
+    assert "'site', 'fastfilm', 'kernels'" in (tmp_path / "logs" / "after.log").read_text()
+
+
 def test_a_step_past_its_bound_is_ended_with_all_it_started_and_its_rows_count(
     tmp_path: Path,
 ) -> None:
@@ -305,7 +326,10 @@ def test_targets_cover_every_figure_and_none_counts_without_a_measurement() -> N
 def page(rows: list[dict[str, Any]], device: str) -> str:
     about = {"about": {"device": device}, "machine": {"device_name": "Card"}, "rows": rows}
     steps_ = {"model": {"status": "ok", "seconds": 3.0, "note": ""}}
-    return report.text({**about, "steps": steps_, "tests": {"tests": {"passed": 3}}}, {})
+    entry = {"plan": "triton/fused", "tiles": {"fprop": [8, 8]}, "seconds": {"triton/fused": 2e-3}}
+    tuned = {"sm_90": {"entries": {"bucket": entry}}}
+    tests = {"tests": {"passed": 3}}
+    return report.text({**about, "steps": steps_, "tests": tests, "tuned": tuned}, {})
 
 
 def test_the_report_of_a_dry_run_claims_no_speed() -> None:

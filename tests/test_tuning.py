@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -144,7 +145,7 @@ def test_static_facts_are_those_of_the_very_binary_that_a_launch_takes(tmp_path:
     pytest.importorskip("triton", reason="the package triton is not installed")
     script = tmp_path / "compiling.py"
     script.write_text(COMPILE)
-    environment = {k: v for k, v in __import__("os").environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
@@ -352,6 +353,20 @@ def test_each_entry_is_on_disk_before_the_next_shape(
     with pytest.raises(KeyboardInterrupt):
         search.save(Search([FLAT, other], "cuda", 90, most=2), path)
     assert set(tables.read(path).entries) == {FLAT.key}
+
+
+@pytest.mark.skipif(os.environ.get("FASTFILM_SLOW_TESTS") != "1", reason="FASTFILM_SLOW_TESTS=1")
+def test_a_search_on_interpreted_kernels_ends_with_an_entry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    subject = _subject()
+    assert subject.tensors is None
+    monkeypatch.setattr(search, "Compilers", lambda arch, processes: Compiled({}))
+    monkeypatch.setattr(search, "Clock", lambda device: measure.Clock(device, repeats=1))
+    s = Search([TINY], "cpu", 90, most=2, timed=True)
+    ((key, entry),) = s.entries()
+    assert key == TINY.key and set(entry.seconds) >= {"triton/fused", "triton/composed"}
+    assert {o.status for o in s.outcomes} == {TIMED}
 
 
 def test_a_layer_without_an_input_gradient_has_no_dgrad_to_tune(told: dict[Candidate, str]) -> None:

@@ -38,7 +38,13 @@ def text(results: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
     if results["about"].get("device") == "cpu":
         parts += [DRY, ""]
     parts += [*_machine(results), *_targets(rows), *_slower(rows), *_speed(rows), *_layers(rows)]
-    parts += [*_profiles(rows), *_scaling(rows), *_tests(results), *_steps(results)]
+    parts += [
+        *_profiles(rows),
+        *_scaling(rows),
+        *_tuned(results),
+        *_tests(results),
+        *_steps(results),
+    ]
     if drawn:
         parts += ["## Pictures", ""]
         for path, caption in drawn.items():
@@ -207,6 +213,24 @@ def _scaling(rows: targets.Rows) -> list[str]:
         cells.append((f"{key[0]}D", key[1], key[2], f"{least:,} to {most:,}", number(exponent)))
     head = ("network", "grows with", "provider", "voxels", "exponent of the time (1: linear)")
     return ["## Growth", "", *table(head, cells)] if cells else []
+
+
+def _tuned(results: Mapping[str, Any]) -> list[str]:
+    cells = [
+        (
+            arch,
+            key,
+            entry["plan"],
+            "; ".join(f"{plan} {_ms(seconds)}" for plan, seconds in entry["seconds"].items()),
+            "; ".join(
+                f"{family} {'x'.join(map(str, tile))}" for family, tile in entry["tiles"].items()
+            ),
+        )
+        for arch, found in results.get("tuned", {}).items()
+        for key, entry in found["entries"].items()
+    ]
+    head = ("GPU", "bucket", "fastest", "training step of the layer, ms", "tiles, warps, stages")
+    return ["## Tuned", "", *table(head, cells)] if cells else []
 
 
 def _tests(results: Mapping[str, Any]) -> list[str]:

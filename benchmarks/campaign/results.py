@@ -35,17 +35,18 @@ def collect(
     tests = {
         s.name: outcomes(out / "logs" / f"{s.name}.log") for s in steps if "pytest" in s.command
     }
+    tables = sorted((out / "tuned").glob("*.json"))
+    whole = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tables}
+    write_json(out / "tuned.json", whole)
     found = {
         "about": dict(about),
         "machine": machine,
         "steps": dict(done),
         "tests": {name: counts for name, counts in tests.items() if counts},
+        "tuned": whole,
         "rows": rows,
     }
     write_json(out / "results.json", found)
-    tables = sorted((out / "tuned").glob("*.json"))
-    whole = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tables}
-    write_json(out / "tuned.json", whole)
     return found
 
 

@@ -92,6 +92,9 @@ def steps(device: str) -> list[Step]:
     return _cuda() if device == "cuda" else _cpu()
 
 
+BUILD = {"FASTFILM_CUDA": "auto", "FASTFILM_CPU": "0"}
+"""The CUDA kernels are built where there is an nvcc; those for a CPU would take a minute and measure nothing."""
+
 BF16 = ("--dtype", "bfloat16")
 
 
@@ -107,7 +110,7 @@ def _cuda() -> list[Step]:
             "the C++ extension and, with nvcc, the CUDA kernels",
             _python("-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"),
             150,
-            environment={"FASTFILM_CUDA": "auto"},
+            environment=BUILD,
         ),
         Step("info", "versions, devices, backends", _python("-m", "fastfilm", "info"), 40),
         Step(

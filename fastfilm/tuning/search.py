@@ -60,6 +60,7 @@ class Search:
         most: candidates of a shape and family.
         processes: that compile; None: one for each core.
         known: buckets to leave out.
+        timed: whether candidates are timed; None: on a GPU.
     """
 
     shapes: Sequence[Shape]
@@ -69,12 +70,15 @@ class Search:
     most: int = 16
     processes: int | None = None
     known: frozenset[tables.Key] = frozenset()
+    timed: bool | None = None
     say: Say = lambda text: None
     outcomes: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._end = time.monotonic() + self.seconds
         self._clock: Clock | None = None
+        if self.timed is None:
+            self.timed = self.device == "cuda"
 
     def left(self) -> float:
         """Seconds until the end."""
@@ -114,8 +118,8 @@ class Search:
 
     def _shape(self, shape: Shape, waiting: dict[Candidate, Future[Facts]]) -> Entry | None:
         subject = None
-        if self.device == "cuda" or backends.interpreting():
-            subject = Subject(shape, self.device, full=self.device == "cuda")
+        if self.timed or backends.interpreting():
+            subject = Subject(shape, self.device, full=bool(self.timed))
         best: dict[str, tuple[float, tuple[int, ...]]] = {}
         for candidate, found in self._worthwhile(shape, waiting):
             outcome = self._candidate(shape, candidate, found, subject)
@@ -124,7 +128,7 @@ class Search:
             least = best.get(candidate.family, (float("inf"), ()))[0]
             if seconds is not None and seconds < least:
                 best[candidate.family] = seconds, candidate.fields
-        if self.device != "cuda":
+        if not self.timed:
             return None
         assert subject is not None
         tiles = {}
@@ -186,7 +190,7 @@ class Search:
             reason = subject.why_wrong(candidate)
             if reason is not None:
                 return Outcome(shape, name, WRONG, reason, facts=found)
-            if self.device != "cuda":
+            if not self.timed:
                 return Outcome(shape, name, RIGHT, facts=found)
             seconds = self._timed(subject.candidate_call(candidate, candidate.family))
         except Exception as error:  # a launch that fails is a finding about this candidate

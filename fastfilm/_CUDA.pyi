@@ -4,6 +4,9 @@
 stands for an absent argument. A launch that the runtime refuses raises RuntimeError naming the kernel.
 """
 
+from collections.abc import Sequence
+from typing import TypedDict
+
 architectures: str
 """Targets that were compiled, as ``FASTFILM_CUDA_ARCHS`` lists them."""
 
@@ -58,3 +61,76 @@ def moments_backward(
     c: int,
     stream: int,
 ) -> None: ...
+
+class Facts(TypedDict):
+    """How a kernel is laid out; ``tile`` in voxels, ``bn`` and ``bk`` output and input channels at a time."""
+
+    tile: tuple[int, int, int]
+    bn: int
+    bk: int
+    buffers: int
+    resident: bool
+    shared_bytes: int
+    tiles_a_block: int
+    bytes_an_output: float
+
+class Convolution:
+    """One shape: [n, ci, *in_size] to [n, co, *out_size], sizes as (d, h, w) with d = 1 in 2D.
+
+    ``device`` is what ``device()`` returns. A source is (address, its coefficients' or 0, channels, act);
+    ``strides`` are the weight's, in elements, over [co, ci, kd, kh, kw]. Workspaces are counted in bytes. A
+    shape that has no layout on the device raises RuntimeError when it is first used.
+    """
+
+    def __init__(
+        self,
+        dtype: int,
+        dims: int,
+        n: int,
+        ci: int,
+        co: int,
+        in_size: tuple[int, int, int],
+        out_size: tuple[int, int, int],
+        kernel: tuple[int, int, int],
+        padding: tuple[int, int, int],
+        stride: int,
+        device: tuple[int, int, int],
+    ) -> None: ...
+    def forward_workspace(self) -> int: ...
+    def backward_workspace(self) -> int: ...
+    def weight_gradient_workspace(self) -> int: ...
+    def forward(
+        self,
+        sources: Sequence[tuple[int, int, int, int]],
+        weight: int,
+        strides: Sequence[int],
+        bias: int,
+        pre: int,
+        pre_act: int,
+        out_coef: int,
+        out_act: int,
+        y: int,
+        stats: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    def backward(
+        self,
+        e: int,
+        weight: int,
+        strides: Sequence[int],
+        source: Sequence[tuple[int, int, int, int]],
+        dx: int,
+        dcoef: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    def weight_gradient(
+        self,
+        e: int,
+        sources: Sequence[tuple[int, int, int, int]],
+        dweight: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    def facts(self, backward: bool) -> Facts: ...

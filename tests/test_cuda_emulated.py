@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: their sources, compiled against ``csrc/emulation``, against float64.
+"""The passes over a map on the host: the kernels' sources, compiled against ``csrc/emulation``, against float64.
 
 Run once plainly and once under AddressSanitizer and UBSan; with the threads of a block in order and shuffled.
 """
@@ -8,80 +8,39 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastfilm.ops import reference, spec
 from tests import emulated
+from tests.emulated import (
+    LIBRARY,
+    TOLERANCE,
+    build_folder,
+    close,
+    cuda,
+    draw,
+    extension,
+    gradients,
+    library,
+)
 from tests.yardstick import relative_error
 
-LIBRARY = "FASTFILM_EMULATED_LIBRARY"
-"""Set in the process that runs these tests under the sanitizers."""
+__all__ = ["cuda", "extension", "library"]
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler")
 
-ORDERS = [pytest.param(0, id="in_order"), pytest.param(7, id="shuffled")]
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DTYPES = tuple(TOLERANCE)
 
-
-def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "emulated"
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain build, made by the first worker that needs it."""
-    if os.environ.get(LIBRARY):
-        return Path(os.environ[LIBRARY])
-    folder = _shared(tmp_path_factory) / "plain"
-    with emulated.alone(folder):
-        done = folder / "_CUDA.so"
-        return done if done.exists() else emulated.build(folder)
-
-
-@pytest.fixture(scope="module")
-def extension(library: Path) -> ModuleType:
-    return emulated.load(library)
-
-
-@pytest.fixture(params=ORDERS)
-def cuda(extension: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The launchers, on the emulation."""
-    extension.set_seed(request.param)
-    with emulated.installed(extension) as launchers:
-        yield launchers
-    extension.set_seed(0)
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers; a feature map is channels-last."""
-    t = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return spec.channels_last(t) if len(shape) > 3 else t
-
-
-def gradients(
-    f: Callable[..., Tensor], arguments: tuple[Tensor, ...], outer: Tensor
-) -> list[Tensor]:
-    """Float64 gradients of ``f`` at its arguments."""
-    wide = [t.double().requires_grad_() for t in arguments]
-    grads = torch.autograd.grad(
-        f(*wide), wide, outer.double(), allow_unused=True, materialize_grads=True
-    )
-    return list(grads)
-
-
-def close(value: Tensor, exact: Tensor, dtype: torch.dtype, times: float = 1.0) -> None:
-    assert torch.isfinite(value).all(), "an element that nothing wrote"
-    error = relative_error(value, exact)
-    assert error <= times * TOLERANCE[dtype], f"relative error {error:.2e}"
+SANITIZED = (
+    "any_channel_count or bad_arguments or misaligned or two_to_the_31"
+    " or (shuffled and (stride_2 or two_sources or finished or any_shape))"
+)
+"""Tests of both files that run under the sanitizers too."""
 
 
 def check_pointwise(cuda: Any, shape: tuple[int, ...], dtype: torch.dtype, act: str) -> None:
@@ -185,7 +144,7 @@ def test_bad_arguments_are_named(extension: ModuleType) -> None:
 
 @pytest.mark.skipif(bool(os.environ.get(LIBRARY)), reason="this is the sanitized run")
 def test_all_of_this_under_address_and_undefined_behaviour_sanitizers(
-    tmp_path_factory: pytest.TempPathFactory,
+    library: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     compiler = str(emulated.compiler())
     runtimes = []
@@ -195,7 +154,9 @@ def test_all_of_this_under_address_and_undefined_behaviour_sanitizers(
         if not Path(found).is_absolute():
             pytest.skip(f"the compiler has no {name}")
         runtimes.append(found)
-    built = emulated.build(_shared(tmp_path_factory) / "sanitized", ("-O1", *emulated.SANITIZE))
+    built = emulated.build(
+        build_folder(tmp_path_factory) / "sanitized", ("-O1", *emulated.SANITIZE)
+    )
     environment = os.environ | {
         LIBRARY: str(built),
         "LD_PRELOAD": " ".join(runtimes),
@@ -203,7 +164,7 @@ def test_all_of_this_under_address_and_undefined_behaviour_sanitizers(
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "not every_activation"]
+    command += [str(Path(__file__).with_name("test_cuda_convolution.py")), "-k", SANITIZED]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=emulated.ROOT
     )

@@ -240,4 +240,32 @@ FF_DEVICE void store_chunk(T* at, int valid, bool aligned, const float (&v)[kLan
   }
 }
 
+// The same for four channels.
+template <class T>
+FF_DEVICE void load_four(const T* at, int valid, bool aligned, float (&v)[4]) {
+  if (!aligned) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = i < valid ? to_float(at[i]) : 0.0f;
+  } else if constexpr (sizeof(T) == 4) {
+    unpack16<T>(load16(at), v);
+  } else {
+    const Word8 word = load8(at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = to_float(T{static_cast<uint16_t>(word.w[i / 2] >> i % 2 * 16)});
+  }
+}
+
+template <class T>
+FF_DEVICE void store_four(T* at, int valid, bool aligned, const float (&v)[4]) {
+  if (!aligned) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < valid) from_float(v[i], at[i]);
+  } else if constexpr (sizeof(T) == 4) {
+    store16(at, pack16<T>(v));
+  } else {
+    store8(at, {{pack(v[0], v[1], T{}), pack(v[2], v[3], T{})}});
+  }
+}
+
 }  // namespace fastfilm::cuda

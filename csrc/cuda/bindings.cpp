@@ -1,11 +1,15 @@
 // Python bindings of the CUDA kernels. Tensors arrive as addresses, sizes and a stream, so that no PyTorch header
 // is needed and one build serves every version of it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "convolution.h"
 #include "pointwise.h"
 #ifdef FASTFILM_EMULATED
 #include "primitives.h"
@@ -104,6 +108,154 @@ void py_moments_backward(Address dy, Address dstats, Address y, Address stats, A
                          pre ? pointer<float>("dpre", dpre) : nullptr, pointer<float>("workspace", workspace)));
 }
 
+// One convolution of one shape: its layouts, made when they are first needed, and its kernels.
+class Convolution {
+ public:
+  using Three = std::array<int, 3>;
+
+  Convolution(int storage, int dims, int64_t n, int ci, int co, Three in, Three out, Three kernel, Three padding,
+              int stride, std::array<int, 3> device)
+      : device_{device[1], device[2], device[0]} {
+    check_storage(storage);
+    check_range("dims", dims, 2, 3);
+    check_range("n", n, 1, 65535);
+    const int most = 1 << 24;
+    check_range("ci", ci, 1, most);
+    check_range("co", co, 1, most);
+    check_range("stride", stride, 1, 2);
+    for (int i = 0; i < 3; ++i) {
+      const bool flat = i == 0 && dims == 2;
+      check_range("in", in[i], 1, flat ? 1 : most);
+      check_range("out", out[i], 1, flat ? 1 : most);
+      check_range("kernel", kernel[i], 1, flat ? 1 : 3);
+      check_range("padding", padding[i], 0, flat ? 0 : most);
+      if (!flat && (kernel[i] != kernel[2] || kernel[i] == 2)) {
+        throw std::invalid_argument("kernel must be 1 or 3 in every dimension");
+      }
+      const int step = flat ? 1 : stride;
+      check_range("out", out[i], 1, (in[i] + 2 * padding[i] - kernel[i]) / step + 1);
+    }
+    shape_ = {storage, dims, n, ci, co, extent(in), extent(out), extent(kernel), extent(padding), stride};
+  }
+
+  int64_t forward_bytes() { return forward_workspace(plan(Direction::kForward), shape_.storage); }
+  int64_t backward_bytes() { return backward_workspace(plan(Direction::kBackward), shape_.storage); }
+  int64_t weight_bytes() { return weight_gradient_workspace(wgrad()); }
+
+  // (x, coef, channels, act) of one source or of two.
+  using Sources = std::vector<std::array<int64_t, 4>>;
+
+  void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias,
+               Address pre, int pre_act, Address out_coef, int out_act, Address y, Address stats, Address workspace,
+               Address stream) {
+    check_range("pre_act", pre_act, 0, kActivations - 1);
+    check_range("out_act", out_act, 0, kActivations - 1);
+    Forward call{};
+    inputs(sources, call.inputs);
+    call.weight = weight_of(weight, strides);
+    call.bias = pointer_or_null<float>("bias", bias);
+    call.pre = pointer_or_null<float>("pre", pre);
+    call.out_coef = pointer_or_null<float>("out_coef", out_coef);
+    call.pre_act = pre_act;
+    call.out_act = out_act;
+    call.y = pointer("y", y, element());
+    call.stats = pointer_or_null<float>("stats", stats);
+    check(fastfilm::cuda::forward(plan(Direction::kForward), shape_.storage, call, work(workspace),
+                                  reinterpret_cast<Stream>(stream)));
+  }
+
+  void backward(Address e, Address weight, const std::array<int64_t, 5>& strides, const Sources& source, Address dx,
+                Address dcoef, Address workspace, Address stream) {
+    Backward call{};
+    Input given[2] = {};
+    inputs(source, given);
+    call.e = pointer("e", e, element());
+    call.weight = weight_of(weight, strides);
+    call.input = given[0];
+    call.dx = pointer("dx", dx, element());
+    call.dcoef = call.input.coef ? pointer<float>("dcoef", dcoef) : nullptr;
+    check(fastfilm::cuda::backward(plan(Direction::kBackward), shape_.storage, call, work(workspace),
+                                   reinterpret_cast<Stream>(stream)));
+  }
+
+  void weight_gradient(Address e, const Sources& sources, Address dweight, Address workspace, Address stream) {
+    WeightGradient call{};
+    call.e = pointer("e", e, element());
+    inputs(sources, call.inputs);
+    call.dweight = pointer("dweight", dweight, element());
+    check(fastfilm::cuda::weight_gradient(wgrad(), shape_.storage, call, work(workspace),
+                                          reinterpret_cast<Stream>(stream)));
+  }
+
+  // Of the forward kernel and of the gradient at the input.
+  py::dict facts(bool backward) {
+    const ConvPlan& p = plan(backward ? Direction::kBackward : Direction::kForward);
+    py::dict facts;
+    facts["tile"] = py::make_tuple(1 << p.tile_log2.d, 1 << p.tile_log2.h, 1 << p.tile_log2.w);
+    facts["bn"] = p.bn;
+    facts["bk"] = p.bk;
+    facts["buffers"] = p.buffers;
+    facts["resident"] = p.resident;
+    facts["shared_bytes"] = p.shared_bytes;
+    facts["tiles_a_block"] = p.tiles_a_group;
+    facts["bytes_an_output"] = bytes_an_output(p, static_cast<int>(element()));
+    return facts;
+  }
+
+ private:
+  static Extent extent(const Three& e) { return {e[0], e[1], e[2]}; }
+  size_t element() const { return shape_.storage == kFloat32 ? 4 : 2; }
+  void* work(Address workspace) const { return pointer("workspace", workspace, 16); }
+
+  const ConvPlan& plan(Direction direction) {
+    std::optional<ConvPlan>& slot = direction == Direction::kForward ? forward_ : backward_;
+    if (!slot) {
+      ConvPlan made;
+      check(plan_conv(shape_, direction, device_, made));
+      slot = made;
+    }
+    return *slot;
+  }
+  const WgradPlan& wgrad() {
+    if (!wgrad_) {
+      WgradPlan made;
+      check(plan_wgrad(shape_, device_, made));
+      wgrad_ = made;
+    }
+    return *wgrad_;
+  }
+  Weight weight_of(Address weight, const std::array<int64_t, 5>& s) const {
+    return {pointer("weight", weight, element()), {s[0], s[1], s[2], s[3], s[4]}};
+  }
+  void inputs(const Sources& sources, Input (&to)[2]) const {
+    if (sources.empty() || sources.size() > 2) throw std::invalid_argument("there must be one source or two");
+    int64_t channels = 0;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      const auto& s = sources[i];
+      check_range("channels", s[2], 1, shape_.ci);
+      check_range("act", s[3], 0, kActivations - 1);
+      to[i] = {pointer("x", static_cast<Address>(s[0]), element()),
+               pointer_or_null<float>("coef", static_cast<Address>(s[1])), static_cast<int>(s[2]),
+               static_cast<int>(s[3])};
+      channels += s[2];
+    }
+    if (channels != shape_.ci) {
+      throw std::invalid_argument("the sources must have " + std::to_string(shape_.ci) + " channels together, got " +
+                                  std::to_string(channels));
+    }
+    const int lanes = 16 / static_cast<int>(element());
+    if (sources.size() == 2 && to[0].channels % lanes) {
+      throw std::invalid_argument("the channels of the first of two sources must be a multiple of " +
+                                  std::to_string(lanes) + ", got " + std::to_string(to[0].channels));
+    }
+  }
+
+  ConvShape shape_{};
+  Device device_;
+  std::optional<ConvPlan> forward_, backward_;
+  std::optional<WgradPlan> wgrad_;
+};
+
 py::tuple py_device() {
   const Device d = device();
   return py::make_tuple(d.capability, d.multiprocessors, d.shared_bytes);
@@ -130,7 +282,24 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("moments_backward", &py_moments_backward, py::arg("dy"), py::arg("dstats"), py::arg("y"), py::arg("stats"),
         py::arg("pre"), py::arg("e"), py::arg("dpre"), py::arg("workspace"), py::arg("dtype"), py::arg("act"),
         py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
+  py::class_<Convolution>(m, "Convolution")
+      .def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
+                    Convolution::Three, int, Convolution::Three>(),
+           py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
+           py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"))
+      .def("forward_workspace", &Convolution::forward_bytes)
+      .def("backward_workspace", &Convolution::backward_bytes)
+      .def("weight_gradient_workspace", &Convolution::weight_bytes)
+      .def("forward", &Convolution::forward, py::arg("sources"), py::arg("weight"), py::arg("strides"),
+           py::arg("bias"), py::arg("pre"), py::arg("pre_act"), py::arg("out_coef"), py::arg("out_act"),
+           py::arg("y"), py::arg("stats"), py::arg("workspace"), py::arg("stream"))
+      .def("backward", &Convolution::backward, py::arg("e"), py::arg("weight"), py::arg("strides"),
+           py::arg("source"), py::arg("dx"), py::arg("dcoef"), py::arg("workspace"), py::arg("stream"))
+      .def("weight_gradient", &Convolution::weight_gradient, py::arg("e"), py::arg("sources"), py::arg("dweight"),
+           py::arg("workspace"), py::arg("stream"))
+      .def("facts", &Convolution::facts, py::arg("backward"));
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));
+  m.def("set_block_limit", &emulated::set_block_limit, py::arg("value"));
 #endif
 }

@@ -53,11 +53,16 @@ FF_DEVICE void barrier() { __syncthreads(); }
 
 FF_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// Shared memory is addressed by the distance from its beginning.
+FF_DEVICE uint32_t shared_address(int at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + static_cast<uint32_t>(at);
+}
+
 // Copies `bytes` (0 or 16) from global to shared memory and zeroes the rest of the 16; visible after `wait_copies`
 // to the thread that issued it and after a barrier to the others.
-FF_DEVICE void copy_async16(void* shared, const void* global, int bytes) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(global), "r"(bytes) : "memory");
+FF_DEVICE void copy_async16(int shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
 }
 FF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -65,21 +70,18 @@ FF_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-FF_DEVICE void load_matrix4(uint32_t (&r)[4], const void* row) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+// Four 8x8 matrices of 16-bit elements; lane i says where row i % 8 of matrix i / 8 is.
+FF_DEVICE void load_matrix4(uint32_t (&r)[4], int row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(at)
+               : "r"(shared_address(row))
                : "memory");
 }
-
-// The same, each matrix transposed: lane i gets what lane i of `load_matrix4` would get of the transposed matrices.
-FF_DEVICE void load_matrix4_transposed(uint32_t (&r)[4], const void* row) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+// The same of the transposed matrices.
+FF_DEVICE void load_matrix4_transposed(uint32_t (&r)[4], int row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(at)
+               : "r"(shared_address(row))
                : "memory");
 }
 
@@ -131,6 +133,18 @@ FF_DEVICE Word16 load16(const void* at) {
 FF_DEVICE void store16(void* at, const Word16& v) {
   *static_cast<uint4*>(at) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
 }
+
+struct alignas(8) Word8 {
+  uint32_t w[2];
+};
+FF_DEVICE Word8 load8(const void* at) {
+  const uint2 v = *static_cast<const uint2*>(at);
+  return {{v.x, v.y}};
+}
+FF_DEVICE void store8(void* at, const Word8& v) { *static_cast<uint2*>(at) = make_uint2(v.w[0], v.w[1]); }
+
+FF_DEVICE Word16 load_shared16(int at) { return load16(shared_memory() + at); }
+FF_DEVICE void store_shared16(int at, const Word16& v) { store16(shared_memory() + at, v); }
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)

@@ -1,5 +1,6 @@
 #include "../cuda/primitives.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -31,6 +32,8 @@ struct Copy {
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf state;
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   void* fake_stack = nullptr;
   const uint64_t* watched = nullptr;  // runs again once this counter has left `seen`
@@ -62,7 +65,7 @@ struct Block {
   int at_barrier = 0;
   uint64_t barrier_generation = 0;
   int current = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler_state;
   void* scheduler_fake = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
@@ -70,6 +73,7 @@ struct Block {
 
 Block* block = nullptr;
 uint64_t seed = 0;
+int64_t block_limit = 0;
 std::string reason;
 
 struct Stop : std::runtime_error {
@@ -82,7 +86,7 @@ void to_scheduler(bool last) {
   __sanitizer_start_switch_fiber(last ? nullptr : &f.fake_stack, block->scheduler_stack, block->scheduler_size);
 #endif
   (void)last;
-  swapcontext(&f.context, &block->scheduler);
+  if (!_setjmp(f.state)) _longjmp(block->scheduler_state, 1);
 #ifdef FF_ASAN
   __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
 #endif
@@ -119,7 +123,12 @@ void resume(int i) {
 #ifdef FF_ASAN
   __sanitizer_start_switch_fiber(&block->scheduler_fake, f.stack.get(), kStack);
 #endif
-  swapcontext(&block->scheduler, &f.context);
+  // swapcontext would ask the kernel for the signal mask at every switch
+  if (!_setjmp(block->scheduler_state)) {
+    if (f.started) _longjmp(f.state, 1);
+    f.started = true;
+    setcontext(&f.context);
+  }
 #ifdef FF_ASAN
   __sanitizer_finish_switch_fiber(block->scheduler_fake, nullptr, nullptr);
 #endif
@@ -130,7 +139,7 @@ void run_block(std::mt19937_64& random) {
   const int count = block->request.threads;
   for (int i = 0; i < count; ++i) {
     Fiber& f = block->fibers[i];
-    f.done = false;
+    f.done = f.started = false;
     f.watched = nullptr;
     f.issued.clear();
     f.groups.clear();
@@ -150,17 +159,26 @@ void run_block(std::mt19937_64& random) {
   if (block->shared) std::memset(block->shared.get(), 0xff, block->request.shared_bytes);
   for (Rendezvous& w : block->warps) w.arrived = 0;
   block->at_barrier = 0;
-  std::vector<int> order(count);
-  for (int i = 0; i < count; ++i) order[i] = i;
+  std::vector<int> warps(count / kWarp), lanes(kWarp);
+  for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
+  for (int i = 0; i < kWarp; ++i) lanes[i] = i;
   for (int left = count; left > 0;) {
     bool moved = false;
-    if (seed) std::shuffle(order.begin(), order.end(), random);
-    for (int i : order) {
-      Fiber& f = block->fibers[i];
-      if (f.done || (f.watched && *f.watched == f.seen)) continue;
-      moved = true;
-      resume(i);
-      left -= f.done;
+    if (seed) std::shuffle(warps.begin(), warps.end(), random);
+    for (int w : warps) {
+      // shuffled, a warp runs as far as it can: warps are then as far apart as barriers allow
+      for (bool again = true; again;) {
+        again = false;
+        if (seed) std::shuffle(lanes.begin(), lanes.end(), random);
+        for (int lane : lanes) {
+          Fiber& f = block->fibers[w * kWarp + lane];
+          if (f.done || (f.watched && *f.watched == f.seen)) continue;
+          moved = true;
+          again = seed != 0;
+          resume(w * kWarp + lane);
+          left -= f.done;
+        }
+      }
     }
     if (!moved) throw Stop("deadlock: a barrier or a warp collective that not every thread reaches");
   }
@@ -200,10 +218,12 @@ const char* run(const Request& request) {
   block = &b;
   std::mt19937_64 random(seed);
   const char* result = nullptr;
+  const int64_t blocks = int64_t{1} * request.grid.x * request.grid.y * request.grid.z;
+  const Grid first = block_limit && blocks > block_limit ? Grid{request.grid.x - 1, request.grid.y - 1, request.grid.z - 1} : Grid{0, 0, 0};
   try {
-    for (b.index.z = 0; b.index.z < request.grid.z; ++b.index.z)
-      for (b.index.y = 0; b.index.y < request.grid.y; ++b.index.y)
-        for (b.index.x = 0; b.index.x < request.grid.x; ++b.index.x) run_block(random);
+    for (b.index.z = first.z; b.index.z < request.grid.z; ++b.index.z)
+      for (b.index.y = first.y; b.index.y < request.grid.y; ++b.index.y)
+        for (b.index.x = first.x; b.index.x < request.grid.x; ++b.index.x) run_block(random);
   } catch (const Stop& stop) {
     reason = stop.what();
     result = reason.c_str();
@@ -213,6 +233,7 @@ const char* run(const Request& request) {
 }
 
 void set_seed(uint64_t value) { seed = value; }
+void set_block_limit(int64_t value) { block_limit = value; }
 int thread_index() { return block->current; }
 Grid block_index() { return block->index; }
 Grid grid_size() { return block->request.grid; }
@@ -240,10 +261,16 @@ float shuffle_xor(float value, int mask) {
   return other;
 }
 
-void copy_async16(void* shared, const void* global, int bytes) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
-    fail("copy_async16: misaligned address");
+unsigned char* shared16(const char* who, int at) {
+  if (at % 16 || at < 0 || at + 16 > block->request.shared_bytes) {
+    throw Stop(std::string(who) + ": shared memory has no 16 bytes at " + std::to_string(at));
   }
+  return block->shared.get() + at;
+}
+
+void copy_async16(int at, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async16: misaligned address");
+  void* shared = shared16("copy_async16", at);
   std::memset(shared, 0xff, 16);
   block->fibers[block->current].issued.push_back({shared, global, bytes});
 }
@@ -268,18 +295,17 @@ void wait_copies(int pending) {
 namespace {
 
 template <class Compute>
-void load_matrices(uint32_t (&r)[4], const void* row, Compute compute) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrix4: misaligned address");
+void load_matrices(uint32_t (&r)[4], int row, Compute compute) {
   const int lane = block->current % kWarp;
   Rendezvous& w = warp();
-  w.rows[lane] = row;
+  w.rows[lane] = shared16("load_matrix4", row);
   meet(compute);
   for (int m = 0; m < 4; ++m) r[m] = w.out[lane][m];
 }
 
 }  // namespace
 
-void load_matrix4(uint32_t (&r)[4], const void* row) {
+void load_matrix4(uint32_t (&r)[4], int row) {
   load_matrices(r, row, [](Rendezvous& all) {
     for (int i = 0; i < kWarp; ++i)
       for (int m = 0; m < 4; ++m)
@@ -287,7 +313,7 @@ void load_matrix4(uint32_t (&r)[4], const void* row) {
   });
 }
 
-void load_matrix4_transposed(uint32_t (&r)[4], const void* row) {
+void load_matrix4_transposed(uint32_t (&r)[4], int row) {
   load_matrices(r, row, [](Rendezvous& all) {
     for (int i = 0; i < kWarp; ++i)
       for (int m = 0; m < 4; ++m) {

@@ -30,7 +30,13 @@ const char* run(const Request& request);
 // 0: threads run in order; else their order is drawn anew at every switch.
 void set_seed(uint64_t seed);
 
+// Of a launch of more blocks than this only the last one runs: for maps too large to be walked over. 0: no limit.
+void set_block_limit(int64_t value);
+
 void fail(const char* reason);
+
+// 16 bytes of shared memory; an error if they are misaligned or not inside.
+unsigned char* shared16(const char* who, int at);
 
 int thread_index();
 Grid block_index();
@@ -38,11 +44,11 @@ Grid grid_size();
 unsigned char* shared_memory();
 void barrier();
 float shuffle_xor(float value, int mask);
-void copy_async16(void* shared, const void* global, int bytes);
+void copy_async16(int shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int pending);
-void load_matrix4(uint32_t (&r)[4], const void* row);
-void load_matrix4_transposed(uint32_t (&r)[4], const void* row);
+void load_matrix4(uint32_t (&r)[4], int row);
+void load_matrix4_transposed(uint32_t (&r)[4], int row);
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t));
 
 float widen_bfloat16(uint16_t bits);
@@ -112,6 +118,23 @@ inline void store16(void* at, const Word16& v) {
   if (reinterpret_cast<uintptr_t>(at) % 16) emulated::fail("store16: misaligned address");
   std::memcpy(at, &v, 16);
 }
+
+struct alignas(8) Word8 {
+  uint32_t w[2];
+};
+inline Word8 load8(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 8) emulated::fail("load8: misaligned address");
+  Word8 v;
+  std::memcpy(&v, at, 8);
+  return v;
+}
+inline void store8(void* at, const Word8& v) {
+  if (reinterpret_cast<uintptr_t>(at) % 8) emulated::fail("store8: misaligned address");
+  std::memcpy(at, &v, 8);
+}
+
+inline Word16 load_shared16(int at) { return load16(emulated::shared16("load_shared16", at)); }
+inline void store_shared16(int at, const Word16& v) { store16(emulated::shared16("store_shared16", at), v); }
 
 template <class Kernel>
 const char* launch(Grid grid, int shared_bytes, Stream, const typename Kernel::Params& params) {

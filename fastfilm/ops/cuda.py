@@ -6,6 +6,8 @@ The maths is that of ``reference``; each map is read and written once, sums have
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,3 +171,275 @@ def moments_backward(
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+Sources = Sequence[tuple[Tensor, Tensor | None, str]]
+"""One map or two, whose channels follow each other: raw map, what is pending on it (None: nothing), activation."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _device(index: int | None) -> tuple[int, int, int]:
+    return _CUDA.device()
+
+
+@functools.lru_cache(maxsize=4096)
+def _convolution(
+    dtype: torch.dtype,
+    n: int,
+    channels: tuple[int, int],
+    size: tuple[int, ...],
+    out: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    device: tuple[int, int, int],
+) -> _CUDA.Convolution:
+    def three(values: tuple[int, ...], depth: int) -> tuple[int, int, int]:
+        return (depth, values[0], values[1]) if len(values) == 2 else (*values,)  # type: ignore[return-value]
+
+    if len(set(stride)) != 1:
+        raise ValueError(f"stride must be the same in every dimension, got {stride}")
+    return _CUDA.Convolution(
+        dtype=_DTYPES[dtype],
+        dims=len(size),
+        n=n,
+        ci=channels[0],
+        co=channels[1],
+        in_size=three(size, 1),
+        out_size=three(out, 1),
+        kernel=three(kernel, 1),
+        padding=three(padding, 0),
+        stride=stride[0],
+        device=device,
+    )
+
+
+def convolution(
+    x: Tensor,
+    channels: tuple[int, int],
+    out: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> _CUDA.Convolution:
+    """The kernels of one shape, with the layout that suits x's GPU."""
+    with _guard(x):
+        device = _device(x.device.index)
+    shape = (x.shape[0], channels, tuple(x.shape[2:]), out, kernel, stride, padding)
+    return _convolution(x.dtype, *shape, device)
+
+
+def _strides(weight: Tensor) -> tuple[int, ...]:
+    """Of [co, ci, kd, kh, kw], whatever the weight's layout."""
+    s = weight.stride()
+    return s if len(s) == 5 else (*s[:2], 0, *s[2:])
+
+
+def _sources(sources: Sources) -> tuple[list[Tensor | None], list[tuple[int, int, int, int]]]:
+    """What must stay alive, and what the extension takes."""
+    kept: list[Tensor | None] = []
+    given = []
+    for x, coef, act in sources:
+        x = _map("x", x)
+        coef = None if coef is None else _numbers("coef", coef, 7, *x.shape[:2])
+        kept += [x, coef]
+        given.append((x.data_ptr(), _address(coef), x.shape[1], _code(act)))
+    return kept, given
+
+
+def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
+    if weight.dtype != x.dtype or weight.dim() != x.dim() or weight.shape[1] != channels:
+        raise ValueError(
+            f"weight must be [co, {channels}, *kernel] of {x.dtype}, got {tuple(weight.shape)} of {weight.dtype}"
+        )
+    return weight
+
+
+def _out_size(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> tuple[int, ...]:
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    return tuple((i + 2 * p - k) // s + 1 for i, k, s, p in sizes)
+
+
+def _bytes(count: int, like: Tensor) -> Tensor:
+    return torch.empty(max(count, 16), dtype=torch.uint8, device=like.device)
+
+
+def fprop_sources(
+    sources: Sources,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor | None,
+    pre_act: str,
+    out_coef: Tensor | None,
+    out_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of one map or of the concatenation of two, each behind its own pending affine.
+
+    Args:
+        weight: [Co, ΣCi, *K].
+        out_coef: [7, N, Co] of ``out_act``, where the output is to be finished; else None.
+
+    Returns:
+        y [N, Co, *T], and its moments [2, N, Co] (empty without ``moments``).
+    """
+    x = sources[0][0]
+    n, co = x.shape[0], weight.shape[0]
+    ci = sum(s[0].shape[1] for s in sources)
+    _weight(weight, x, ci)
+    kept, given = _sources(sources)
+    bias = None if bias is None else _numbers("bias", bias, co)
+    pre = None if pre is None else _numbers("pre", pre, 2, co)
+    out_coef = None if out_coef is None else _numbers("out_coef", out_coef, 7, n, co)
+    size = _out_size(x, weight, stride, padding)
+    conv = convolution(x, (ci, co), size, tuple(weight.shape[2:]), stride, padding)
+    y = torch.empty((n, co, *size), dtype=x.dtype, device=x.device, memory_format=_FORMATS[x.dim()])
+    stats = torch.empty((2, n, co) if moments else (0,), dtype=torch.float32, device=x.device)
+    work = _bytes(conv.forward_workspace(), x)
+    with _guard(x):
+        conv.forward(
+            sources=given,
+            weight=weight.data_ptr(),
+            strides=_strides(weight),
+            bias=_address(bias),
+            pre=_address(pre),
+            pre_act=_code(pre_act),
+            out_coef=_address(out_coef),
+            out_act=_code(out_act),
+            y=y.data_ptr(),
+            stats=stats.data_ptr() if moments else 0,
+            workspace=work.data_ptr(),
+            stream=_stream(x),
+        )
+    del kept
+    return y, stats
+
+
+def fprop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor | None,
+    act: str,
+    pre: Tensor | None,
+    pre_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    """Raw output [N, Co, *T] channels-last, and its moments [2, N, Co] (empty without ``moments``).
+
+    Args:
+        x: raw input [N, Ci, *S] channels-last; ``coef`` [7, N, Ci] and ``act`` are pending on it.
+        weight: [Co, Ci, *K], K 1 or 3 in every dimension, in any layout.
+        bias: [Co], added before the output is rounded and its moments are taken.
+        pre: [2, Co], shift and slope of ``pre_act`` in front of the norm.
+    """
+    tail = (None, "none", stride, padding, moments)
+    return fprop_sources([(x, coef, act)], weight, bias, pre, pre_act, *tail)
+
+
+def fprop_apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor | None,
+    act: str,
+    out_coef: Tensor,
+    out_act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    """The finished block [N, Co, *T] where the output's coefficients are known beforehand."""
+    tail = (out_coef, out_act, stride, padding, False)
+    return fprop_sources([(x, coef, act)], weight, bias, None, "none", *tail)[0]
+
+
+def dgrad(
+    e: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    coef: Tensor | None,
+    act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """dx [N, Ci, *S] channels-last, and dcoef [7, N, Ci] (None without ``coef``).
+
+    Args:
+        e: gradient at the raw output [N, Co, *T], channels-last.
+        weight: [Co, Ci, *K].
+        x: the raw input [N, Ci, *S] that the forward pass read.
+    """
+    e = _map("e", e)
+    _weight(weight, x, x.shape[1])
+    kept, given = _sources([(x, coef, act)])
+    channels = (weight.shape[1], weight.shape[0])
+    conv = convolution(x, channels, tuple(e.shape[2:]), tuple(weight.shape[2:]), stride, padding)
+    dx = _empty_map(x)
+    dcoef = None if kept[1] is None else torch.empty_like(kept[1])
+    work = _bytes(conv.backward_workspace(), x)
+    with _guard(x):
+        conv.backward(
+            e=e.data_ptr(),
+            weight=weight.data_ptr(),
+            strides=_strides(weight),
+            source=given,
+            dx=dx.data_ptr(),
+            dcoef=_address(dcoef),
+            workspace=work.data_ptr(),
+            stream=_stream(x),
+        )
+    return dx, dcoef
+
+
+def wgrad(
+    e: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor | None,
+    act: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    """dW, of ``weight``'s shape and dtype, channels-last.
+
+    Args:
+        e: gradient at the raw output [N, Co, *T], channels-last.
+        x: raw input [N, Ci, *S], channels-last; ``coef`` [7, N, Ci] and ``act`` are pending on it.
+    """
+    return wgrad_sources(e, [(x, coef, act)], weight, stride, padding)
+
+
+def wgrad_sources(
+    e: Tensor,
+    sources: Sources,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    """``wgrad`` of one map or of the concatenation of two."""
+    e = _map("e", e)
+    x = sources[0][0]
+    _weight(weight, x, sum(s[0].shape[1] for s in sources))
+    kept, given = _sources(sources)
+    channels = (weight.shape[1], weight.shape[0])
+    conv = convolution(x, channels, tuple(e.shape[2:]), tuple(weight.shape[2:]), stride, padding)
+    dweight = torch.empty(
+        weight.shape, dtype=x.dtype, device=x.device, memory_format=_FORMATS[x.dim()]
+    )
+    work = _bytes(conv.weight_gradient_workspace(), x)
+    with _guard(x):
+        conv.weight_gradient(
+            e=e.data_ptr(),
+            sources=given,
+            dweight=dweight.data_ptr(),
+            workspace=work.data_ptr(),
+            stream=_stream(x),
+        )
+    del kept
+    return dweight

@@ -1,0 +1,201 @@
+// The convolution kernel: forward, and gradient at the input; see plan.h.
+//
+// A block belongs to one sample, one block of output channels and one class of output voxels, and walks over its
+// tiles. While one slab is multiplied the next one is on its way.
+#pragma once
+
+#include "multiply.h"
+
+namespace fastfilm::cuda {
+
+// Channels that a thread of the epilogue takes of each voxel: few, as their constants and sums are registers too.
+constexpr int kQuad = 4;
+
+// Which they are.
+struct Chunk {
+  int64_t n;
+  int channel, valid;
+};
+
+// Epilogue: `Params`; `State`, kept over the tiles of a block; its constructor, which loads the constants of a
+// chunk; `write`, which gets the products of one voxel; and `finish`, which merges the states of a block.
+template <class T, int kN, int kK, template <class> class EpilogueOf>
+struct Convolve {
+  using Epilogue = EpilogueOf<T>;
+  using State = typename Epilogue::State;
+  struct Params {
+    ConvPlan plan;
+    Sources in;
+    const T* weights;
+    typename Epilogue::Params epilogue;
+  };
+  static constexpr int kThreads = kConvThreads, kMinBlocks = 1;
+
+  struct Step {
+    int tile, k, depth;
+
+    FF_DEVICE void advance(int blocks_k, int depths) {
+      if (++depth < depths) return;
+      depth = 0;
+      if (++k < blocks_k) return;
+      k = 0;
+      ++tile;
+    }
+  };
+
+  static FF_DEVICE void run(const Params& p) {
+    const ConvPlan& plan = p.plan;
+    const Grid block = block_index();
+    const int block_n = block.y % plan.blocks_n;
+    const Taps& taps = plan.taps[block.y / plan.blocks_n];
+    const int64_t n = block.z;
+    const int tiles = plan.tiles.volume(), first = block.x * plan.tiles_a_group;
+    const int last = first + plan.tiles_a_group < tiles ? first + plan.tiles_a_group : tiles;
+
+    const Extent size = slab_size(plan.tile_log2, taps.count, plan.slab_step);
+    const Slab<T, kK> slab(size, plan.in, plan.load_step);
+    const int slabs = plan.slots * plan.weight_bytes, coefs = slabs + plan.buffers * plan.slab_bytes;
+    const bool pending = p.in.part[0].coef || p.in.part[1].coef;
+    const int in_step = plan.slab_step * plan.load_step, depths = taps.count.d;
+
+    const auto load_weights = [&](int k, int depth, int slot) {
+      const int bytes = taps.count.h * taps.count.w * kN * kK * static_cast<int>(sizeof(T));
+      const unsigned char* from = reinterpret_cast<const unsigned char*>(p.weights + taps.weights) +
+                                  (static_cast<int64_t>(block_n * plan.blocks_k + k) * depths + depth) * bytes;
+      for (int i = thread_index() * 16; i < bytes; i += kThreads * 16) {
+        copy_async16(slot * plan.weight_bytes + i, from + i, 16);
+      }
+    };
+    const auto load = [&](const Step& s, int buffer, int slot, uint32_t& inside) {
+      if (!plan.resident) load_weights(s.k, s.depth, slot);
+      if (s.depth > 0) return;
+      const Extent at = tile_origin(plan.tiles, plan.tile_log2, s.tile);
+      const Extent from{at.d * in_step + taps.base.d, at.h * in_step + taps.base.h, at.w * in_step + taps.base.w};
+      inside = slab.load(p.in, n, from, s.k, slabs + buffer * plan.slab_bytes);
+      if (pending) slab.load_coefficients(p.in, n, plan.n, s.k, coefs + buffer * slab.kCoefBytes);
+    };
+
+    if (plan.resident) {
+      for (int k = 0; k < plan.blocks_k; ++k)
+        for (int depth = 0; depth < depths; ++depth) load_weights(k, depth, k * depths + depth);
+    }
+    const bool ahead = plan.buffers == 2;
+    Step step{first, 0, 0};
+    int buffer = 0, slot = 0;
+    uint32_t inside = 0, next_inside = 0;
+    if (ahead && depths > 0) load(step, 0, 0, next_inside);
+    commit_copies();
+    barrier();
+
+    Multiplier<T, kN, kK> products(plan.tile_log2, size, plan.slab_step);
+    State state;
+    state.clear();
+    for (int tile = first; tile < last; ++tile) {
+      products.clear();
+#pragma unroll 1
+      for (int i = 0; i < plan.blocks_k * depths; ++i) {
+        const Step now = step;
+        step.advance(plan.blocks_k, depths);
+        if (ahead) {
+          if (now.depth == 0) inside = next_inside;
+          if (step.tile < last) load(step, step.depth == 0 ? buffer ^ 1 : buffer, slot ^ 1, next_inside);
+          commit_copies();
+          wait_copies<1>();
+        } else {
+          load(now, 0, slot, inside);
+          commit_copies();
+          wait_copies<0>();
+          barrier();
+        }
+        const int at = slabs + buffer * plan.slab_bytes;
+        if (pending && now.depth == 0) slab.transform(p.in, now.k, inside, at, coefs + buffer * slab.kCoefBytes);
+        barrier();
+        int weights = (plan.resident ? now.k * depths + now.depth : slot) * plan.weight_bytes;
+#pragma unroll 1
+        for (int y = 0; y < taps.count.h; ++y) {
+#pragma unroll 1
+          for (int x = 0; x < taps.count.w; ++x) {
+            products.add(at, (now.depth * size.h + y) * size.w + x, weights);
+            weights += kN * kK * static_cast<int>(sizeof(T));
+          }
+        }
+        barrier();
+        slot ^= 1;
+        if (ahead && step.depth == 0 && i + 1 < plan.blocks_k * depths) buffer ^= 1;
+      }
+      write(p, taps, n, block_n, tile, products, slabs + buffer * plan.slab_bytes, state);
+      if (ahead && depths > 0) buffer ^= 1;
+    }
+    wait_copies<0>();
+    Epilogue::finish(p.epilogue, plan, chunk_of(plan, n, block_n), state);
+  }
+
+  static constexpr int kV = kQuad, kChunks = kN / kV;
+
+  static FF_DEVICE Chunk chunk_of(const ConvPlan& plan, int64_t n, int block_n) {
+    const int channel = block_n * kN + thread_index() % kChunks * kV, left = plan.co - channel;
+    return {n, channel, left < 0 ? 0 : left < kV ? left : kV};
+  }
+
+  // The tile's products pass through shared memory, half after half, so that a thread gets neighbouring channels of a voxel.
+  static FF_DEVICE void write(const Params& p, const Taps& taps, int64_t n, int block_n, int tile,
+                              const Multiplier<T, kN, kK>& products, int at, State& state) {
+    const ConvPlan& plan = p.plan;
+    const Chunk chunk = chunk_of(plan, n, block_n);
+    const Epilogue epilogue(p.epilogue, plan, chunk);
+    const Extent origin = tile_origin(plan.tiles, plan.tile_log2, tile);
+    float* staging = reinterpret_cast<float*>(shared_memory() + at);
+    // not unrolled: the registers are the accumulators'
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      products.stage(half, staging);
+      barrier();
+#pragma unroll 1
+      for (int r = thread_index() / kChunks; r < kHalf; r += kThreads / kChunks) {
+        const Extent v = tile_voxel(plan.tile_log2, half * kHalf + r);
+        const int d = taps.out_first.d + (origin.d + v.d) * plan.out_step;
+        const int h = taps.out_first.h + (origin.h + v.h) * plan.out_step;
+        const int w = taps.out_first.w + (origin.w + v.w) * plan.out_step;
+        if (chunk.valid == 0 || d >= plan.out.d || h >= plan.out.h || w >= plan.out.w) continue;
+        float values[kV];
+#pragma unroll
+        for (int i = 0; i < kV; ++i) {
+          values[i] = staging[r * kStagingPitch<kN> + thread_index() % kChunks * kV + i];
+        }
+        const int64_t voxel = ((n * plan.out.d + d) * plan.out.h + h) * plan.out.w + w;
+        epilogue.write(p.epilogue, voxel * plan.co + chunk.channel, chunk.valid, values, state);
+      }
+      barrier();
+    }
+  }
+};
+
+// Launches the variant of a plan; kernels are compiled for the variants of plan.cpp.
+template <class T, template <class> class Epilogue>
+std::string launch_conv(const char* name, const ConvPlan& plan, const Sources& in, const void* weights,
+                        const typename Epilogue<T>::Params& epilogue, Stream stream) {
+  const Grid grid{plan.groups, plan.blocks_n * plan.classes, static_cast<int>(plan.n)};
+  const auto start = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    return launched(name, launch<Kernel>(grid, plan.shared_bytes, stream,
+                                         {plan, in, static_cast<const T*>(weights), epilogue}));
+  };
+  if constexpr (sizeof(T) == 4) {
+    return plan.bk == 16 ? start(Convolve<T, 32, 16, Epilogue>{}) : start(Convolve<T, 32, 8, Epilogue>{});
+  } else {
+    switch (plan.bn * 100 + plan.bk) {
+      case 6464:
+        return start(Convolve<T, 64, 64, Epilogue>{});
+      case 6432:
+        return start(Convolve<T, 64, 32, Epilogue>{});
+      case 6416:
+        return start(Convolve<T, 64, 16, Epilogue>{});
+      case 3232:
+        return start(Convolve<T, 32, 32, Epilogue>{});
+      default:
+        return start(Convolve<T, 32, 16, Epilogue>{});
+    }
+  }
+}
+
+}  // namespace fastfilm::cuda

@@ -1,0 +1,100 @@
+#include "conv.h"
+#include "convolution.h"
+#include "pack.h"
+#include "second_stage.h"
+
+namespace fastfilm::cuda {
+namespace {
+
+// Bias, then the moments of the raw output or the finished block.
+template <class T>
+struct ForwardEpilogue {
+  static constexpr int kV = kQuad;
+  struct Params {
+    const float *bias, *pre, *out_coef;
+    int pre_act, out_act;
+    T* y;
+    bool aligned;
+    float *partials, *counts;  // [N, groups, 2, co] and [N, groups]; null: no moments
+  };
+  using State = Moments<kV>;
+
+  float bias[kV], shift[kV], slope[kV];
+  Coefficients<kV> out;
+
+  FF_DEVICE ForwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk) {
+#pragma unroll
+    for (int i = 0; i < kV; ++i) {
+      const bool present = i < chunk.valid;
+      bias[i] = p.bias && present ? p.bias[chunk.channel + i] : 0.0f;
+      shift[i] = p.pre && present ? p.pre[chunk.channel + i] : 0.0f;
+      slope[i] = p.pre && present ? p.pre[plan.co + chunk.channel + i] : 0.0f;
+    }
+    if (p.out_coef) out.load(p.out_coef + chunk.n * plan.co + chunk.channel, plan.n * plan.co, chunk.valid);
+  }
+
+  FF_DEVICE void write(const Params& p, int64_t at, int valid, float (&v)[kV], State& state) const {
+#pragma unroll
+    for (int i = 0; i < kV; ++i) v[i] += bias[i];
+    if (p.partials) {
+      float u[kV];
+#pragma unroll
+      for (int i = 0; i < kV; ++i) u[i] = v[i] + shift[i];
+      activate(u, slope, p.pre_act);
+      state.add(u);
+    }
+    if (p.out_coef) out.apply(v, p.out_act);
+    store_four(p.y + at, valid, p.aligned, v);
+  }
+
+  FF_DEVICE static void finish(const Params& p, const ConvPlan& plan, const Chunk& chunk, State& state) {
+    if (!p.partials) return;
+    const int columns = plan.bn / kV;
+    merge_rows<kConvThreads>(state, shared_memory(), columns);
+    if (thread_index() >= columns || chunk.valid == 0) return;
+    const int64_t slot = chunk.n * plan.groups + block_index().x;
+    float* partial = p.partials + slot * 2 * plan.co + chunk.channel;
+#pragma unroll
+    for (int i = 0; i < kV; ++i) {
+      if (i < chunk.valid) {
+        partial[i] = state.mean[i];
+        partial[plan.co + i] = state.m2[i];
+      }
+    }
+    if (chunk.channel == 0) p.counts[slot] = state.count;
+  }
+};
+
+template <class T>
+std::string forward_of(const ConvPlan& plan, const Forward& c, void* workspace, Stream stream, int storage) {
+  std::string failure = pack_weights(plan, storage, c.weight, false, workspace, stream);
+  if (!failure.empty()) return failure;
+  const Sources in = sources_of<T>(c.inputs);
+  float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed_bytes(plan, storage));
+  float* counts = partials + plan.n * plan.groups * 2 * plan.co;
+  const typename ForwardEpilogue<T>::Params epilogue{
+      c.bias, c.pre, c.out_coef, c.pre ? c.pre_act : kNone, c.out_act, static_cast<T*>(c.y),
+      on_chunks<T>(c.y, plan.co), c.stats ? partials : nullptr, c.stats ? counts : nullptr};
+  failure = launch_conv<T, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
+  if (!failure.empty() || !c.stats) return failure;
+  return finish_moments(partials, counts, plan.n, plan.groups, plan.co, c.stats, stream);
+}
+
+}  // namespace
+
+int64_t forward_workspace(const ConvPlan& plan, int storage) {
+  return packed_bytes(plan, storage) + plan.n * plan.groups * (2 * plan.co + 1) * 4;
+}
+
+std::string forward(const ConvPlan& plan, int storage, const Forward& call, void* workspace, Stream stream) {
+  switch (storage) {
+    case kBFloat16:
+      return forward_of<BFloat16>(plan, call, workspace, stream, storage);
+    case kFloat16:
+      return forward_of<Float16>(plan, call, workspace, stream, storage);
+    default:
+      return forward_of<float>(plan, call, workspace, stream, storage);
+  }
+}
+
+}  // namespace fastfilm::cuda

@@ -1,0 +1,126 @@
+// Products of a tile's voxels with the weights of one tap after another; the accumulators stay in registers.
+#pragma once
+
+#include "slab.h"
+
+namespace fastfilm::cuda {
+
+constexpr int kHalf = kTileVoxels / 2;
+
+// Rows of the accumulators' way through shared memory, padded against bank conflicts.
+template <int kN>
+constexpr int kStagingPitch = kN + 8;
+
+// On tensor cores: a warp computes 32 voxels by kN channels.
+template <class T, int kN, int kK>
+struct Multiplier {
+  static constexpr int kPitch = kK * static_cast<int>(sizeof(T));
+
+  float sum[2][kN / 8][4];
+  int row[2];  // of the slab, for this lane and the first tap
+
+  FF_DEVICE Multiplier(const Extent& tile_log2, const Extent& slab, int step) {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const Extent v = tile_voxel(tile_log2, warp * 32 + m * 16 + lane % 16);
+      row[m] = (v.d * step * slab.h + v.h * step) * slab.w + v.w * step;
+    }
+  }
+  FF_DEVICE void clear() {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int i = 0; i < kN / 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[m][i][e] = 0;
+  }
+  // One tap: the slab's rows shifted by `shift`, the tap's weights [kN, kK].
+  FF_DEVICE void add(int slab, int shift, int weights) {
+    const int lane = thread_index() % 32;
+    const int column = lane % 8 + lane / 16 * 8, half = lane / 8 % 2 * 16;
+#pragma unroll
+    for (int k = 0; k < kK / 16; ++k) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) load_matrix4(a[m], slab + swizzle((row[m] + shift) * kPitch + k * 32 + lane / 16 * 16));
+#pragma unroll
+      for (int i = 0; i < kN / 16; ++i) {
+        uint32_t b[4];
+        load_matrix4(b, weights + swizzle((i * 16 + column) * kPitch + k * 32 + half));
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          multiply_add(sum[m][2 * i], a[m], b[0], b[1], T{});
+          multiply_add(sum[m][2 * i + 1], a[m], b[2], b[3], T{});
+        }
+      }
+    }
+  }
+  // Writes one half of the tile's voxels as float32 [kHalf, kStagingPitch<kN>].
+  FF_DEVICE void stage(int which, float* staging) const {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    if (warp / 4 != which) return;
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int i = 0; i < kN / 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int voxel = warp % 4 * 32 + m * 16 + lane / 4 + e / 2 * 8;
+          staging[voxel * kStagingPitch<kN> + i * 8 + lane % 4 * 2 + e % 2] = sum[m][i][e];
+        }
+  }
+};
+
+// float32 on CUDA cores: a thread computes 8 voxels by kN / 8 channels, 32 and 8 apart.
+template <int kN, int kK>
+struct Multiplier<float, kN, kK> {
+  static constexpr int kPitch = kK * 4;
+
+  float sum[8][kN / 8];
+  int row[8];
+
+  FF_DEVICE Multiplier(const Extent& tile_log2, const Extent& slab, int step) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const Extent v = tile_voxel(tile_log2, thread_index() / 8 + 32 * i);
+      row[i] = (v.d * step * slab.h + v.h * step) * slab.w + v.w * step;
+    }
+  }
+  FF_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) sum[i][j] = 0;
+  }
+  FF_DEVICE void add(int slab, int shift, int weights) {
+#pragma unroll 1
+    for (int k = 0; k < kK; k += 4) {
+      float b[kN / 8][4];
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        unpack16<float>(load_shared16(weights + swizzle((thread_index() % 8 + 8 * j) * kPitch + k * 4)), b[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float a[4];
+        unpack16<float>(load_shared16(slab + swizzle((row[i] + shift) * kPitch + k * 4)), a);
+#pragma unroll
+        for (int j = 0; j < kN / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[i][j] += a[e] * b[j][e];
+      }
+    }
+  }
+  FF_DEVICE void stage(int which, float* staging) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        const int voxel = thread_index() / 8 + 32 * i;
+        staging[voxel * kStagingPitch<kN> + thread_index() % 8 + 8 * j] = which ? sum[i + 4][j] : sum[i][j];
+      }
+  }
+};
+
+}  // namespace fastfilm::cuda

@@ -1,0 +1,234 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+
+namespace fastfilm::cuda {
+namespace {
+
+// log2 of the boxes that a tile may be; rows of at least 8 voxels keep ldmatrix free of bank conflicts.
+constexpr Extent kTiles[] = {{0, 4, 4}, {0, 3, 5}, {0, 5, 3}, {0, 2, 6}, {2, 3, 3},
+                             {1, 3, 4}, {1, 4, 3}, {2, 2, 4}, {3, 2, 3}};
+
+// (bn, bk) that are compiled, for 16-bit types and for float32.
+struct Variant {
+  int bn, bk;
+};
+constexpr Variant kVariants[] = {{64, 64}, {64, 32}, {64, 16}, {32, 32}, {32, 16}};
+constexpr Variant kVariantsFloat[] = {{32, 16}, {32, 8}};
+
+// (bm, bn) of the weight's gradient.
+constexpr Variant kWgradVariants[] = {{64, 64}, {32, 32}, {64, 16}};
+constexpr Variant kWgradFloat = {32, 16};
+
+constexpr int kScratch = kConvThreads * 41 * 4;  // the states that are merged at the end: five sums of eight channels
+
+int up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+int align(int bytes) { return up(bytes, 1024) * 1024; }
+int axis(const Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
+int& axis(Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
+int element_bytes(int storage) { return storage == kFloat32 ? 4 : 2; }
+
+Extent map(const Extent& a, const Extent& b, int (*f)(int, int)) { return {f(a.d, b.d), f(a.h, b.h), f(a.w, b.w)}; }
+
+// The voxels of the result with remainder r, and the taps they read; no taps at all where one axis has none.
+Taps backward_taps(const ConvShape& s, const Extent& r) {
+  Taps t{{1, 1, 1}, {0, 0, 0}, r, {0, 0, 0}, 0};
+  for (int i = 0; i < 3; ++i) {
+    const int step = i == 0 && s.dims == 2 ? 1 : s.stride;
+    int count = 0, first = 0;
+    for (int k = 0; k < axis(s.kernel, i); ++k) {
+      if ((axis(r, i) + axis(s.padding, i) - k) % step == 0) {
+        ++count;
+        first = k;
+      }
+    }
+    axis(t.count, i) = count;
+    axis(t.kernel_first, i) = first;
+    axis(t.base, i) = (axis(r, i) + axis(s.padding, i) - first) / step;
+  }
+  if (t.count.volume() == 0) t.count = {0, 0, 0};
+  return t;
+}
+
+// Of a tile whose voxels are `step` apart in the slab.
+Extent slab_of(const Extent& tile_log2, const Extent& count, int step) {
+  Extent slab;
+  for (int i = 0; i < 3; ++i) axis(slab, i) = ((1 << axis(tile_log2, i)) - 1) * step + std::max(1, axis(count, i));
+  return slab;
+}
+
+Extent tiles_of(const Extent& size, const Extent& tile_log2) {
+  return map(size, tile_log2, [](int n, int log2) { return (n + (1 << log2) - 1) >> log2; });
+}
+
+// The groups that fill the device, balanced.
+void share_out(int64_t tiles, int64_t others, int shared_bytes, const Device& device, int& groups, int& each) {
+  const int a_processor = std::max(1, std::min(2, device.shared_bytes / shared_bytes));
+  const int64_t wanted = static_cast<int64_t>(device.multiprocessors) * a_processor / std::max<int64_t>(1, others);
+  groups = static_cast<int>(std::max<int64_t>(1, std::min(wanted, tiles)));
+  each = up(tiles, groups);
+  groups = up(tiles, each);
+}
+
+bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, const Device& device) {
+  const int chunks = v.bk * element / 16, threads_a_chunk = kConvThreads / chunks;
+  int voxels = 0, taps = 1, depths = 1;
+  for (int c = 0; c < p.classes; ++c) {
+    voxels = std::max(voxels, slab_of(tile, p.taps[c].count, p.slab_step).volume());
+    taps = std::max(taps, p.taps[c].count.h * p.taps[c].count.w);
+    depths = std::max(depths, p.taps[c].count.d);
+  }
+  if (voxels > 32 * threads_a_chunk) return false;  // a thread remembers 32 chunks
+  const int staging = kTileVoxels / 2 * (v.bn + 8) * 4;
+  p.bn = v.bn;
+  p.bk = v.bk;
+  p.blocks_n = up(p.co, v.bn);
+  p.blocks_k = up(p.ci, v.bk);
+  p.tile_log2 = tile;
+  p.weight_bytes = taps * v.bn * v.bk * element;
+  p.slab_bytes = align(std::max(voxels * v.bk * element, staging));
+  const int fixed = p.buffers * p.slab_bytes + 2 * 7 * v.bk * 4;
+  const int64_t all = static_cast<int64_t>(p.blocks_k) * depths * p.weight_bytes;
+  p.resident = fixed + all <= device.shared_bytes;
+  p.slots = p.resident ? p.blocks_k * depths : 2;
+  p.shared_bytes = std::max(fixed + p.slots * p.weight_bytes, kScratch);
+  return p.shared_bytes <= device.shared_bytes;
+}
+
+int64_t voxels_of(const Extent& e) { return static_cast<int64_t>(e.d) * e.h * e.w; }
+
+template <class Plan, class Fits>
+bool best_tile(Plan& plan, const Extent& size, int dims, const Extent& count, Fits fits_in) {
+  double least = std::numeric_limits<double>::max();
+  Plan best = plan;
+  for (const Extent& tile : kTiles) {
+    if ((dims == 2 && tile.d > 0) || !fits_in(plan, tile)) continue;
+    const double cost = static_cast<double>(voxels_of(tiles_of(size, tile))) *
+                        (slab_of(tile, count, plan.slab_step).volume() + kTileVoxels);
+    if (cost < least) {
+      least = cost;
+      best = plan;
+    }
+  }
+  plan = best;
+  return least < std::numeric_limits<double>::max();
+}
+
+std::string does_not_fit(const Device& device) {
+  return "no tile fits into " + std::to_string(device.shared_bytes) + " bytes of shared memory";
+}
+
+}  // namespace
+
+std::string plan_conv(const ConvShape& s, Direction direction, const Device& device, ConvPlan& plan) {
+  const int element = element_bytes(s.storage);
+  ConvPlan p{};
+  p.n = s.n;
+  const bool forward = direction == Direction::kForward;
+  p.ci = forward ? s.ci : s.co;
+  p.co = forward ? s.co : s.ci;
+  p.in = forward ? s.in : s.out;
+  p.out = forward ? s.out : s.in;
+  Extent size = p.out;
+  if (forward) {
+    p.classes = 1;
+    p.kernel_step = 1;
+    p.taps[0] = {s.kernel, {-s.padding.d, -s.padding.h, -s.padding.w}, {0, 0, 0}, {0, 0, 0}, 0};
+    const bool one = s.kernel.volume() == 1;
+    p.slab_step = one ? 1 : s.stride;
+    p.load_step = one ? s.stride : 1;
+    p.out_step = 1;
+  } else {
+    p.kernel_step = -s.stride;
+    p.slab_step = p.load_step = 1;
+    p.out_step = s.stride;
+    const int depths = s.dims == 3 ? s.stride : 1;
+    for (int d = 0; d < depths; ++d)
+      for (int h = 0; h < s.stride; ++h)
+        for (int w = 0; w < s.stride; ++w) p.taps[p.classes++] = backward_taps(s, {d, h, w});
+    size = {up(p.out.d, depths), up(p.out.h, s.stride), up(p.out.w, s.stride)};
+  }
+  Extent count{1, 1, 1};
+  for (int c = 0; c < p.classes; ++c) count = map(count, p.taps[c].count, [](int a, int b) { return std::max(a, b); });
+
+  bool found = false;
+  for (p.buffers = 2; p.buffers > 0 && !found; p.buffers -= !found) {
+    const bool wide = s.storage == kFloat32;
+    for (int i = 0; i < (wide ? 2 : 5); ++i) {
+      const Variant& v = wide ? kVariantsFloat[i] : kVariants[i];
+      if (!wide && ((v.bn == 64) != (p.co > 32) || (v.bk > 16 && v.bk / 2 >= p.ci))) continue;
+      found = best_tile(p, size, s.dims, count,
+                        [&](ConvPlan& q, const Extent& tile) { return fits(q, v, tile, element, device); });
+      if (found) break;
+    }
+  }
+  if (!found) return does_not_fit(device);
+
+  p.tiles = tiles_of(size, p.tile_log2);
+  for (int c = 0; c < p.classes; ++c) {
+    p.taps[c].weights = p.packed;
+    p.packed += static_cast<int64_t>(p.blocks_n) * p.blocks_k * p.taps[c].count.volume() * p.bn * p.bk;
+  }
+  share_out(voxels_of(p.tiles), p.n * p.classes * p.blocks_n, p.shared_bytes, device, p.groups, p.tiles_a_group);
+  if (voxels_of(p.tiles) > std::numeric_limits<int>::max()) return "the map has too many tiles";
+  plan = p;
+  return "";
+}
+
+std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan) {
+  const int element = element_bytes(s.storage);
+  WgradPlan p{};
+  p.n = s.n;
+  p.ci = s.ci;
+  p.co = s.co;
+  p.in = s.in;
+  p.out = s.out;
+  p.kernel = s.kernel;
+  p.base = {-s.padding.d, -s.padding.h, -s.padding.w};
+  const bool one = s.kernel.volume() == 1;
+  p.slab_step = one ? 1 : s.stride;
+  p.load_step = one ? s.stride : 1;
+  const Extent count{1, s.kernel.h, s.kernel.w};  // a block takes the taps of one depth
+  bool found = false;
+  for (int i = 0; i < 6 && !found; ++i) {
+    const Variant& v = s.storage == kFloat32 ? kWgradFloat : kWgradVariants[i % 3];
+    p.buffers = i < 3 ? 2 : 1;
+    if (v.bk == 64 && std::max(s.ci, s.co) <= 32) continue;
+    found = best_tile(p, s.out, s.dims, count, [&](WgradPlan& q, const Extent& tile) {
+      const int voxels = slab_of(tile, count, q.slab_step).volume(), chunks = v.bk * element / 16;
+      q.bm = v.bn;
+      q.bn = v.bk;
+      q.tile_log2 = tile;
+      q.slab_bytes = align(voxels * v.bk * element);
+      q.shared_bytes = q.buffers * (q.slab_bytes + kTileVoxels * v.bn * element) + 2 * 7 * v.bk * 4;
+      return voxels <= 32 * (kConvThreads / chunks) && q.shared_bytes <= device.shared_bytes;
+    });
+  }
+  if (!found) return does_not_fit(device);
+  p.blocks_m = up(s.co, p.bm);
+  p.blocks_n = up(s.ci, p.bn);
+  p.tiles = tiles_of(s.out, p.tile_log2);
+  const int64_t tiles = p.n * voxels_of(p.tiles);
+  if (tiles > std::numeric_limits<int>::max()) return "the map has too many tiles";
+  share_out(tiles, static_cast<int64_t>(p.blocks_m) * p.blocks_n * s.kernel.d, p.shared_bytes, device, p.groups,
+            p.tiles_a_group);
+  p.slots = p.groups * (s.storage == kFloat32 ? 1 : kConvThreads / 32 / (p.bm / 32 * (p.bn / 16)));
+  plan = p;
+  return "";
+}
+
+double bytes_an_output(const ConvPlan& p, int element) {
+  double bytes = 0, outputs = 0;
+  for (int c = 0; c < p.classes; ++c) {
+    const Extent& count = p.taps[c].count;
+    const double slab = static_cast<double>(slab_of(p.tile_log2, count, p.slab_step).volume()) * p.blocks_k * p.bk;
+    const double weights = static_cast<double>(p.blocks_k) * count.volume() * p.bn * p.bk;
+    bytes += (slab + (p.resident ? weights / p.tiles_a_group : weights)) * element;
+    outputs += static_cast<double>(kTileVoxels) * p.bn;
+  }
+  return bytes / outputs + element;
+}
+
+}  // namespace fastfilm::cuda

@@ -160,37 +160,59 @@ def call(
     return found if isinstance(found, tuple) else (found,)
 
 
-def signature(
-    kernel: Any, launch: _Noting
-) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]], dict[str, Any]]:
-    """Types, constants, attributes and options, as Triton itself specialises a launch with these arguments.
+class Source(NamedTuple):
+    """What Triton compiles: types, constants, attributes (divisibility) and options of a launch."""
 
-    Exactly so: what is compiled here lies in Triton's cache when the launch comes.
+    types: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+
+def source_of(kernel: Any, launch: _Noting, target: Any) -> Source:
+    """A launch as Triton itself specialises it: what is compiled here lies in its cache when the launch comes.
+
+    Where this version of Triton does not show how, by the rule that it documents: a launch may then compile anew.
     """
     options = {k: v for k, v in launch.named.items() if k.startswith("num_")}
+    given = [
+        torch.empty(0, dtype=a.dtype) if isinstance(a, torch.Tensor) else a for a in launch.given
+    ]
+    try:
+        from triton.compiler import make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        backend = make_backend(target)
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, special, rest = bind(*given, **launch.named)
+        _, *found = kernel._pack_args(backend, dict(launch.named), bound, special, rest)
+        return Source(*found, options)
+    except (ImportError, AttributeError, TypeError, ValueError, KeyError):
+        return _by_rule(kernel, launch, options)
+
+
+def _by_rule(kernel: Any, launch: _Noting, options: dict[str, Any]) -> Source:
+    """Pointers and multiples of 16 are divisible by 16, and 1 is a constant."""
     values = dict(zip(kernel.arg_names, launch.given, strict=False))
     values |= {k: v for k, v in launch.named.items() if k not in options}
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    found = Source({}, {}, {}, options)
     fixed = {kernel.params[i].name for i in kernel.constexprs}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
         divisible = isinstance(value, torch.Tensor)
         if name in fixed or value is None or (isinstance(value, int) and value == 1):
-            types[name], constants[name] = "constexpr", value
-            attributes[(i,)] = []
+            found.types[name], found.constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
-            types[name] = f"*{TYPES[value.dtype]}"
+            found.types[name] = f"*{TYPES[value.dtype]}"
         elif isinstance(value, int):
-            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            found.types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
         else:
-            types[name] = "fp32"
-            continue
-        attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
-    return types, constants, attributes, options
+            found.types[name] = "fp32"
+        if divisible:
+            found.attributes[(i,)] = [["tt.divisibility", 16]]
+    return found
 
 
 def facts(shape: Shape, candidate: Candidate, arch: int) -> Facts:
@@ -200,20 +222,21 @@ def facts(shape: Shape, candidate: Candidate, arch: int) -> Facts:
     from triton.compiler import ASTSource
 
     kernel, launch = launch_of(shape, candidate)
-    types, constants, attributes, options = signature(kernel, launch)
+    target = GPUTarget("cuda", arch, 32)
+    source = source_of(kernel, launch, target)
     programs = math.prod(launch.grid)
     try:
         compiled = triton.compile(
-            ASTSource(kernel, types, constants, attributes),
-            target=GPUTarget("cuda", arch, 32),
-            options=options,
+            ASTSource(kernel, source.types, source.constants, source.attributes),
+            target=target,
+            options=source.options,
         )
     except Exception as error:  # whatever the compiler raises, this candidate is out
         lines = str(error).strip().splitlines()
         return Facts(programs=programs, fault=lines[0][:200] if lines else type(error).__name__)
     registers, stack, matrix = read_binary(compiled.asm["cubin"], arch)
     shared = compiled.metadata.shared
-    held = resident(registers, shared, options["num_warps"], arch)
+    held = resident(registers, shared, source.options["num_warps"], arch)
     faults = []
     if stack:
         faults.append(f"spills {stack} bytes")

@@ -185,8 +185,8 @@ def source_of(kernel: Any, launch: _Noting, target: Any) -> Source:
         backend = make_backend(target)
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, special, rest = bind(*given, **launch.named)
-        _, *found = kernel._pack_args(backend, dict(launch.named), bound, special, rest)
-        return Source(*found, options)
+        packed = kernel._pack_args(backend, dict(launch.named), bound, special, rest)
+        return Source(packed[1], packed[2], packed[3], options)
     except (ImportError, AttributeError, TypeError, ValueError, KeyError):
         return _by_rule(kernel, launch, options)
 

@@ -31,6 +31,7 @@ ALONE = (
     "ceilings",
     "profile",
     "gate",
+    "explain",
     "campaign",
 )
 COMPILE: dict[str, tuple[str, ...] | None] = {

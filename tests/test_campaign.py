@@ -248,10 +248,11 @@ def test_test_outcomes_are_read_from_a_log_that_breaks_off(tmp_path: Path) -> No
         "tests/test_kernels.py::test_a[gpu-2d, x] PASSED [ 10%]\n"
         "tests/test_kernels.py::test_b FAILED [ 20%]\n"
         "tests/test_kernels.py::test_c SKIPPED (why) [ 30%]\n"
+        "[gw3] [ 40%] PASSED tests/test_kernels.py::test_e[a b] \n"
         "tests/test_kernels.py::test_d "
     )
     wrong = ["tests/test_kernels.py::test_b"]
-    assert results.outcomes(log) == {"passed": 1, "failed": 1, "skipped": 1, "wrong": wrong}
+    assert results.outcomes(log) == {"passed": 2, "failed": 1, "skipped": 1, "wrong": wrong}
     assert results.outcomes(tmp_path / "none.log") == {}
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from .steps import Step
 
-TEST = re.compile(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+ENDED = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
+TEST = re.compile(rf"^(tests/\S+::.*?) {ENDED}\b")
+DISTRIBUTED = re.compile(rf"^\[gw\d+\] \[ *\d+%\] {ENDED} (tests/\S+::.*)$")
+"""A line of pytest's verbose output, and of that with pytest-xdist."""
 
 
 def collect(
@@ -56,9 +59,11 @@ def outcomes(log: Path) -> dict[str, Any]:
         return {}
     last: dict[str, str] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        match = TEST.match(line)
+        match, other = TEST.match(line), DISTRIBUTED.match(line)
         if match:
             last[match[1]] = match[2]
+        elif other:
+            last[other[2].rstrip()] = other[1]
     counts: dict[str, Any] = {}
     for outcome in last.values():
         counts[outcome.lower()] = counts.get(outcome.lower(), 0) + 1

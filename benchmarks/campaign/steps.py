@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,8 +82,10 @@ def _suite(
 
 def _tests(nodes: Sequence[str], marked: str = "gpu") -> tuple[str, ...]:
     # without the plugins that pyproject.toml asks for: they need not be installed where a GPU is
+    # a GPU test is mostly compilation, which the host's cores share
+    several = ("-n", "8") if importlib.util.find_spec("xdist") and marked == "gpu" else ()
     return _python(
-        "-m", "pytest", "-v", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider",
+        "-m", "pytest", *several, "-v", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider",
         "--continue-on-collection-errors", "-m", marked, *nodes,
     )  # fmt: skip
 
@@ -117,7 +120,7 @@ def _cuda() -> list[Step]:
             "check",
             "every backend and route against float64",
             _python("-m", "fastfilm", "check", "--quick"),
-            60,
+            90,
             after=built,
         ),
         _suite("ceilings", "ceilings", "cuda", "copy, L2, launch and matrix products", 40),
@@ -125,8 +128,12 @@ def _cuda() -> list[Step]:
         Step("tune-2d", "tiles and plans of the 2D network", tune, 75, 25, built),
         Step("tune-3d", "tiles and plans of the 3D network", (*tune, *volume), 75, 25, built),
         _suite(
-            "model", "model", "cuda", "whole networks, and their layers", 120, "--explain",
+            "model", "model", "cuda", "whole networks", 130,
             *BF16, "--compile", "none", least=30, after=built,
+        ),
+        _suite(
+            "layers", "explain", "cuda", "floor, estimate and time of each layer", 50, *BF16,
+            least=15, after=built,
         ),
         _suite("ops", "ops", "cuda", "single blocks", 50, *BF16, "--compile", "none", after=built),
         _suite(
@@ -139,7 +146,7 @@ def _cuda() -> list[Step]:
         ),
         _suite(
             "profile", "profile", "cuda", "the three slowest layers", 75, *BF16,
-            "--explained", "{out}/steps/model.json", least=25, after=built,
+            "--explained", "{out}/steps/layers.json", least=25, after=built,
         ),
         _suite(
             "model-max-autotune", "model", "cuda", "beside torch.compile max-autotune", 240, *BF16,

@@ -26,6 +26,9 @@ from .binary import SHARED_LIMIT, read_binary, resident
 from .shapes import Shape
 from .space import RANKED, Candidate, estimated
 
+ACT = "relu"
+"""The activation, in front of the norm and pending on the input."""
+
 TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -97,12 +100,18 @@ def launch_of(shape: Shape, candidate: Candidate) -> tuple[Any, _Noting]:
 
 
 class Given(NamedTuple):
-    """Inputs of a layer's kernels: e is the gradient at the raw output, coef what is pending on x."""
+    """Inputs of a layer's kernels: e is the gradient at the raw output, coef what is pending on x.
+
+    The norm behind it is the paper's, with the statistics of act(y + shift): ``pre`` is shift and slope. It is
+    the form that needs most registers.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
     e: torch.Tensor
     coef: torch.Tensor
+    bias: torch.Tensor
+    pre: torch.Tensor
 
 
 def tensors(shape: Shape, device: str, seed: int = 0) -> Given:
@@ -128,13 +137,17 @@ def tensors(shape: Shape, device: str, seed: int = 0) -> Given:
         memory_format=spec.channels_last_format(shape.dims + 2),
     )
     coef = torch.zeros((spec.COEF_ROWS, shape.batch, ci), device=device)
+    bias = torch.zeros(co, dtype=shape.dtype, device=device)
+    pre = torch.zeros((2, co), device=device)
     if device != "meta":
+        bias.normal_(0.0, 0.1, generator=generator)
+        pre[0].normal_(0.0, 0.1, generator=generator)
         weight.normal_(std=(ci * k**shape.dims) ** -0.5, generator=generator)
         coef[spec.A].normal_(1.0, 0.2, generator=generator)
         coef[spec.B].normal_(0.0, 0.2, generator=generator)
         coef[spec.G].normal_(1.0, 0.3, generator=generator)
         coef[spec.S].normal_(0.0, 0.3, generator=generator)
-    return Given(x, weight, e, coef)
+    return Given(x, weight, e, coef, bias, pre)
 
 
 def call(
@@ -145,13 +158,13 @@ def call(
     family: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """One launch of a family's launcher in ``module``; with the candidate's tile, or as it is without one."""
-    x, weight, e, coef = given
+    x, weight, e, coef, bias, pre = given
     stride, padding = (shape.stride,) * shape.dims, (shape.padding,) * shape.dims
-    pending, act = (coef, "relu") if shape.affine else (None, "none")
+    pending, act = (coef, ACT) if shape.affine else (None, "none")
     name = candidate.family if candidate else family
     more = {"config": config(candidate.family, candidate.fields)} if candidate else {}
     if name == "fprop":
-        front = (x, weight, None, pending, act, None, "none")
+        front = (x, weight, bias, pending, act, pre, ACT)
         found = module.fprop(*front, stride, padding, True, **more)
     elif name == "dgrad":
         found = module.dgrad(e, weight, x, pending, act, stride, padding, **more)

@@ -106,14 +106,13 @@ def definition(shape: Shape, dtype: torch.dtype, given: facts.Given) -> Results:
     """All that the kernels give, by PyTorch's operators and autograd in ``dtype``."""
     small = torch.float64 if dtype == torch.float64 else torch.float32
     x, weight = (t.to(dtype).detach().requires_grad_() for t in given[:2])
-    e, coef = given[2].to(dtype), given[3].to(small).detach().requires_grad_()
-    v = reference.materialise(x, coef, "relu") if shape.affine else x
+    e, coef = given.e.to(dtype), given.coef.to(small).detach().requires_grad_()
+    v = reference.materialise(x, coef, facts.ACT) if shape.affine else x
     convolve = F.conv2d if shape.dims == 2 else F.conv3d
-    y = convolve(v, weight, stride=shape.stride, padding=shape.padding)
+    y = convolve(v, weight, given.bias.to(dtype), stride=shape.stride, padding=shape.padding)
     leaves = [x, weight, coef] if shape.affine else [x, weight]
     dx, dw, *dcoef = torch.autograd.grad(y, leaves, e)
-    flat = y.detach().flatten(2).to(small)
-    stats = torch.stack([flat.mean(-1), flat.var(-1, unbiased=False)])
+    stats = reference.moments(y.detach(), given.pre.to(small), facts.ACT)
     found = {"y": y.detach(), "stats": stats, "dx": dx, "dw": dw}
     return found | ({"dcoef": dcoef[0]} if dcoef else {})
 
@@ -174,8 +173,7 @@ class Subject:
         """A family's results on the whole map by the vendor's convolution."""
         if family not in self._large:
             assert self.tensors is not None
-            x, weight, _, coef = self.tensors
-            y, stats = self._forward("triton/composed", x, weight, coef)
+            y, stats = self._forward("triton/composed", self.tensors)
             if family == "fprop":
                 self._large[family] = {"y": y, "stats": stats}
             else:
@@ -192,12 +190,12 @@ class Subject:
         return stride, padding, ones, False, (0,) * shape.dims, 1
 
     def _pending(self, coef: Tensor) -> tuple[Tensor | None, str]:
-        return (coef, "relu") if self.shape.affine else (None, "none")
+        return (coef, facts.ACT) if self.shape.affine else (None, "none")
 
-    def _forward(self, plan: str, x: Tensor, weight: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
-        pending = self._pending(coef)
+    def _forward(self, plan: str, given: facts.Given) -> tuple[Tensor, Tensor]:
+        x, weight, _, coef, bias, pre = given
         tail = (*self._geometry(self.shape), True, plan)
-        return conv.conv_fwd(x, weight, None, *pending, None, "none", *tail)
+        return conv.conv_fwd(x, weight, bias, *self._pending(coef), pre, facts.ACT, *tail)
 
     def _backward(
         self,
@@ -206,18 +204,18 @@ class Subject:
         after: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """Gradients behind e; ``after``: gradients of the moments, y and its moments."""
-        x, weight, e, coef = given
+        x, weight, e, coef, _, pre = given
         dstats, y, stats = after or (e.new_empty(0), None, None)
-        head = (e, dstats, x, weight, *self._pending(coef), None, "none", y, stats)
+        norm = (pre, facts.ACT) if after else (None, "none")
+        head = (e, dstats, x, weight, *self._pending(coef), *norm, y, stats)
         tail = (*self._geometry(self.shape), plan, self.shape.affine or after is None, True)
         return conv.conv_bwd(*head, *tail)
 
     def why_wrong_plan(self, plan: str) -> str | None:
         """What is wrong with a whole plan's results on the reduced map; None if nothing."""
-        x, weight, _, coef = self.small_tensors
         # the vendor's convolutions need not have deterministic forms, which poisoning asks for
         with poisoned() if plan.endswith("/fused") else contextlib.nullcontext():
-            y, stats = self._forward(plan, x, weight, coef)
+            y, stats = self._forward(plan, self.small_tensors)
             dx, dw, dcoef, _ = self._backward(plan, self.small_tensors)
         found = {"y": y, "stats": stats, "dx": dx, "dw": dw}
         if self.shape.affine:
@@ -234,11 +232,11 @@ class Subject:
         """What a training step does for this layer by a plan: forward, then backward with moments' gradients."""
         assert self.tensors is not None
         given = self.tensors
-        x, weight, e, coef = given
+        e = given.e
         dstats = 1e-3 * torch.randn(2, *e.shape[:2], device=e.device)
 
         def call() -> object:
-            y, stats = self._forward(plan, x, weight, coef)
+            y, stats = self._forward(plan, given)
             return self._backward(plan, given, (dstats, y, stats))
 
         return call

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -30,6 +31,29 @@ DEPENDS = [
     "csrc/cpu/walk.h",
     *(f"csrc/cpu/{name}.inc" for name in ("activation", "gather", "kernels", "residual", "vector")),
 ]
+CUDA_KERNELS = [
+    f"csrc/cuda/{name}.cu"
+    for name in ("dgrad", "fprop", "pack", "pointwise", "second_stage", "wgrad")
+]
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp"]
+CUDA_DEPENDS = [
+    f"csrc/cuda/{name}.h"
+    for name in (
+        "affine",
+        "conv",
+        "convolution",
+        "multiply",
+        "pack",
+        "plan",
+        "pointwise",
+        "primitives",
+        "second_stage",
+        "slab",
+        "types",
+    )
+]
+CUDA_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = "80;90a"
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -50,14 +74,55 @@ def version() -> str:
     return found.group(1)
 
 
+def switch(name: str, values: tuple[str, ...], default: str) -> str:
+    """An environment variable; ValueError for a value that it cannot have."""
+    value = os.environ.get(name) or default
+    if value not in values:
+        raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}")
+    return value
+
+
+def architectures() -> list[str]:
+    """Targets of the CUDA kernels, such as 80 or 90a."""
+    text = os.environ.get("FASTFILM_CUDA_ARCHS") or CUDA_ARCHS
+    archs = [a.strip() for a in text.split(";") if a.strip()]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80:
+            raise ValueError(
+                "FASTFILM_CUDA_ARCHS must list targets from 80 on with semicolons, such as"
+                f" {CUDA_ARCHS}, got {text!r}"
+            )
+    return archs
+
+
 def extensions() -> list[Extension]:
-    """The C++ extension, unless FASTFILM_CPU=0 leaves it out."""
-    wanted = os.environ.get("FASTFILM_CPU") or "1"
-    if wanted not in ("0", "1"):
-        raise ValueError(f"FASTFILM_CPU must be one of 0, 1, got {wanted!r}")
-    if wanted == "0":
-        return []
-    return [Extension("fastfilm._C", SOURCES, depends=DEPENDS, language="c++", optional=True)]
+    """The C++ extension and the CUDA extension, unless FASTFILM_CPU=0 and FASTFILM_CUDA=0 leave them out."""
+    found = []
+    if switch("FASTFILM_CPU", ("0", "1"), "1") == "1":
+        found.append(
+            Extension("fastfilm._C", SOURCES, depends=DEPENDS, language="c++", optional=True)
+        )
+    if switch("FASTFILM_CUDA", ("0", "1", "auto"), "auto") != "0":
+        found.append(
+            Extension(
+                "fastfilm._CUDA",
+                CUDA_SOURCES,
+                depends=[*CUDA_DEPENDS, *CUDA_KERNELS],
+                language="c++",
+                optional=os.environ.get("FASTFILM_CUDA") != "1",
+            )
+        )
+    return found
+
+
+def code_flags(archs: list[str]) -> list[str]:
+    """nvcc's flags: machine code for each target, and PTX of the newest that later GPUs can compile."""
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    plain = [a for a in archs if a.isdigit()]
+    if plain:
+        newest = max(plain, key=int)
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return flags
 
 
 class BuildExt(build_ext):
@@ -69,11 +134,55 @@ class BuildExt(build_ext):
 
             ext.include_dirs = [pybind11.get_include()]
             self._set_flags(ext)
+            if ext.name == "fastfilm._CUDA":
+                self._compile_kernels(ext)
             super().build_extension(ext)
         except ImportError:
-            self._left_out("pybind11 is not installed")
+            self._left_out(ext, "pybind11 is not installed")
         except Exception as error:  # whatever the compiler does, the rest must install
-            self._left_out(" ".join(str(error).split()))
+            self._left_out(ext, " ".join(str(error).split()))
+
+    def _compile_kernels(self, ext: Extension) -> None:
+        """Compiles each .cu file that is newer than its object, with nvcc."""
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise RuntimeError("nvcc not found")
+        archs = architectures()
+        # nvcc may be a link or a script: the toolkit is where it says its libraries are
+        asked = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+        dry = subprocess.run(asked, capture_output=True, text=True, check=False)
+        top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+        library = next(
+            (
+                str(path)
+                for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
+                if top and (path := Path(top[1], folder, "libcudart_static.a")).exists()
+            ),
+            None,
+        )
+        if library is None:
+            raise RuntimeError("the CUDA toolkit has no libcudart_static.a")
+        folder = Path(self.build_temp) / ("cuda-" + "-".join(archs))
+        folder.mkdir(parents=True, exist_ok=True)
+        header_time = max(Path(h).stat().st_mtime for h in [*CUDA_DEPENDS, __file__])
+
+        def compiled(source: str) -> str:
+            out = folder / (Path(source).stem + ".o")
+            if out.exists() and out.stat().st_mtime > max(
+                header_time, Path(source).stat().st_mtime
+            ):
+                return str(out)
+            command = [nvcc, *CUDA_FLAGS, *code_flags(archs), "-c", source, "-o", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                reason = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+                raise RuntimeError(f"nvcc failed on {source}: {reason[0]}")
+            return str(out)
+
+        with ThreadPoolExecutor(min(len(CUDA_KERNELS), os.cpu_count() or 1)) as pool:
+            ext.extra_objects = [*pool.map(compiled, CUDA_KERNELS), library]
+        ext.libraries = ["dl", "rt", "pthread"]
+        ext.define_macros = [("FASTFILM_CUDA_ARCHS", '"' + ";".join(archs) + '"')]
 
     def copy_extensions_to_source(self) -> None:
         self.extensions = [e for e in self.extensions if Path(self._built(e)).exists()]
@@ -93,6 +202,8 @@ class BuildExt(build_ext):
         if reason is not None:
             raise RuntimeError(f"no working C++17 compiler: {reason}")
         ext.extra_compile_args = [*FLAGS]
+        if ext.name == "fastfilm._CUDA":
+            return
         openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }"
         if self._compile(compiler, ["-fopenmp"], openmp) is None:
             ext.extra_compile_args.append("-fopenmp")
@@ -113,8 +224,13 @@ class BuildExt(build_ext):
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
 
     @staticmethod
-    def _left_out(reason: str) -> None:
-        print(f"fastfilm: the CPU extension was not built: {reason}", file=sys.stderr)
+    def _left_out(ext: Extension, reason: str) -> None:
+        what = "CUDA" if ext.name == "fastfilm._CUDA" else "CPU"
+        if not ext.optional:
+            raise RuntimeError(
+                f"FASTFILM_{what}=1, but the {what} extension was not built: {reason}"
+            )
+        print(f"fastfilm: the {what} extension was not built: {reason}", file=sys.stderr)
 
 
 setup(

@@ -84,7 +84,7 @@ COLUMNS = (
     ("max diff", lambda r: error(r.extra.get("max_abs_diff"))),
 )
 
-STATIC_COLUMNS = ("registers", "stack_bytes", "shared_bytes", "mma")
+STATIC_COLUMNS = ("registers", "stack_bytes", "shared_bytes", "mma", "blocks", "l2_ratio")
 
 
 def align(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -97,6 +97,10 @@ def align(cells: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in cells
     ]
+
+
+def _static_figure(value: Any) -> str:
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -122,7 +126,7 @@ def table(rows: Iterable[Row]) -> str:
             [
                 r.case if r.provider in ("", "triton") else f"{r.provider} {r.case}",
                 r.status,
-                *(str(r.extra.get(c, "-")) for c in STATIC_COLUMNS),
+                *(_static_figure(r.extra.get(c)) for c in STATIC_COLUMNS),
             ]
             for r in static
         ]

@@ -17,6 +17,8 @@ from typing import Any
 
 from fastfilm.tuning.binary import MATRIX_INSTRUCTION, SHARED_LIMIT, read_binary
 
+from . import static_cuda
+
 RELU = 1  # fastfilm.kernels.common.ACT_CODES["relu"]; Triton is imported only where it is used
 
 
@@ -278,7 +280,7 @@ def compile_one(build: Build) -> dict[str, Any]:
 def run_static(
     quick: bool, archs: tuple[int, ...] = (80, 90, 100)
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Rows of the static table, and whether every shipped tile passed."""
+    """Rows of the static table, and whether every shipped tile and every CUDA kernel passed."""
     work = list(builds(quick, archs))
     # Triton decides at import whether kernels are interpreted; compiling needs fresh processes without
     context = multiprocessing.get_context("spawn")
@@ -289,4 +291,5 @@ def run_static(
     finally:
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before
+    rows += static_cuda.rows(quick)
     return rows, all(r["status"] == "ok" for r in rows)

@@ -5,7 +5,7 @@ stands for an absent argument. A launch that the runtime refuses raises RuntimeE
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 architectures: str
 """Targets that were compiled, as ``FASTFILM_CUDA_ARCHS`` lists them."""
@@ -62,16 +62,19 @@ def moments_backward(
     stream: int,
 ) -> None: ...
 
-class Facts(TypedDict):
-    """How a kernel is laid out; ``tile`` in voxels, ``bn`` and ``bk`` output and input channels at a time."""
+class Facts(TypedDict, total=False):
+    """How a kernel is laid out: ``tile`` in voxels, ``channels`` of the result and of the input at a time.
+
+    Not for the weight's gradient (where ``channels`` are the output's and the input's): ``resident``, whether all
+    weights stay in shared memory, and ``bytes_an_output``, between L2 and the multiprocessors.
+    """
 
     tile: tuple[int, int, int]
-    bn: int
-    bk: int
+    channels: tuple[int, int]
     buffers: int
-    resident: bool
     shared_bytes: int
     tiles_a_block: int
+    resident: bool
     bytes_an_output: float
 
 class Convolution:
@@ -96,6 +99,9 @@ class Convolution:
         stride: int,
         device: tuple[int, int, int],
     ) -> None: ...
+    def check(self) -> None:
+        """RuntimeError if one of the three kernels has no layout on the device."""
+
     def forward_workspace(self) -> int: ...
     def backward_workspace(self) -> int: ...
     def weight_gradient_workspace(self) -> int: ...
@@ -133,4 +139,4 @@ class Convolution:
         workspace: int,
         stream: int,
     ) -> None: ...
-    def facts(self, backward: bool) -> Facts: ...
+    def facts(self, kernel: Literal["forward", "backward", "weight"]) -> Facts: ...

@@ -142,6 +142,13 @@ class Convolution {
   int64_t backward_bytes() { return backward_workspace(plan(Direction::kBackward), shape_.storage); }
   int64_t weight_bytes() { return weight_gradient_workspace(wgrad()); }
 
+  // Throws if one of the three kernels has no layout on the device.
+  void check_plans() {
+    plan(Direction::kForward);
+    plan(Direction::kBackward);
+    wgrad();
+  }
+
   // (x, coef, channels, act) of one source or of two.
   using Sources = std::vector<std::array<int64_t, 4>>;
 
@@ -187,22 +194,32 @@ class Convolution {
                                           reinterpret_cast<Stream>(stream)));
   }
 
-  // Of the forward kernel and of the gradient at the input.
-  py::dict facts(bool backward) {
-    const ConvPlan& p = plan(backward ? Direction::kBackward : Direction::kForward);
+  // How the kernel "forward", "backward" or "weight" is laid out.
+  py::dict facts(const std::string& kernel) {
     py::dict facts;
-    facts["tile"] = py::make_tuple(1 << p.tile_log2.d, 1 << p.tile_log2.h, 1 << p.tile_log2.w);
-    facts["bn"] = p.bn;
-    facts["bk"] = p.bk;
-    facts["buffers"] = p.buffers;
+    if (kernel == "weight") {
+      const WgradPlan& p = wgrad();
+      describe(facts, p.tile_log2, p.bm, p.bn, p.buffers, p.shared_bytes, p.tiles_a_group);
+      return facts;
+    }
+    if (kernel != "forward" && kernel != "backward") {
+      throw std::invalid_argument("kernel must be forward, backward or weight, got '" + kernel + "'");
+    }
+    const ConvPlan& p = plan(kernel == "backward" ? Direction::kBackward : Direction::kForward);
+    describe(facts, p.tile_log2, p.bn, p.bk, p.buffers, p.shared_bytes, p.tiles_a_group);
     facts["resident"] = p.resident;
-    facts["shared_bytes"] = p.shared_bytes;
-    facts["tiles_a_block"] = p.tiles_a_group;
     facts["bytes_an_output"] = bytes_an_output(p, static_cast<int>(element()));
     return facts;
   }
 
  private:
+  static void describe(py::dict& facts, const Extent& tile, int rows, int columns, int buffers, int shared, int tiles) {
+    facts["tile"] = py::make_tuple(1 << tile.d, 1 << tile.h, 1 << tile.w);
+    facts["channels"] = py::make_tuple(rows, columns);
+    facts["buffers"] = buffers;
+    facts["shared_bytes"] = shared;
+    facts["tiles_a_block"] = tiles;
+  }
   static Extent extent(const Three& e) { return {e[0], e[1], e[2]}; }
   size_t element() const { return shape_.storage == kFloat32 ? 4 : 2; }
   void* work(Address workspace) const { return pointer("workspace", workspace, 16); }
@@ -287,6 +304,7 @@ PYBIND11_MODULE(_CUDA, m) {
                     Convolution::Three, int, Convolution::Three>(),
            py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
            py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"))
+      .def("check", &Convolution::check_plans)
       .def("forward_workspace", &Convolution::forward_bytes)
       .def("backward_workspace", &Convolution::backward_bytes)
       .def("weight_gradient_workspace", &Convolution::weight_bytes)
@@ -297,7 +315,7 @@ PYBIND11_MODULE(_CUDA, m) {
            py::arg("source"), py::arg("dx"), py::arg("dcoef"), py::arg("workspace"), py::arg("stream"))
       .def("weight_gradient", &Convolution::weight_gradient, py::arg("e"), py::arg("sources"), py::arg("dweight"),
            py::arg("workspace"), py::arg("stream"))
-      .def("facts", &Convolution::facts, py::arg("backward"));
+      .def("facts", &Convolution::facts, py::arg("kernel"));
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));
   m.def("set_block_limit", &emulated::set_block_limit, py::arg("value"));

@@ -223,10 +223,10 @@ double bytes_an_output(const ConvPlan& p, int element) {
   double bytes = 0, outputs = 0;
   for (int c = 0; c < p.classes; ++c) {
     const Extent& count = p.taps[c].count;
-    const double slab = static_cast<double>(slab_of(p.tile_log2, count, p.slab_step).volume()) * p.blocks_k * p.bk;
+    const double slab = static_cast<double>(slab_of(p.tile_log2, count, p.slab_step).volume()) * p.ci;
     const double weights = static_cast<double>(p.blocks_k) * count.volume() * p.bn * p.bk;
     bytes += (slab + (p.resident ? weights / p.tiles_a_group : weights)) * element;
-    outputs += static_cast<double>(kTileVoxels) * p.bn;
+    outputs += static_cast<double>(kTileVoxels) * p.co / p.blocks_n;
   }
   return bytes / outputs + element;
 }

@@ -28,11 +28,15 @@ ALL_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Fused:
-    """Convolutions that a backend's own kernels cover."""
+    """Convolutions that a backend's own kernels cover.
+
+    ``why_not`` says of a request that passes the rest why it cannot run all the same; None if it can.
+    """
 
     kernel_sizes: tuple[int, ...]
     strides: tuple[int, ...]
     dims: tuple[int, ...] = (2, 3)
+    why_not: Callable[[Request], str | None] = lambda request: None
 
 
 _module = functools.cache(importlib.import_module)
@@ -109,6 +113,39 @@ def _cpu_unavailable() -> str | None:
     return None
 
 
+@functools.cache
+def _cuda_unavailable() -> str | None:
+    if not _has("fastfilm._CUDA"):
+        return "the CUDA kernels were not built (needs nvcc at install time; FASTFILM_CUDA=1 tells why)"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    built = importlib.import_module("fastfilm._CUDA").architectures
+    major, minor = torch.cuda.get_device_capability()
+    return why_not_architecture(built, 10 * major + minor)
+
+
+def why_not_architecture(built: str, capability: int) -> str | None:
+    """Why kernels for the targets ``built`` ("80;90a") do not run on a GPU of a compute capability (90)."""
+    if capability < 80:
+        return f"needs a GPU from sm_80 on, this one is sm_{capability}"
+    for target in built.split(";"):
+        number = int(target.rstrip("af"))
+        # machine code serves its own major version, PTX all later ones; a target with a letter serves itself
+        if number == capability or (target.isdigit() and number < capability):
+            return None
+    names = ", ".join(f"sm_{t}" for t in built.split(";"))
+    return (
+        f"built for {names}, this GPU is sm_{capability}: rebuild with"
+        f" FASTFILM_CUDA=1 FASTFILM_CUDA_ARCHS={capability} pip install --force-reinstall --no-deps ."
+    )
+
+
+def _cuda_why_not(request: Request) -> str | None:
+    """No tile may fit into a GPU's shared memory."""
+    why_not: Callable[[Request], str | None] = BACKENDS["cuda"].kernels().why_not
+    return why_not(request)
+
+
 BACKENDS = {
     b.name: b
     for b in (
@@ -120,6 +157,14 @@ BACKENDS = {
             (torch.float16, torch.bfloat16, torch.float32),
             _triton_unavailable,
             Fused(kernel_sizes=(1, 3), strides=(1, 2)),
+        ),
+        Backend(
+            "cuda",
+            "fastfilm.ops.cuda",
+            ("cuda",),
+            (torch.float16, torch.bfloat16, torch.float32),
+            _cuda_unavailable,
+            Fused(kernel_sizes=(1, 3), strides=(1, 2), why_not=_cuda_why_not),
         ),
         Backend("cpu", "fastfilm.ops.cpu", ("cpu",), ALL_FLOATS, _cpu_unavailable),
     )
@@ -152,7 +197,7 @@ def backend(name: str | None, route: str | None = None) -> Iterator[None]:
     """Forces one backend, and optionally one route, inside a ``with`` block (this thread only).
 
     Args:
-        name: ``"reference"``, ``"triton"``, ``"cpu"``, or None for the automatic choice.
+        name: ``"reference"``, ``"triton"``, ``"cuda"``, ``"cpu"``, or None for the automatic choice.
         route: ``"fused"``, ``"composed"``, or None for the automatic choice.
 
     Raises:
@@ -203,7 +248,7 @@ def why_not_fused(b: Backend, request: Request) -> str | None:
         return f"stride must be {' or '.join(map(str, f.strides))} in every dimension, got {stride}"
     if request.dims not in f.dims:
         return f"spatial dimensions must be one of {f.dims}, got {request.dims}"
-    return None
+    return f.why_not(request)
 
 
 def forced() -> tuple[str | None, str | None, bool]:
@@ -253,7 +298,7 @@ def choose(request: Request) -> str:
 
 
 def automatic(device: str) -> str:
-    """The backend for tensors of a device, where none is forced and it serves the call."""
+    """The backend for tensors of a device, where none is forced or measured and it serves the call."""
     return "triton" if device == "cuda" else "cpu"
 
 

@@ -1,12 +1,14 @@
 """Launchers of the CUDA kernels on channels-last maps in GPU memory.
 
-The maths is that of ``reference``; each map is read and written once, sums have one writer a slot.
+The maths is that of ``reference``; each map is read and written once, sums have one writer a slot. What has no
+CUDA kernel (views, residual sums, the algebra of a block) is Triton's work, or PyTorch's where there is no Triton.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,39 @@ import torch
 from torch import Tensor
 
 from fastfilm import _CUDA
+
+from . import fallback
+from .backends import Request
+
+_TRITON = importlib.util.find_spec("triton") is not None
+_PLAIN = ("residual", "residual_backward")
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") or not (_TRITON or name in _PLAIN):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(fallback, name if _TRITON else f"_{name}")
+
+
+def why_not(request: Request) -> str | None:
+    """Why no layout of the fused convolution fits into the current GPU for a request; None if one does."""
+    size = (16,) * request.dims
+    try:
+        _convolution(
+            request.dtype,
+            1,
+            request.channels,
+            tuple(n * s for n, s in zip(size, request.stride, strict=True)),
+            size,
+            request.kernel,
+            request.stride,
+            tuple(k // 2 for k in request.kernel),
+            _device(None),
+        ).check()
+    except RuntimeError as error:
+        return str(error)
+    return None if request.batch <= 65535 else f"batch must be <= 65535, got {request.batch}"
+
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {

@@ -17,11 +17,21 @@ class Variable(NamedTuple):
 
 
 VARIABLES = (
-    Variable("FASTFILM_BACKEND", ("reference", "triton", "cpu"), "forces a backend for every call"),
+    Variable(
+        "FASTFILM_BACKEND",
+        ("reference", "triton", "cuda", "cpu"),
+        "forces a backend for every call",
+    ),
     Variable("FASTFILM_ROUTE", ("fused", "composed", "eager"), "forces a route for every call"),
     Variable("FASTFILM_STRICT", SWITCH, "1: a kernel that fails raises instead of falling back"),
     Variable("FASTFILM_TUNED", None, "the folder of the user's measured choices"),
     Variable("FASTFILM_CPU", SWITCH, "at install time, 0: leaves the C++ extension out"),
+    Variable(
+        "FASTFILM_CUDA",
+        ("0", "1", "auto"),
+        "at install time, 0: no CUDA kernels, 1: an error without them",
+    ),
+    Variable("FASTFILM_CUDA_ARCHS", None, "at install time: targets of the CUDA kernels"),
     Variable("TRITON_INTERPRET", SWITCH, "1: Triton's interpreter, on CPU tensors"),
     Variable("FASTFILM_GOLDEN", None, "tests: the folder of the golden arrays"),
     Variable("FASTFILM_SLOW_TESTS", SWITCH, "tests, 1: the slow ones run too"),

@@ -23,7 +23,7 @@ ASSUMED = replace(cost.H200, l2=5.5e12, launch=3e-6)
 
 NEXT = {
     "dram": "one pass less: the gradient at the raw output in the prologues of dgrad and wgrad",
-    "l2": "a halo tile in shared memory that serves all taps, read and normalised once, weights resident",
+    "l2": "tune: the backend cuda reads a halo tile into shared memory once for all taps, and has not been timed",
     "matrix": "a pipeline with asynchronous copies and wgmma: the assumed share of the matrix rate is 0.35",
     "launch": "a CUDA graph of the step, fewer small kernels for the coefficients",
 }

@@ -20,6 +20,7 @@ ESSENTIAL_TESTS = (
     "tests/test_kernels.py::test_awkward_channel_counts",
     "tests/test_kernels.py::test_evaluation_with_running_statistics",
     "tests/test_kernels.py::test_every_kernel_size_stride_and_dtype",
+    "tests/test_cuda_backend.py",
     "tests/test_cuda_graphs.py",
 )
 """GPU tests that run first: what a wrong kernel would break."""

@@ -1,0 +1,50 @@
+"""Writes the tables of docs/paper.md from the committed results of the paper's experiments.
+
+Usage: python benchmarks/paper_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.paper import results
+
+PAGE = HERE.parent / "docs" / "paper.md"
+RECORDS = HERE / "results" / "paper"
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """Name -> committed record."""
+    return {p.stem: json.loads(p.read_text()) for p in sorted(RECORDS.glob("*.json"))}
+
+
+def written(page: str, found: dict[str, dict[str, Any]]) -> str:
+    """The page with the tables of ``found`` between their marks."""
+    for name, record in found.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        machine, size = record["machine"], record["configuration"]
+        about = (
+            f"{len(record['units'])} networks of {size['filters']} filters and depth {size['depth']},"
+            f" {size['few_steps'] if record['experiment'] == '3' else size['steps']} steps of {size['batch']}"
+            f" slices, {size['splits']} splits; {machine['cpu']}, torch {machine['torch']},"
+            f" commit {machine['commit']}."
+        )
+        table = results.text(record["experiment"], record["summary"]).strip()
+        block = f"{begin}\n{about}\n\n{table}\n{end}"
+        page, count = re.subn(
+            f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"docs/paper.md must have one place for {name}, found {count}")
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), records()), encoding="utf-8")

@@ -6,16 +6,15 @@ Usage: python benchmarks/paper_page.py
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.paper import results
 
+HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "paper.md"
 RECORDS = HERE / "results" / "paper"
 
@@ -38,11 +37,10 @@ def written(page: str, found: dict[str, dict[str, Any]]) -> str:
         )
         table = results.text(record["experiment"], record["summary"]).strip()
         block = f"{begin}\n{about}\n\n{table}\n{end}"
-        page, count = re.subn(
-            f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"docs/paper.md must have one place for {name}, found {count}")
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"docs/paper.md must have one place for {name}")
+        before, rest = page.split(begin)
+        page = before + block + rest.split(end)[1]
     return page
 
 

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
+from benchmarks import paper_page
 from benchmarks.paper import designs, results, run, train
 from benchmarks.paper.data import load
 from benchmarks.paper.designs import BACKGROUND, Unit
@@ -203,3 +204,14 @@ def test_means_are_over_splits_and_differences_over_cases() -> None:
 def test_a_swap_table_whose_diagonal_is_not_on_top_says_so() -> None:
     units = [made("true", 0, {"a1": {"a": 0.2, "b": 0.4}, "b1": {"b": 0.5, "a": 0.2}})]
     assert not results.summarise("1", units)["blocks"][0]["swap"]["diagonal_on_top"]
+
+
+def test_the_pages_tables_are_those_of_the_committed_results() -> None:
+    found = paper_page.records()
+    assert set(found) == {"experiment-1", "experiment-2", "experiment-3", "ablation"}
+    page = paper_page.PAGE.read_text(encoding="utf-8")
+    assert paper_page.written(page, found) == page
+    for name, record in found.items():
+        assert record["size"] == "small" and record["configuration"]["splits"] >= 3
+        summary = results.summarise(record["experiment"], record["units"])
+        assert json.loads(json.dumps(summary)) == record["summary"], name

@@ -24,6 +24,15 @@ def records() -> dict[str, dict[str, Any]]:
     return {p.stem: json.loads(p.read_text()) for p in sorted(RECORDS.glob("*.json"))}
 
 
+def _steps(record: dict[str, Any]) -> str:
+    """Those that were made, by data set; more than one figure where conditions differ."""
+    made: dict[str, set[int]] = {}
+    for unit in record["units"]:
+        made.setdefault(unit["unit"]["data"], set()).add(unit["steps"])
+    parts = [f"{' or '.join(map(str, sorted(n)))} ({name})" for name, n in made.items()]
+    return ", ".join(parts)
+
+
 def written(page: str, found: dict[str, dict[str, Any]]) -> str:
     """The page with the tables of ``found`` between their marks."""
     for name, record in found.items():
@@ -31,9 +40,8 @@ def written(page: str, found: dict[str, dict[str, Any]]) -> str:
         machine, size = record["machine"], record["configuration"]
         about = (
             f"{len(record['units'])} networks of {size['filters']} filters and depth {size['depth']},"
-            f" {size['few_steps'] if record['experiment'] == '3' else size['steps']} steps of {size['batch']}"
-            f" slices, {size['splits']} splits; {machine['cpu']}, torch {machine['torch']},"
-            f" commit {machine['commit']}."
+            f" {_steps(record)} steps of {size['batch']} slices, {size['splits']} splits;"
+            f" {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}."
         )
         table = results.text(record["experiment"], record["summary"]).strip()
         block = f"{begin}\n{about}\n\n{table}\n{end}"

@@ -93,7 +93,7 @@ def load(name: str, root: Path | None, small: bool) -> DataSet:
     """
     layout = LAYOUTS[name]
     if name == "phantom":
-        return DataSet(name, layout.labels, tuple(_phantoms(60 if small else 240)))
+        return DataSet(name, layout.labels, tuple(_phantoms(120 if small else 240)))
     folder = None if root is None else root / name
     if folder is None or not folder.is_dir():
         where = "--data DIR is not given" if folder is None else f"{folder}: no such folder"

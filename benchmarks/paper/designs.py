@@ -68,7 +68,14 @@ class Item:
 
 @dataclass
 class Design:
-    """A unit's network and items."""
+    """A unit's network and items.
+
+    Attributes:
+        generator_decay: weight decay of the FiLM generator.
+        hidden: share of the training samples whose metadata are withheld.
+        eager: through plain PyTorch instead of the fused path.
+        seed: added to the split's.
+    """
 
     train: list[Item]
     validation: list[Item]
@@ -81,10 +88,11 @@ class Design:
     generator_decay: float = 0.0
     hidden: float = 0.0
     eager: bool = False
+    seed: int = 0
 
 
-LONGER = "mask + FiLM, equal steps a label"
-"""Trained for as many steps as the single networks have together."""
+LONGER = ("mask + FiLM, equal steps a label", "FiLM, equal steps a label")
+"""Joint networks that are trained for as many steps as single networks of their labels would be together."""
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all layers (base)": {},
@@ -98,13 +106,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "generator decay 0.1": {"decay": 0.1},
     "metadata dropout 0.3": {"hidden": 0.3},
     "eager": {"eager": True},
+    "another seed": {"seed": 1000},
+    "a third seed": {"seed": 2000},
 }
-"""Variants of the conditioned network on the phantom: what differs from the base."""
+"""Variants of the conditioned network on the phantom: what differs from the base. The seeds show how far two
+runs of the same network lie apart."""
 
 CONDITIONS = {
     "1": ("plain", "constant", "true", "shuffled", "concatenated"),
-    "2": ("missing as background", "single", "FiLM", "mask", "mask + FiLM", LONGER),
-    "3": ("single", "FiLM"),
+    "2": ("missing as background", "single", "FiLM", "mask", "mask + FiLM", LONGER[0]),
+    "3": ("single", "FiLM", LONGER[1]),
     "ablation": tuple(ABLATIONS),
 }
 FURTHER = (("lgg", "grade"), ("lgg", "contrast"), ("lgg", "site"))
@@ -116,7 +127,7 @@ def units(experiment: str, splits: int, labels: dict[str, int], base: dict[str, 
 
     Args:
         labels: number of labels of each data set.
-        base: order and generator of the size's network, which no ablation needs to change to.
+        base: order and generator of the size's network; an ablation that would change nothing is left out.
     """
     found = []
     for s in range(splits):
@@ -138,7 +149,9 @@ def units(experiment: str, splits: int, labels: dict[str, int], base: dict[str, 
                 ]
         else:
             found += [
-                Unit("ablation", "phantom", c, s, "tumor_type") for c in CONDITIONS["ablation"]
+                Unit("ablation", "phantom", c, s, "tumor_type")
+                for c, change in ABLATIONS.items()
+                if not change or any(base.get(k) != v for k, v in change.items())
             ]
     return found
 
@@ -268,7 +281,7 @@ def _one_label(unit: Unit, data: DataSet, cases: list[list[Case]]) -> Design:
 def _few_labels(unit: Unit, data: DataSet, cases: list[list[Case]]) -> Design:
     """Experiment 3: ``few`` subjects with the rare structure beside 12 with the other, drawn in turn."""
     other = len(data.labels) - 1 if unit.target != len(data.labels) - 1 else 0
-    film = unit.condition == "FiLM"
+    film = "FiLM" in unit.condition
     subjects = sorted({c.subject for c in cases[0]})
     random.Random(unit.split).shuffle(subjects)
     rare, common = subjects[: unit.few], subjects[12:24]
@@ -295,4 +308,5 @@ def _ablation(unit: Unit, data: DataSet, cases: list[list[Case]]) -> Design:
     found.generator_decay = change.get("decay", 0.0)
     found.hidden = change.get("hidden", 0.0)
     found.eager = change.get("eager", False)
+    found.seed = change.get("seed", 0)
     return found

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from .designs import FEW
+from .designs import CONDITIONS, FEW
 from .results import title
 
 Row = dict[str, Any]
@@ -119,7 +119,7 @@ def _few(blocks: list[Row], path: Path) -> None:
     )
     for place, name in zip(axes[0], names, strict=True):
         found = {b["few"]: b for b in blocks if b["data"] == name}
-        for colour, condition, mark in zip(COLOURS, ("single", "FiLM"), "os", strict=False):
+        for colour, condition, mark in zip(COLOURS, CONDITIONS["3"], "os^", strict=False):
             few = [n for n in FEW if n in found and condition in found[n]["conditions"]]
             rows = [found[n]["conditions"][condition]["all"] for n in few]
             place.errorbar(
@@ -129,7 +129,9 @@ def _few(blocks: list[Row], path: Path) -> None:
                 marker=mark,
                 capsize=3,
                 color=colour,
-                label=condition if condition == "single" else "FiLM, with 12 of the other",
+                label=condition
+                if condition == "single"
+                else condition.replace("FiLM", "FiLM, with 12 of the other", 1),
             )
         place.set_xticks(list(FEW))
         place.set_xlabel("subjects with this label")

@@ -242,7 +242,7 @@ def text(experiment: str, summary: Row) -> str:
 
 def _gain(d: Row) -> str:
     return (
-        f"{d['difference']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}], {p_value(d['p_greater'])} one-sided,"
+        f"{_interval(d)}, {p_value(d['p_greater'])} one-sided,"
         f" {p_value(d['p_two_sided'])} two-sided, {d['n']} pairs"
     )
 
@@ -266,11 +266,11 @@ def _table(block: Row) -> list[str]:
             else "-"
             for x in labels
         ]
-        cells.append(f"{c['all']['mean']:.1f} ± {c['all']['std']:.1f}")
+        cells.append(_level(block, name))
         d = block["differences"].get(name)
         cells += (
             [
-                f"{d['difference']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]",
+                _interval(d),
                 p_value(d["p_greater"])[2:],
             ]
             if d
@@ -296,27 +296,33 @@ def _swap_text(swap: Row) -> list[str]:
     return lines
 
 
+def _level(block: Row, condition: str) -> str:
+    """Mean ± deviation over splits."""
+    found = block["conditions"].get(condition)
+    return "-" if found is None else f"{found['all']['mean']:.1f} ± {found['all']['std']:.1f}"
+
+
+def _interval(d: Row) -> str:
+    return f"{d['difference']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
+
+
 def _few_text(summary: Row) -> list[str]:
     lines = []
     for data in dict.fromkeys(b["data"] for b in summary["blocks"]):
         blocks = {b["few"]: b for b in summary["blocks"] if b["data"] == data}
         label = next(iter(blocks.values()))["labels"][0]
         lines += ["", f"### {data}: {label}", ""]
-        lines += [
-            "| annotated subjects | single | FiLM | gain | p one-sided |",
-            "|---|---|---|---|---|",
-        ]
-        for few in FEW:
-            if few not in blocks:
-                continue
+        joint = [c for c in CONDITIONS["3"] if c != "single"]
+        head = ["annotated subjects", "single"]
+        for c in joint:
+            head += [c, "gain", "p one-sided"]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for few in (n for n in FEW if n in blocks):
             b = blocks[few]
-            single, film = (b["conditions"].get(c) for c in ("single", "FiLM"))
-            d = b["differences"].get("FiLM")
-            if single is None or film is None or d is None:
-                continue
-            lines.append(
-                f"| {few} | {single['all']['mean']:.1f} ± {single['all']['std']:.1f} |"
-                f" {film['all']['mean']:.1f} ± {film['all']['std']:.1f} |"
-                f" {d['difference']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}] | {p_text(d['p_greater'])} |"
-            )
+            cells = [str(few), _level(b, "single")]
+            for c in joint:
+                d = b["differences"].get(c)
+                gain = "-" if d is None else _interval(d)
+                cells += [_level(b, c), gain, "-" if d is None else p_text(d["p_greater"])]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines

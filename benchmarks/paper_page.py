@@ -44,6 +44,8 @@ def written(page: str, found: dict[str, dict[str, Any]]) -> str:
             f" {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}."
         )
         table = results.text(record["experiment"], record["summary"]).strip()
+        if "eager_over_fused" in record:
+            table += "\n\n" + results.ratio_text(record["eager_over_fused"])
         block = f"{begin}\n{about}\n\n{table}\n{end}"
         if page.count(begin) != 1 or page.count(end) != 1:
             raise ValueError(f"docs/paper.md must have one place for {name}")

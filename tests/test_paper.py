@@ -154,6 +154,20 @@ def test_the_swap_table_of_a_tiny_run_has_every_true_and_fed_type(tmp_path: Path
     assert np.array(table["dice"]).shape == (3, 3)
 
 
+def test_the_ratio_to_eager_is_paired() -> None:
+    found = train.eager_ratio("test", "cpu", rounds=3, steps=1)
+    low, high = found["quartiles"]
+    assert 0 < low <= found["median"] <= high and found["rounds"] == 3
+    assert "plain PyTorch over the fused path" in results.ratio_text(found)
+
+
+def test_an_ablation_that_changes_nothing_is_left_out() -> None:
+    base = {"order": "conv-norm-film-act", "generator": "identity"}
+    found = {u.condition for u in designs.units("ablation", 1, {}, base)}
+    left_out = {"order conv-norm-film-act", "generator identity"}
+    assert found == set(designs.ABLATIONS) - left_out
+
+
 def test_a_missing_set_is_named_with_its_public_source(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -296,6 +296,15 @@ def _swap_text(swap: Row) -> list[str]:
     return lines
 
 
+def ratio_text(ratio: Row) -> str:
+    """Of ``train.eager_ratio``."""
+    low, high = ratio["quartiles"]
+    return (
+        f"Wall-clock of a training step, plain PyTorch over the fused path, paired: {ratio['median']:.2f}"
+        f" [{low:.2f}, {high:.2f}] (median and quartiles of {ratio['rounds']} rounds)."
+    )
+
+
 def _level(block: Row, condition: str) -> str:
     """Mean ± deviation over splits."""
     found = block["conditions"].get(condition)

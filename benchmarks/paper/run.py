@@ -80,11 +80,14 @@ def _run(options: argparse.Namespace) -> int:
         "summary": summary,
         "units": found,
     }
+    if options.experiment == "ablation":
+        record["eager_over_fused"] = ratio = train.eager_ratio(options.size, options.device)
+        print(results.ratio_text(ratio))
     name = f"experiment-{options.experiment}" if options.experiment != "ablation" else "ablation"
     path = options.out / options.size / f"{name}.json"
     write_json(path, record)
     figures.draw(options.experiment, summary, path.with_suffix(".png"))
-    print(results.text(options.experiment, summary))
+    print(results.text(options.experiment, summary), flush=True)
     print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
     return 0
 

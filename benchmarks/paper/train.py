@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,8 @@ from .data import LAYOUTS, load
 from .designs import BACKGROUND, LONGER, Design, Item, Unit, design
 
 BATCH = 8
+FUSED, EAGER = (None, None), ("reference", "eager")
+"""Arguments of ``fastfilm.backend``."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def run(unit: Unit, size_name: str, root: Path | None, device: str) -> dict[str,
     seed = unit.split + plan.seed
     torch.manual_seed(seed)
     net = _network(plan, size).to(device)
-    route = fastfilm.backend("reference", "eager") if plan.eager else contextlib.nullcontext()
-    with route:
+    with fastfilm.backend(*(EAGER if plan.eager else FUSED)):
         begin = time.perf_counter()
         steps, best = _train(net, plan, size, _steps(unit, size, len(data.labels)), seed, device)
         seconds = time.perf_counter() - begin
@@ -296,6 +296,44 @@ def _dice(
             yield label, float(2 * (a & b).sum() / (a.sum() + b.sum()))
         else:
             yield label, None
+
+
+def eager_ratio(size_name: str, device: str, rounds: int = 15, steps: int = 4) -> dict[str, Any]:
+    """Wall-clock of training steps through plain PyTorch over that through the fused path, on the phantom.
+
+    Both take turns in one process, so that what else the machine does meets both.
+
+    Returns:
+        Median of the rounds' ratios, its quartiles, rounds, and steps a round.
+    """
+    size = SIZES[size_name]
+    unit = Unit("1", "phantom", "true", 0, "tumor_type")
+    plan = design(unit, load(unit.data, None, size_name != "full"))
+    loss = KnownLoss(Training(loss=list(size.loss)), exclusive=False)
+    routes, nets = {"fused": FUSED, "eager": EAGER}, {}
+    for name in routes:
+        torch.manual_seed(0)
+        net = _network(plan, size).to(device)
+        nets[name] = net, torch.optim.Adam(net.parameters()), Sampler(plan, 0, device)
+
+    def run(name: str, count: int) -> float:
+        net, optimiser, sampler = nets[name]
+        batches = [sampler.batch() for _ in range(count)]
+        with fastfilm.backend(*routes[name]):
+            begin = time.perf_counter()
+            for x, metadata, masks, known in batches:
+                optimiser.zero_grad(set_to_none=True)
+                loss(net(x, metadata), masks, known, loss.weights(known)).backward()
+                optimiser.step()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - begin
+
+    for name in routes:
+        run(name, 2)
+    ratios = [run("eager", steps) / run("fused", steps) for _ in range(rounds)]
+    low, middle, high = (round(float(q), 3) for q in np.quantile(ratios, (0.25, 0.5, 0.75)))
+    return {"median": middle, "quartiles": [low, high], "rounds": rounds, "steps": steps}
 
 
 def labels() -> dict[str, int]:

@@ -91,8 +91,8 @@ class Design:
     seed: int = 0
 
 
-LONGER = ("mask + FiLM, equal steps a label", "FiLM, equal steps a label")
-"""Joint networks that are trained for as many steps as single networks of their labels would be together."""
+LONGER = ", equal steps a label"
+"""Ending of a condition: its joint network gets as many steps as the single networks of its labels together."""
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all layers (base)": {},
@@ -114,8 +114,11 @@ runs of the same network lie apart."""
 
 CONDITIONS = {
     "1": ("plain", "constant", "true", "shuffled", "concatenated"),
-    "2": ("missing as background", "single", "FiLM", "mask", "mask + FiLM", LONGER[0]),
-    "3": ("single", "FiLM", LONGER[1]),
+    "2": (
+        *("missing as background", "single", "FiLM", "mask", "mask + FiLM"),
+        *(f"{c}{LONGER}" for c in ("FiLM", "mask", "mask + FiLM")),
+    ),
+    "3": ("single", "FiLM", f"FiLM{LONGER}"),
     "ablation": tuple(ABLATIONS),
 }
 FURTHER = (("lgg", "grade"), ("lgg", "contrast"), ("lgg", "site"))
@@ -244,11 +247,12 @@ def _annotated(cases: Sequence[Case], labels: int, seed: int) -> list[int]:
 def _one_label(unit: Unit, data: DataSet, cases: list[list[Case]]) -> Design:
     """Experiment 2: every training case has one annotated label; the test cases have all."""
     k = len(data.labels)
+    alone = unit.condition.removesuffix(LONGER) in ("single", "FiLM")
 
     def item(c: Case, label: int) -> Item:
         """The case with one label known."""
         row = _one_hot(label, k) if "FiLM" in unit.condition else None
-        if unit.condition in ("single", "FiLM"):
+        if alone:
             return Item(c, row, (label,), label)
         if unit.condition == "missing as background":
             targets: list[int | None] = [label if j == label else BACKGROUND for j in range(k)]
@@ -267,7 +271,7 @@ def _one_label(unit: Unit, data: DataSet, cases: list[list[Case]]) -> Design:
         test = [item(c, label) for c in cases[2] for label in range(k)]
     else:
         test = [Item(c, None, tuple(range(k))) for c in cases[2]]
-    outputs = 1 if unit.condition in ("single", "FiLM") else k
+    outputs = 1 if alone else k
     return Design(
         train,
         validation,

@@ -33,7 +33,7 @@ def draw(experiment: str, summary: Row, path: Path) -> None:
     columns = max(1, min(3, len(blocks)))
     rows = -(-len(blocks) // columns) + -(-extra // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(5.2 * columns, 4.0 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4.4 * columns, 3.3 * rows), squeeze=False, layout="constrained"
     )
     places = list(axes.flat)
     for block in blocks:
@@ -91,7 +91,7 @@ def _bars(axes: Axes, block: Row) -> None:
 
 def _swap(axes: Axes, swap: Row, name: str) -> None:
     table = np.array(swap["dice"])
-    picture = axes.imshow(table, vmin=0, vmax=100, cmap="viridis")
+    axes.imshow(table, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (i, j), v in np.ndenumerate(table):
         weight = "bold" if i == j else "normal"
         axes.text(
@@ -108,8 +108,7 @@ def _swap(axes: Axes, swap: Row, name: str) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("type fed")
     axes.set_ylabel("true type")
-    axes.set_title(f"swap: {name}", fontsize=10)
-    axes.figure.colorbar(picture, ax=axes, shrink=0.8, label="test Dice (%)")
+    axes.set_title(f"test Dice (%): {name}", fontsize=10)
 
 
 def _few(blocks: list[Row], path: Path) -> None:
@@ -119,11 +118,12 @@ def _few(blocks: list[Row], path: Path) -> None:
     )
     for place, name in zip(axes[0], names, strict=True):
         found = {b["few"]: b for b in blocks if b["data"] == name}
-        for colour, condition, mark in zip(COLOURS, CONDITIONS["3"], "os^", strict=False):
+        styles = zip(COLOURS, CONDITIONS["3"], "os^", (-0.12, 0.0, 0.12), strict=False)
+        for colour, condition, mark, shift in styles:
             few = [n for n in FEW if n in found and condition in found[n]["conditions"]]
             rows = [found[n]["conditions"][condition]["all"] for n in few]
             place.errorbar(
-                few,
+                np.array(few) + shift,
                 [r["mean"] for r in rows],
                 [r["std"] for r in rows],
                 marker=mark,
@@ -138,6 +138,7 @@ def _few(blocks: list[Row], path: Path) -> None:
         place.set_ylabel("test Dice (%)")
         place.set_title(f"{name}: {next(iter(found.values()))['labels'][0]}", fontsize=10)
         place.grid(alpha=0.3)
-        place.legend(fontsize=8)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncol=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

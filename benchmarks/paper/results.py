@@ -10,7 +10,7 @@ import numpy as np
 
 from fastfilm.segmentation.statistics import compare
 
-from .designs import CONDITIONS, FEW
+from .designs import CONDITIONS, FEW, LONGER
 
 Row = dict[str, Any]
 
@@ -154,6 +154,8 @@ _PAIRS = {
         ("mask + FiLM", "mask"),
         ("mask + FiLM", "FiLM"),
         ("mask + FiLM", "missing as background"),
+        (f"mask + FiLM{LONGER}", f"mask{LONGER}"),
+        (f"mask + FiLM{LONGER}", f"FiLM{LONGER}"),
     ],
 }
 

@@ -229,7 +229,7 @@ def _steps(unit: Unit, size: Size, labels: int) -> int:
     if unit.data == "phantom":
         return size.phantom_steps
     once = size.few_steps if unit.experiment == "3" else size.steps
-    if unit.condition not in LONGER:
+    if not unit.condition.endswith(LONGER):
         return once
     return once * (2 if unit.experiment == "3" else labels)
 

@@ -108,6 +108,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "eager": {"eager": True},
     "another seed": {"seed": 1000},
     "a third seed": {"seed": 2000},
+    "eager, another seed": {"eager": True, "seed": 1000},
+    "eager, a third seed": {"eager": True, "seed": 2000},
 }
 """Variants of the conditioned network on the phantom: what differs from the base. The seeds show how far two
 runs of the same network lie apart."""

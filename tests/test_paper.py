@@ -215,6 +215,26 @@ def test_means_are_over_splits_and_differences_over_cases() -> None:
     assert swap["dice"] == [[75, 20], [10, 65]] and swap["diagonal_on_top"]
 
 
+def test_paths_are_compared_over_networks() -> None:
+    dice = {
+        "all layers (base)": (0.5, 0.7),
+        "another seed": (0.6, 0.6),
+        "eager": (0.4, 0.7),
+        "eager, another seed": (0.8, 0.5),
+        "eager, a third seed": (0.9, 0.9),  # without a partner
+    }
+    units = [
+        made(c, s, {f"a{s}": {"a": d}, f"b{s}": {"b": d}})
+        for c, row in dice.items()
+        for s, d in enumerate(row)
+    ]
+    for u in units:
+        u["unit"]["experiment"] = "ablation"
+    found = results.summarise("ablation", units)["blocks"][0]["paths"]
+    assert found["networks"] == 4 and found["fused"]["mean"] == 60 and found["eager"]["mean"] == 60
+    assert found["difference"] == 0 and found["p_two_sided"] > 0.5
+
+
 def test_a_swap_table_whose_diagonal_is_not_on_top_says_so() -> None:
     units = [made("true", 0, {"a1": {"a": 0.2, "b": 0.4}, "b1": {"b": 0.5, "a": 0.2}})]
     assert not results.summarise("1", units)["blocks"][0]["swap"]["diagonal_on_top"]

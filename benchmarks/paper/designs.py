@@ -91,6 +91,12 @@ class Design:
     seed: int = 0
 
 
+SEEDS = {
+    "fused": ("all layers (base)", "another seed", "a third seed"),
+    "eager": ("eager", "eager, another seed", "eager, a third seed"),
+}
+"""Ablations of one and the same network through the fused path and through plain PyTorch, by seed."""
+
 LONGER = ", equal steps a label"
 """Ending of a condition: its joint network gets as many steps as the single networks of its labels together."""
 

@@ -32,8 +32,9 @@ def draw(experiment: str, summary: Row, path: Path) -> None:
     extra = len(swaps) + (paper is not None and bool(swaps))
     columns = max(1, min(3, len(blocks)))
     rows = -(-len(blocks) // columns) + -(-extra // columns)
+    width = max(4.4, 0.6 * max(len(b["conditions"]) for b in blocks))
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.3 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width * columns, 3.3 * rows), squeeze=False, layout="constrained"
     )
     places = list(axes.flat)
     for block in blocks:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastfilm.segmentation.statistics import compare
 
-from .designs import CONDITIONS, FEW, LONGER
+from .designs import CONDITIONS, FEW, LONGER, SEEDS
 
 Row = dict[str, Any]
 
@@ -72,6 +72,7 @@ def summarise(experiment: str, units: Sequence[dict[str, Any]]) -> dict[str, Any
                 "swap": _swap(found.get("true", []))
                 if experiment == "1" and metadata != "contrast"
                 else None,
+                "paths": _paths(values) if experiment == "ablation" else None,
             }
         )
     return {"experiment": experiment, "paper": PAPER[experiment], "blocks": blocks}
@@ -168,6 +169,35 @@ def _further(experiment: str, values: dict[str, dict[Key, tuple[str, float]]]) -
     }
 
 
+def _paths(values: dict[str, dict[Key, tuple[str, float]]]) -> Row | None:
+    """Networks of several seeds by the fused path and by plain PyTorch; a network's mean is one value."""
+    networks: dict[str, dict[str, float]] = {}
+    for path, conditions in SEEDS.items():
+        networks[path] = {
+            f"{i}, split {split}": v
+            for i, c in enumerate(conditions)
+            if c in values
+            for split, v in enumerate(_means(values[c])["all"]["splits"])
+        }
+    same = sorted(networks["fused"].keys() & networks["eager"].keys())
+    a, b = ([networks[path][k] for k in same] for path in ("fused", "eager"))
+    found = compare(a, b, same)
+    if found is None or len(same) < 2:
+        return None
+    rows = {
+        path: {"mean": round(float(np.mean(x)), 2), "std": round(float(np.std(x, ddof=1)), 2)}
+        for path, x in (("fused", a), ("eager", b))
+    }
+    return {
+        **rows,
+        "networks": found.n,
+        "difference": round(found.difference, 2),
+        "low": round(found.low, 2),
+        "high": round(found.high, 2),
+        "p_two_sided": found.p_two_sided,
+    }
+
+
 def _swap(units: Sequence[dict[str, Any]]) -> Row | None:
     """Mean Dice by true (rows) and fed (columns) value, and the paired gain of the true one."""
     if not units:
@@ -239,6 +269,8 @@ def text(experiment: str, summary: Row) -> str:
             lines += ["", f"{name}: {_gain(d)}."]
         if block["swap"] is not None:
             lines += ["", *_swap_text(block["swap"])]
+        if block.get("paths") is not None:
+            lines += ["", _paths_text(block["paths"])]
     return "\n".join(lines)
 
 
@@ -257,7 +289,6 @@ def _table(block: Row) -> list[str]:
         "Dice %",
         f"against {block['against']}",
         "p one-sided",
-        "s a network",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, c in block["conditions"].items():
@@ -278,9 +309,17 @@ def _table(block: Row) -> list[str]:
             if d
             else ["-", "-"]
         )
-        cells.append(f"{c['seconds']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _paths_text(d: Row) -> str:
+    fused, eager = d["fused"], d["eager"]
+    return (
+        f"The same network trained {d['networks']} times (3 seeds a split) by each path: fused {fused['mean']:.1f}"
+        f" ± {fused['std']:.1f}, plain PyTorch {eager['mean']:.1f} ± {eager['std']:.1f}; {_interval(d)},"
+        f" {p_value(d['p_two_sided'])} two-sided over networks."
+    )
 
 
 def _swap_text(swap: Row) -> list[str]:

@@ -19,17 +19,30 @@ SOURCES = [
     "csrc/bindings.cpp",
     *(
         f"csrc/cpu/{name}.cpp"
-        for name in ("coefficients", "driver", "gather", "residual", "baseline", "avx2", "avx512")
+        for name in (
+            "coefficients",
+            "convolution",
+            "driver",
+            "gather",
+            "residual",
+            "baseline",
+            "avx2",
+            "avx512",
+        )
     ),
 ]
 DEPENDS = [
     "csrc/cpu/coefficients.h",
+    "csrc/cpu/convolution.h",
     "csrc/cpu/driver.h",
     "csrc/cpu/gather.h",
     "csrc/cpu/kernels.h",
     "csrc/cpu/residual.h",
     "csrc/cpu/walk.h",
-    *(f"csrc/cpu/{name}.inc" for name in ("activation", "gather", "kernels", "residual", "vector")),
+    *(
+        f"csrc/cpu/{name}.inc"
+        for name in ("activation", "convolution", "gather", "kernels", "residual", "vector")
+    ),
 ]
 CUDA_KERNELS = [
     f"csrc/cuda/{name}.cu"

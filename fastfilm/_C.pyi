@@ -105,6 +105,16 @@ def maximum_backward(
     threads: int,
     axes: Sequence[int],
 ) -> None: ...
+def convolve(
+    x: int,
+    weight: int,
+    bias: int,
+    y: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    threads: int,
+) -> None: ...
 
 class Coefficients:
     """The algebra of one kind of block. Coefficients are float, or double if ``wide``.

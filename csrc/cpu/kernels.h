@@ -79,6 +79,23 @@ struct MaximumBackwardRow {
 
 constexpr int64_t kMaxTaps = 1024;  // of one position, all axes together
 
+// One row of a convolution's result: `width` positions of `channels` channels, `out_stride` elements apart.
+struct ConvolutionRow {
+  const float* const* rows;  // input rows under the rows of the kernel; null where they are all zero
+  int64_t count, length, ci;  // rows of the kernel, their length KW * Ci, and floats between positions
+  const float* weight;        // as convolution.cpp packs it
+  const float* bias;          // of all channels of the block
+  int64_t width, channels;
+  void* out;
+  int64_t out_stride;
+};
+
+constexpr int kFewChannels = 2;            // up to so many output channels, vectors lie along the kernel
+constexpr int kConvolutions = kFewChannels + 3;  // 1 and 2 channels; blocks of 8, 16 and 32
+constexpr int64_t kConvolutionBlock = 16;  // most positions that are taken together
+
+using ConvolutionKernel = void (*)(const ConvolutionRow&);
+using WidenKernel = void (*)(const void* from, float* to, int64_t count);
 using GatherKernel = void (*)(const GatherRow&);
 using MaximumBackwardKernel = void (*)(const MaximumBackwardRow&);
 
@@ -95,6 +112,8 @@ struct Kernels {
   StripKernel residual_outside_backward[kStorages][kActivations];
   GatherKernel gather_sum[kStorages], gather_maximum[kStorages];
   MaximumBackwardKernel maximum_backward[kStorages];
+  WidenKernel widen_row[kStorages];  // null for float64, as the next
+  ConvolutionKernel convolve_row[kStorages][kConvolutions];
 };
 
 extern const Kernels kBaseline;

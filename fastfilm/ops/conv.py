@@ -18,6 +18,7 @@ backward arrives as dmean and dvar.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,6 +59,16 @@ def _laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
     return grad if grad.stride() == like.stride() else like.copy_(grad)
 
 
+def _convolution(
+    kernels: ModuleType, v: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+) -> Tensor:
+    """The composed route's convolution, channels-last: the backend's own where it is the faster one."""
+    if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry):
+        y: Tensor = kernels.convolve(v, weight, bias, geometry[1])
+        return y
+    return spec.channels_last(vendor.convolution(v, weight, bias, *geometry))
+
+
 def conv_fwd(
     x: Tensor,
     weight: Tensor,
@@ -85,8 +96,7 @@ def conv_fwd(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    y = vendor.convolution(v, weight, bias, *geometry)
-    y = spec.channels_last(y)
+    y = _convolution(kernels, v, weight, bias, geometry)
     stats = kernels.moments(y, pre, pre_act) if moments else y.new_empty(0, dtype=torch.float32)
     return y, stats
 
@@ -272,8 +282,8 @@ def conv_apply(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    y = vendor.convolution(v, weight, bias, *geometry)
-    return kernels.apply(spec.channels_last(y), out_coef, out_act, in_place=True)
+    y = _convolution(kernels, v, weight, bias, geometry)
+    return kernels.apply(y, out_coef, out_act, in_place=True)
 
 
 def _conv_apply_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:

@@ -6,6 +6,7 @@ The maths is that of ``reference.materialise`` and ``reference.moments``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,6 +169,71 @@ def moments_backward(
         *_call(y, act),
     )
     return e, dpre
+
+
+def covers_convolution(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> bool:
+    """Whether ``convolve`` serves a convolution of few output channels faster than PyTorch, as measured.
+
+    oneDNN computes 16 output channels where there are fewer. In 16 bits it has twice the rate, and up to two
+    channels remain.
+    """
+    stride, padding, dilation, transposed, _, groups = geometry
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if weight.shape[0] > (2 if narrow else 8) or not (narrow or x.dtype == torch.float32):
+        return False
+    if (
+        transposed
+        or groups != 1
+        or max(*stride, *dilation) != 1
+        or math.prod(weight.shape[2:]) == 1
+    ):
+        return False
+    if any(p >= k for p, k in zip(padding, weight.shape[2:], strict=True)) or not x.numel():
+        return False
+    if weight.dtype != x.dtype or not _wide_vectors():
+        return False
+    width = x.shape[-1] + 2 * padding[-1] - weight.shape[-1] + 1
+    # positions are taken sixteen at a time; of short rows much is computed twice
+    return weight.shape[0] <= 2 or 4 * width >= 3 * 16 * math.ceil(width / 16)
+
+
+def _wide_vectors() -> bool:
+    return _C.instruction_set() != "baseline"
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+    """``torch.nn.functional.conv2d`` or ``conv3d`` at stride 1, summed in float32; [N, Co, *T], channels-last.
+
+    Args:
+        x: [N, Ci, *S], channels-last; not float64.
+        weight: [Co, Ci, *K] and ``bias`` [Co]: in x's dtype.
+    """
+    x = _map("x", x)
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(f"weight and bias must be {x.dtype} as x, got {weight.dtype}")
+    n, ci, *size = x.shape
+    co, *kernel = weight.shape[0], *weight.shape[2:]
+    if len(kernel) != len(size) or weight.shape[1] != ci:
+        raise ValueError(
+            f"weight must be [Co, {ci}] and {len(size)} sizes, got {tuple(weight.shape)}"
+        )
+    out = [s + 2 * p - k + 1 for s, p, k in zip(size, padding, kernel, strict=True)]
+    y = torch.empty((n, co, *out), dtype=x.dtype, memory_format=_FORMATS[x.dim()])
+    flat = [1] * (3 - len(size))
+    strides = list(weight.stride())
+    if bias is not None:
+        bias = bias.contiguous()
+    _C.convolve(
+        x.data_ptr(),
+        weight.data_ptr(),
+        _address(bias),
+        y.data_ptr(),
+        _DTYPES[x.dtype],
+        [n, ci, co, *flat, *size, *flat, *kernel, *([0] * len(flat)), *padding, *flat, *out],
+        [*strides[:2], *([0] * len(flat)), *strides[2:]],
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _address(t: Tensor | None) -> int:

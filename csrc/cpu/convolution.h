@@ -1,0 +1,22 @@
+// Convolutions of channels-last maps with few output channels, for which vectors over 16 of them are half empty.
+#pragma once
+
+#include "driver.h"
+
+namespace fastfilm {
+
+// A dense map [N, D, H, W, Ci] and a kernel [Co, Ci, KD, KH, KW] of any strides, both of `storage` (not float64).
+// Stride and dilation 1; `before` positions of zeros in front of each axis, `out` positions in the result.
+struct Convolution {
+  Storage storage;
+  int64_t n, ci, co;
+  int64_t size[3], kernel[3], before[3], out[3];
+  int64_t strides[5];  // of the kernel, in elements
+  int threads;
+};
+
+// y [N, *out, Co], dense. Each sum is taken in float: over a row of the kernel first, then over the rows in order,
+// whatever the number of threads. `bias` [Co] may be null.
+void convolve(const Convolution& conv, const void* x, const void* weight, const void* bias, void* y);
+
+}  // namespace fastfilm

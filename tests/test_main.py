@@ -49,7 +49,9 @@ def test_info_prints_the_variables_in_force(
     monkeypatch.setenv("FASTFILM_BACKEND", "reference")
     monkeypatch.delenv("FASTFILM_ROUTE", raising=False)
     rows = dict(
-        line.split(maxsplit=1) for line in report(capsys).splitlines() if "FASTFILM" in line
+        line.split(maxsplit=1)
+        for line in report(capsys).splitlines()
+        if line.lstrip().startswith("FASTFILM")
     )
     assert rows["FASTFILM_BACKEND"] == "reference"
     assert rows["FASTFILM_ROUTE"].startswith("not set")

@@ -19,7 +19,10 @@ from ..eager import CONV
 from ..providers import channels_last
 from ..session import Case, Provider, Results, Session
 
-CHANNELS, SIDE, BATCH = 8, 8, 2
+CHANNELS, BATCH = 8, 2
+SIDE = {2: 8, 3: 4}
+"""64 voxels: with 8 in 3D the convolution's arithmetic would be two thirds of its time."""
+
 NORMS = {
     ("batch", 2): nn.BatchNorm2d,
     ("batch", 3): nn.BatchNorm3d,
@@ -74,7 +77,7 @@ def _case(session: Session, norm: str, dims: int, mode: str) -> None:
     training = mode != "inference"
     eager = Eager(norm, dims).to(session.device).train(training)
     ours = _ours(eager, norm, dims).to(session.device).train(training)
-    x = torch.randn(BATCH, CHANNELS, *[SIDE] * dims, device=session.device)
+    x = torch.randn(BATCH, CHANNELS, *[SIDE[dims]] * dims, device=session.device)
     gamma, beta = torch.rand(2, BATCH, CHANNELS, device=session.device).unbind()
     layouts = {"eager": x, "eager-channels-last": channels_last(x)}
     candidates: dict[str, Provider] = {}
@@ -94,7 +97,7 @@ def _case(session: Session, norm: str, dims: int, mode: str) -> None:
         exact = copy.deepcopy(eager).double()
         return [exact(x.double(), gamma.double(), beta.double()).detach()]
 
-    case = Case("host", f"{dims}D {norm}, {CHANNELS} channels, {SIDE} wide", mode, "float32")
+    case = Case("host", f"{dims}D {norm}, {CHANNELS} channels, {SIDE[dims]} wide", mode, "float32")
     session.measure(case, candidates, truth)
 
 

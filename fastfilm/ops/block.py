@@ -42,8 +42,13 @@ def run(
         remembered: where the caller keeps coefficients that do not depend on the map.
         group: processes over which a batch norm's batch is spread.
     """
+    asked = (weight, bias, *tensors), (geometry, options)
+    if remembered is not None and deferred != "always":
+        known = remembered.again(x, *asked)
+        if known is not None:
+            return known
     sources: list[Source] | None = None
-    x = readable(x)
+    given = x = readable(x)
     if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
         sources = x.sources()
         if x._tensor is not None or not direct(sources[0].raw):
@@ -121,9 +126,10 @@ def run(
         if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef, *flat):
             if sources is not None:
                 raw = assemble.assembled(sources, plan)
-            return conv.finished(
-                raw, weight, added, coef, x_act, out_coef, kind.activation, *geometry, plan
-            )
+            finishing = (added, coef, x_act, out_coef, kind.activation, *geometry, plan)
+            if remembered is not None and raw is given and finish:
+                remembered.keep(raw, *asked, lambda x: conv.conv_apply(x, weight, *finishing))
+            return conv.finished(raw, weight, *finishing)
         if sources is not None:
             y, _ = assemble.convolved(sources, weight, added, None, "none", geometry, False, plan)
         else:

@@ -65,11 +65,8 @@ def _call(y: Tensor, act: str) -> tuple[int, int, int, int, int, int]:
     code = _ACTIVATIONS.get(act)
     if code is None:
         raise ValueError(f"act must be one of {', '.join(_ACTIVATIONS)}, got {act!r}")
-    n, c, *space = y.shape
-    s = 1
-    for size in space:
-        s *= size
-    return _DTYPES[y.dtype], code, n, s, c, torch.get_num_threads()
+    n, c = y.shape[:2]
+    return _DTYPES[y.dtype], code, n, y.numel() // max(n * c, 1), c, torch.get_num_threads()
 
 
 def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
@@ -386,13 +383,14 @@ def block_coefficients(
     readable = _readable(tensors)
     _algebra(kind).forward(momentum, *_arguments(readable), coef.data_ptr())
     if kind.update:
+        written = []
         for theirs, ours in zip(tensors[:2], readable[:2], strict=True):
             assert theirs is not None and ours is not None
             if ours is not theirs:
                 theirs.copy_(ours)
             elif not theirs.is_inference():
-                # written behind PyTorch's back
-                torch.autograd.graph.increment_version(theirs)
+                written.append(theirs)  # behind PyTorch's back
+        torch.autograd.graph.increment_version(written)
     return coef
 
 

@@ -61,6 +61,7 @@ class Recipe:
 
 _KEPT = 4096
 _recipes: dict[Any, Recipe] = {}
+_epoch = 0
 
 
 def find(key: Any) -> Recipe | None:
@@ -82,15 +83,27 @@ def keep(key: Any, recipe: Recipe) -> None:
         return
 
 
+def epoch() -> int:
+    """A number that changes whenever recipes are forgotten: what was decided before counts no more."""
+    return _epoch
+
+
+def forget() -> None:
+    """Every later call is decided anew."""
+    global _epoch
+    _epoch += 1
+    _recipes.clear()
+
+
 @contextlib.contextmanager
 def unremembered() -> Iterator[None]:
     """No recipe from before is found inside the block; those that are made there are forgotten behind it."""
     before = dict(_recipes)
-    _recipes.clear()
+    forget()
     try:
         yield
     finally:
-        _recipes.clear()
+        forget()
         _recipes.update(before)
 
 

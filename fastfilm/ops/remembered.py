@@ -1,24 +1,49 @@
-"""Coefficients of a block that do not depend on its map: computed once while nothing they come from changes."""
+"""What a block keeps between calls while nothing it comes from changes: coefficients, and a whole finished call.
+
+Tensors are recognised by identity and version, so in-place changes count. Writing through ``.data`` or replaying a
+CUDA graph changes values behind PyTorch's back: ``train()`` and ``eval()`` of a block or a converted module
+forget everything.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import backends, recipe
+from .library import direct
+
+
+class Call(NamedTuple):
+    """A call without gradients that ended in a finished map.
+
+    Attributes:
+        form: all that it depends on beside tensors' values.
+        tensors, versions: parameters, statistics, γ and β.
+        finished: the rest of the work, of the block's input.
+    """
+
+    form: tuple[Any, ...]
+    tensors: Sequence[Tensor | None]
+    versions: list[int]
+    finished: Callable[[Tensor], Tensor]
+
 
 class Remembered:
-    """The coefficients of a block's last call, and what they were computed from.
+    """The coefficients of a block's last call and, without gradients, that call itself.
 
-    They are used again if every tensor is the same object in the same version (in-place changes count), and
-    no gradient is asked for. Copies and pickles of a block start without any.
+    They are used again if every tensor is the same object in the same version and no gradient is asked for. Copies
+    and pickles of a block start without any.
     """
 
     def __init__(self) -> None:
-        # one tuple, exchanged as a whole: threads may call a block at the same time
+        # tuples, exchanged as a whole: threads may call a block at the same time
         self._kept: tuple[Any, Sequence[Tensor | None], list[int], Tensor] | None = None
+        self._call: Call | None = None
 
     def get(
         self,
@@ -31,19 +56,60 @@ class Remembered:
             return compute()
         if any(t is not None and t.is_inference() for t in tensors):
             return compute()  # such tensors have no version
-        versions = [t._version for t in tensors if t is not None]
+        versions = _versions(tensors)
         kept = self._kept
         if kept is not None:
             old_form, old, old_versions, coef = kept
-            if (
-                versions == old_versions
-                and form == old_form
-                and all(a is b for a, b in zip(tensors, old, strict=True))
-            ):
+            if versions == old_versions and form == old_form and all(map(is_, tensors, old)):
                 return coef
         coef = compute()
         self._kept = form, tuple(tensors), versions, coef
         return coef
 
+    def again(
+        self, x: Any, tensors: Sequence[Tensor | None], form: tuple[Any, ...]
+    ) -> Tensor | None:
+        """The finished map of ``x`` if the last call was of the same form and tensors; else None."""
+        call = self._call
+        if call is None or not _alone(x):
+            return None
+        same = (
+            call.form == _form(x, form)
+            and len(call.tensors) == len(tensors)
+            and all(map(is_, tensors, call.tensors))
+            and call.versions == _versions(tensors)
+        )
+        return call.finished(x) if same else None
+
+    def keep(
+        self,
+        x: Any,
+        tensors: Sequence[Tensor | None],
+        form: tuple[Any, ...],
+        finished: Callable[[Tensor], Tensor],
+    ) -> None:
+        """``finished`` is what this call came to, for an input like ``x``."""
+        if _alone(x) and not any(t is not None and t.is_inference() for t in tensors):
+            self._call = Call(_form(x, form), tuple(tensors), _versions(tensors), finished)
+
     def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
         return Remembered, ()
+
+
+def _alone(x: Any) -> bool:
+    """Whether nothing but the block's own forms and tensors decides what is done with ``x``."""
+    return (
+        not torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and direct(x)
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _form(x: Tensor, form: tuple[Any, ...]) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, backends.forced(), recipe.epoch(), form
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [t._version for t in tensors if t is not None]

@@ -108,12 +108,13 @@ def long_sums(v: Tensor, weight: Tensor, small: bool = False) -> bool:
     for so many (unless the map is so small that copying a channels-last weight would show). PyTorch's slow
     convolution, which ``small`` maps would get, is more exact still.
     """
-    if v.device.type != "cpu" or v.dtype != torch.float32:
+    width = weight.shape[1]
+    if width < WIDE // 4 or v.dtype != torch.float32 or v.device.type != "cpu":
         return False
     if small:
-        return weight.shape[1] >= WIDE // 4
+        return True
     few = v.shape[0] * math.prod(v.shape[2:]) < 256
-    return weight.shape[1] >= WIDE and (weight.is_contiguous() or not few)
+    return width >= WIDE and (weight.is_contiguous() or not few)
 
 
 def _avoids_onednn(v: Tensor, weight: Tensor, groups: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastfilm.ops import backends, tables
+from fastfilm.ops import backends, recipe, tables
 from fastfilm.ops.tables import FAMILIES, Entry, Table
 
 from .facts import Compilers, Facts, predicted
@@ -249,6 +249,7 @@ def save(search: Search, path: Path) -> Table:
         table = tables.merge_into(path, Table(arch, tables.about(), {key: entry}))
     tables.in_force.cache_clear()
     backends._choose.cache_clear()
+    recipe.forget()
     return table
 
 

@@ -272,6 +272,15 @@ def error_of(value: Tensor, exact: Tensor, floor: float) -> float:
     return float((value - exact).abs().max()) / max(float(exact.abs().max()), floor)
 
 
+def normalises_single_values(call: Call, output: Tensor) -> bool:
+    """Whether each value is a group of the norm by itself: gradients are 0, the difference of two large numbers."""
+    norm, groups = call.options.get("norm"), call.options.get("num_groups")
+    voxels, channels = output[0, 0].numel(), output.shape[1]
+    if norm == "group" and isinstance(groups, int):
+        return voxels * channels == groups
+    return voxels * (channels if norm == "layer" else 1) == 1 and norm in ("layer", "instance")
+
+
 def assert_agrees(call: Call, ours: Any, theirs: Any) -> None:
     """As close to float64 as PyTorch is, but for a factor; not a number where PyTorch's is not one."""
     finite = call.contents not in ("nan", "inf")
@@ -286,7 +295,10 @@ def assert_agrees(call: Call, ours: Any, theirs: Any) -> None:
         assert value.shape == other.shape and value.dtype == other.dtype, name
         if not finite and name != "output":
             continue
-        if name.startswith("gradient") and value.dtype.itemsize == 2:
+        narrow = call.tensors["x"].dtype.itemsize == 2 and normalises_single_values(
+            call, ours["output"]
+        )
+        if name.startswith("gradient") and (value.dtype.itemsize == 2 or narrow):
             # of maps this small, one value that changes its side of a ReLU is all of it
             assert value.isfinite().all() or not other.isfinite().all(), name
             continue
@@ -363,6 +375,7 @@ def test_both_ends_are_reached() -> None:
     [
         (torch.float32, (1, 8, 5, 2, 1), (10, 4, 1, 1, 1), {"groups": 2, "dilation": 2}),
         (torch.bfloat16, (1, 1, 5, 5, 1), (6, 1, 1, 1, 1), {"dilation": 2}),
+        (torch.bfloat16, (1, 3, 2, 1), (4, 3, 1, 1), {"dilation": 2}),
         (torch.bfloat16, (3, 1, 1, 6, 6), (5, 1, 3, 3, 3), {}),
         (torch.bfloat16, (2, 1, 1, 5, 5), (5, 1, 3, 3, 3), {"stride": 3}),
     ],
@@ -373,7 +386,7 @@ def test_padded_maps_of_one_slice(
     """oneDNN crashes on these or returns garbage where they are channels-last."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(dtype)
-    x = x.contiguous(memory_format=torch.channels_last_3d)
+    x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     w, bias = torch.randn(weight, generator=generator).to(dtype), torch.zeros(weight[0])
     options = {"stride": 3, "padding": 2, **options}
     with fastfilm.backend(backend):

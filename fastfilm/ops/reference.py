@@ -52,10 +52,14 @@ def spread(t: Tensor, ndim: int) -> Tensor:
 def unsafe_channels_last(x: Tensor) -> bool:
     """Whether the vendor's convolution must not see ``x``, or weights beside it, channels-last.
 
-    oneDNN (PyTorch 2.13, CPU) crashes or returns garbage for some padded 3D convolutions of channels-last maps
-    with a dimension of size 1: in bfloat16, and in float32 with groups.
+    oneDNN (PyTorch 2.13, CPU) crashes or returns garbage for some padded convolutions of channels-last maps
+    with a dimension of size 1: in bfloat16, and in 3D also in float32 with groups.
     """
-    return x.dim() == 5 and 1 in x.shape[2:] and x.device.type == "cpu"
+    return (
+        (x.dim() == 5 or x.dtype == torch.bfloat16)
+        and 1 in x.shape[2:]
+        and x.device.type == "cpu"
+    )
 
 
 def convolution(

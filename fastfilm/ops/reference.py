@@ -56,9 +56,7 @@ def unsafe_channels_last(x: Tensor) -> bool:
     with a dimension of size 1: in bfloat16, and in 3D also in float32 with groups.
     """
     return (
-        (x.dim() == 5 or x.dtype == torch.bfloat16)
-        and 1 in x.shape[2:]
-        and x.device.type == "cpu"
+        (x.dim() == 5 or x.dtype == torch.bfloat16) and 1 in x.shape[2:] and x.device.type == "cpu"
     )
 
 

@@ -37,6 +37,7 @@ DEPENDS = [
     "csrc/cpu/driver.h",
     "csrc/cpu/gather.h",
     "csrc/cpu/kernels.h",
+    "csrc/cpu/pages.h",
     "csrc/cpu/residual.h",
     "csrc/cpu/walk.h",
     *(

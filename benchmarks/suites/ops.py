@@ -15,7 +15,7 @@ from .. import blocks, providers
 from ..blocks import Block, Tensors
 from ..roofline import DTYPES, Layer, work, yardstick
 from ..session import Case, Provider, Session
-from . import frozen
+from . import frozen, tails
 
 PAPER, NNUNET, FILM = "conv-act-norm-film", "conv-norm-act-film", "conv-norm-film-act"
 
@@ -73,6 +73,7 @@ def run(session: Session) -> None:
         if not session.budget.spent():
             apply_pass(session, dtype)
             frozen.measure(session, dtype)
+            tails.measure(session, dtype)
     for dtype in session.dtypes:
         for block in cases(session):
             for mode in ("forward", "forward+backward"):

@@ -95,6 +95,7 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
   if (bias) kernels.widen_row[conv.storage](bias, added.data(), conv.co);
   const ConvolutionKernel kernel = kernels.convolve_row[conv.storage][variant];
   const int64_t itemsize = conv.storage == kFloat32 ? 4 : 2;
+  expect_large_pages(y, total * conv.out[2] * conv.co * itemsize);
   const int64_t threads = total * conv.out[2] * conv.co * kernel_rows * length > kParallelFrom ? conv.threads : 1;
   const int64_t each = ceil_div(total, threads);
   parallel_for(threads, static_cast<int>(threads), [&](int64_t part, int) {

@@ -132,6 +132,7 @@ void gather_as(const Map& map, const View& view, const void* y, int64_t in_strid
                                            : walk.plan.kernels.gather_sum[map.storage];
   const int threads = threads_for(map, map.n * result_rows * width.out * map.c);
   const bool same = is_same(width);
+  expect_large_pages(out, map.n * result_rows * width.out * out_stride * walk.plan.itemsize);
   // each thread takes consecutive rows, so that it finds the ones it has
   const int64_t total = map.n * result_rows, each = ceil_div(total, threads);
   parallel_for(threads, threads, [&](int64_t part, int) {

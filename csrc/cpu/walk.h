@@ -13,6 +13,7 @@
 #endif
 
 #include "driver.h"
+#include "pages.h"
 
 namespace fastfilm {
 
@@ -195,6 +196,9 @@ template <class R>
 std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, const void* y,
                          const void* dv, void* out, const Expanded<R>& coef, int64_t sum_rows,
                          const void* y2 = nullptr, void* out2 = nullptr) {
+  const size_t bytes = map.n * plan.sample * plan.itemsize;
+  if (out && out != y && out != dv) expect_large_pages(out, bytes);
+  if (out2) expect_large_pages(out2, bytes);
   const int64_t scratch = sum_rows * plan.padded;
   std::vector<double> sums(scratch * plan.threads);
   std::vector<double> partial(map.n * plan.chunks * sum_rows * map.c);

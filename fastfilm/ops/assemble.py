@@ -39,14 +39,22 @@ class Source(NamedTuple):
 _Static = tuple[tuple[str, View | None], ...]
 
 
-def write(sources: Sequence[Source], kernels: ModuleType) -> Tensor:
-    """v [N, ΣC, *S], channels-last."""
+def write(sources: Sequence[Source], kernels: ModuleType, passing: bool = False) -> Tensor:
+    """v [N, ΣC, *S], channels-last.
+
+    Args:
+        passing: v is read before anything else is written, and not afterwards.
+    """
     if len(sources) == 1 and sources[0].view is None:
         return _valued(sources[0], kernels)
     first = sources[0]
     channels = sum(s.raw.shape[1] for s in sources)
     if hasattr(kernels, "gather") or hasattr(kernels, "gather_taps"):
-        v = conv.raw_like(first.raw, (first.raw.shape[0], channels, *first.size))
+        shape = (first.raw.shape[0], channels, *first.size)
+        if passing and hasattr(kernels, "workspace"):
+            v: Tensor = kernels.workspace(first.raw, shape)
+        else:
+            v = conv.raw_like(first.raw, shape)
         at = 0
         for s in sources:
             raw = spec.channels_last(s.raw)
@@ -169,7 +177,7 @@ class _Convolved(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         pre_act, geometry, moments, plan = how
         kernels = BACKENDS[plan.split("/")[0]].kernels()
-        v = write(_sources(static, tensors), kernels)
+        v = write(_sources(static, tensors), kernels, passing=True)
         y, stats = conv.conv_fwd(
             v,
             weight,
@@ -201,7 +209,7 @@ class _Convolved(torch.autograd.Function):
             for a, b in zip(needs[5 : 5 + len(static)], needs[5 + len(static) :], strict=True)
         ]
         sources = _sources(static, tensors)
-        v = write(sources, ctx.kernels)
+        v = write(sources, ctx.kernels, passing=True)
         dv, dweight, _, dpre = conv.conv_bwd(
             dy,
             dstats,
@@ -266,11 +274,15 @@ _assembled = super(torch.autograd.Function, _Assembled).apply
 _convolved = super(torch.autograd.Function, _Convolved).apply
 
 
-def assembled(sources: Sequence[Source], plan: str) -> Tensor:
-    """v [N, ΣC, *S], channels-last, with gradients at the raw maps and the coefficients."""
+def assembled(sources: Sequence[Source], plan: str, passing: bool = False) -> Tensor:
+    """v [N, ΣC, *S], channels-last, with gradients at the raw maps and the coefficients.
+
+    Args:
+        passing: v is an input of the next convolution and of nothing else (without gradients).
+    """
     kernels = BACKENDS[plan.split("/")[0]].kernels()
     if not torch.is_grad_enabled():
-        return write(sources, kernels)
+        return write(sources, kernels, passing)
     static = tuple((s.act, s.view) for s in sources)
     v: Tensor = _assembled(kernels, static, *_flat(sources))
     return v

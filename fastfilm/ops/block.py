@@ -82,7 +82,7 @@ def run(
     coef, x_act = None, "none"
     if sources is not None:
         if not torch.is_grad_enabled():
-            raw, sources = assemble.assembled(sources, plan), None
+            raw, sources = assemble.assembled(sources, plan, passing=True), None
     elif isinstance(x, DeferredMap):
         if finish and direct(raw):
             # written once for all its consumers, where it would be written for each

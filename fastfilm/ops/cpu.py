@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -419,6 +420,29 @@ def _axes(view: View | None, size: tuple[int, ...], transposed: bool) -> tuple[i
         numbers += [axis.length, axis.positions]
         numbers += [a.ctypes.data for a in (axis.start, axis.taps, axis.weight)]
     return tuple(numbers)
+
+
+_KEPT = 64 << 20
+"""Most bytes of one thread's workspace."""
+
+_workspaces = threading.local()
+
+
+def workspace(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised channels-last map of ``shape`` in memory that the thread keeps for the next call.
+
+    For maps that are read once and dropped before that: fresh memory of some megabytes costs more than writing it.
+    Maps of more than 64 MiB are fresh.
+    """
+    made = torch.empty(shape, dtype=like.dtype, memory_format=_FORMATS[len(shape)], device="meta")
+    size = made.numel() * made.element_size()
+    if size > _KEPT:
+        return torch.empty(shape, dtype=like.dtype, memory_format=_FORMATS[len(shape)])
+    kept: torch.UntypedStorage | None = getattr(_workspaces, "kept", None)
+    if kept is None or kept.nbytes() < size:
+        _workspaces.kept = None  # freed before the larger one is taken
+        _workspaces.kept = kept = torch.UntypedStorage(size)
+    return torch.empty(0, dtype=like.dtype).set_(kept, 0, made.shape, made.stride())
 
 
 # arrays whose addresses are out: never freed, a few kilobytes a size

@@ -118,7 +118,7 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         launcher = getattr(self._module, name)
-        if not callable(launcher) or name.startswith("covers"):
+        if not callable(launcher) or name.startswith(("covers", "workspace")):
             return launcher
 
         def call(*args: Any, **options: Any) -> Any:

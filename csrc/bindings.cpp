@@ -214,8 +214,8 @@ void py_maximum_backward(Address y, Address coef, Address dout, int64_t dout_str
 }
 
 // Sizes as [N, Ci, Co], then three of each: map, kernel, zeros in front, result.
-void py_convolve(Address x, Address weight, Address bias, Address y, int dtype, const std::array<int64_t, 15>& sizes,
-                 const std::array<int64_t, 5>& strides, int threads) {
+void py_convolve(Address x, Address weight, Address bias, Address coef, Address y, int dtype, int act,
+                 const std::array<int64_t, 15>& sizes, const std::array<int64_t, 5>& strides, int threads) {
   check_code("dtype", dtype, kStorages);
   if (dtype == kFloat64) throw std::invalid_argument("dtype must not be float64");
   if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
@@ -236,11 +236,12 @@ void py_convolve(Address x, Address weight, Address bias, Address y, int dtype, 
   const int64_t space = sizes[12] * sizes[13] * sizes[14];
   if (conv.n * conv.co * space == 0) return;
   Call in(dtype, 0, conv.n, sizes[3] * sizes[4] * sizes[5], conv.ci, threads);
-  Call out(dtype, 0, conv.n, space, conv.co, threads);
+  Call out(dtype, act, conv.n, space, conv.co, threads);
   const void* x_ = in.feature_map("x", x);
   const void* weight_ = out.feature_map("weight", weight);
   const void* bias_ = bias ? out.feature_map("bias", bias) : nullptr;
-  convolve(conv, x_, weight_, bias_, out.feature_map("y", y));
+  const void* coef_ = coef ? out.numbers("coef", coef) : nullptr;
+  convolve(conv, x_, weight_, bias_, static_cast<const float*>(coef_), out.map.act, out.feature_map("y", y));
 }
 
 // The algebra of one kind of block; made once, called for every map of that kind.
@@ -400,8 +401,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("maximum_backward", &py_maximum_backward, py::arg("y"), py::arg("coef"), py::arg("dout"),
         py::arg("dout_stride"), py::arg("dv"), py::arg("dtype"), py::arg("act"), py::arg("n"),
         py::arg("c"), py::arg("threads"), py::arg("axes"), release());
-  m.def("convolve", &py_convolve, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
-        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("threads"), release());
+  m.def("convolve", &py_convolve, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("coef"),
+        py::arg("y"), py::arg("dtype"), py::arg("act"), py::arg("sizes"), py::arg("strides"), py::arg("threads"), release());
   py::class_<Coefficients>(m, "Coefficients")
       .def(py::init<bool, int, int, int, bool, bool, int64_t, int64_t, int64_t, double, double, double>(),
            py::arg("wide"), py::arg("norm"), py::arg("order"), py::arg("position"), py::arg("use_input"),

@@ -28,6 +28,7 @@ CASES = (
     ((1, 7, 3, 70, 16), (3, 1, 5), (1, 0, 2), 5),
     ((2, 9, 8, 19), (5, 2), (2, 1), 13),
     ((1, 33, 8, 18), (3, 3), (1, 1), 45),
+    ((1, 131, 5, 16), (3, 3), (1, 1), 32),
 )
 
 
@@ -75,6 +76,18 @@ def test_the_convolution_is_as_accurate_as_eager(
     assert torch.equal(cpu.convolve(x, w, b, padding), y)
     shift = b.double().view(-1, *(1,) * (x.dim() - 2))
     assert_as_good_as_eager({"y": bare}, {"y": exact["y"] - shift}, found, dtype)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("co", [1, 5, 16, 33])
+def test_finishing_each_row_gives_the_bits_of_a_pass_of_its_own(
+    co: int, dtype: torch.dtype, act: str, instruction_set: str
+) -> None:
+    x, w, b = draw((2, 6, 9, 21), (3, 3), co, dtype)
+    coef = torch.randn(7, 2, co).abs()
+    finished = cpu.convolve(x, w, b, (1, 1), coef, act)
+    assert torch.equal(finished, cpu.apply(cpu.convolve(x, w, b, (1, 1)), coef, act))
 
 
 @pytest.mark.parametrize("co", [1, 2, 8, 20])
@@ -167,7 +180,7 @@ def test_other_geometries_are_the_vendors(change: dict[str, object]) -> None:
 def test_the_binding_names_the_bad_argument(change: dict[str, object], message: str) -> None:
     x, w, y = torch.zeros(16), torch.zeros(9), torch.zeros(16)
     call = {
-        "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "y": y.data_ptr(), "dtype": 0,
+        "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "coef": 0, "y": y.data_ptr(), "dtype": 0, "act": 0,
         "sizes": [1, 1, 1, 1, 4, 4, 1, 3, 3, 0, 1, 1, 1, 4, 4], "strides": [9, 9, 0, 3, 1], "threads": 1,
     }  # fmt: skip
     _C.convolve(**call)

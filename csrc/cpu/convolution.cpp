@@ -83,7 +83,8 @@ std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const
 
 }  // namespace
 
-void convolve(const Convolution& conv, const void* x, const void* weight, const void* bias, void* y) {
+void convolve(const Convolution& conv, const void* x, const void* weight, const void* bias, const float* coef,
+              Activation act, void* y) {
   const Kernels& kernels = current_kernels();
   const int64_t rows_out = conv.out[0] * conv.out[1], total = conv.n * rows_out;
   const int64_t kernel_rows = conv.kernel[0] * conv.kernel[1], length = conv.kernel[2] * conv.ci;
@@ -96,6 +97,9 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
   const ConvolutionKernel kernel = kernels.convolve_row[conv.storage][variant];
   const int64_t itemsize = conv.storage == kFloat32 ? 4 : 2;
   expect_large_pages(y, total * conv.out[2] * conv.co * itemsize);
+  const Plan plan({conv.storage, act, conv.n, conv.out[2], conv.co, 1});
+  std::unique_ptr<Expanded<float>> affine;
+  if (coef) affine.reset(new Expanded<float>(plan, kCoefRows, conv.n, conv.co, coef));
   const int64_t threads = total * conv.out[2] * conv.co * kernel_rows * length > kParallelFrom ? conv.threads : 1;
   const int64_t each = ceil_div(total, threads);
   parallel_for(threads, static_cast<int>(threads), [&](int64_t part, int) {
@@ -106,10 +110,15 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
       for (int64_t r = 0; r < kernel_rows; ++r) {
         rows[r] = input.get(i, z - conv.before[0] + r / conv.kernel[1], line - conv.before[1] + r % conv.kernel[1]);
       }
+      void* row = offset(y, task * conv.out[2] * conv.co * itemsize);
       for (int64_t at = 0; at < conv.co; at += width) {
         kernel({rows.data(), kernel_rows, length, conv.ci, weights.data() + at * kernel_rows * length,
                 added.data() + at, conv.out[2], std::min(width, conv.co - at),
-                offset(y, (task * conv.out[2] * conv.co + at) * itemsize), conv.co});
+                offset(row, at * itemsize), conv.co});
+      }
+      if (affine) {
+        run(plan, kernels.apply[conv.storage][act],
+            {row, nullptr, row, 0, 0, 0, 0, affine->sample(i), plan.padded, nullptr, 0}, conv.out[2] * conv.co, 0);
       }
     }
   });

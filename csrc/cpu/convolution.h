@@ -1,4 +1,4 @@
-// Convolutions of channels-last maps with few output channels, for which vectors over 16 of them are half empty.
+// Convolutions of channels-last maps.
 #pragma once
 
 #include "driver.h"
@@ -16,7 +16,9 @@ struct Convolution {
 };
 
 // y [N, *out, Co], dense. Each sum is taken in float: over a row of the kernel first, then over the rows in order,
-// whatever the number of threads. `bias` [Co] may be null.
-void convolve(const Convolution& conv, const void* x, const void* weight, const void* bias, void* y);
+// whatever the number of threads. `bias` [Co] may be null. With `coef` [7, N, Co], each row is finished, as `apply` does
+// it, while it is in the cache.
+void convolve(const Convolution& conv, const void* x, const void* weight, const void* bias, const float* coef,
+              Activation act, void* y);
 
 }  // namespace fastfilm

@@ -92,6 +92,7 @@ struct ConvolutionRow {
 
 constexpr int kFewChannels = 2;            // up to so many output channels, vectors lie along the kernel
 constexpr int kConvolutions = kFewChannels + 3;  // 1 and 2 channels; blocks of 8, 16 and 32
+constexpr int64_t kSumLength = 128;        // products that are added up before they join the others
 constexpr int64_t kConvolutionBlock = 16;  // most positions that are taken together
 
 using ConvolutionKernel = void (*)(const ConvolutionRow&);

@@ -282,6 +282,9 @@ def conv_apply(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry, True):
+        finished: Tensor = kernels.convolve(v, weight, bias, padding, out_coef, out_act)
+        return finished
     y = _convolution(kernels, v, weight, bias, geometry)
     return kernels.apply(y, out_coef, out_act, in_place=True)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 # after torch: the extension then finds torch's own OpenMP runtime loaded and shares its threads
 from fastfilm import _C
 
-from . import views
+from . import vendor, views
 from .views import View
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -169,42 +169,53 @@ def moments_backward(
     return e, dpre
 
 
-def covers_convolution(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> bool:
-    """Whether ``convolve`` serves a convolution of few output channels faster than PyTorch, as measured.
+def covers_convolution(
+    x: Tensor, weight: Tensor, geometry: tuple[Any, ...], finishing: bool = False
+) -> bool:
+    """Whether ``convolve`` serves a convolution faster than PyTorch, as measured.
 
-    oneDNN computes 16 output channels where there are fewer. In 16 bits it has twice the rate, and up to two
-    channels remain.
+    Of few output channels: oneDNN computes 16 where there are fewer (in 16 bits it has twice the rate, and up to two
+    channels remain). Of many float32 input channels, where PyTorch's has to be contiguous to round as little
+    (``vendor.long_sums``): the copies fall away. And where it finishes the map (``finishing``), of any channels at
+    which the two are equally fast: the pass that finishes it falls away.
     """
     stride, padding, dilation, transposed, _, groups = geometry
     narrow = x.dtype in (torch.bfloat16, torch.float16)
-    if weight.shape[0] > (2 if narrow else 8) or not (narrow or x.dtype == torch.float32):
+    if transposed or groups != 1 or max(*stride, *dilation) != 1 or not x.numel():
         return False
-    if (
-        transposed
-        or groups != 1
-        or max(*stride, *dilation) != 1
-        or math.prod(weight.shape[2:]) == 1
-    ):
+    if weight.dtype != x.dtype or not (narrow or x.dtype == torch.float32) or not _wide_vectors():
         return False
-    if any(p >= k for p, k in zip(padding, weight.shape[2:], strict=True)) or not x.numel():
+    co, ci, *kernel = weight.shape
+    if math.prod(kernel) == 1 or any(p >= k for p, k in zip(padding, kernel, strict=True)):
         return False
-    if weight.dtype != x.dtype or not _wide_vectors():
-        return False
-    width = x.shape[-1] + 2 * padding[-1] - weight.shape[-1] + 1
+    width = x.shape[-1] + 2 * padding[-1] - kernel[-1] + 1
+    if not narrow and (ci >= vendor.WIDE or (finishing and co > 16)):
+        return co % 32 == 0 and width >= 16 and width % 8 == 0
     # positions are taken sixteen at a time; of short rows much is computed twice
-    return weight.shape[0] <= 2 or 4 * width >= 3 * 16 * math.ceil(width / 16)
+    short = 4 * width < 3 * 16 * math.ceil(width / 16)
+    if finishing and not narrow and co == 16 and width % 16 == 0:
+        return True
+    return co <= 2 or (co <= 8 and not narrow and not short)
 
 
 def _wide_vectors() -> bool:
     return _C.instruction_set() != "baseline"
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    coef: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
     """``torch.nn.functional.conv2d`` or ``conv3d`` at stride 1, summed in float32; [N, Co, *T], channels-last.
 
     Args:
         x: [N, Ci, *S], channels-last; not float64.
         weight: [Co, Ci, *K] and ``bias`` [Co]: in x's dtype.
+        coef: [7, N, Co]: the result is that of ``apply`` with it and ``act``, each row finished in the cache.
     """
     x = _map("x", x)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -221,12 +232,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[i
     strides = list(weight.stride())
     if bias is not None:
         bias = bias.contiguous()
+    if coef is not None:
+        coef = _numbers("coef", coef, y, 7, n, co)
     _C.convolve(
         x.data_ptr(),
         weight.data_ptr(),
         _address(bias),
+        _address(coef),
         y.data_ptr(),
         _DTYPES[x.dtype],
+        _call(y, act)[1],
         [n, ci, co, *flat, *size, *flat, *kernel, *([0] * len(flat)), *padding, *flat, *out],
         [*strides[:2], *([0] * len(flat)), *strides[2:]],
         torch.get_num_threads(),

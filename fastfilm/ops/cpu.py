@@ -174,10 +174,10 @@ def covers_convolution(
 ) -> bool:
     """Whether ``convolve`` serves a convolution faster than PyTorch, as measured.
 
-    Of few output channels: oneDNN computes 16 where there are fewer (in 16 bits it has twice the rate, and up to two
-    channels remain). Of many float32 input channels, where PyTorch's has to be contiguous to round as little
-    (``vendor.long_sums``): the copies fall away. And where it finishes the map (``finishing``), of any channels at
-    which the two are equally fast: the pass that finishes it falls away.
+    Of few output channels: oneDNN computes 16 where there are fewer (in 16 bits it has twice the rate, and up to
+    two channels remain). Of many float32 input channels, where PyTorch's has to be contiguous to round as little
+    (``vendor.long_sums``): the copies fall away. And where it finishes the map (``finishing``), of any channels
+    at which the two are equally fast: the pass that finishes it falls away.
     """
     stride, padding, dilation, transposed, _, groups = geometry
     narrow = x.dtype in (torch.bfloat16, torch.float16)

@@ -88,3 +88,52 @@ class FiLMGenerator(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and preset."""
         return f"{self.metadata_size}, {self.channels}, preset={self.preset!r}"
+
+
+def modulations(
+    generators: Sequence[FiLMGenerator], metadata: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """γ and β of each generator from metadata [N, M], as calling one after another gives them.
+
+    Without gradients, generators that share their hidden weight matrices are computed together: three products of
+    matrices instead of three for each.
+    """
+    first = generators[0]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _alike(generators):
+        return [g(metadata) for g in generators]
+    count, dtype = len(generators), first.last.weight.dtype
+    activation = torch.sigmoid if first.preset == "paper" else nn.functional.silu
+    with torch.autocast(metadata.device.type, enabled=False):
+        h = metadata.to(dtype)
+        for i, layer in enumerate(first.hidden):
+            assert isinstance(layer, nn.Linear)
+            bias = torch.stack([g.hidden[i].bias for g in generators])  # type: ignore[misc]
+            h = activation(nn.functional.linear(h, layer.weight) + bias[:, None])  # [G, N, hidden]
+        last = torch.cat([g.last.weight for g in generators])
+        bias = torch.cat([g.last.bias for g in generators])
+        widths = [2 * g.channels for g in generators]
+        # every generator's last layer on everyone's hidden values: little work, and one call
+        full = nn.functional.linear(h.reshape(-1, h.shape[-1]), last, bias)
+        found = full.view(count, -1, sum(widths)).split(widths, dim=2)
+        film = []
+        for i, (g, out) in enumerate(zip(generators, found, strict=True)):
+            out = torch.sigmoid(out[i]) if g.preset == "paper" else out[i]
+            gamma, beta = out.split(g.channels, dim=1)
+            film.append((gamma if g.preset == "paper" else 1 + gamma, beta))
+        return film
+
+
+def _alike(generators: Sequence[FiLMGenerator]) -> bool:
+    """Whether ``modulations`` may compute them together: shared weights, and nothing hooked or put in between."""
+    first = generators[0]
+    for g in generators:
+        layers = [*g.hidden, g.last]
+        plain = type(g) is FiLMGenerator and all(type(layer) is nn.Linear for layer in layers)
+        if not plain or g.preset != first.preset or len(g.hidden) != len(first.hidden):
+            return False
+        if any(m._forward_hooks or m._forward_pre_hooks for m in (g, *layers)):
+            return False
+        for mine, theirs in zip(g.hidden, first.hidden, strict=True):
+            if mine.weight is not theirs.weight or mine.bias is None:
+                return False
+    return first.last.weight.device.type == "cpu" and len(first.hidden) > 0

@@ -12,7 +12,7 @@ from fastfilm.ops.maps import Map
 
 from . import ivadomed
 from .blocks import ConvNormFiLM2d, ConvNormFiLM3d, DoubleConv
-from .generator import FiLMGenerator, modulations
+from .generator import FiLMGenerator
 from .metadata import Metadata, as_metadata
 
 FINAL_ACTIVATIONS = ("none", "sigmoid", "softmax")
@@ -130,8 +130,7 @@ class Conditioned(nn.Module):
             return [(None, None)] * len(self.film)
         dtype = active.last.weight.dtype
         rows = as_metadata(metadata, self.metadata_size, image.shape[0], image.device, dtype)
-        found = iter(modulations([g for g in self.film if isinstance(g, FiLMGenerator)], rows))
-        return [next(found) if isinstance(g, FiLMGenerator) else (None, None) for g in self.film]
+        return [g(rows) if isinstance(g, FiLMGenerator) else (None, None) for g in self.film]
 
     def check_image(self, image: Tensor, channels: int, dims: int) -> None:
         """TypeError/ValueError unless ``image`` is a float [N, channels, *S] with ``dims`` dimensions."""

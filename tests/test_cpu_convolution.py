@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,10 @@ from .yardstick import assert_as_good_as_eager
 
 _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
 from fastfilm.ops import cpu  # noqa: E402
+
+from .instruction_sets import instruction_set  # noqa: E402
+
+__all__ = ["instruction_set"]
 
 # map, kernel, padding, output channels: one and two, part of a block, whole blocks, several of them
 CASES = (
@@ -30,14 +32,6 @@ CASES = (
     ((1, 33, 8, 18), (3, 3), (1, 1), 45),
     ((1, 131, 5, 16), (3, 3), (1, 1), 32),
 )
-
-
-@pytest.fixture(params=_C.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.instruction_set()
-    _C.use_instruction_set(request.param)
-    yield request.param
-    _C.use_instruction_set(before)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:

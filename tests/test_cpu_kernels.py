@@ -14,6 +14,10 @@ from fastfilm.ops import reference, spec
 _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
 from fastfilm.ops import cpu  # noqa: E402
 
+from .instruction_sets import instruction_set  # noqa: E402
+
+__all__ = ["instruction_set"]
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = (
     (1, 1, 7, 9),
@@ -25,14 +29,6 @@ SHAPES = (
     (2, 64, 31, 33),
     (1, 257, 3, 3),
 )
-
-
-@pytest.fixture(params=_C.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.instruction_set()
-    _C.use_instruction_set(request.param)
-    yield request.param
-    _C.use_instruction_set(before)
 
 
 @pytest.fixture(autouse=True)

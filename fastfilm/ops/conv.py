@@ -285,7 +285,8 @@ def conv_apply(
     if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry, True):
         finished: Tensor = kernels.convolve(v, weight, bias, padding, out_coef, out_act)
         return finished
-    y = _convolution(kernels, v, weight, bias, geometry)
+    # what the backend does not finish it does not convolve either: the rule only widens
+    y = spec.channels_last(vendor.convolution(v, weight, bias, *geometry))
     return kernels.apply(y, out_coef, out_act, in_place=True)
 
 

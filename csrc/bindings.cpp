@@ -15,6 +15,7 @@
 #include "cpu/driver.h"
 #include "cpu/gather.h"
 #include "cpu/residual.h"
+#include "cpu/winograd.h"
 
 namespace py = pybind11;
 using namespace fastfilm;
@@ -213,36 +214,79 @@ void py_maximum_backward(Address y, Address coef, Address dout, int64_t dout_str
   if (!call.empty()) maximum_backward(call.map, view, y_, coef_, dout_, dout_stride, dv_);
 }
 
-// Sizes as [N, Ci, Co], then three of each: map, kernel, zeros in front, result.
-void py_convolve(Address x, Address weight, Address bias, Address coef, Address y, int dtype, int act,
-                 const std::array<int64_t, 15>& sizes, const std::array<int64_t, 5>& strides, int threads) {
-  check_code("dtype", dtype, kStorages);
-  if (dtype == kFloat64) throw std::invalid_argument("dtype must not be float64");
-  if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
-  Convolution conv{static_cast<Storage>(dtype), sizes[0], sizes[1], sizes[2], {}, {}, {}, {}, {}, threads};
-  for (int64_t size : sizes) check_size("sizes", size);
-  for (int64_t stride : strides) check_size("strides", stride);
-  for (int i = 0; i < 3; ++i) {
-    conv.size[i] = sizes[3 + i];
-    conv.kernel[i] = sizes[6 + i];
-    conv.before[i] = sizes[9 + i];
-    conv.out[i] = sizes[12 + i];
-    // as much behind as in front, at most
-    if (conv.out[i] > conv.size[i] + 2 * conv.before[i] - conv.kernel[i] + 1 || conv.kernel[i] < 1) {
-      throw std::invalid_argument("the result is larger than map and zeros allow");
+// A convolution of one form; made once, called for every map of that form. Sizes are [N, Ci, Co], then three of each:
+// map, kernel, zeros in front, result, stride.
+class PyConvolution {
+ public:
+  PyConvolution(int dtype, const std::array<int64_t, 18>& sizes, const std::array<int64_t, 5>& strides) {
+    check_code("dtype", dtype, kStorages);
+    if (dtype == kFloat64) throw std::invalid_argument("dtype must not be float64");
+    for (int64_t size : sizes) check_size("sizes", size);
+    conv_ = {static_cast<Storage>(dtype), sizes[0], sizes[1], sizes[2], {}, {}, {}, {}, {}, {}};
+    for (int i = 0; i < 3; ++i) {
+      conv_.size[i] = sizes[3 + i];
+      conv_.kernel[i] = sizes[6 + i];
+      conv_.before[i] = sizes[9 + i];
+      conv_.out[i] = sizes[12 + i];
+      conv_.stride[i] = sizes[15 + i];
+      if (conv_.kernel[i] < 1 || conv_.stride[i] < 1) throw std::invalid_argument("kernel and stride must be positive");
+      // as much behind as in front, at most
+      const int64_t last = (conv_.out[i] - 1) * conv_.stride[i] + conv_.kernel[i];
+      if (conv_.out[i] > 0 && last > conv_.size[i] + 2 * conv_.before[i]) {
+        throw std::invalid_argument("the result is larger than map and zeros allow");
+      }
     }
+    std::copy(strides.begin(), strides.end(), conv_.strides);
   }
-  std::copy(strides.begin(), strides.end(), conv.strides);
-  const int64_t space = sizes[12] * sizes[13] * sizes[14];
-  if (conv.n * conv.co * space == 0) return;
-  Call in(dtype, 0, conv.n, sizes[3] * sizes[4] * sizes[5], conv.ci, threads);
-  Call out(dtype, act, conv.n, space, conv.co, threads);
-  const void* x_ = in.feature_map("x", x);
-  const void* weight_ = out.feature_map("weight", weight);
-  const void* bias_ = bias ? out.feature_map("bias", bias) : nullptr;
-  const void* coef_ = coef ? out.numbers("coef", coef) : nullptr;
-  convolve(conv, x_, weight_, bias_, static_cast<const float*>(coef_), out.map.act, out.feature_map("y", y));
-}
+
+  void run(Address x, Address weight, Address bias, Address coef, Address y, int act, int threads) const {
+    const Checked c = checked(x, weight, bias, coef, y, act, threads);
+    if (c.y) convolve(conv_, c.x, c.weight, c.bias, c.coef, static_cast<Activation>(act), c.y, threads);
+  }
+
+  void run_winograd(Address x, Address weight, Address bias, Address coef, Address y, int act, int threads) const {
+    const bool dense = conv_.stride[0] == 1 && conv_.stride[1] == 1 && conv_.stride[2] == 1;
+    if (conv_.storage != kFloat32 || conv_.kernel[1] != 3 || conv_.kernel[2] != 3 || !dense) {
+      throw std::invalid_argument("dtype must be float32, the kernel 3 x 3 along the last axes and the stride 1");
+    }
+    const Checked c = checked(x, weight, bias, coef, y, act, threads);
+    if (!c.y) return;
+    convolve_winograd(conv_, static_cast<const float*>(c.x), static_cast<const float*>(c.weight),
+                      static_cast<const float*>(c.bias), c.coef, static_cast<Activation>(act), static_cast<float*>(c.y),
+                      threads);
+  }
+
+  void kernel_gradient(Address x, Address e, Address dkernel, int threads) const {
+    if (conv_.storage != kFloat32) throw std::invalid_argument("dtype must be float32");
+    const Call in(kFloat32, 0, conv_.n, conv_.size[0] * conv_.size[1] * conv_.size[2], conv_.ci, threads);
+    const Call out(kFloat32, 0, conv_.n, conv_.out[0] * conv_.out[1] * conv_.out[2], conv_.co, 1);
+    const void* x_ = in.feature_map("x", x);
+    const void* e_ = out.feature_map("e", e);
+    // not empty where there is nothing to sum: the gradient is then zero
+    void* dkernel_ = Call(kFloat32, 0, 1, 1, conv_.co * conv_.ci, 1).feature_map("dkernel", dkernel);
+    convolve_kernel_gradient(conv_, static_cast<const float*>(x_), static_cast<const float*>(e_),
+                             static_cast<float*>(dkernel_), threads);
+  }
+
+ private:
+  struct Checked {
+    const void *x, *weight, *bias;
+    const float* coef;
+    void* y;  // null: the result is empty
+  };
+
+  Checked checked(Address x, Address weight, Address bias, Address coef, Address y, int act, int threads) const {
+    const int64_t* size = conv_.size;
+    const int64_t* out_size = conv_.out;
+    const Call in(conv_.storage, 0, conv_.n, size[0] * size[1] * size[2], conv_.ci, threads);
+    const Call out(conv_.storage, act, conv_.n, out_size[0] * out_size[1] * out_size[2], conv_.co, threads);
+    if (out.map.n * out.map.s * out.map.c == 0) return {};
+    return {in.feature_map("x", x), out.feature_map("weight", weight), bias ? out.feature_map("bias", bias) : nullptr,
+            coef ? static_cast<const float*>(out.numbers("coef", coef)) : nullptr, out.feature_map("y", y)};
+  }
+
+  Convolution conv_;
+};
 
 // The algebra of one kind of block; made once, called for every map of that kind.
 constexpr int kTensors = 10;
@@ -401,8 +445,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("maximum_backward", &py_maximum_backward, py::arg("y"), py::arg("coef"), py::arg("dout"),
         py::arg("dout_stride"), py::arg("dv"), py::arg("dtype"), py::arg("act"), py::arg("n"),
         py::arg("c"), py::arg("threads"), py::arg("axes"), release());
-  m.def("convolve", &py_convolve, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("coef"),
-        py::arg("y"), py::arg("dtype"), py::arg("act"), py::arg("sizes"), py::arg("strides"), py::arg("threads"), release());
+  py::class_<PyConvolution>(m, "Convolution")
+      .def(py::init<int, const std::array<int64_t, 18>&, const std::array<int64_t, 5>&>(), py::arg("dtype"),
+           py::arg("sizes"), py::arg("strides"))
+      .def("run", &PyConvolution::run, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("coef"),
+           py::arg("y"), py::arg("act"), py::arg("threads"), release())
+      .def("run_winograd", &PyConvolution::run_winograd, py::arg("x"), py::arg("weight"), py::arg("bias"),
+           py::arg("coef"), py::arg("y"), py::arg("act"), py::arg("threads"), release())
+      .def("kernel_gradient", &PyConvolution::kernel_gradient, py::arg("x"), py::arg("e"), py::arg("dkernel"),
+           py::arg("threads"), release());
   py::class_<Coefficients>(m, "Coefficients")
       .def(py::init<bool, int, int, int, bool, bool, int64_t, int64_t, int64_t, double, double, double>(),
            py::arg("wide"), py::arg("norm"), py::arg("order"), py::arg("position"), py::arg("use_input"),

@@ -105,18 +105,24 @@ def maximum_backward(
     threads: int,
     axes: Sequence[int],
 ) -> None: ...
-def convolve(
-    x: int,
-    weight: int,
-    bias: int,
-    coef: int,
-    y: int,
-    dtype: int,
-    act: int,
-    sizes: Sequence[int],
-    strides: Sequence[int],
-    threads: int,
-) -> None: ...
+
+class Convolution:
+    """A convolution of one form at stride 1, not float64; ``coef`` finishes its map.
+
+    ``sizes``: [N, Ci, Co], then three of each: map, kernel, zeros in front, result. ``strides``: of the kernel
+    [Co, Ci, KD, KH, KW]; negative where the kernel is mirrored, ``weight`` is then its last element.
+    """
+
+    def __init__(self, dtype: int, sizes: Sequence[int], strides: Sequence[int]) -> None: ...
+    def run(
+        self, x: int, weight: int, bias: int, coef: int, y: int, act: int, threads: int
+    ) -> None: ...
+    def run_winograd(
+        self, x: int, weight: int, bias: int, coef: int, y: int, act: int, threads: int
+    ) -> None:
+        """``run`` by Winograd's F(2x2, 3x3): float32, 3 x 3 positions along the last two axes."""
+
+    def kernel_gradient(self, x: int, e: int, dkernel: int, threads: int) -> None: ...
 
 class Coefficients:
     """The algebra of one kind of block. Coefficients are float, or double if ``wide``.

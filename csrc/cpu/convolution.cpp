@@ -1,5 +1,6 @@
 #include "convolution.h"
 
+#include <cstdlib>
 #include <vector>
 
 #include "walk.h"
@@ -7,23 +8,33 @@
 namespace fastfilm {
 namespace {
 
+constexpr int64_t kThreadsFrom = 1 << 19;  // products: fewer take less time than to start the threads
+
 // Rows of the input that one thread holds in float, with zeros on both sides: neighbouring rows of the result read
 // the same ones.
 class InputRows {
  public:
-  InputRows(const Convolution& conv, const Kernels& kernels, const void* x)
+  InputRows(const Convolution& conv, const Kernels& kernels, const void* x, int64_t lines = 1)
       : conv_(conv), widen_(kernels.widen_row[conv.storage]), x_(x) {
     itemsize_ = conv.storage == kFloat32 ? 4 : 2;
     const int64_t planes = conv.kernel[0], height = conv.size[1];
-    const int64_t positions = std::max(conv.out[2], kConvolutionBlock) + conv.kernel[2] - 1;
+    // of a row of the result at least as many positions are computed together; the input's row is there whole
+    const int64_t read = (std::max(conv.out[2], kConvolutionBlock) - 1) * conv.stride[2] + conv.kernel[2];
+    const int64_t positions = std::max(read, conv.size[2] + conv.before[2]);
     pitch_ = positions * conv.ci + kernels.vector_bytes / 4;
-    // all rows of the planes that a row of the result reads, if they fit; else just the rows it reads
-    each_ = planes * height * pitch_ * 4 <= kHeld ? height : conv.kernel[1];
+    // all rows of the planes that `lines` rows of the result read, if they fit; else just the rows they read
+    each_ = planes * height * pitch_ * 4 <= kHeld ? height : conv.kernel[1] + (lines - 1) * conv.stride[1];
     memory_.resize(planes * each_ * pitch_);
     holds_.assign(planes * each_, -1);
   }
 
-  // Row (z, y) of sample i; null outside of the map.
+  // The row of sample i that row r of the kernel reads for row (z, y) of the result; null outside of the map.
+  const float* under(int64_t i, int64_t z, int64_t y, int64_t r) {
+    return get(i, z * conv_.stride[0] - conv_.before[0] + r / conv_.kernel[1],
+               y * conv_.stride[1] - conv_.before[1] + r % conv_.kernel[1]);
+  }
+
+ private:
   const float* get(int64_t i, int64_t z, int64_t y) {
     if (z < 0 || y < 0 || z >= conv_.size[0] || y >= conv_.size[1]) return nullptr;
     const int64_t number = (i * conv_.size[0] + z) * conv_.size[1] + y;
@@ -37,7 +48,6 @@ class InputRows {
     return row;
   }
 
- private:
   static constexpr int64_t kHeld = 256 << 10;  // bytes: half of a small second-level cache
 
   const Convolution& conv_;
@@ -48,50 +58,52 @@ class InputRows {
   std::vector<int64_t> holds_;
 };
 
-float number(Storage storage, const void* p, int64_t at, WidenKernel widen) {
-  float value;
-  widen(offset(p, at * (storage == kFloat32 ? 4 : 2)), &value, 1);
-  return value;
-}
-
 // [blocks][KD * KH][KW * Ci][width], or [KD * KH][Co][KW * Ci, padded] where the vectors lie along the kernel.
-std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const void* weight, int64_t width,
-                          bool few) {
+std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const void* weight, int64_t width, bool few,
+                          int threads) {
   const int64_t lanes = kernels.vector_bytes / 4, rows = conv.kernel[0] * conv.kernel[1];
   const int64_t length = conv.kernel[2] * conv.ci, blocks = ceil_div(conv.co, width);
-  const int64_t pitch = few ? ceil_div(length, lanes) * lanes : length;
-  std::vector<float> to(blocks * rows * pitch * width);
+  const int64_t pitch = few ? ceil_div(length, lanes) * lanes : length, step = few ? 1 : width;
   const int64_t* s = conv.strides;
-  const WidenKernel widen = kernels.widen_row[conv.storage];
-  for (int64_t o = 0; o < conv.co; ++o) {
+  const float* from = static_cast<const float*>(weight);
+  std::vector<float> widened, to(blocks * rows * pitch * width);
+  if (conv.storage != kFloat32) {
+    int64_t ahead = 0, span = 1;  // elements from the first on in memory to `weight`, and to the last
+    for (int i = 0; i < 5; ++i) {
+      const int64_t extent = ((i == 0 ? conv.co : i == 1 ? conv.ci : conv.kernel[i - 2]) - 1) * s[i];
+      span += std::abs(extent);
+      if (extent < 0) ahead -= extent;
+    }
+    widened.resize(span);
+    kernels.widen_row[conv.storage](offset(weight, -2 * ahead), widened.data(), span);
+    from = widened.data() + ahead;
+  }
+  parallel_for(conv.co, conv.co * rows * length < kParallelFrom ? 1 : threads, [&](int64_t o, int) {
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t base = o * s[0] + r / conv.kernel[1] * s[2] + r % conv.kernel[1] * s[3];
+      float* at = to.data() + (few ? (r * conv.co + o) * pitch : (o / width * rows + r) * length * width + o % width);
+      const float* row = from + o * s[0] + r / conv.kernel[1] * s[2] + r % conv.kernel[1] * s[3];
       for (int64_t x = 0; x < conv.kernel[2]; ++x) {
-        for (int64_t c = 0; c < conv.ci; ++c) {
-          const int64_t j = x * conv.ci + c, from = base + x * s[4] + c * s[1];
-          const float value = conv.storage == kFloat32 ? static_cast<const float*>(weight)[from]
-                                                       : number(conv.storage, weight, from, widen);
-          const int64_t at = few ? (r * conv.co + o) * pitch + j
-                                 : ((o / width * rows + r) * length + j) * width + o % width;
-          to[at] = value;
-        }
+        for (int64_t c = 0; c < conv.ci; ++c, at += step) *at = row[x * s[4] + c * s[1]];
       }
     }
-  }
+  });
   return to;
 }
 
 }  // namespace
 
 void convolve(const Convolution& conv, const void* x, const void* weight, const void* bias, const float* coef,
-              Activation act, void* y) {
+              Activation act, void* y, int threads) {
   const Kernels& kernels = current_kernels();
   const int64_t rows_out = conv.out[0] * conv.out[1], total = conv.n * rows_out;
   const int64_t kernel_rows = conv.kernel[0] * conv.kernel[1], length = conv.kernel[2] * conv.ci;
+  const int64_t step = conv.stride[2] * conv.ci;
   const bool few = conv.co <= kFewChannels;
-  const int variant = few ? static_cast<int>(conv.co) - 1 : kFewChannels + (conv.co > 16 ? 2 : conv.co > 8 ? 1 : 0);
+  // blocks of 32 channels, unless half of the last one would be empty
+  const int64_t rest = conv.co % 32, block = conv.co <= 8 ? 0 : rest > 0 && rest <= 16 ? 1 : 2;
+  const int variant = static_cast<int>(few ? conv.co - 1 : kFewChannels + block);
   const int64_t width = few ? conv.co : 8 << (variant - kFewChannels);
-  const std::vector<float> weights = packed(conv, kernels, weight, width, few);
+  const std::vector<float> weights = packed(conv, kernels, weight, width, few, threads);
   std::vector<float> added(ceil_div(conv.co, width) * width);
   if (bias) kernels.widen_row[conv.storage](bias, added.data(), conv.co);
   const ConvolutionKernel kernel = kernels.convolve_row[conv.storage][variant];
@@ -100,19 +112,19 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
   const Plan plan({conv.storage, act, conv.n, conv.out[2], conv.co, 1});
   std::unique_ptr<Expanded<float>> affine;
   if (coef) affine.reset(new Expanded<float>(plan, kCoefRows, conv.n, conv.co, coef));
-  const int64_t threads = total * conv.out[2] * conv.co * kernel_rows * length > kParallelFrom ? conv.threads : 1;
+  if (total * conv.out[2] * conv.co * kernel_rows * length < kThreadsFrom) threads = 1;
   const int64_t each = ceil_div(total, threads);
-  parallel_for(threads, static_cast<int>(threads), [&](int64_t part, int) {
+  parallel_for(threads, threads, [&](int64_t part, int) {
     InputRows input(conv, kernels, x);
     std::vector<const float*> rows(kernel_rows);
     for (int64_t task = part * each; task < std::min(total, (part + 1) * each); ++task) {
       const int64_t i = task / rows_out, z = task % rows_out / conv.out[1], line = task % conv.out[1];
       for (int64_t r = 0; r < kernel_rows; ++r) {
-        rows[r] = input.get(i, z - conv.before[0] + r / conv.kernel[1], line - conv.before[1] + r % conv.kernel[1]);
+        rows[r] = input.under(i, z, line, r);
       }
       void* row = offset(y, task * conv.out[2] * conv.co * itemsize);
       for (int64_t at = 0; at < conv.co; at += width) {
-        kernel({rows.data(), kernel_rows, length, conv.ci, weights.data() + at * kernel_rows * length,
+        kernel({rows.data(), kernel_rows, length, step, weights.data() + at * kernel_rows * length,
                 added.data() + at, conv.out[2], std::min(width, conv.co - at),
                 offset(row, at * itemsize), conv.co});
       }
@@ -122,6 +134,46 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
       }
     }
   });
+}
+
+void convolve_kernel_gradient(const Convolution& conv, const float* x, const float* e, float* dkernel, int threads) {
+  const Kernels& kernels = current_kernels();
+  const int64_t rows_out = conv.out[0] * conv.out[1], rows = conv.kernel[0] * conv.kernel[1];
+  const int64_t lanes = kernels.vector_bytes / 4, pitch = ceil_div(conv.kernel[2] * conv.ci, lanes) * lanes;
+  const int64_t total = conv.n * rows_out, size = rows * conv.co * pitch, step = conv.stride[2] * conv.ci;
+  if (total * conv.out[2] * size < kThreadsFrom) threads = 1;
+  const int64_t each = ceil_div(total, threads), lines = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, conv.out[2]));
+  std::vector<double> sums(size * threads);
+  parallel_for(threads, threads, [&](int64_t part, int) {
+    InputRows input(conv, kernels, x, lines);
+    std::vector<const float*> found(lines);
+    double* own = sums.data() + part * size;
+    const int64_t last = std::min(total, (part + 1) * each);
+    for (int64_t task = part * each, count; task < last; task += count) {
+      const int64_t i = task / rows_out, z = task % rows_out / conv.out[1], line = task % conv.out[1];
+      count = std::min({lines, conv.out[1] - line, last - task});
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < count; ++j) {
+          found[j] = input.under(i, z, line + j, r);
+        }
+        kernels.kernel_gradient_rows({found.data(), e + task * conv.out[2] * conv.co, count, conv.out[2], step,
+                                      pitch, conv.co, own + r * conv.co * pitch});
+      }
+    }
+  });
+  for (int part = 1; part < threads; ++part) {
+    for (int64_t j = 0; j < size; ++j) sums[j] += sums[part * size + j];
+  }
+  const int64_t* s = conv.strides;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < conv.co; ++o) {
+      float* to = dkernel + o * s[0] + r / conv.kernel[1] * s[2] + r % conv.kernel[1] * s[3];
+      const double* from = sums.data() + (r * conv.co + o) * pitch;
+      for (int64_t k = 0; k < conv.kernel[2]; ++k) {
+        for (int64_t c = 0; c < conv.ci; ++c) to[k * s[4] + c * s[1]] = static_cast<float>(*from++);
+      }
+    }
+  }
 }
 
 }  // namespace fastfilm

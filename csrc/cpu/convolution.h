@@ -5,20 +5,24 @@
 
 namespace fastfilm {
 
-// A dense map [N, D, H, W, Ci] and a kernel [Co, Ci, KD, KH, KW] of any strides, both of `storage` (not float64).
-// Stride and dilation 1; `before` positions of zeros in front of each axis, `out` positions in the result.
+// A dense map [N, D, H, W, Ci] and a kernel [Co, Ci, KD, KH, KW] of any strides, both of `storage` (not float64). A
+// convolution with the kernel mirrored (negative strides from its last element on) leads the gradient back to the map.
+// Dilation 1; `before` positions of zeros in front of each axis, `out` positions in the result.
 struct Convolution {
   Storage storage;
   int64_t n, ci, co;
-  int64_t size[3], kernel[3], before[3], out[3];
+  int64_t size[3], kernel[3], before[3], out[3], stride[3];
   int64_t strides[5];  // of the kernel, in elements
-  int threads;
 };
 
 // y [N, *out, Co], dense. Each sum is taken in float: over a row of the kernel first, then over the rows in order,
 // whatever the number of threads. `bias` [Co] may be null. With `coef` [7, N, Co], each row is finished, as `apply` does
 // it, while it is in the cache.
 void convolve(const Convolution& conv, const void* x, const void* weight, const void* bias, const float* coef,
-              Activation act, void* y);
+              Activation act, void* y, int threads);
+
+// The gradient at the kernel, of its strides, from the map and the gradient e [N, *out, Co] at the result; float32 only.
+// Sums of a row are float, sums over rows are double.
+void convolve_kernel_gradient(const Convolution& conv, const float* x, const float* e, float* dkernel, int threads);
 
 }  // namespace fastfilm

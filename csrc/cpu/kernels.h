@@ -82,7 +82,7 @@ constexpr int64_t kMaxTaps = 1024;  // of one position, all axes together
 // One row of a convolution's result: `width` positions of `channels` channels, `out_stride` elements apart.
 struct ConvolutionRow {
   const float* const* rows;  // input rows under the rows of the kernel; null where they are all zero
-  int64_t count, length, ci;  // rows of the kernel, their length KW * Ci, and floats between positions
+  int64_t count, length, step;  // rows of the kernel, their length KW * Ci, and floats between positions
   const float* weight;        // as convolution.cpp packs it
   const float* bias;          // of all channels of the block
   int64_t width, channels;
@@ -90,12 +90,31 @@ struct ConvolutionRow {
   int64_t out_stride;
 };
 
+// The share of one row of a map in the gradient of one row of a kernel.
+struct KernelGradientRows {
+  const float* const* x;  // the map's rows from their first zero on; null ones are left out
+  const float* e;         // the gradient at as many rows of the result, [count][width][co]
+  int64_t count, width, step, pitch, co;  // floats between positions of x; KW * Ci in whole vectors
+  double* sums;                         // [co][pitch], added to
+};
+
 constexpr int kFewChannels = 2;            // up to so many output channels, vectors lie along the kernel
 constexpr int kConvolutions = kFewChannels + 3;  // 1 and 2 channels; blocks of 8, 16 and 32
-constexpr int64_t kSumLength = 128;        // products that are added up before they join the others
+constexpr int64_t kSumLength = 64;        // products that are added up before they join the others
+constexpr int64_t kShortSum = 32;          // the same where the sums stay in the nearest cache
 constexpr int64_t kConvolutionBlock = 16;  // most positions that are taken together
 
+constexpr int kWinograd = 16;       // positions of a transformed tile
+constexpr int kWinogradTiles = 16;  // a multiple of the tiles that are multiplied together
+constexpr int kWidest = 32;         // channels of a block of results
+
+using WinogradInput = void (*)(const float* const* in, int64_t channels, float* out, int64_t plane);
+using WinogradWeight = void (*)(const float* taps, int64_t width, float* out, int64_t plane);
+using WinogradProduct = void (*)(const float* x, int64_t length, const float* w, int64_t count, float* out);
+using WinogradOutput = void (*)(const float* products, int64_t plane, const float* bias, float* const* out,
+                                int64_t first, int64_t channels);
 using ConvolutionKernel = void (*)(const ConvolutionRow&);
+using KernelGradientKernel = void (*)(const KernelGradientRows&);
 using WidenKernel = void (*)(const void* from, float* to, int64_t count);
 using GatherKernel = void (*)(const GatherRow&);
 using MaximumBackwardKernel = void (*)(const MaximumBackwardRow&);
@@ -115,6 +134,11 @@ struct Kernels {
   MaximumBackwardKernel maximum_backward[kStorages];
   WidenKernel widen_row[kStorages];  // null for float64, as the next
   ConvolutionKernel convolve_row[kStorages][kConvolutions];
+  KernelGradientKernel kernel_gradient_rows;
+  WinogradInput winograd_input;
+  WinogradWeight winograd_weight;
+  WinogradProduct winograd_product[2];  // 16 and 32 output channels
+  WinogradOutput winograd_output;
 };
 
 extern const Kernels kBaseline;

@@ -51,7 +51,7 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     )
 
 
-def _laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
+def laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
     """A weight's gradient with the strides of ``torch.empty_like(weight)``, as the shape function promises."""
     if grad.stride() == weight.stride():
         return grad
@@ -64,9 +64,37 @@ def _convolution(
 ) -> Tensor:
     """The composed route's convolution, channels-last: the backend's own where it is the faster one."""
     if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry):
-        y: Tensor = kernels.convolve(v, weight, bias, geometry[1])
+        y: Tensor = kernels.convolve(v, weight, bias, geometry[1], stride=geometry[0])
         return y
     return spec.channels_last(vendor.convolution(v, weight, bias, *geometry))
+
+
+def _gradients(
+    kernels: ModuleType,
+    e: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    geometry: tuple[Any, ...],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The composed route's gradients at the map and at the weight, each the backend's own where it is faster."""
+    dgrad = wgrad = False
+    if hasattr(kernels, "covers_gradients"):
+        dgrad, wgrad = kernels.covers_gradients(v, weight, geometry)
+    stride, padding, _, transposed, *_ = geometry
+    rest = needs[0] and not dgrad, needs[1] and not wgrad
+    dv = dw = None
+    if any(rest):
+        dv, dw = vendor.convolution_backward(e, v, weight, *geometry, rest)  # type: ignore[call-arg]
+    if needs[0] and dgrad:
+        if transposed:
+            dv = kernels.convolve(e, weight, None, padding, stride=stride)
+        else:
+            dv = kernels.convolve_dgrad(e, weight, padding)
+    if needs[1] and wgrad:
+        given, read = (v, e) if transposed else (e, v)
+        dw = kernels.convolve_wgrad(given, read, weight, padding, stride)
+    return dv, dw
 
 
 def conv_fwd(
@@ -137,14 +165,16 @@ def conv_bwd(
             dx, dcoef = kernels.dgrad(e, weight, x, coef, act, tuple(stride), tuple(padding))
         if need_weight:
             dw = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
-            dweight = _laid_out_like(dw, weight)
+            dweight = laid_out_like(dw, weight)
         return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    dv, dw = vendor.convolution_backward(e, v, weight, *geometry, (need_input, need_weight))
+    dv, dw = _gradients(kernels, e, v, weight, geometry, (need_input, need_weight))
     if need_weight:
-        dweight = _laid_out_like(dw, weight)
+        assert dw is not None
+        dweight = laid_out_like(dw, weight)
     if need_input:
+        assert dv is not None
         dx = spec.channels_last(dv)
         if coef is not None:
             del v
@@ -283,7 +313,7 @@ def conv_apply(
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry, True):
-        finished: Tensor = kernels.convolve(v, weight, bias, padding, out_coef, out_act)
+        finished: Tensor = kernels.convolve(v, weight, bias, padding, out_coef, out_act, stride)
         return finished
     # what the backend does not finish it does not convolve either: the rule only widens
     y = spec.channels_last(vendor.convolution(v, weight, bias, *geometry))

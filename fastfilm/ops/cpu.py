@@ -6,7 +6,6 @@ The maths is that of ``reference.materialise`` and ``reference.moments``.
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,57 +16,40 @@ from torch import Tensor
 # after torch: the extension then finds torch's own OpenMP runtime loaded and shares its threads
 from fastfilm import _C
 
-from . import vendor, views
+from . import views
+from .cpu_arguments import DTYPES, FORMATS, address_of, call_of, feature_map, map_like, numbers_of
+from .cpu_convolution import (
+    convolve,
+    convolve_dgrad,
+    convolve_wgrad,
+    covers_convolution,
+    covers_gradients,
+)
 from .views import View
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACTIVATIONS = {
-    "none": 0,
-    "relu": 1,
-    "leaky_relu": 2,
-    "prelu": 2,
-    "elu": 3,
-    "silu": 4,
-    "gelu": 5,
-    "gelu_tanh": 6,
-}
+__all__ = [
+    "apply",
+    "apply_backward",
+    "block_coefficients",
+    "block_coefficients_backward",
+    "convolve",
+    "convolve_dgrad",
+    "convolve_wgrad",
+    "covers_block",
+    "covers_convolution",
+    "covers_gradients",
+    "gather",
+    "gather_backward",
+    "moments",
+    "moments_backward",
+    "residual",
+    "residual_backward",
+    "workspace",
+]
+
 _NORMS = {"none": 0, "batch": 1, "instance": 2, "group": 3, "layer": 3}
 _ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
 _POSITIONS = {"end": 0, "film": 1, "norm": 2}
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _map(name: str, t: Tensor) -> Tensor:
-    """``t`` [N, C, *S] dense in channels-last order."""
-    if t.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-    if t.dim() not in _FORMATS:
-        raise ValueError(f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {tuple(t.shape)}")
-    return t.contiguous(memory_format=_FORMATS[t.dim()])
-
-
-def _like(name: str, t: Tensor, y: Tensor) -> Tensor:
-    """``t`` channels-last in the dtype of ``y``; ValueError unless it has the shape of ``y``."""
-    if t.shape != y.shape:
-        raise ValueError(f"{name} must have the shape of y {tuple(y.shape)}, got {tuple(t.shape)}")
-    return _map(name, t if t.dtype == y.dtype else t.to(y.dtype))
-
-
-def _numbers(name: str, t: Tensor, y: Tensor, *shape: int) -> Tensor:
-    """``t`` contiguous, float32 (float64 if ``y`` is); ValueError unless it has ``shape``."""
-    if t.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
-
-
-def _call(y: Tensor, act: str) -> tuple[int, int, int, int, int, int]:
-    """Trailing arguments of every kernel: dtype, activation, N, S, C, threads."""
-    code = _ACTIVATIONS.get(act)
-    if code is None:
-        raise ValueError(f"act must be one of {', '.join(_ACTIVATIONS)}, got {act!r}")
-    n, c = y.shape[:2]
-    return _DTYPES[y.dtype], code, n, y.numel() // max(n * c, 1), c, torch.get_num_threads()
 
 
 def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
@@ -82,10 +64,10 @@ def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
     Returns:
         v [N, C, *S] in y's dtype, channels-last.
     """
-    y = _map("y", y)
-    coef = _numbers("coef", coef, y, 7, y.shape[0], y.shape[1])
-    v = y if in_place else torch.empty_like(y, memory_format=_FORMATS[y.dim()])
-    _C.apply(y.data_ptr(), coef.data_ptr(), v.data_ptr(), *_call(y, act))
+    y = feature_map("y", y)
+    coef = numbers_of("coef", coef, y, 7, y.shape[0], y.shape[1])
+    v = y if in_place else torch.empty_like(y, memory_format=FORMATS[y.dim()])
+    _C.apply(y.data_ptr(), coef.data_ptr(), v.data_ptr(), *call_of(y, act))
     return v
 
 
@@ -93,10 +75,10 @@ def apply_backward(
     dv: Tensor, y: Tensor, coef: Tensor, act: str, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``apply`` at ``y`` ([N, C, *S]; in dv's memory if ``in_place``) and at ``coef``."""
-    y = _map("y", y)
-    dv = _like("dv", dv, y)
-    coef = _numbers("coef", coef, y, 7, y.shape[0], y.shape[1])
-    dy = dv if in_place else torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    y = feature_map("y", y)
+    dv = map_like("dv", dv, y)
+    coef = numbers_of("coef", coef, y, 7, y.shape[0], y.shape[1])
+    dy = dv if in_place else torch.empty_like(y, memory_format=FORMATS[y.dim()])
     dcoef = torch.empty_like(coef)
     _C.apply_backward(
         dv.data_ptr(),
@@ -104,7 +86,7 @@ def apply_backward(
         coef.data_ptr(),
         dy.data_ptr(),
         dcoef.data_ptr(),
-        *_call(y, act),
+        *call_of(y, act),
     )
     return dy, dcoef
 
@@ -120,12 +102,14 @@ def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
     Returns:
         [2, N, C], float32 (float64 for a float64 ``y``).
     """
-    y = _map("y", y)
+    y = feature_map("y", y)
     if pre is not None:
-        pre = _numbers("pre", pre, y, 2, y.shape[1])
+        pre = numbers_of("pre", pre, y, 2, y.shape[1])
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     stats = torch.empty((2, y.shape[0], y.shape[1]), dtype=dtype)
-    _C.moments(y.data_ptr(), 0 if pre is None else pre.data_ptr(), stats.data_ptr(), *_call(y, act))
+    _C.moments(
+        y.data_ptr(), 0 if pre is None else pre.data_ptr(), stats.data_ptr(), *call_of(y, act)
+    )
     return stats
 
 
@@ -146,16 +130,16 @@ def moments_backward(
         e [N, C, *S] in y's dtype, and dpre [2, C] (None without ``pre``), whose first row is the sum of
         e: the gradient of the shift, and of a bias that y already has.
     """
-    y = _map("y", y)
+    y = feature_map("y", y)
     if dy is not None:
-        dy = _like("dy", dy, y)
-    dstats = _numbers("dstats", dstats, y, 2, y.shape[0], y.shape[1])
-    stats = _numbers("stats", stats, y, 2, y.shape[0], y.shape[1])
+        dy = map_like("dy", dy, y)
+    dstats = numbers_of("dstats", dstats, y, 2, y.shape[0], y.shape[1])
+    stats = numbers_of("stats", stats, y, 2, y.shape[0], y.shape[1])
     dpre = None
     if pre is not None:
-        pre = _numbers("pre", pre, y, 2, y.shape[1])
+        pre = numbers_of("pre", pre, y, 2, y.shape[1])
         dpre = torch.empty_like(pre)
-    e = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    e = torch.empty_like(y, memory_format=FORMATS[y.dim()])
     _C.moments_backward(
         0 if dy is None else dy.data_ptr(),
         dstats.data_ptr(),
@@ -164,93 +148,9 @@ def moments_backward(
         0 if pre is None else pre.data_ptr(),
         e.data_ptr(),
         0 if dpre is None else dpre.data_ptr(),
-        *_call(y, act),
+        *call_of(y, act),
     )
     return e, dpre
-
-
-def covers_convolution(
-    x: Tensor, weight: Tensor, geometry: tuple[Any, ...], finishing: bool = False
-) -> bool:
-    """Whether ``convolve`` serves a convolution faster than PyTorch, as measured.
-
-    Of few output channels: oneDNN computes 16 where there are fewer (in 16 bits it has twice the rate, and up to
-    two channels remain). Of many float32 input channels, where PyTorch's has to be contiguous to round as little
-    (``vendor.long_sums``): the copies fall away. And where it finishes the map (``finishing``), of any channels
-    at which the two are equally fast: the pass that finishes it falls away.
-    """
-    stride, padding, dilation, transposed, _, groups = geometry
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    if transposed or groups != 1 or max(*stride, *dilation) != 1 or not x.numel():
-        return False
-    if weight.dtype != x.dtype or not (narrow or x.dtype == torch.float32) or not _wide_vectors():
-        return False
-    co, ci, *kernel = weight.shape
-    if math.prod(kernel) == 1 or any(p >= k for p, k in zip(padding, kernel, strict=True)):
-        return False
-    width = x.shape[-1] + 2 * padding[-1] - kernel[-1] + 1
-    if not narrow and (ci >= vendor.WIDE or (finishing and co > 16)):
-        return co % 32 == 0 and width >= 16 and width % 8 == 0
-    # positions are taken sixteen at a time; of short rows much is computed twice
-    short = 4 * width < 3 * 16 * math.ceil(width / 16)
-    if finishing and not narrow and co == 16 and width % 16 == 0:
-        return True
-    return co <= 2 or (co <= 8 and not narrow and not short)
-
-
-def _wide_vectors() -> bool:
-    return _C.instruction_set() != "baseline"
-
-
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    coef: Tensor | None = None,
-    act: str = "none",
-) -> Tensor:
-    """``torch.nn.functional.conv2d`` or ``conv3d`` at stride 1, summed in float32; [N, Co, *T], channels-last.
-
-    Args:
-        x: [N, Ci, *S], channels-last; not float64.
-        weight: [Co, Ci, *K] and ``bias`` [Co]: in x's dtype.
-        coef: [7, N, Co]: the result is that of ``apply`` with it and ``act``, each row finished in the cache.
-    """
-    x = _map("x", x)
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise TypeError(f"weight and bias must be {x.dtype} as x, got {weight.dtype}")
-    n, ci, *size = x.shape
-    co, *kernel = weight.shape[0], *weight.shape[2:]
-    if len(kernel) != len(size) or weight.shape[1] != ci:
-        raise ValueError(
-            f"weight must be [Co, {ci}] and {len(size)} sizes, got {tuple(weight.shape)}"
-        )
-    out = [s + 2 * p - k + 1 for s, p, k in zip(size, padding, kernel, strict=True)]
-    y = torch.empty((n, co, *out), dtype=x.dtype, memory_format=_FORMATS[x.dim()])
-    flat = [1] * (3 - len(size))
-    strides = list(weight.stride())
-    if bias is not None:
-        bias = bias.contiguous()
-    if coef is not None:
-        coef = _numbers("coef", coef, y, 7, n, co)
-    _C.convolve(
-        x.data_ptr(),
-        weight.data_ptr(),
-        _address(bias),
-        _address(coef),
-        y.data_ptr(),
-        _DTYPES[x.dtype],
-        _call(y, act)[1],
-        [n, ci, co, *flat, *size, *flat, *kernel, *([0] * len(flat)), *padding, *flat, *out],
-        [*strides[:2], *([0] * len(flat)), *strides[2:]],
-        torch.get_num_threads(),
-    )
-    return y
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def residual(
@@ -271,14 +171,14 @@ def residual(
         slope: [C], of ``outer``; None: 0.
     """
     y, other, coef, other_coef, slope = _summands(y, coef, other, other_coef, slope)
-    v = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    v = torch.empty_like(y, memory_format=FORMATS[y.dim()])
     inside, call = _side(y, act, outer)
     _C.residual(
         y.data_ptr(),
-        _address(coef),
+        address_of(coef),
         other.data_ptr(),
-        _address(other_coef),
-        _address(slope),
+        address_of(other_coef),
+        address_of(slope),
         inside,
         v.data_ptr(),
         *call,
@@ -299,8 +199,8 @@ def residual_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``residual`` at y, coef, other (None unless ``at_other``), other_coef and slope."""
     y, other, coef, other_coef, slope = _summands(y, coef, other, other_coef, slope)
-    dv = _like("dv", dv, y)
-    dy = torch.empty_like(y, memory_format=_FORMATS[y.dim()])
+    dv = map_like("dv", dv, y)
+    dy = torch.empty_like(y, memory_format=FORMATS[y.dim()])
     dother = torch.empty_like(dy) if at_other else None
     dcoef, dother_coef = (None if c is None else torch.empty_like(c) for c in (coef, other_coef))
     dslope = None if slope is None else slope.new_empty(y.shape[:2])
@@ -308,16 +208,16 @@ def residual_backward(
     _C.residual_backward(
         dv.data_ptr(),
         y.data_ptr(),
-        _address(coef),
+        address_of(coef),
         other.data_ptr(),
-        _address(other_coef),
-        _address(slope),
+        address_of(other_coef),
+        address_of(slope),
         inside,
         dy.data_ptr(),
-        _address(dcoef),
-        _address(dother),
-        _address(dother_coef),
-        _address(dslope),
+        address_of(dcoef),
+        address_of(dother),
+        address_of(dother_coef),
+        address_of(dslope),
         *call,
     )
     return dy, dcoef, dother, dother_coef, None if dslope is None else dslope.sum(0)
@@ -326,18 +226,18 @@ def residual_backward(
 def _summands(
     y: Tensor, coef: Tensor | None, other: Tensor, other_coef: Tensor | None, slope: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    y = _map("y", y)
-    other = _like("other", other, y)
+    y = feature_map("y", y)
+    other = map_like("other", other, y)
     n, c = y.shape[:2]
-    coefs = [None if t is None else _numbers("coef", t, y, 7, n, c) for t in (coef, other_coef)]
-    return y, other, coefs[0], coefs[1], None if slope is None else _numbers("slope", slope, y, c)
+    coefs = [None if t is None else numbers_of("coef", t, y, 7, n, c) for t in (coef, other_coef)]
+    return y, other, coefs[0], coefs[1], None if slope is None else numbers_of("slope", slope, y, c)
 
 
 def _side(y: Tensor, act: str, outer: str) -> tuple[bool, tuple[int, ...]]:
     """Whether the activation is that of the sum, and the trailing arguments."""
     if act != "none" and outer != "none":
         raise ValueError(f"act or outer must be 'none', got {act!r} and {outer!r}")
-    return act == "none", _call(y, outer if act == "none" else act)
+    return act == "none", call_of(y, outer if act == "none" else act)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -361,7 +261,7 @@ def _algebra(kind: Any) -> _C.Coefficients:
 def _readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Contiguous, and of a type that the kernels read."""
     return [
-        t if t is None or (t.is_contiguous() and t.dtype in _DTYPES) else t.detach().contiguous()
+        t if t is None or (t.is_contiguous() and t.dtype in DTYPES) else t.detach().contiguous()
         for t in tensors
     ]
 
@@ -379,7 +279,7 @@ def _arguments(tensors: Sequence[Tensor | None]) -> tuple[list[int], int, tuple[
             addresses.append(0)
         else:
             addresses.append(t.data_ptr())
-            types |= _DTYPES[t.dtype] << 4 * i
+            types |= DTYPES[t.dtype] << 4 * i
     gamma, beta, mask, slope = tensors[6:]
     rows = (_rows(gamma), _rows(beta), _rows(mask), 1 if slope is None else slope.numel())
     return addresses, types, rows
@@ -449,10 +349,10 @@ def workspace(like: Tensor, shape: Sequence[int]) -> Tensor:
     For maps that are read once and dropped before that: fresh memory of some megabytes costs more than writing it.
     Maps of more than 64 MiB are fresh.
     """
-    made = torch.empty(shape, dtype=like.dtype, memory_format=_FORMATS[len(shape)], device="meta")
+    made = torch.empty(shape, dtype=like.dtype, memory_format=FORMATS[len(shape)], device="meta")
     size = made.numel() * made.element_size()
     if size > _KEPT:
-        return torch.empty(shape, dtype=like.dtype, memory_format=_FORMATS[len(shape)])
+        return torch.empty(shape, dtype=like.dtype, memory_format=FORMATS[len(shape)])
     kept: torch.UntypedStorage | None = getattr(_workspaces, "kept", None)
     if kept is None or kept.nbytes() < size:
         _workspaces.kept = None  # freed before the larger one is taken
@@ -479,11 +379,11 @@ def gather(
         coef: [7, N, C]; None: the map as it is.
         out: [N, K, *T], channels-last, of raw's dtype; channels ``at`` to ``at + C`` are written.
     """
-    raw = _map("raw", raw)
+    raw = feature_map("raw", raw)
     n, c, *size = raw.shape
     if coef is not None:
-        coef = _numbers("coef", coef, raw, 7, n, c)
-    dtype, code, *_, threads = _call(raw, act if coef is not None else "none")
+        coef = numbers_of("coef", coef, raw, 7, n, c)
+    dtype, code, *_, threads = call_of(raw, act if coef is not None else "none")
     _C.gather(
         raw.data_ptr(),
         c,
@@ -504,12 +404,15 @@ def gather_backward(
     dv: Tensor, at: int, raw: Tensor, coef: Tensor | None, act: str, view: View | None
 ) -> Tensor:
     """Gradient at the map that ``gather`` saw, [N, C, *S], from channels ``at`` to ``at + C`` of ``dv``."""
-    raw, dv = _map("raw", raw), _map("dv", dv if dv.dtype == raw.dtype else dv.to(raw.dtype))
+    raw, dv = (
+        feature_map("raw", raw),
+        feature_map("dv", dv if dv.dtype == raw.dtype else dv.to(raw.dtype)),
+    )
     n, c, *size = raw.shape
-    dtype, code, *_, threads = _call(raw, act if coef is not None else "none")
+    dtype, code, *_, threads = call_of(raw, act if coef is not None else "none")
     if view is not None and view.kind == "max":
         if coef is not None:
-            coef = _numbers("coef", coef, raw, 7, n, c)
+            coef = numbers_of("coef", coef, raw, 7, n, c)
         du = torch.zeros_like(raw)
         _C.maximum_backward(
             raw.data_ptr(),

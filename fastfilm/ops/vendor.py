@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import reference, spec
 
-_SMALL = 20480
-"""Below so many values (N·C·D·H) PyTorch convolves a single float32 sample on a CPU without oneDNN."""
+SMALL = 20480
+"""Up to so many values (N·C·H·W; in 3D N·C·D·H) PyTorch convolves one float32 sample on a CPU without oneDNN."""
 
 _DOUBLED = 64 * 64
 """Up to so many pairs of channels the gradient of such a sample is faster beside a sample of zeros."""
@@ -59,8 +59,11 @@ def convolution_backward(
     Args:
         e: gradient at the output [N, Co, *T].
     """
+    # the gradient at a map of unit stride is a convolution, which sums over the other channels
+    summed = weight.shape[1] if transposed else weight.shape[0] // groups
+    sums = needs[0] and (transposed or max(stride) == 1) and summed >= WIDE
     # wide: the weight's own layout says that nothing has to be copied
-    wide = not transposed and weight.is_contiguous() and long_sums(v, weight)
+    wide = sums and weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
     plain = wide or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
     e, v, weight = _input(e, plain), _input(v, plain), _weight(weight, plain)
     doubled = (
@@ -127,7 +130,7 @@ def _avoids_onednn(v: Tensor, weight: Tensor, groups: int) -> bool:
         and groups == 1
         and v.numel() > 0
         and 1 < max(weight.shape[2:]) <= 3
-        and math.prod(v.shape[:4]) <= _SMALL
+        and math.prod(v.shape[:4]) <= SMALL
         and bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
     )
 

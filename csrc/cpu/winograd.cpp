@@ -1,0 +1,130 @@
+#include "winograd.h"
+
+#include <vector>
+
+#include "walk.h"
+
+namespace fastfilm {
+namespace {
+
+constexpr int64_t kTileBytes = 192 << 10;  // of the transformed input that a block of tiles holds
+constexpr int64_t kMostTiles = 64;
+constexpr int64_t kLine = 16;  // floats
+
+// Tiles of 2 x 2 positions of the result, in order of sample, plane, row and column.
+struct Tiles {
+  explicit Tiles(const Convolution& conv)
+      : conv(conv), across((conv.out[2] + 1) / 2), down((conv.out[1] + 1) / 2), count(conv.n * conv.out[0] * down * across) {}
+
+  struct Place {
+    int64_t i, z, y, x;  // sample, plane, and the first position
+  };
+  Place at(int64_t tile) const {
+    const int64_t line = tile / across, plane = line / down;
+    return {plane / conv.out[0], plane % conv.out[0], line % down * 2, tile % across * 2};
+  }
+
+  const Convolution& conv;
+  int64_t across, down, count;
+};
+
+// [blocks][16][KD * Ci][width]
+std::vector<float> transformed(const Convolution& conv, const Kernels& kernels, const float* weight, int64_t width,
+                               int threads) {
+  const int64_t length = conv.kernel[0] * conv.ci, blocks = ceil_div(conv.co, width);
+  std::vector<float> to(blocks * kWinograd * length * width);
+  const int64_t* s = conv.strides;
+  parallel_for(blocks * length, blocks * length * width < kParallelFrom / 16 ? 1 : threads, [&](int64_t task, int) {
+    const int64_t block = task / length, j = task % length;
+    const float* from = weight + block * width * s[0] + j / conv.ci * s[2] + j % conv.ci * s[1];
+    float taps[9 * kWidest] = {};
+    for (int64_t o = 0; o < std::min(width, conv.co - block * width); ++o) {
+      for (int t = 0; t < 9; ++t) taps[t * width + o] = from[o * s[0] + t / 3 * s[3] + t % 3 * s[4]];
+    }
+    kernels.winograd_weight(taps, width, to.data() + (block * kWinograd * length + j) * width, length * width);
+  });
+  return to;
+}
+
+}  // namespace
+
+void convolve_winograd(const Convolution& conv, const float* x, const float* weight, const float* bias,
+                       const float* coef, Activation act, float* y, int threads) {
+  const Kernels& kernels = current_kernels();
+  const int64_t length = conv.kernel[0] * conv.ci, wide = conv.co > 16, width = wide ? 32 : 16;
+  const std::vector<float> weights = transformed(conv, kernels, weight, width, threads);
+  const int64_t blocks = ceil_div(conv.co, width);
+  std::vector<float> added(blocks * width), zeros(conv.ci);
+  if (bias) std::copy(bias, bias + conv.co, added.begin());
+  expect_large_pages(y, conv.n * conv.out[0] * conv.out[1] * conv.out[2] * conv.co * 4);
+  const Plan plan({kFloat32, act, conv.n, conv.out[2], conv.co, 1});
+  std::unique_ptr<Expanded<float>> affine;
+  if (coef) affine.reset(new Expanded<float>(plan, kCoefRows, conv.n, conv.co, coef));
+
+  const Tiles tiles(conv);
+  const int64_t fitting = kTileBytes / (kWinograd * length * 4) / kWinogradTiles * kWinogradTiles;
+  const int64_t most = std::clamp<int64_t>(fitting, kWinogradTiles, kMostTiles);
+  // planes a whole number of pages apart would share a few lines of the first-level cache
+  const int64_t in_pitch = most * length + kLine, out_pitch = most * width + kLine;
+  const int64_t groups = ceil_div(tiles.count, most), each = ceil_div(groups, threads);
+  const int64_t in_plane = conv.size[1] * conv.size[2] * conv.ci, in_row = conv.size[2] * conv.ci;
+  parallel_for(threads, threads, [&](int64_t part, int) {
+    std::vector<float> input(kWinograd * in_pitch), products(kWinograd * out_pitch);
+    std::vector<float*> out(4 * most);
+    for (int64_t group = part * each; group < std::min(groups, (part + 1) * each); ++group) {
+      const int64_t first = group * most, count = std::min(most, tiles.count - first);
+      for (int64_t t = 0; t < count; ++t) {
+        const Tiles::Place at = tiles.at(first + t);
+        for (int64_t d = 0; d < conv.kernel[0]; ++d) {
+          const int64_t z = at.z - conv.before[0] + d;
+          const float* plane = x + (at.i * conv.size[0] + z) * in_plane;
+          const float* from[kWinograd];
+          for (int r = 0; r < 4; ++r) {
+            const int64_t row = at.y - conv.before[1] + r;
+            const bool inside = z >= 0 && z < conv.size[0] && row >= 0 && row < conv.size[1];
+            for (int c = 0; c < 4; ++c) {
+              const int64_t column = at.x - conv.before[2] + c;
+              from[4 * r + c] = inside && column >= 0 && column < conv.size[2]
+                                    ? plane + row * in_row + column * conv.ci
+                                    : zeros.data();
+            }
+          }
+          kernels.winograd_input(from, conv.ci, input.data() + t * length + d * conv.ci, in_pitch);
+        }
+        for (int j = 0; j < 4; ++j) {
+          const int64_t row = at.y + j / 2, column = at.x + j % 2;
+          const int64_t line = (at.i * conv.out[0] + at.z) * conv.out[1] + row;
+          out[4 * t + j] = row < conv.out[1] && column < conv.out[2] ? y + (line * conv.out[2] + column) * conv.co : nullptr;
+        }
+      }
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t p = 0; p < kWinograd; ++p) {
+          kernels.winograd_product[wide](input.data() + p * in_pitch, length,
+                                         weights.data() + (block * kWinograd + p) * length * width, count,
+                                         products.data() + p * out_pitch);
+        }
+        const int64_t channels = std::min(width, conv.co - block * width);
+        for (int64_t t = 0; t < count; ++t) {
+          kernels.winograd_output(products.data() + t * width, out_pitch, added.data() + block * width,
+                                  out.data() + 4 * t, block * width, channels);
+        }
+      }
+      if (!affine) continue;
+      // the finished affine on the parts of rows that these tiles are
+      for (int64_t t = 0; t < count;) {
+        const Tiles::Place at = tiles.at(first + t);
+        const int64_t run_of = std::min(count - t, tiles.across - at.x / 2);
+        const int64_t positions = std::min(2 * run_of, conv.out[2] - at.x);
+        for (int j = 0; j < 4; j += 2) {
+          float* row = out[4 * t + j];
+          if (!row) continue;
+          run(plan, kernels.apply[kFloat32][act],
+              {row, nullptr, row, 0, 0, 0, 0, affine->sample(at.i), plan.padded, nullptr, 0}, positions * conv.co, 0);
+        }
+        t += run_of;
+      }
+    }
+  });
+}
+
+}  // namespace fastfilm

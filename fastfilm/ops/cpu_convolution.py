@@ -1,0 +1,333 @@
+"""Convolutions by the C++ kernels, which of them are faster there than PyTorch's, and their gradients."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# after torch, as in ``cpu``
+from fastfilm import _C
+
+from . import vendor
+from .cpu_arguments import DTYPES, FORMATS, activation_code, address_of, feature_map, numbers_of
+
+_PRODUCTS, _NARROW_PRODUCTS, _NATIVE_PRODUCTS = 1 << 20, 1 << 18, 1 << 16
+"""Up to so many products PyTorch takes longer to set a convolution up than we take for it: float32; 16 bits; a
+single 2D float32 sample, which it convolves without oneDNN."""
+
+
+_LONG = 32
+"""Input channels from which oneDNN's channels-last sums round visibly more."""
+
+_FEW_POSITIONS = 512
+"""Positions of the result below which contiguous copies pay at ``vendor.WIDE`` channels."""
+
+_FEWEST_TILES = 128
+"""Tiles of 2 x 2 positions below which it does not pay to transform the weights."""
+
+
+_SHORTEST_ROW = 8
+"""Products of a row of the kernel below which a vector of the weight's gradient is mostly empty."""
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_ONES = {3: (1,), 4: (1, 1), 5: (1, 1, 1)}
+"""Strides of one, by the map's dimensions."""
+
+_Form = tuple[Any, ...]
+"""Type, shapes of map and weight, stride, padding, dilation, instruction set."""
+
+
+def covers_convolution(
+    x: Tensor, weight: Tensor, geometry: tuple[Any, ...], finishing: bool = False
+) -> bool:
+    """Whether ``convolve`` is to be taken rather than PyTorch's convolution, as measured.
+
+    For float32: one of 3 x 3 positions and whole vectors of channels, where Winograd's form has 16 products
+    and the direct sum has 36. A small one, whose time is that of the call. One of up to 8 output channels,
+    since oneDNN computes 16. One of 32 and more input channels, whose sums oneDNN's channels-last form
+    takes in one register with up to four times the error of the contiguous form, at the same speed. And
+    where it finishes the map (``finishing``), one of nearly whole vectors of output channels: the pass that
+    finishes it falls away. In 16 bits, where oneDNN has twice the rate: small ones, and up to two output
+    channels.
+    """
+    form = _form(x, weight, geometry)
+    return form is not None and not geometry[3] and _faster(form, finishing)
+
+
+def covers_gradients(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether the gradients at map and weight of a float32 convolution, or a transposed one, are to be taken here.
+
+    The one at the map is a convolution itself; see ``covers_convolution`` (at a stride, of transposed ones only).
+    The weight's is taken at any size unless oneDNN is as fast and as good: with AVX-512, at whole vectors of both
+    channels. At others its channels-last form adds up all positions in one register, and in 3D its error is twenty
+    times that of the contiguous form.
+    """
+    form = _form(x, weight, geometry)
+    return (
+        (False, False) if form is None else _faster_gradients(form, geometry[3], tuple(geometry[4]))
+    )
+
+
+def _form(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> _Form | None:
+    """What decides who convolves; None where the kernels do not."""
+    stride, padding, dilation, _, _, groups = geometry
+    if groups != 1 or weight.dtype != x.dtype or x.dtype not in _DTYPES:
+        return None
+    numbers = tuple(stride), tuple(padding), tuple(dilation)
+    return x.dtype, x.shape, weight.shape, *numbers, _C.instruction_set()
+
+
+def _output(form: _Form) -> list[int]:
+    """Spatial size of the result; empty where the kernels do not serve the form, or slowly."""
+    _, x, weight, stride, padding, dilation, instructions = form
+    kernel = weight[2:]
+    if instructions == "baseline" or max(dilation) != 1 or not math.prod(x):
+        return []
+    # a product of matrices
+    if math.prod(kernel) == max(stride) == 1:
+        return []
+    if any(p >= k for p, k in zip(padding, kernel, strict=True)):
+        return []
+    return _sizes(x[2:], kernel, stride, padding)
+
+
+def _sizes(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> list[int]:
+    each = zip(size, kernel, stride, padding, strict=True)
+    return [max(0, (s + 2 * p - k) // t + 1) for s, k, t, p in each]
+
+
+def _is_small(form: _Form, products: float) -> bool:
+    """Whether so many products take less time than PyTorch's call."""
+    dtype, x, *_ = form
+    if dtype != torch.float32:
+        return products <= _NARROW_PRODUCTS
+    return products <= (_NATIVE_PRODUCTS if len(x) == 4 and _is_native(form) else _PRODUCTS)
+
+
+def _is_native(form: _Form) -> bool:
+    """Whether PyTorch would convolve a single float32 sample by products of matrices, which round less."""
+    _, x, weight, *_ = form
+    if x[0] != 1 or math.prod(x[:4]) > vendor.SMALL:
+        return False
+    return len(x) == 4 or 1 < max(weight[2:]) <= 3
+
+
+@functools.lru_cache(maxsize=4096)
+def _faster(form: _Form, finishing: bool) -> bool:
+    dtype, x, weight, stride, *_ = form
+    out, narrow, (co, ci, *_) = _output(form), dtype != torch.float32, weight
+    if not out:
+        return False
+    if _is_small(form, x[0] * math.prod(out) * math.prod(weight)):
+        return True
+    if narrow:
+        return co <= 2
+    if co <= 8 or (len(x) == 5 and _is_native(form)):
+        return True
+    if max(stride) == 1 and _by_winograd(dtype, x[0], out, weight, form[-1]):
+        return True
+    if ci >= _LONG:
+        # to copy a few positions costs less than to pack the weights of many channels
+        return ci < vendor.WIDE or x[0] * math.prod(out) >= _FEW_POSITIONS
+    return finishing and 10 * co >= 9 * 16 * math.ceil(co / 16)
+
+
+def _by_winograd(
+    dtype: torch.dtype, batch: int, out: Sequence[int], weight: Sequence[int], instructions: str
+) -> bool:
+    """Whether Winograd's form is the faster one, as measured: with AVX-512, from 16 channels on."""
+    co, ci, *kernel = weight
+    if dtype != torch.float32 or tuple(kernel[-2:]) != (3, 3) or instructions != "avx512":
+        return False
+    *planes, height, width = out
+    if planes and batch == 1 and ci * planes[0] * height <= vendor.SMALL:
+        return False  # see ``_is_native``
+    tiles = batch * math.prod(planes) * -(-height // 2) * -(-width // 2)
+    return ci % 16 == co % 16 == 0 and tiles >= _FEWEST_TILES
+
+
+@functools.lru_cache(maxsize=4096)
+def _faster_gradients(
+    form: _Form, transposed: bool, output_padding: tuple[int, ...]
+) -> tuple[bool, bool]:
+    dtype, x, weight, stride, padding, dilation, instructions = form
+    if dtype != torch.float32:
+        return False, False
+    _, _, *kernel = weight
+    if transposed:
+        # the convolution that this one is the gradient of
+        each = zip(x[2:], kernel, stride, padding, output_padding, strict=True)
+        size = [(s - 1) * t - 2 * p + k + more for s, k, t, p, more in each]
+        whole = (dtype, (x[0], weight[1], *size), weight, stride, padding, dilation, instructions)
+        return _faster(whole, False), _weight_gradient(whole)
+    if max(stride) > 1:
+        return False, _weight_gradient(form)
+    out = _output(form)
+    if not out:
+        return False, False
+    back = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
+    turned = (weight[1], weight[0], *kernel)
+    mirrored = (dtype, (x[0], weight[0], *out), turned, stride, back, dilation, instructions)
+    return _faster(mirrored, False), _weight_gradient(form)
+
+
+def _weight_gradient(form: _Form) -> bool:
+    _, x, weight, *_, instructions = form
+    out, (co, ci, *kernel) = _output(form), weight
+    if not out:
+        return False
+    # the vectors of the weight's gradient lie along a row of the kernel
+    row = ci * kernel[-1]
+    filled = row / (16 * math.ceil(row / 16))
+    small = _is_small(form, x[0] * math.prod(out) * math.prod(weight) / filled)
+    if small or _is_native(form):
+        return True
+    if row < _SHORTEST_ROW or max(ci, co) > vendor.WIDE:
+        return False
+    return instructions != "avx512" or ci % 16 != 0 or co % 16 != 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _convolution(
+    dtype: torch.dtype,
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    strides: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    instructions: str,
+) -> tuple[_C.Convolution, Callable[..., None], tuple[int, ...]]:
+    """The kernels for such tensors and weights of these strides, the forward one, and its result's shape."""
+    (n, ci, *size), (co, wanted, *kernel) = x, weight
+    if len(kernel) != len(size) or wanted != ci:
+        raise ValueError(f"weight must be [Co, {ci}] and {len(size)} sizes, got {weight}")
+    out = _sizes(size, kernel, stride, padding)
+    one, none = [1] * (3 - len(size)), [0] * (3 - len(size))
+    sizes = [n, ci, co, *one, *size, *one, *kernel, *none, *padding, *one, *out, *one, *stride]
+    strides = (*strides[:2], *none, *strides[2:])
+    kernels = _C.Convolution(DTYPES[dtype], sizes, strides)
+    winograd = max(stride) == 1 and _by_winograd(dtype, n, out, weight, instructions)
+    return kernels, kernels.run_winograd if winograd else kernels.run, (n, co, *out)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    coef: Tensor | None = None,
+    act: str = "none",
+    stride: Sequence[int] | None = None,
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` or ``conv3d``, summed in float32; [N, Co, *T], channels-last.
+
+    Args:
+        x: [N, Ci, *S], channels-last; not float64.
+        weight: [Co, Ci, *K] and ``bias`` [Co]: in x's dtype.
+        coef: [7, N, Co]: the result is that of ``apply`` with it and ``act``, each row finished in the cache.
+    """
+    x = feature_map("x", x)
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(f"weight and bias must be {x.dtype} as x, got {weight.dtype}")
+    _, run, shape = _convolution(
+        x.dtype,
+        x.shape,
+        weight.shape,
+        weight.stride(),
+        _ONES[x.dim()] if stride is None else tuple(stride),
+        tuple(padding),
+        _C.instruction_set(),
+    )
+    y = torch.empty(shape, dtype=x.dtype, memory_format=FORMATS[x.dim()])
+    if bias is not None:
+        bias = bias.contiguous()
+    if coef is not None:
+        coef = numbers_of("coef", coef, y, 7, *shape[:2])
+    run(
+        x.data_ptr(),
+        weight.data_ptr(),
+        address_of(bias),
+        address_of(coef),
+        y.data_ptr(),
+        activation_code(act),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _mirrored(
+    dtype: torch.dtype,
+    e: tuple[int, ...],
+    weight: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[int, ...],
+    instructions: str,
+) -> tuple[Callable[..., None], tuple[int, ...], int]:
+    """The convolution that leads e back to the map, its result's shape, and where in bytes its kernel starts."""
+    co, ci, *kernel = weight
+    back = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
+    turned = (strides[1], strides[0], *(-s for s in strides[2:]))
+    _, run, shape = _convolution(
+        dtype, e, (ci, co, *kernel), turned, _ONES[len(e)], back, instructions
+    )
+    last = sum((k - 1) * s for k, s in zip(kernel, strides[2:], strict=True))
+    return run, shape, last * dtype.itemsize
+
+
+def convolve_dgrad(e: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
+    """Gradient of ``convolve`` at its map [N, Ci, *S], channels-last, from that at its result.
+
+    Args:
+        e: [N, Co, *T], channels-last; not float64.
+        weight: [Co, Ci, *K] in e's dtype; ``padding`` smaller than K.
+    """
+    e = feature_map("e", e)
+    if weight.dtype != e.dtype:
+        raise TypeError(f"weight must be {e.dtype} as e, got {weight.dtype}")
+    run, shape, last = _mirrored(
+        e.dtype, e.shape, weight.shape, weight.stride(), tuple(padding), _C.instruction_set()
+    )
+    dx = torch.empty(shape, dtype=e.dtype, memory_format=FORMATS[e.dim()])
+    threads = torch.get_num_threads()
+    run(e.data_ptr(), weight.data_ptr() + last, 0, 0, dx.data_ptr(), 0, threads)
+    return dx
+
+
+def convolve_wgrad(
+    e: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int] | None = None,
+) -> Tensor:
+    """Gradient of ``convolve`` at its weight, like ``weight`` [Co, Ci, *K]; all float32, summed in double.
+
+    Args:
+        e: gradient at the result [N, Co, *T], channels-last.
+        x: the map [N, Ci, *S], channels-last.
+    """
+    e, x = feature_map("e", e), feature_map("x", x)
+    dweight = torch.empty_like(weight)
+    kernel, _, shape = _convolution(
+        x.dtype,
+        x.shape,
+        weight.shape,
+        dweight.stride(),
+        _ONES[x.dim()] if stride is None else tuple(stride),
+        tuple(padding),
+        _C.instruction_set(),
+    )
+    if e.shape != shape or e.dtype != x.dtype or weight.dtype != x.dtype:
+        raise ValueError(f"e must be {x.dtype} {shape}, got {e.dtype} {tuple(e.shape)}")
+    kernel.kernel_gradient(x.data_ptr(), e.data_ptr(), dweight.data_ptr(), torch.get_num_threads())
+    return dweight

@@ -25,6 +25,7 @@ SOURCES = [
             "driver",
             "gather",
             "residual",
+            "winograd",
             "baseline",
             "avx2",
             "avx512",
@@ -40,23 +41,34 @@ DEPENDS = [
     "csrc/cpu/pages.h",
     "csrc/cpu/residual.h",
     "csrc/cpu/walk.h",
+    "csrc/cpu/winograd.h",
     *(
         f"csrc/cpu/{name}.inc"
-        for name in ("activation", "convolution", "gather", "kernels", "residual", "vector")
+        for name in (
+            "activation",
+            "convolution",
+            "gather",
+            "kernels",
+            "residual",
+            "vector",
+            "winograd",
+        )
     ),
 ]
-CUDA_KERNELS = [
+CUDA_KERNELS = [  # those that take longest to compile first
     f"csrc/cuda/{name}.cu"
-    for name in ("dgrad", "fprop", "pack", "pointwise", "second_stage", "wgrad")
+    for name in ("dgrad", "fprop", "joint", "wgrad", "pointwise", "second_stage", "pack")
 ]
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp"]
 CUDA_DEPENDS = [
     f"csrc/cuda/{name}.h"
     for name in (
         "affine",
+        "backward",
         "conv",
         "convolution",
         "multiply",
+        "operands",
         "pack",
         "plan",
         "pointwise",
@@ -68,9 +80,11 @@ CUDA_DEPENDS = [
 ]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90a"
+PARTS = {"fastfilm._C": "CPU", "fastfilm._CUDA": "CUDA"}
 FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
@@ -142,6 +156,20 @@ def code_flags(archs: list[str]) -> list[str]:
 class BuildExt(build_ext):
     """Compiles what this machine can compile, and says in one line what was left out and why."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.parallel is None and (os.cpu_count() or 1) > 1:
+            self.parallel = len(PARTS)  # at once, as their compilers run one file after another
+
+    def run(self) -> None:
+        self._left_out: dict[str, str] = {}
+        asked = [PARTS[ext.name] for ext in self.extensions]
+        super().run()
+        if self._left_out:
+            built = [part for part in asked if part not in self._left_out] or ["Python"]
+            reasons = "; ".join(dict.fromkeys(self._left_out.values()))
+            print(f"fastfilm: only the {built[0]} part is built: {reasons}", file=sys.stderr)
+
     def build_extension(self, ext: Extension) -> None:
         try:
             import pybind11
@@ -152,9 +180,9 @@ class BuildExt(build_ext):
                 self._compile_kernels(ext)
             super().build_extension(ext)
         except ImportError:
-            self._left_out(ext, "pybind11 is not installed")
+            self._leave_out(ext, "pybind11 is not installed")
         except Exception as error:  # whatever the compiler does, the rest must install
-            self._left_out(ext, " ".join(str(error).split()))
+            self._leave_out(ext, " ".join(str(error).split()))
 
     def _compile_kernels(self, ext: Extension) -> None:
         """Compiles each .cu file that is newer than its object, with nvcc."""
@@ -237,14 +265,11 @@ class BuildExt(build_ext):
             return None
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
 
-    @staticmethod
-    def _left_out(ext: Extension, reason: str) -> None:
-        what = "CUDA" if ext.name == "fastfilm._CUDA" else "CPU"
+    def _leave_out(self, ext: Extension, reason: str) -> None:
+        part = PARTS[ext.name]
         if not ext.optional:
-            raise RuntimeError(
-                f"FASTFILM_{what}=1, but the {what} extension was not built: {reason}"
-            )
-        print(f"fastfilm: the {what} extension was not built: {reason}", file=sys.stderr)
+            raise RuntimeError(f"FASTFILM_{part}=1, but the {part} part was not built: {reason}")
+        self._left_out[part] = reason
 
 
 setup(

@@ -80,9 +80,12 @@ class Facts(TypedDict, total=False):
 class Convolution:
     """One shape: [n, ci, *in_size] to [n, co, *out_size], sizes as (d, h, w) with d = 1 in 2D.
 
-    ``device`` is what ``device()`` returns. A source is (address, its coefficients' or 0, channels, act);
-    ``strides`` are the weight's, in elements, over [co, ci, kd, kh, kw]. Workspaces are counted in bytes. A
-    shape that has no layout on the device raises RuntimeError when it is first used.
+    ``device`` is what ``device()`` returns. A source is (address, its coefficients' or 0, channels, act) and, for
+    a view, index, weight and taps of each axis, the size of the map and whether it is a maximum. A gradient is
+    (dy, y, stats, dstats, pre, scale, pre_act); an output is (x, coef, channels, act, dx, dcoef, add) and, for a
+    maximum, window, step and size. ``strides`` are the weight's, in elements, over [co, ci, kd, kh, kw].
+    Workspaces are counted in bytes. ``tf32``: products of float32 are rounded, on tensor cores. A shape that has
+    no layout on the device raises RuntimeError when it is first used.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Convolution:
         padding: tuple[int, int, int],
         stride: int,
         device: tuple[int, int, int],
+        tf32: bool = False,
     ) -> None: ...
     def check(self) -> None:
         """RuntimeError if one of the three kernels has no layout on the device."""
@@ -105,9 +109,13 @@ class Convolution:
     def forward_workspace(self) -> int: ...
     def backward_workspace(self) -> int: ...
     def weight_gradient_workspace(self) -> int: ...
+    def has_joint(self) -> bool:
+        """Whether ``joint`` serves this shape."""
+
+    def joint_workspace(self) -> int: ...
     def forward(
         self,
-        sources: Sequence[tuple[int, int, int, int]],
+        sources: Sequence[Sequence[int]],
         weight: int,
         strides: Sequence[int],
         bias: int,
@@ -116,27 +124,39 @@ class Convolution:
         out_coef: int,
         out_act: int,
         y: int,
+        raw: int,
         stats: int,
         workspace: int,
         stream: int,
     ) -> None: ...
     def backward(
         self,
-        e: int,
+        gradient: Sequence[int],
         weight: int,
         strides: Sequence[int],
-        source: Sequence[tuple[int, int, int, int]],
-        dx: int,
-        dcoef: int,
+        outputs: Sequence[Sequence[int]],
         workspace: int,
         stream: int,
     ) -> None: ...
     def weight_gradient(
         self,
-        e: int,
-        sources: Sequence[tuple[int, int, int, int]],
+        gradient: Sequence[int],
+        sources: Sequence[Sequence[int]],
         dweight: int,
+        dpre: int,
         workspace: int,
         stream: int,
     ) -> None: ...
-    def facts(self, kernel: Literal["forward", "backward", "weight"]) -> Facts: ...
+    def joint(
+        self,
+        gradient: Sequence[int],
+        weight: int,
+        strides: Sequence[int],
+        outputs: Sequence[Sequence[int]],
+        sources: Sequence[Sequence[int]],
+        dweight: int,
+        dpre: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+    def facts(self, kernel: Literal["forward", "backward", "weight", "joint"]) -> Facts: ...

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfilm.ops import reference
+from fastfilm.ops.operands import Gradient
 from tests import emulated
-from tests.emulated import close, cuda, draw, extension, library
+from tests.emulated import TOLERANCE, close, cuda, draw, extension, library
 
 __all__ = ["cuda", "extension", "library"]
 
@@ -146,7 +147,8 @@ def test_two_sources_follow_each_other_in_the_channels(cuda: Any, dtype: torch.d
         close(y, exact, dtype)
         e = draw(n, co, *layer.size, seed=3, dtype=dtype)
         (dweight,) = torch.autograd.grad(exact, wide, e.double())
-        close(cuda.wgrad_sources(e, sources, weight, *layer.geometry), dweight, dtype)
+        ours, _ = cuda.wgrad_sources(Gradient(e), sources, weight, *layer.geometry)
+        close(ours, dweight, dtype)
     swapped = [(second, None, "none"), (first, None, "none")]
     with pytest.raises(
         ValueError, match="channels of the first of two sources must be a multiple of"
@@ -172,7 +174,7 @@ def test_the_finished_block(cuda: Any) -> None:
 def test_layouts_of_other_gpus(
     cuda: Any, monkeypatch: pytest.MonkeyPatch, device: tuple[int, int, int]
 ) -> None:
-    monkeypatch.setattr(cuda, "_device", lambda index: device)
+    monkeypatch.setattr(cuda.convolutions, "_device", lambda index: device)
     for layer in (
         Layer((18, 20), (40, 48)),
         Layer((9, 20), (40, 48), stride=2, batch=1),
@@ -182,7 +184,7 @@ def test_layouts_of_other_gpus(
 
 
 def test_a_layout_that_does_not_fit_says_so(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_device", lambda index: (75, 40, 32 * 1024))
+    monkeypatch.setattr(cuda.convolutions, "_device", lambda index: (75, 40, 32 * 1024))
     with pytest.raises(RuntimeError, match="no tile fits into 32768 bytes of shared memory"):
         check_layer(cuda, Layer((9, 9), (64, 64)))
 
@@ -206,6 +208,31 @@ def test_the_order_of_the_threads_does_not_change_a_bit(extension: ModuleType) -
             results.append((y, stats, *cuda.dgrad(e, weight, x, *tail), dw))
         extension.set_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+TENSOR_FLOAT = {
+    "2d": Layer((18, 37), (20, 40), dtype=SINGLE),
+    "2d_stride_2": Layer((9, 10), (40, 24), stride=2, dtype=SINGLE),
+    "2d_kernel_1": Layer((9, 10), (24, 72), kernel=1, dtype=SINGLE),
+    "3d": Layer((3, 9, 10), (8, 33), dtype=SINGLE),
+}
+
+
+def check_rounded(cuda: Any, layer: Layer) -> None:
+    """``check_layer`` with float32 products rounded to ten bits behind the point, and no worse."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda.convolutions, "_tf32", lambda x: True)
+        # cut off rather than rounded, it would be half as much again
+        patch.setitem(TOLERANCE, SINGLE, 4e-4)
+        check_layer(cuda, layer)
+        patch.setitem(TOLERANCE, SINGLE, 1e-5)
+        with pytest.raises(AssertionError, match="relative error"):
+            check_layer(cuda, layer)
+
+
+@pytest.mark.parametrize("layer", TENSOR_FLOAT)
+def test_rounded_products_of_float32(cuda: Any, layer: str) -> None:
+    check_rounded(cuda, TENSOR_FLOAT[layer])
 
 
 def test_weights_of_any_layout(cuda: Any) -> None:
@@ -249,7 +276,7 @@ def test_elements_beyond_two_to_the_31(
     exact = layer.convolve(pending, weight.double(), None)[..., -16:, -16:]
     with emulated.installed(extension) as cuda:
         # so many multiprocessors that the last block has the last tile, or two
-        monkeypatch.setattr(cuda, "_device", lambda index: (90, 1 << 17, 227 * 1024))
+        monkeypatch.setattr(cuda.convolutions, "_device", lambda index: (90, 1 << 17, 227 * 1024))
         conv = cuda.convolution(x, (40, 40), shape[2:], (3, 3), *layer.geometry)
         monkeypatch.undo()
         work = torch.zeros(conv.forward_workspace(), dtype=torch.uint8)
@@ -257,7 +284,7 @@ def test_elements_beyond_two_to_the_31(
         strides = (*weight.stride()[:2], 0, *weight.stride()[2:])
         extension.set_block_limit(1000)
         try:
-            where = (y.data_ptr(), 0, work.data_ptr(), 0)
+            where = (y.data_ptr(), 0, 0, work.data_ptr(), 0)
             conv.forward([source], weight.data_ptr(), strides, 0, 0, 0, 0, 0, *where)
             close(y[..., -16:, -16:], exact, HALF)
             extension.apply(

@@ -12,8 +12,9 @@ import torch
 
 from tests import emulated, test_cuda_emulated
 from tests.emulated import library
-from tests.test_cuda_convolution import Layer, check_layer
+from tests.test_cuda_convolution import TENSOR_FLOAT, Layer, check_layer, check_rounded
 from tests.test_cuda_emulated import check_pointwise
+from tests.test_cuda_sources import SOURCES, check_sources
 
 __all__ = ["library"]
 
@@ -26,6 +27,22 @@ def _pointwise(cuda: Any) -> None:
 
 def _layer(cuda: Any) -> None:
     check_layer(cuda, Layer((13, 34), (24, 16), dtype=torch.float16))
+
+
+def _sources(cuda: Any) -> None:
+    check_sources(cuda, SOURCES["2d"], joint=False)
+
+
+def _halo(cuda: Any) -> None:
+    check_sources(cuda, SOURCES["2d_joint"], joint=False)  # of several tiles
+
+
+def _joint(cuda: Any) -> None:
+    check_sources(cuda, SOURCES["2d_joint"], joint=True)
+
+
+def _rounded(cuda: Any) -> None:
+    check_rounded(cuda, TENSOR_FLOAT["2d"])
 
 
 def _deep(cuda: Any) -> None:
@@ -56,17 +73,17 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         _pointwise,
     ),
     "padding gets the affine too": (
-        "slab.h",
+        "operands.h",
         "fprop.cu",
-        "      if (!(inside & 1)) continue;\n",
+        "      if (!in_map && !view) return;\n",
         "",
         _layer,
     ),
     "the halo begins one voxel late": (
         "slab.h",
         "fprop.cu",
-        "gx = first.w + x * step;",
-        "gx = first.w + x * step + 1;",
+        "first.w + x * step};",
+        "first.w + x * step + 1};",
         _layer,
     ),
     "the wait for a slab's copies is dropped": (
@@ -79,8 +96,8 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
     "a slab is multiplied before all threads have transformed it": (
         "conv.h",
         "fprop.cu",
-        "coefs + buffer * slab.kCoefBytes);\n        barrier();",
-        "coefs + buffer * slab.kCoefBytes);",
+        "        }\n        barrier();\n        if constexpr",
+        "        }\n        if constexpr",
         _layer,
     ),
     "the next slab overwrites one that is still multiplied": (
@@ -93,15 +110,15 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
     "the products of two halves of a tile meet": (
         "conv.h",
         "dgrad.cu",
-        "valid, values, state);\n      }\n      barrier();",
-        "valid, values, state);\n      }",
+        "values, state);\n      }\n      barrier();",
+        "values, state);\n      }",
         _layer,
     ),
     "a row of products is left out of the moments": (
         "fprop.cu",
         "fprop.cu",
         "      state.add(u);",
-        "      if (at > 0) state.add(u);",
+        "      if (voxel.number > 0) state.add(u);",
         _layer,
     ),
     "the parity of a strided gradient is off": (
@@ -114,9 +131,65 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
     "a share of the voxels is missing from the weight's gradient": (
         "wgrad.cu",
         "wgrad.cu",
-        "first += kShares * 16) {",
-        "first += kShares * 32) {",
+        "first += kShares * kStep) {",
+        "first += kShares * 2 * kStep) {",
         _layer,
+    ),
+    "a window of the pooled map is shifted": (
+        "operands.h",
+        "fprop.cu",
+        "const int ix = voxel.w * view.axis[2].taps + x;",
+        "const int ix = voxel.w * view.axis[2].taps;",
+        _sources,
+    ),
+    "the gradient of the moments is left out of the halo": (
+        "operands.h",
+        "dgrad.cu",
+        "            e[i] += du * slope_z;",
+        "            if (v > box.size.w) e[i] += du * slope_z;",
+        _halo,
+    ),
+    "the gradient of a maximum goes to its last window's voxel": (
+        "backward.h",
+        "dgrad.cu",
+        "dx[i] = owner[i] == here ? dv[i] : 0.0f;",
+        "dx[i] = here == 0 ? dv[i] : 0.0f;",
+        _sources,
+    ),
+    "what other consumers gave is overwritten": (
+        "backward.h",
+        "dgrad.cu",
+        "dx[i] += before[i];",
+        "dx[i] += 0 * before[i];",
+        _sources,
+    ),
+    "the halo is summed too": (
+        "joint.cu",
+        "joint.cu",
+        "if (state && own)",
+        "if (state)",
+        _joint,
+    ),
+    "the taps of the joint gradient run the wrong way": (
+        "joint.cu",
+        "joint.cu",
+        "(taps - 1 - t)",
+        "t",
+        _joint,
+    ),
+    "the tile of a joint gradient is multiplied before it is whole": (
+        "conv.h",
+        "joint.cu",
+        "        }\n        barrier();\n        if constexpr",
+        "        }\n        if constexpr",
+        _joint,
+    ),
+    "the operands of rounded products are cut off": (
+        "primitives.h",
+        "fprop.cu",
+        "? round_to_tf32(word) : word",
+        "? word : word",
+        _rounded,
     ),
     "the gradient's tile is used before it has arrived": (
         "wgrad.cu",

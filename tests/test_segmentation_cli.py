@@ -172,6 +172,8 @@ def test_ctrl_c_ends_with_130_and_training_can_go_on(
     arguments = ["train", str(plan), str(tmp_path / "model"), "--resume", *options]
 
     def work() -> int:
+        # a test run in the background inherits that the signal is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return main(arguments)
 
     process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(work()))

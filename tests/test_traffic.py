@@ -61,15 +61,21 @@ def test_what_a_joined_and_pooled_map_moves() -> None:
         joined = torch.cat([F.avg_pool2d(a, 3, 1, 1), b], 1)
         with traffic.counted() as forward:
             v = second(joined, deferred=True)
-        # each source is read, and half of the joined map is written; then convolution and moments
-        assert passes(forward) == {"gather": 3, "convolution": 2, "moments": 1}
+        # each source is read, and half of the joined map is written; then convolution (whose it is depends on the
+        # processor) and moments
+        counts = passes(forward)
+        assert counts["convolution"] + counts["convolve"] == 2
+        assert counts["gather"] == 3 and counts["moments"] == 1 and counts.total() == 6
         with traffic.counted() as backward:
             v.raw.sum().backward()
     counts = passes(backward)
     assert counts["gather"] == 3 and counts["gather_backward"] == 3
-    assert counts["convolution_dgrad"] == 2  # the image needs no gradient
-    assert counts["convolution_wgrad"] == 6
-    assert {k.owner for k in forward} == {"aten", "cpu"}
+    # the image needs no gradient
+    assert counts["convolution_dgrad"] + counts["convolve_dgrad"] == 2
+    assert counts["convolution_wgrad"] + counts["convolve_wgrad"] == 6
+    owners = {k.name: k.owner for k in forward}
+    assert owners["gather"] == owners["moments"] == "cpu"
+    assert owners.get("convolve", "cpu") == "cpu" and owners.get("convolution", "aten") == "aten"
 
 
 @needs_cpu

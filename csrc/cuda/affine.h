@@ -123,6 +123,14 @@ struct Coefficients {
       for (int i = 0; i < kV; ++i) row[r][i] = i < valid ? coef[r * pitch + i] : 0.0f;
   }
 
+  // Nothing is pending.
+  FF_DEVICE void identity() {
+#pragma unroll
+    for (int r = 0; r < kCoefRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kV; ++i) row[r][i] = r == kA || r == kG ? 1.0f : 0.0f;
+  }
+
   FF_DEVICE void apply(float (&v)[kV], int act) const {
 #pragma unroll
     for (int i = 0; i < kV; ++i) v[i] = row[kA][i] * (v[i] - row[kP][i]) + row[kB][i];

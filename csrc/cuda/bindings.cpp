@@ -88,7 +88,7 @@ void py_apply_backward(Address dv, Address y, Address coef, Address dy, Address 
                        int act, int64_t n, int64_t s, int64_t c, Address stream) {
   const Call call(dtype, act, n, s, c, stream);
   check(apply_backward(call.map, call.feature_map("dv", dv), call.feature_map("y", y), pointer<float>("coef", coef),
-                       call.feature_map("dy", dy), pointer<float>("dcoef", dcoef),
+                       dy ? call.feature_map("dy", dy) : nullptr, pointer<float>("dcoef", dcoef),
                        pointer<float>("workspace", workspace)));
 }
 
@@ -114,7 +114,7 @@ class Convolution {
   using Three = std::array<int, 3>;
 
   Convolution(int storage, int dims, int64_t n, int ci, int co, Three in, Three out, Three kernel, Three padding,
-              int stride, std::array<int, 3> device)
+              int stride, std::array<int, 3> device, bool tf32)
       : device_{device[1], device[2], device[0]} {
     check_storage(storage);
     check_range("dims", dims, 2, 3);
@@ -135,7 +135,8 @@ class Convolution {
       const int step = flat ? 1 : stride;
       check_range("out", out[i], 1, (in[i] + 2 * padding[i] - kernel[i]) / step + 1);
     }
-    shape_ = {storage, dims, n, ci, co, extent(in), extent(out), extent(kernel), extent(padding), stride};
+    if (tf32 && storage != kFloat32) throw std::invalid_argument("tf32 is a way to multiply float32");
+    shape_ = {tf32 ? kTensorFloat : storage, dims, n, ci, co, extent(in), extent(out), extent(kernel), extent(padding), stride};
   }
 
   int64_t forward_bytes() { return forward_workspace(plan(Direction::kForward), shape_.storage); }
@@ -149,12 +150,17 @@ class Convolution {
     wgrad();
   }
 
-  // (x, coef, channels, act) of one source or of two.
-  using Sources = std::vector<std::array<int64_t, 4>>;
+  // Of one source or of two: (x, coef, channels, act), and for a view index, weight and taps of each axis, the size of
+  // the map and whether it is a maximum.
+  using Sources = std::vector<std::vector<int64_t>>;
+  // (dy, y, stats, dstats, pre, scale, pre_act); y null: dy, or scale * dy, is the gradient at the raw output.
+  using GivenGradient = std::array<int64_t, 7>;
+  // Of one source or of two: (x, coef, channels, act, dx, dcoef, add), and for a maximum window, step and size.
+  using Outputs = std::vector<std::vector<int64_t>>;
 
   void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias,
-               Address pre, int pre_act, Address out_coef, int out_act, Address y, Address stats, Address workspace,
-               Address stream) {
+               Address pre, int pre_act, Address out_coef, int out_act, Address y, Address raw, Address stats,
+               Address workspace, Address stream) {
     check_range("pre_act", pre_act, 0, kActivations - 1);
     check_range("out_act", out_act, 0, kActivations - 1);
     Forward call{};
@@ -166,35 +172,52 @@ class Convolution {
     call.pre_act = pre_act;
     call.out_act = out_act;
     call.y = pointer("y", y, element());
+    call.raw = pointer_or_null("raw", raw, element());
     call.stats = pointer_or_null<float>("stats", stats);
     check(fastfilm::cuda::forward(plan(Direction::kForward), shape_.storage, call, work(workspace),
                                   reinterpret_cast<Stream>(stream)));
   }
 
-  void backward(Address e, Address weight, const std::array<int64_t, 5>& strides, const Sources& source, Address dx,
-                Address dcoef, Address workspace, Address stream) {
-    Backward call{};
-    Input given[2] = {};
-    inputs(source, given);
-    call.e = pointer("e", e, element());
-    call.weight = weight_of(weight, strides);
-    call.input = given[0];
-    call.dx = pointer("dx", dx, element());
-    call.dcoef = call.input.coef ? pointer<float>("dcoef", dcoef) : nullptr;
+  void backward(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
+                const Outputs& outputs, Address workspace, Address stream) {
+    const Backward call = backward_of(gradient, weight, strides, outputs);
     check(fastfilm::cuda::backward(plan(Direction::kBackward), shape_.storage, call, work(workspace),
                                    reinterpret_cast<Stream>(stream)));
   }
 
-  void weight_gradient(Address e, const Sources& sources, Address dweight, Address workspace, Address stream) {
+  void weight_gradient(const GivenGradient& gradient, const Sources& sources, Address dweight, Address dpre,
+                       Address workspace, Address stream) {
     WeightGradient call{};
-    call.e = pointer("e", e, element());
+    call.gradient = gradient_of(gradient);
     inputs(sources, call.inputs);
     call.dweight = pointer("dweight", dweight, element());
+    call.dpre = pointer_or_null<float>("dpre", dpre);
     check(fastfilm::cuda::weight_gradient(wgrad(), shape_.storage, call, work(workspace),
                                           reinterpret_cast<Stream>(stream)));
   }
 
-  // How the kernel "forward", "backward" or "weight" is laid out.
+  // Whether one kernel computes both gradients.
+  bool has_joint() {
+    if (!joint_) {
+      ConvPlan made;
+      joint_ = plan_conv(shape_, Direction::kJoint, device_, made).empty() ? std::optional<ConvPlan>(made) : std::nullopt;
+    }
+    return joint_->has_value();
+  }
+  int64_t joint_bytes() { return joint_workspace(joint_plan(), shape_.storage); }
+
+  void joint(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
+             const Outputs& outputs, const Sources& sources, Address dweight, Address dpre, Address workspace,
+             Address stream) {
+    Joint call{};
+    call.input = backward_of(gradient, weight, strides, outputs);
+    inputs(sources, call.inputs);
+    call.dweight = pointer("dweight", dweight, element());
+    call.dpre = pointer_or_null<float>("dpre", dpre);
+    check(fastfilm::cuda::joint(joint_plan(), shape_.storage, call, work(workspace), reinterpret_cast<Stream>(stream)));
+  }
+
+  // How the kernel "forward", "backward", "weight" or "joint" is laid out.
   py::dict facts(const std::string& kernel) {
     py::dict facts;
     if (kernel == "weight") {
@@ -202,10 +225,11 @@ class Convolution {
       describe(facts, p.tile_log2, p.bm, p.bn, p.buffers, p.shared_bytes, p.tiles_a_group);
       return facts;
     }
-    if (kernel != "forward" && kernel != "backward") {
-      throw std::invalid_argument("kernel must be forward, backward or weight, got '" + kernel + "'");
+    if (kernel != "forward" && kernel != "backward" && kernel != "joint") {
+      throw std::invalid_argument("kernel must be forward, backward, weight or joint, got '" + kernel + "'");
     }
-    const ConvPlan& p = plan(kernel == "backward" ? Direction::kBackward : Direction::kForward);
+    const ConvPlan& p = kernel == "joint" ? joint_plan()
+                                          : plan(kernel == "backward" ? Direction::kBackward : Direction::kForward);
     describe(facts, p.tile_log2, p.bn, p.bk, p.buffers, p.shared_bytes, p.tiles_a_group);
     facts["resident"] = p.resident;
     facts["bytes_an_output"] = bytes_an_output(p, static_cast<int>(element()));
@@ -221,7 +245,7 @@ class Convolution {
     facts["tiles_a_block"] = tiles;
   }
   static Extent extent(const Three& e) { return {e[0], e[1], e[2]}; }
-  size_t element() const { return shape_.storage == kFloat32 ? 4 : 2; }
+  size_t element() const { return bytes_of(shape_.storage); }
   void* work(Address workspace) const { return pointer("workspace", workspace, 16); }
 
   const ConvPlan& plan(Direction direction) {
@@ -232,6 +256,10 @@ class Convolution {
       slot = made;
     }
     return *slot;
+  }
+  const ConvPlan& joint_plan() {
+    if (!has_joint()) throw std::invalid_argument("no kernel computes both gradients of this shape");
+    return **joint_;
   }
   const WgradPlan& wgrad() {
     if (!wgrad_) {
@@ -244,26 +272,84 @@ class Convolution {
   Weight weight_of(Address weight, const std::array<int64_t, 5>& s) const {
     return {pointer("weight", weight, element()), {s[0], s[1], s[2], s[3], s[4]}};
   }
+  Backward backward_of(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
+                       const Outputs& outputs) const {
+    Backward call{};
+    call.gradient = gradient_of(gradient);
+    call.weight = weight_of(weight, strides);
+    if (outputs.empty() || outputs.size() > 2) throw std::invalid_argument("there must be one source or two");
+    int64_t channels = 0;
+    for (size_t i = 0; i < outputs.size(); ++i) channels += output_of(outputs[i], call.outputs[i]);
+    check_channels(channels, call.outputs[0].channels, outputs.size() == 2);
+    return call;
+  }
+  template <class T = void>
+  static T* at(const char* name, int64_t address, size_t align = 4) {
+    return pointer_or_null<T>(name, static_cast<Address>(address), align);
+  }
+  Gradient gradient_of(const GivenGradient& g) const {
+    check_range("pre_act", g[6], 0, kActivations - 1);
+    Gradient to{pointer("dy", static_cast<Address>(g[0]), element()), at("y", g[1], element()),
+                at<float>("stats", g[2]), at<float>("dstats", g[3]), at<float>("pre", g[4]),
+                at<float>("scale", g[5]), static_cast<int>(g[6])};
+    if (to.y && !(to.stats && to.dstats)) throw std::invalid_argument("y needs stats and dstats");
+    return to;
+  }
   void inputs(const Sources& sources, Input (&to)[2]) const {
     if (sources.empty() || sources.size() > 2) throw std::invalid_argument("there must be one source or two");
     int64_t channels = 0;
     for (size_t i = 0; i < sources.size(); ++i) {
       const auto& s = sources[i];
+      if (s.size() != 4 && s.size() != 17) throw std::invalid_argument("a source must have 4 or 17 numbers");
       check_range("channels", s[2], 1, shape_.ci);
       check_range("act", s[3], 0, kActivations - 1);
-      to[i] = {pointer("x", static_cast<Address>(s[0]), element()),
-               pointer_or_null<float>("coef", static_cast<Address>(s[1])), static_cast<int>(s[2]),
-               static_cast<int>(s[3])};
+      to[i] = {pointer("x", static_cast<Address>(s[0]), element()), at<float>("coef", s[1]), static_cast<int>(s[2]),
+               static_cast<int>(s[3]), {}};
+      if (s.size() == 17) to[i].view = view_of(s);
       channels += s[2];
     }
+    check_channels(channels, to[0].channels, sources.size() == 2);
+  }
+  static View view_of(const std::vector<int64_t>& s) {
+    View view{};
+    for (int i = 0; i < 3; ++i) {
+      const int64_t* axis = &s[4 + 3 * i];
+      check_range("taps", axis[2], 1, 1024);
+      view.axis[i] = {pointer<int>("index", static_cast<Address>(axis[0])),
+                      pointer<float>("weight", static_cast<Address>(axis[1])), static_cast<int>(axis[2])};
+    }
+    view.size = size_of(&s[13]);
+    view.maximum = s[16] != 0;
+    return view;
+  }
+  static Extent size_of(const int64_t* s) {
+    for (int i = 0; i < 3; ++i) check_range("size", s[i], 1, 1 << 24);
+    return {static_cast<int>(s[0]), static_cast<int>(s[1]), static_cast<int>(s[2])};
+  }
+  int64_t output_of(const std::vector<int64_t>& s, Output& to) const {
+    if (s.size() != 7 && s.size() != 16) throw std::invalid_argument("an output must have 7 or 16 numbers");
+    check_range("channels", s[2], 1, shape_.ci);
+    check_range("act", s[3], 0, kActivations - 1);
+    to = {at("x", s[0], element()), at<float>("coef", s[1]), static_cast<int>(s[2]), static_cast<int>(s[3]),
+          at("dx", s[4], element()), at<float>("dcoef", s[5]), s[6] != 0, {}, {}, {}};
+    if (s.size() == 16) {
+      to.window = size_of(&s[7]);
+      to.step = size_of(&s[10]);
+      to.size = size_of(&s[13]);
+    }
+    if (to.dx && to.coef && !to.dcoef) throw std::invalid_argument("dcoef is null");
+    if (to.dx && (to.coef || to.window.w) && !to.x) throw std::invalid_argument("x is null");
+    return s[2];
+  }
+  void check_channels(int64_t channels, int first, bool two) const {
     if (channels != shape_.ci) {
       throw std::invalid_argument("the sources must have " + std::to_string(shape_.ci) + " channels together, got " +
                                   std::to_string(channels));
     }
     const int lanes = 16 / static_cast<int>(element());
-    if (sources.size() == 2 && to[0].channels % lanes) {
+    if (two && first % lanes) {
       throw std::invalid_argument("the channels of the first of two sources must be a multiple of " +
-                                  std::to_string(lanes) + ", got " + std::to_string(to[0].channels));
+                                  std::to_string(lanes) + ", got " + std::to_string(first));
     }
   }
 
@@ -271,6 +357,7 @@ class Convolution {
   Device device_;
   std::optional<ConvPlan> forward_, backward_;
   std::optional<WgradPlan> wgrad_;
+  std::optional<std::optional<ConvPlan>> joint_;
 };
 
 py::tuple py_device() {
@@ -301,20 +388,26 @@ PYBIND11_MODULE(_CUDA, m) {
         py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
   py::class_<Convolution>(m, "Convolution")
       .def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
-                    Convolution::Three, int, Convolution::Three>(),
+                    Convolution::Three, int, Convolution::Three, bool>(),
            py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
-           py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"))
+           py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"),
+           py::arg("tf32") = false)
       .def("check", &Convolution::check_plans)
       .def("forward_workspace", &Convolution::forward_bytes)
       .def("backward_workspace", &Convolution::backward_bytes)
       .def("weight_gradient_workspace", &Convolution::weight_bytes)
       .def("forward", &Convolution::forward, py::arg("sources"), py::arg("weight"), py::arg("strides"),
            py::arg("bias"), py::arg("pre"), py::arg("pre_act"), py::arg("out_coef"), py::arg("out_act"),
-           py::arg("y"), py::arg("stats"), py::arg("workspace"), py::arg("stream"))
-      .def("backward", &Convolution::backward, py::arg("e"), py::arg("weight"), py::arg("strides"),
-           py::arg("source"), py::arg("dx"), py::arg("dcoef"), py::arg("workspace"), py::arg("stream"))
-      .def("weight_gradient", &Convolution::weight_gradient, py::arg("e"), py::arg("sources"), py::arg("dweight"),
-           py::arg("workspace"), py::arg("stream"))
+           py::arg("y"), py::arg("raw"), py::arg("stats"), py::arg("workspace"), py::arg("stream"))
+      .def("backward", &Convolution::backward, py::arg("gradient"), py::arg("weight"), py::arg("strides"),
+           py::arg("outputs"), py::arg("workspace"), py::arg("stream"))
+      .def("weight_gradient", &Convolution::weight_gradient, py::arg("gradient"), py::arg("sources"),
+           py::arg("dweight"), py::arg("dpre"), py::arg("workspace"), py::arg("stream"))
+      .def("has_joint", &Convolution::has_joint)
+      .def("joint_workspace", &Convolution::joint_bytes)
+      .def("joint", &Convolution::joint, py::arg("gradient"), py::arg("weight"), py::arg("strides"),
+           py::arg("outputs"), py::arg("sources"), py::arg("dweight"), py::arg("dpre"), py::arg("workspace"),
+           py::arg("stream"))
       .def("facts", &Convolution::facts, py::arg("kernel"));
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));

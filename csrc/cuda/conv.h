@@ -4,6 +4,8 @@
 // tiles. While one slab is multiplied the next one is on its way.
 #pragma once
 
+#include <type_traits>
+
 #include "multiply.h"
 
 namespace fastfilm::cuda {
@@ -17,17 +19,35 @@ struct Chunk {
   int channel, valid;
 };
 
-// Epilogue: `Params`; `State`, kept over the tiles of a block; its constructor, which loads the constants of a
-// chunk; `write`, which gets the products of one voxel; and `finish`, which merges the states of a block.
-template <class T, int kN, int kK, template <class> class EpilogueOf>
+// A voxel of the result: its place in the map, and its number among all voxels of the batch.
+struct Voxel {
+  Extent at;
+  int64_t number;
+};
+
+// Of a convolution that computes nothing else on the way.
+template <class T, int kN, int kK>
+struct NoCompanion {
+  struct Params {};
+  FF_DEVICE NoCompanion(const Params&, const ConvPlan&, int) {}
+};
+
+// Operand: see operands.h. Companion: what else is computed from the slabs, see joint.cu. Epilogue: `Params`; `State`, kept over the tiles of a block; its constructor, which loads the
+// constants of a chunk; `write`, which gets the products of one voxel; and `finish`, which merges the states of a block.
+template <class T, int kN, int kK, template <class, int> class OperandOf, template <class> class EpilogueOf,
+          template <class, int, int> class CompanionOf = NoCompanion>
 struct Convolve {
+  using Operand = OperandOf<T, kK>;
+  using Companion = CompanionOf<T, kN, kK>;
+  static constexpr bool kAlone = std::is_same_v<Companion, NoCompanion<T, kN, kK>>;
   using Epilogue = EpilogueOf<T>;
   using State = typename Epilogue::State;
   struct Params {
     ConvPlan plan;
-    Sources in;
+    typename Operand::Params in;
     const T* weights;
     typename Epilogue::Params epilogue;
+    typename Companion::Params companion;
   };
   static constexpr int kThreads = kConvThreads, kMinBlocks = 1;
 
@@ -55,7 +75,7 @@ struct Convolve {
     const Extent size = slab_size(plan.tile_log2, taps.count, plan.slab_step);
     const Slab<T, kK> slab(size, plan.in, plan.load_step);
     const int slabs = plan.slots * plan.weight_bytes, coefs = slabs + plan.buffers * plan.slab_bytes;
-    const bool pending = p.in.part[0].coef || p.in.part[1].coef;
+    const bool pending = Operand::pending(p.in);
     const int in_step = plan.slab_step * plan.load_step, depths = taps.count.d;
 
     const auto load_weights = [&](int k, int depth, int slot) {
@@ -66,13 +86,17 @@ struct Convolve {
         copy_async16(slot * plan.weight_bytes + i, from + i, 16);
       }
     };
-    const auto load = [&](const Step& s, int buffer, int slot, uint32_t& inside) {
+    const auto origin = [&](int tile) -> Extent {
+      const Extent at = tile_origin(plan.tiles, plan.tile_log2, tile);
+      return {at.d * in_step + taps.base.d, at.h * in_step + taps.base.h, at.w * in_step + taps.base.w};
+    };
+    Companion companion(p.companion, plan, block_n);
+    const auto load = [&](const Step& s, int buffer, int slot) {
       if (!plan.resident) load_weights(s.k, s.depth, slot);
       if (s.depth > 0) return;
-      const Extent at = tile_origin(plan.tiles, plan.tile_log2, s.tile);
-      const Extent from{at.d * in_step + taps.base.d, at.h * in_step + taps.base.h, at.w * in_step + taps.base.w};
-      inside = slab.load(p.in, n, from, s.k, slabs + buffer * plan.slab_bytes);
-      if (pending) slab.load_coefficients(p.in, n, plan.n, s.k, coefs + buffer * slab.kCoefBytes);
+      Operand::load(slab, p.in, n, origin(s.tile), s.k, slabs + buffer * plan.slab_bytes);
+      if (pending) Operand::load_constants(p.in, n, plan.n, s.k, coefs + buffer * slab.kCoefBytes);
+      if constexpr (!kAlone) companion.load(n, tile_origin(plan.tiles, plan.tile_log2, s.tile), buffer);
     };
 
     if (plan.resident) {
@@ -82,8 +106,7 @@ struct Convolve {
     const bool ahead = plan.buffers == 2;
     Step step{first, 0, 0};
     int buffer = 0, slot = 0;
-    uint32_t inside = 0, next_inside = 0;
-    if (ahead && depths > 0) load(step, 0, 0, next_inside);
+    if (ahead && depths > 0) load(step, 0, 0);
     commit_copies();
     barrier();
 
@@ -97,19 +120,24 @@ struct Convolve {
         const Step now = step;
         step.advance(plan.blocks_k, depths);
         if (ahead) {
-          if (now.depth == 0) inside = next_inside;
-          if (step.tile < last) load(step, step.depth == 0 ? buffer ^ 1 : buffer, slot ^ 1, next_inside);
+          if (step.tile < last) load(step, step.depth == 0 ? buffer ^ 1 : buffer, slot ^ 1);
           commit_copies();
           wait_copies<1>();
         } else {
-          load(now, 0, slot, inside);
+          load(now, 0, slot);
           commit_copies();
           wait_copies<0>();
           barrier();
         }
         const int at = slabs + buffer * plan.slab_bytes;
-        if (pending && now.depth == 0) slab.transform(p.in, now.k, inside, at, coefs + buffer * slab.kCoefBytes);
+        if constexpr (!kAlone) {
+          companion.transform(n, tile_origin(plan.tiles, plan.tile_log2, now.tile), buffer, slab, p.in,
+                              origin(now.tile), at, coefs + buffer * slab.kCoefBytes);
+        } else if (pending && now.depth == 0) {
+          Operand::transform(slab, p.in, n, origin(now.tile), now.k, at, coefs + buffer * slab.kCoefBytes);
+        }
         barrier();
+        if constexpr (!kAlone) companion.add(size, at, buffer);
         int weights = (plan.resident ? now.k * depths + now.depth : slot) * plan.weight_bytes;
 #pragma unroll 1
         for (int y = 0; y < taps.count.h; ++y) {
@@ -127,6 +155,7 @@ struct Convolve {
       if (ahead && depths > 0) buffer ^= 1;
     }
     wait_copies<0>();
+    if constexpr (!kAlone) companion.finish(n);
     Epilogue::finish(p.epilogue, plan, chunk_of(plan, n, block_n), state);
   }
 
@@ -162,8 +191,8 @@ struct Convolve {
         for (int i = 0; i < kV; ++i) {
           values[i] = staging[r * kStagingPitch<kN> + thread_index() % kChunks * kV + i];
         }
-        const int64_t voxel = ((n * plan.out.d + d) * plan.out.h + h) * plan.out.w + w;
-        epilogue.write(p.epilogue, voxel * plan.co + chunk.channel, chunk.valid, values, state);
+        const int64_t number = ((n * plan.out.d + d) * plan.out.h + h) * plan.out.w + w;
+        epilogue.write(p.epilogue, plan, {{d, h, w}, number}, chunk, values, state);
       }
       barrier();
     }
@@ -171,29 +200,29 @@ struct Convolve {
 };
 
 // Launches the variant of a plan; kernels are compiled for the variants of plan.cpp.
-template <class T, template <class> class Epilogue>
-std::string launch_conv(const char* name, const ConvPlan& plan, const Sources& in, const void* weights,
-                        const typename Epilogue<T>::Params& epilogue, Stream stream) {
+template <class T, template <class, int> class Operand, template <class> class Epilogue>
+std::string launch_conv(const char* name, const ConvPlan& plan, const typename Operand<T, 16>::Params& in,
+                        const void* weights, const typename Epilogue<T>::Params& epilogue, Stream stream) {
   const Grid grid{plan.groups, plan.blocks_n * plan.classes, static_cast<int>(plan.n)};
   const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
     return launched(name, launch<Kernel>(grid, plan.shared_bytes, stream,
-                                         {plan, in, static_cast<const T*>(weights), epilogue}));
+                                         {plan, in, static_cast<const T*>(weights), epilogue, {}}));
   };
   if constexpr (sizeof(T) == 4) {
-    return plan.bk == 16 ? start(Convolve<T, 32, 16, Epilogue>{}) : start(Convolve<T, 32, 8, Epilogue>{});
+    return plan.bk == 16 ? start(Convolve<T, 32, 16, Operand, Epilogue>{}) : start(Convolve<T, 32, 8, Operand, Epilogue>{});
   } else {
     switch (plan.bn * 100 + plan.bk) {
       case 6464:
-        return start(Convolve<T, 64, 64, Epilogue>{});
+        return start(Convolve<T, 64, 64, Operand, Epilogue>{});
       case 6432:
-        return start(Convolve<T, 64, 32, Epilogue>{});
+        return start(Convolve<T, 64, 32, Operand, Epilogue>{});
       case 6416:
-        return start(Convolve<T, 64, 16, Epilogue>{});
+        return start(Convolve<T, 64, 16, Operand, Epilogue>{});
       case 3232:
-        return start(Convolve<T, 32, 32, Epilogue>{});
+        return start(Convolve<T, 32, 32, Operand, Epilogue>{});
       default:
-        return start(Convolve<T, 32, 16, Epilogue>{});
+        return start(Convolve<T, 32, 16, Operand, Epilogue>{});
     }
   }
 }

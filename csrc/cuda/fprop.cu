@@ -1,5 +1,6 @@
 #include "conv.h"
 #include "convolution.h"
+#include "operands.h"
 #include "pack.h"
 #include "second_stage.h"
 
@@ -13,7 +14,7 @@ struct ForwardEpilogue {
   struct Params {
     const float *bias, *pre, *out_coef;
     int pre_act, out_act;
-    T* y;
+    T *y, *raw;
     bool aligned;
     float *partials, *counts;  // [N, groups, 2, co] and [N, groups]; null: no moments
   };
@@ -33,7 +34,8 @@ struct ForwardEpilogue {
     if (p.out_coef) out.load(p.out_coef + chunk.n * plan.co + chunk.channel, plan.n * plan.co, chunk.valid);
   }
 
-  FF_DEVICE void write(const Params& p, int64_t at, int valid, float (&v)[kV], State& state) const {
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const Voxel& voxel, const Chunk& chunk, float (&v)[kV],
+                       State& state) const {
 #pragma unroll
     for (int i = 0; i < kV; ++i) v[i] += bias[i];
     if (p.partials) {
@@ -43,8 +45,10 @@ struct ForwardEpilogue {
       activate(u, slope, p.pre_act);
       state.add(u);
     }
+    const int64_t at = voxel.number * plan.co + chunk.channel;
+    if (p.raw) store_four(p.raw + at, chunk.valid, p.aligned, v);
     if (p.out_coef) out.apply(v, p.out_act);
-    store_four(p.y + at, valid, p.aligned, v);
+    store_four(p.y + at, chunk.valid, p.aligned, v);
   }
 
   FF_DEVICE static void finish(const Params& p, const ConvPlan& plan, const Chunk& chunk, State& state) {
@@ -74,8 +78,8 @@ std::string forward_of(const ConvPlan& plan, const Forward& c, void* workspace, 
   float* counts = partials + plan.n * plan.groups * 2 * plan.co;
   const typename ForwardEpilogue<T>::Params epilogue{
       c.bias, c.pre, c.out_coef, c.pre ? c.pre_act : kNone, c.out_act, static_cast<T*>(c.y),
-      on_chunks<T>(c.y, plan.co), c.stats ? partials : nullptr, c.stats ? counts : nullptr};
-  failure = launch_conv<T, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
+      static_cast<T*>(c.raw), on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co), c.stats ? partials : nullptr, c.stats ? counts : nullptr};
+  failure = launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
   if (!failure.empty() || !c.stats) return failure;
   return finish_moments(partials, counts, plan.n, plan.groups, plan.co, c.stats, stream);
 }
@@ -92,6 +96,8 @@ std::string forward(const ConvPlan& plan, int storage, const Forward& call, void
       return forward_of<BFloat16>(plan, call, workspace, stream, storage);
     case kFloat16:
       return forward_of<Float16>(plan, call, workspace, stream, storage);
+    case kTensorFloat:
+      return forward_of<TensorFloat>(plan, call, workspace, stream, storage);
     default:
       return forward_of<float>(plan, call, workspace, stream, storage);
   }

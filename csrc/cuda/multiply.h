@@ -11,7 +11,8 @@ constexpr int kHalf = kTileVoxels / 2;
 template <int kN>
 constexpr int kStagingPitch = kN + 8;
 
-// On tensor cores: a warp computes 32 voxels by kN channels.
+// On tensor cores: a warp computes 32 voxels by kN channels, 32 bytes of each at a time. tf32 has the layouts of pairs
+// of 16-bit numbers; weights are rounded already.
 template <class T, int kN, int kK>
 struct Multiplier {
   static constexpr int kPitch = kK * static_cast<int>(sizeof(T));
@@ -40,10 +41,14 @@ struct Multiplier {
     const int lane = thread_index() % 32;
     const int column = lane % 8 + lane / 16 * 8, half = lane / 8 % 2 * 16;
 #pragma unroll
-    for (int k = 0; k < kK / 16; ++k) {
+    for (int k = 0; k < kPitch / 32; ++k) {
       uint32_t a[2][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) load_matrix4(a[m], slab + swizzle((row[m] + shift) * kPitch + k * 32 + lane / 16 * 16));
+      for (int m = 0; m < 2; ++m) {
+        load_matrix4(a[m], slab + swizzle((row[m] + shift) * kPitch + k * 32 + lane / 16 * 16));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = operand_word<T>(a[m][i]);
+      }
 #pragma unroll
       for (int i = 0; i < kN / 16; ++i) {
         uint32_t b[4];

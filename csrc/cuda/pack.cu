@@ -40,6 +40,7 @@ struct Pack {
       value = p.weight[channel_out * p.row_stride + channel_in * p.column_stride + d * p.strides.d + h * p.strides.h +
                        w * p.strides.w];
     }
+    if constexpr (std::is_same_v<T, TensorFloat>) value.value = bits_to_float(round_to_tf32(float_to_bits(value.value)));
     // rows of a slab lie at multiples of 1024 bytes from its beginning for every tap, so taps can be swizzled alone
     const int inside = (row * plan.bk + column) * static_cast<int>(sizeof(T));
     const int64_t tile = i - (row * plan.bk + column);
@@ -62,6 +63,7 @@ std::string pack(const ConvPlan& plan, const Weight& weight, bool backward, void
 std::string pack_weights(const ConvPlan& plan, int storage, const Weight& weight, bool backward, void* packed,
                          Stream stream) {
   // only the bits are moved
+  if (storage == kTensorFloat) return pack<TensorFloat>(plan, weight, backward, packed, stream);
   return storage == kFloat32 ? pack<float>(plan, weight, backward, packed, stream)
                              : pack<BFloat16>(plan, weight, backward, packed, stream);
 }

@@ -11,7 +11,7 @@ std::string pack_weights(const ConvPlan& plan, int storage, const Weight& weight
                          Stream stream);
 
 inline int64_t packed_bytes(const ConvPlan& plan, int storage) {
-  return (plan.packed * (storage == kFloat32 ? 4 : 2) + 255) / 256 * 256;
+  return (plan.packed * bytes_of(storage) + 255) / 256 * 256;
 }
 
 }  // namespace fastfilm::cuda

@@ -16,6 +16,7 @@ struct Variant {
   int bn, bk;
 };
 constexpr Variant kVariants[] = {{64, 64}, {64, 32}, {64, 16}, {32, 32}, {32, 16}};
+constexpr Variant kVariantsJoint[] = {{32, 16}, {32, 32}, {32, 64}};
 constexpr Variant kVariantsFloat[] = {{32, 16}, {32, 8}};
 
 // (bm, bn) of the weight's gradient.
@@ -28,7 +29,6 @@ int up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 int align(int bytes) { return up(bytes, 1024) * 1024; }
 int axis(const Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
 int& axis(Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
-int element_bytes(int storage) { return storage == kFloat32 ? 4 : 2; }
 
 Extent map(const Extent& a, const Extent& b, int (*f)(int, int)) { return {f(a.d, b.d), f(a.h, b.h), f(a.w, b.w)}; }
 
@@ -72,15 +72,13 @@ void share_out(int64_t tiles, int64_t others, int shared_bytes, const Device& de
   groups = up(tiles, each);
 }
 
-bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, const Device& device) {
-  const int chunks = v.bk * element / 16, threads_a_chunk = kConvThreads / chunks;
+bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool joint, const Device& device) {
   int voxels = 0, taps = 1, depths = 1;
   for (int c = 0; c < p.classes; ++c) {
     voxels = std::max(voxels, slab_of(tile, p.taps[c].count, p.slab_step).volume());
     taps = std::max(taps, p.taps[c].count.h * p.taps[c].count.w);
     depths = std::max(depths, p.taps[c].count.d);
   }
-  if (voxels > 32 * threads_a_chunk) return false;  // a thread remembers 32 chunks
   const int staging = kTileVoxels / 2 * (v.bn + 8) * 4;
   p.bn = v.bn;
   p.bk = v.bk;
@@ -89,10 +87,11 @@ bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, const 
   p.tile_log2 = tile;
   p.weight_bytes = taps * v.bn * v.bk * element;
   p.slab_bytes = align(std::max(voxels * v.bk * element, staging));
-  const int fixed = p.buffers * p.slab_bytes + 2 * 7 * v.bk * 4;
+  const int extra = joint ? joint_bytes(p, element) : 0, fixed = p.buffers * p.slab_bytes + 2 * 7 * v.bk * 4 + extra;
   const int64_t all = static_cast<int64_t>(p.blocks_k) * depths * p.weight_bytes;
   p.resident = fixed + all <= device.shared_bytes;
   p.slots = p.resident ? p.blocks_k * depths : 2;
+  p.extra_at = fixed - extra + p.slots * p.weight_bytes;
   p.shared_bytes = std::max(fixed + p.slots * p.weight_bytes, kScratch);
   return p.shared_bytes <= device.shared_bytes;
 }
@@ -122,11 +121,19 @@ std::string does_not_fit(const Device& device) {
 
 }  // namespace
 
+int joint_bytes(const ConvPlan& p, int element) {
+  return p.buffers * (kTileVoxels * p.bn * element + 7 * p.bn * 4) + kConvThreads * 2 * (16 / element) * 4;
+}
+
 std::string plan_conv(const ConvShape& s, Direction direction, const Device& device, ConvPlan& plan) {
-  const int element = element_bytes(s.storage);
+  const int element = bytes_of(s.storage);
   ConvPlan p{};
   p.n = s.n;
-  const bool forward = direction == Direction::kForward;
+  const bool forward = direction == Direction::kForward, joint = direction == Direction::kJoint;
+  if (joint) {
+    const bool same = s.in.d == s.out.d && s.in.h == s.out.h && s.in.w == s.out.w;
+    if (element == 4 || s.stride != 1 || !same || s.kernel.d > 1 || s.co > 64) return "not joint";
+  }
   p.ci = forward ? s.ci : s.co;
   p.co = forward ? s.co : s.ci;
   p.in = forward ? s.in : s.out;
@@ -155,12 +162,13 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
 
   bool found = false;
   for (p.buffers = 2; p.buffers > 0 && !found; p.buffers -= !found) {
-    const bool wide = s.storage == kFloat32;
-    for (int i = 0; i < (wide ? 2 : 5); ++i) {
-      const Variant& v = wide ? kVariantsFloat[i] : kVariants[i];
-      if (!wide && ((v.bn == 64) != (p.co > 32) || (v.bk > 16 && v.bk / 2 >= p.ci))) continue;
+    const bool wide = element == 4;
+    for (int i = 0; i < (joint ? 3 : wide ? 2 : 5); ++i) {
+      const Variant& v = joint ? kVariantsJoint[i] : wide ? kVariantsFloat[i] : kVariants[i];
+      if (joint && v.bk < s.co) continue;
+      if (!joint && !wide && ((v.bn == 64) != (p.co > 32) || (v.bk > 16 && v.bk / 2 >= p.ci))) continue;
       found = best_tile(p, size, s.dims, count,
-                        [&](ConvPlan& q, const Extent& tile) { return fits(q, v, tile, element, device); });
+                        [&](ConvPlan& q, const Extent& tile) { return fits(q, v, tile, element, joint, device); });
       if (found) break;
     }
   }
@@ -178,7 +186,7 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
 }
 
 std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan) {
-  const int element = element_bytes(s.storage);
+  const int element = bytes_of(s.storage);
   WgradPlan p{};
   p.n = s.n;
   p.ci = s.ci;
@@ -193,17 +201,18 @@ std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan
   const Extent count{1, s.kernel.h, s.kernel.w};  // a block takes the taps of one depth
   bool found = false;
   for (int i = 0; i < 6 && !found; ++i) {
-    const Variant& v = s.storage == kFloat32 ? kWgradFloat : kWgradVariants[i % 3];
+    const Variant& v = element == 4 ? kWgradFloat : kWgradVariants[i % 3];
     p.buffers = i < 3 ? 2 : 1;
     if (v.bk == 64 && std::max(s.ci, s.co) <= 32) continue;
     found = best_tile(p, s.out, s.dims, count, [&](WgradPlan& q, const Extent& tile) {
-      const int voxels = slab_of(tile, count, q.slab_step).volume(), chunks = v.bk * element / 16;
+      const int voxels = slab_of(tile, count, q.slab_step).volume();
       q.bm = v.bn;
       q.bn = v.bk;
       q.tile_log2 = tile;
       q.slab_bytes = align(voxels * v.bk * element);
-      q.shared_bytes = q.buffers * (q.slab_bytes + kTileVoxels * v.bn * element) + 2 * 7 * v.bk * 4;
-      return voxels <= 32 * (kConvThreads / chunks) && q.shared_bytes <= device.shared_bytes;
+      q.sums_at = q.buffers * (q.slab_bytes + kTileVoxels * v.bn * element + 7 * (v.bk + v.bn) * 4);
+      q.shared_bytes = q.sums_at + kConvThreads * 2 * (16 / element) * 4;
+      return q.shared_bytes <= device.shared_bytes;
     });
   }
   if (!found) return does_not_fit(device);

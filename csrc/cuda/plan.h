@@ -57,11 +57,14 @@ struct ConvPlan {
   int slots, weight_bytes;             // weight slabs in shared memory, and the size of one
   int buffers;                         // 2: the next slab is loaded while this one is used
   int slab_bytes, shared_bytes;
+  int extra_at;                        // kJoint: shared memory of the weight's gradient
   int groups, tiles_a_group;           // blocks of one sample and class, and the tiles each takes
   int64_t packed;                      // elements of the packed weights
 };
 
-enum class Direction { kForward, kBackward };
+// kJoint: kBackward, and the gradient at the weight from the same slabs. It takes stride 1, maps of one size, 16-bit
+// types, 2D or kernel 1, and no more output channels of the layer than a slab holds.
+enum class Direction { kForward, kBackward, kJoint };
 
 // An empty reason, or why there is no plan.
 std::string plan_conv(const ConvShape& shape, Direction direction, const Device& device, ConvPlan& plan);
@@ -75,8 +78,12 @@ struct WgradPlan {
   Extent tile_log2, tiles;
   int bm, bn, blocks_m, blocks_n;  // output and input channels
   int buffers, slab_bytes, shared_bytes;
+  int sums_at;  // in shared memory: what each thread has summed of the gradient
   int groups, tiles_a_group, slots;
 };
+
+// What a joint kernel has beside the rest: a tile of the input, its constants, and sums of the gradient.
+int joint_bytes(const ConvPlan& plan, int element);
 
 std::string plan_wgrad(const ConvShape& shape, const Device& device, WgradPlan& plan);
 

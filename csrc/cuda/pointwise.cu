@@ -148,7 +148,7 @@ struct ApplyBackward {
         unpack16<T>(dv_raw[j], dv);
         unpack16<T>(y_raw[j], y);
         affine_backward(coef, y, p.act, dv, sums);
-        store_chunk(p.dy + here.at[j], at.valid, p.aligned, dv);
+        if (p.dy) store_chunk(p.dy + here.at[j], at.valid, p.aligned, dv);
       }
     }
     merge_rows<kThreads>(sums, shared_memory(), p.groups);
@@ -343,7 +343,7 @@ std::string apply_backward(const Map& m, const void* dv, const void* y, const fl
                                           {in<T>(dv), in<T>(y), coef, static_cast<T*>(dy), workspace, m.n, m.s, m.c,
                                            w.span, w.groups, m.act, aligned<T>(m, {dv, y, dy})}));
     if (!failure.empty()) return failure;
-    return finish_coefficients(workspace, coef, m.n, w.blocks, m.c, dcoef, m.stream);
+    return finish_coefficients(workspace, m.c, coef, m.n, w.blocks, m.c, dcoef, m.stream);
   })
 }
 

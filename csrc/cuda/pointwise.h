@@ -18,7 +18,7 @@ int64_t reduction_workspace(const Map& map);
 
 // v = g * (act(a * (y - p) + b) - q) + s; v may be y.
 std::string apply(const Map& map, const void* y, const float* coef, void* v);
-// dy (may be dv) and dcoef [7, N, C].
+// dy (may be dv; null: not wanted) and dcoef [7, N, C].
 std::string apply_backward(const Map& map, const void* dv, const void* y, const float* coef, void* dy, float* dcoef,
                            float* workspace);
 // stats [2, N, C] of act(y + shift; slope); pre [2, C] holds both, or is null: of y itself.

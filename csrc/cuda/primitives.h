@@ -6,12 +6,17 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "types.h"
 
 namespace fastfilm::cuda {
 
 // Storage types; only their bits are ever held.
+// float32 in memory, multiplied as tf32.
+struct TensorFloat {
+  float value;
+};
 struct BFloat16 {
   uint16_t bits;
 };
@@ -97,6 +102,19 @@ FF_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d += a b for a 16x8 (row-major), b 8x8 (column-major), of numbers that are rounded to tf32.
+FF_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, TensorFloat) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+FF_DEVICE uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
 }
 
 FF_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -193,6 +211,14 @@ namespace fastfilm::cuda {
 
 FF_DEVICE float to_float(float v) { return v; }
 FF_DEVICE void from_float(float f, float& v) { v = f; }
+FF_DEVICE float to_float(TensorFloat v) { return v.value; }
+FF_DEVICE void from_float(float f, TensorFloat& v) { v.value = f; }
+
+// A word of an operand of multiply_add as that wants it.
+template <class T>
+FF_DEVICE uint32_t operand_word(uint32_t word) {
+  return std::is_same_v<T, TensorFloat> ? round_to_tf32(word) : word;
+}
 
 // What 16 bytes hold of a storage type.
 template <class T>
@@ -202,27 +228,25 @@ template <class T>
 FF_DEVICE void unpack16(const Word16& word, float (&v)[kLanes<T>]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    v[2 * i] = to_float(T{static_cast<uint16_t>(word.w[i])});
-    v[2 * i + 1] = to_float(T{static_cast<uint16_t>(word.w[i] >> 16)});
+    if constexpr (sizeof(T) == 4) {
+      v[i] = bits_to_float(word.w[i]);
+    } else {
+      v[2 * i] = to_float(T{static_cast<uint16_t>(word.w[i])});
+      v[2 * i + 1] = to_float(T{static_cast<uint16_t>(word.w[i] >> 16)});
+    }
   }
 }
 template <class T>
 FF_DEVICE Word16 pack16(const float (&v)[kLanes<T>]) {
   Word16 word;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) word.w[i] = pack(v[2 * i], v[2 * i + 1], T{});
-  return word;
-}
-template <>
-FF_DEVICE void unpack16<float>(const Word16& word, float (&v)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = bits_to_float(word.w[i]);
-}
-template <>
-FF_DEVICE Word16 pack16<float>(const float (&v)[4]) {
-  Word16 word;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) word.w[i] = float_to_bits(v[i]);
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      word.w[i] = float_to_bits(v[i]);
+    } else {
+      word.w[i] = pack(v[2 * i], v[2 * i + 1], T{});
+    }
+  }
   return word;
 }
 

@@ -58,7 +58,7 @@ struct FinishMoments {
 struct FinishCoefficients {
   struct Params {
     const float *partials, *coef;
-    int64_t n, slots, c;
+    int64_t n, slots, c, pitch;
     float* dcoef;
   };
   static constexpr int kThreads = cuda::kThreads, kMinBlocks = 1;
@@ -67,12 +67,12 @@ struct FinishCoefficients {
     double* scratch = reinterpret_cast<double*>(shared_memory());
     const int64_t n = block_index().y, c = static_cast<int64_t>(block_index().x) * kColumns + thread_index() % kColumns;
     const bool valid = c < p.c;
-    const float* at = p.partials + n * p.slots * kCoefSums * p.c + (valid ? c : 0);
+    const float* at = p.partials + n * p.slots * kCoefSums * p.pitch + (valid ? c : 0);
     double sums[kCoefSums];
 #pragma unroll
     for (int r = 0; r < kCoefSums; ++r) {
       sums[r] = column_sum(p.slots, scratch,
-                           [&](int64_t slot) -> double { return at[(slot * kCoefSums + r) * p.c]; });
+                           [&](int64_t slot) -> double { return at[(slot * kCoefSums + r) * p.pitch]; });
     }
     if (valid && thread_index() < kColumns) {
       const int64_t row = p.n * p.c, here = n * p.c + c;
@@ -124,10 +124,10 @@ std::string finish_moments(const float* partials, const float* counts, int64_t n
                                                           {partials, counts, n, slots, c, stats}));
 }
 
-std::string finish_coefficients(const float* partials, const float* coef, int64_t n, int slots, int64_t c,
-                                float* dcoef, Stream stream) {
+std::string finish_coefficients(const float* partials, int64_t pitch, const float* coef, int64_t n, int slots,
+                                int64_t c, float* dcoef, Stream stream) {
   return launched("finish_coefficients", launch<FinishCoefficients>(columns_grid(n, c), kScratch, stream,
-                                                                    {partials, coef, n, slots, c, dcoef}));
+                                                                    {partials, coef, n, slots, c, pitch, dcoef}));
 }
 
 std::string sum_rows(const float* partials, int64_t rows, int64_t width, int storage, void* out, Stream stream) {

@@ -1,4 +1,4 @@
-// Boxes of voxels in shared memory: a block of channels of an input map, with its pending affine applied once.
+// Boxes of voxels in shared memory, a block of channels at a time; operands.h says what is put there.
 //
 // Rows (one voxel's channels) lie densely; the 16-byte chunks of each 128 bytes are permuted, so that eight rows
 // that ldmatrix reads at once lie in different banks.
@@ -10,19 +10,6 @@
 namespace fastfilm::cuda {
 
 FF_DEVICE int swizzle(int byte) { return byte ^ (byte >> 3 & 0x70); }
-
-// A channels-last map [N, *S, channels] and what is pending on it; coef null: nothing.
-struct Source {
-  const void* x;
-  const float* coef;
-  int channels, act;
-};
-
-// One map, or two whose channels follow each other; the second's x is null if there is one only.
-struct Sources {
-  Source part[2];
-  bool aligned;  // every chunk of every part is whole and lies on 16 bytes
-};
 
 // n / d for n < 2^20 and d >= 1.
 struct Divider {
@@ -39,95 +26,64 @@ struct Slab {
 
   Extent size, map;
   int step, voxels;
-  Divider by_row, by_plane;
 
   // `size` voxels of a map, `step` apart.
   FF_DEVICE Slab(const Extent& size, const Extent& map, int step)
-      : size(size), map(map), step(step), voxels(size.volume()), by_row(size.w), by_plane(size.w * size.h) {}
+      : size(size), map(map), step(step), voxels(size.volume()) {}
 
-  // The part of the map that the chunk of this thread belongs to, and the chunk's first channel there.
-  FF_DEVICE static const Source& source(const Sources& in, int block, int& channel) {
-    channel = block * kBlock + thread_index() % kChunks * kV;
-    const bool second = in.part[1].x && channel >= in.part[0].channels;
-    if (second) channel -= in.part[0].channels;
-    return in.part[second];
+  // The first channel of this thread's chunk.
+  FF_DEVICE static int channel(int block) { return block * kBlock + thread_index() % kChunks * kV; }
+
+  // Where the chunk of voxel v lies in a slab at `at`.
+  FF_DEVICE static int place(int at, int v) { return at + swizzle(v * kPitch + thread_index() % kChunks * 16); }
+
+  // f(v, voxel of the map, whether the map has it) for this thread's voxels of the slab whose first one is `first`.
+  template <class F>
+  FF_DEVICE void each(const Extent& first, F f) const {
+    const Divider by_row(size.w), by_plane(size.w * size.h);
+#pragma unroll 1
+    for (int v = thread_index() / kChunks; v < voxels; v += kRows) {
+      const int z = by_plane(v), in_plane = v - z * size.w * size.h, y = by_row(in_plane), x = in_plane - y * size.w;
+      const Extent at{first.d + z * step, first.h + y * step, first.w + x * step};
+      const bool in_map = static_cast<unsigned>(at.d) < static_cast<unsigned>(map.d) &&
+                          static_cast<unsigned>(at.h) < static_cast<unsigned>(map.h) &&
+                          static_cast<unsigned>(at.w) < static_cast<unsigned>(map.w);
+      f(v, at, in_map);
+    }
   }
 
-  // Starts to load the slab whose first voxel is at `first`; bit i: this thread's chunk i lies inside the map.
-  FF_DEVICE uint32_t load(const Sources& in, int64_t n, const Extent& first, int block, int at) const {
-    int channel;
-    const Source& part = source(in, block, channel);
-    const int left = part.channels - channel, valid = left < 0 ? 0 : left < kV ? left : kV;
-    const T* base = static_cast<const T*>(part.x);
-    const int64_t sample = n * map.d;
-    uint32_t inside = 0;
-    int bit = 0;
-#pragma unroll 1
-    for (int v = thread_index() / kChunks; v < voxels; v += kRows, ++bit) {
-      const int z = by_plane(v), in_plane = v - z * size.w * size.h, y = by_row(in_plane), x = in_plane - y * size.w;
-      const int gz = first.d + z * step, gy = first.h + y * step, gx = first.w + x * step;
-      const bool in_map = static_cast<unsigned>(gz) < static_cast<unsigned>(map.d) &&
-                          static_cast<unsigned>(gy) < static_cast<unsigned>(map.h) &&
-                          static_cast<unsigned>(gx) < static_cast<unsigned>(map.w);
+  // Starts to copy this thread's chunks of a map [N, *map, channels], zeros where it has none.
+  FF_DEVICE void copy(const T* base, int channels, int channel, bool aligned, int64_t n, const Extent& first,
+                      int at) const {
+    const int left = channels - channel, valid = left < 0 ? 0 : left < kV ? left : kV;
+    each(first, [&](int v, const Extent& voxel, bool in_map) {
       const bool present = in_map && valid > 0;
-      const int64_t offset = (((sample + gz) * map.h + gy) * map.w + gx) * part.channels + channel;
-      const int to = at + swizzle(v * kPitch + thread_index() % kChunks * 16);
-      if (in.aligned) {
+      const int64_t offset = voxel_of(n, voxel) * channels + channel;
+      const int to = place(at, v);
+      if (aligned) {
         copy_async16(to, present ? base + offset : base, present ? 16 : 0);
       } else {
         store_shared16(to, present ? load_chunk(base + offset, valid, false) : Word16{});
       }
-      inside |= static_cast<uint32_t>(in_map) << bit;
-    }
-    return inside;
+    });
   }
 
-  // Copies the coefficients of a block of channels to shared memory; the identity where nothing is pending, and
-  // zeros, under which v = 0, for channels that do not exist.
-  FF_DEVICE static void load_coefficients(const Sources& in, int64_t n, int64_t batch, int block, int at) {
-    float* out = reinterpret_cast<float*>(shared_memory() + at);
-#pragma unroll 1
-    for (int i = thread_index(); i < kCoefRows * kBlock; i += kConvThreads) {
-      const int row = i / kBlock;
-      int channel = block * kBlock + i % kBlock;
-      const bool second = in.part[1].x && channel >= in.part[0].channels;
-      if (second) channel -= in.part[0].channels;
-      const Source& part = in.part[second];
-      float value = row == kA || row == kG ? 1.0f : 0.0f;
-      if (part.coef && channel < part.channels) value = part.coef[(row * batch + n) * part.channels + channel];
-      out[i] = channel < part.channels ? value : 0.0f;
-    }
-  }
-
-  // Applies them to the chunks that this thread has loaded. What lies outside the map stays zero: padding comes
-  // behind the affine.
-  FF_DEVICE void transform(const Sources& in, int block, uint32_t inside, int at, int coefficients) const {
-    int channel;
-    const Source& part = source(in, block, channel);
-    if (!part.coef) return;
-    const int group = thread_index() % kChunks;
-    Coefficients<kV> coef;
-#pragma unroll
-    for (int r = 0; r < kCoefRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < kV; i += 4) {
-        float four[4];
-        unpack16<float>(load_shared16(coefficients + (r * kBlock + group * kV + i) * 4), four);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) coef.row[r][i + j] = four[j];
-      }
-    }
-#pragma unroll 1
-    for (int v = thread_index() / kChunks; v < voxels; v += kRows, inside >>= 1) {
-      if (!(inside & 1)) continue;
-      const int to = at + swizzle(v * kPitch + group * 16);
-      float values[kV];
-      unpack16<T>(load_shared16(to), values);
-      coef.apply(values, part.act);
-      store_shared16(to, pack16<T>(values));
-    }
+  FF_DEVICE int64_t voxel_of(int64_t n, const Extent& at) const {
+    return ((n * map.d + at.d) * map.h + at.h) * map.w + at.w;
   }
 };
+
+// A number of each of kV channels from shared memory.
+template <int kV>
+FF_DEVICE void load_row(int at, float (&row)[kV]) {
+#pragma unroll
+  for (int i = 0; i < kV; i += 4) {
+    float four[4];
+    unpack16<float>(load_shared16(at + i * 4), four);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) row[i + j] = four[j];
+  }
+}
 
 // Row m of a tile as a box coordinate.
 FF_DEVICE Extent tile_voxel(const Extent& tile_log2, int m) {
@@ -149,18 +105,6 @@ FF_DEVICE Extent tile_origin(const Extent& tiles, const Extent& tile_log2, int t
 template <class T>
 bool on_chunks(const void* map, int channels) {
   return channels % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(map) % 16 == 0;
-}
-
-template <class T>
-Sources sources_of(const Input (&inputs)[2]) {
-  Sources in{};
-  in.aligned = true;
-  for (int i = 0; i < 2; ++i) {
-    const Input& from = inputs[i];
-    in.part[i] = {from.x, from.coef, from.channels, from.coef ? from.act : kNone};
-    if (from.x) in.aligned = in.aligned && on_chunks<T>(from.x, from.channels);
-  }
-  return in;
 }
 
 }  // namespace fastfilm::cuda

@@ -7,7 +7,10 @@
 namespace fastfilm::cuda {
 
 // Codes of the storage types, as in the CPU extension (where 1 is float64).
-enum Storage { kFloat32 = 0, kBFloat16 = 2, kFloat16 = 3 };
+// The last is float32 whose products are rounded to ten bits behind the point: convolutions only, no type of a map.
+enum Storage { kFloat32 = 0, kBFloat16 = 2, kFloat16 = 3, kTensorFloat = 4 };
+
+inline int bytes_of(int storage) { return storage == kFloat32 || storage == kTensorFloat ? 4 : 2; }
 
 enum Activation { kNone, kReLU, kLeakyReLU, kELU, kSiLU, kGELU, kGELUTanh, kActivations };
 

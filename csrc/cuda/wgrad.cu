@@ -1,6 +1,6 @@
 #include "convolution.h"
+#include "operands.h"
 #include "second_stage.h"
-#include "slab.h"
 
 namespace fastfilm::cuda {
 namespace {
@@ -12,7 +12,8 @@ constexpr int kMaxTaps = 9;  // of one depth
 template <class T, int kM, int kN>
 struct Products {
   static constexpr int kWarpsM = kM / 32, kWarpsN = kN / 16, kShares = kConvThreads / 32 / (kWarpsM * kWarpsN);
-  static constexpr int kPitchE = kM * 2, kPitchX = kN * 2;
+  static constexpr int kSize = static_cast<int>(sizeof(T)), kPitchE = kM * kSize, kPitchX = kN * kSize;
+  static constexpr int kStep = 32 / kSize;  // voxels that are multiplied at a time
 
   float sum[kMaxTaps][2][2][4];
 
@@ -26,23 +27,47 @@ struct Products {
 
   FF_DEVICE void add(const WgradPlan& plan, const Extent& slab, int e, int x) {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int m0 = warp % kWarpsM * 64, n0 = warp / kWarpsM % kWarpsN * 32;  // bytes
+    const int m0 = warp % kWarpsM * 32 * kSize, n0 = warp / kWarpsM % kWarpsN * 16 * kSize;  // bytes
 #pragma unroll 1
-    for (int first = share() * 16; first < kTileVoxels; first += kShares * 16) {
+    for (int first = share() * kStep; first < kTileVoxels; first += kShares * kStep) {
       uint32_t a[2][4];
-      const int voxel = first + lane / 16 * 8 + lane % 8;
+      const auto row_of = [&](int voxel) {
+        const Extent v = tile_voxel(plan.tile_log2, voxel);
+        return (v.d * plan.slab_step * slab.h + v.h * plan.slab_step) * slab.w + v.w * plan.slab_step;
+      };
+      int rows[2];
+      if constexpr (kSize == 2) {
+        const int voxel = first + lane / 16 * 8 + lane % 8;
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        load_matrix4_transposed(a[m], e + swizzle(voxel * kPitchE + m0 + m * 32 + lane / 8 % 2 * 16));
+        for (int m = 0; m < 2; ++m) {
+          load_matrix4_transposed(a[m], e + swizzle(voxel * kPitchE + m0 + m * 32 + lane / 8 % 2 * 16));
+        }
+        rows[0] = row_of(first + lane % 16);
+      } else {
+        // ldmatrix transposes 16-bit numbers only
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int voxel = first + lane % 4 + i / 2 * 4, channel = m * 16 + lane / 4 + i % 2 * 8;
+            a[m][i] = load_word(e + swizzle(voxel * kPitchE + m0 + channel * kSize));
+          }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) rows[i] = row_of(first + lane % 4 + i * 4);
       }
-      const Extent v = tile_voxel(plan.tile_log2, first + lane % 16);
-      const int row = (v.d * plan.slab_step * slab.h + v.h * plan.slab_step) * slab.w + v.w * plan.slab_step;
 #pragma unroll
       for (int t = 0; t < kMaxTaps; ++t) {
         if (t >= plan.kernel.h * plan.kernel.w) break;
         const int shift = plan.kernel.w == 1 ? 0 : t / 3 * slab.w + t % 3;
         uint32_t b[4];
-        load_matrix4_transposed(b, x + swizzle((row + shift) * kPitchX + n0 + lane / 16 * 16));
+        if constexpr (kSize == 2) {
+          load_matrix4_transposed(b, x + swizzle((rows[0] + shift) * kPitchX + n0 + lane / 16 * 16));
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            b[i] = load_word(x + swizzle((rows[i % 2] + shift) * kPitchX + n0 + (i / 2 * 8 + lane / 4) * kSize));
+          }
+        }
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           multiply_add(sum[t][m][0], a[m], b[0], b[1], T{});
@@ -50,6 +75,9 @@ struct Products {
         }
       }
     }
+  }
+  FF_DEVICE static uint32_t load_word(int at) {
+    return operand_word<T>(*reinterpret_cast<const uint32_t*>(shared_memory() + at));
   }
 
   // f(tap, row, column, value) for every product of this thread.
@@ -113,10 +141,15 @@ template <class T, int kM, int kN>
 struct Wgrad {
   struct Params {
     WgradPlan plan;
-    Sources in, e;
+    Sources in;
+    Gradients e;
     float* partials;  // [slots, co, taps, ci]
+    float* sums;      // [groups, 2, co] of the gradient; null: not wanted
   };
   static constexpr int kThreads = kConvThreads, kMinBlocks = 1;
+  using Input = BasicActivated<T, kN, true>;
+  using Output = BasicRawGradient<T, kM, true>;
+  using State = typename Output::State;
 
   static FF_DEVICE void run(const Params& p) {
     const WgradPlan& plan = p.plan;
@@ -131,48 +164,66 @@ struct Wgrad {
     const Slab<T, kN> slab(size, plan.in, plan.load_step);
     const Slab<T, kM> gradient(tile_size, plan.out, 1);
     const int slabs = plan.buffers * kTileVoxels * gradient.kPitch, coefs = slabs + plan.buffers * plan.slab_bytes;
-    const bool pending = p.in.part[0].coef || p.in.part[1].coef;
+    const int constants = coefs + plan.buffers * slab.kCoefBytes;
+    const bool pending = Input::pending(p.in), raw = Output::pending(p.e);
+    // one block sums each channel of the gradient
+    const bool summing = p.sums && block_n == 0 && depth == 0;
+    State* held = reinterpret_cast<State*>(shared_memory() + plan.sums_at);
+    if (summing) held[thread_index()].clear();
     const int in_step = plan.slab_step * plan.load_step;
+    const auto origin = [&](int tile) { return tile_origin(plan.tiles, plan.tile_log2, tile % tiles); };
+    const auto start = [&](const Extent& at) -> Extent {
+      return {at.d * in_step + plan.base.d + depth, at.h * in_step + plan.base.h, at.w * in_step + plan.base.w};
+    };
 
     const auto load = [&](int tile, int buffer) {
       const int64_t n = tile / tiles;
-      const Extent at = tile_origin(plan.tiles, plan.tile_log2, tile % tiles);
-      const Extent from{at.d * in_step + plan.base.d + depth, at.h * in_step + plan.base.h,
-                        at.w * in_step + plan.base.w};
-      gradient.load(p.e, n, at, block_m, buffer * kTileVoxels * gradient.kPitch);
-      if (pending) slab.load_coefficients(p.in, n, plan.n, block_n, coefs + buffer * slab.kCoefBytes);
-      return slab.load(p.in, n, from, block_n, slabs + buffer * plan.slab_bytes);
+      const Extent at = origin(tile);
+      Output::load(gradient, p.e, n, at, block_m, buffer * kTileVoxels * gradient.kPitch);
+      if (raw) Output::load_constants(p.e, n, plan.n, block_m, constants + buffer * gradient.kCoefBytes);
+      if (pending) Input::load_constants(p.in, n, plan.n, block_n, coefs + buffer * slab.kCoefBytes);
+      Input::load(slab, p.in, n, start(at), block_n, slabs + buffer * plan.slab_bytes);
     };
 
     const bool ahead = plan.buffers == 2;
     Products<T, kM, kN> products;
     products.clear();
     int buffer = 0;
-    uint32_t inside = 0, next_inside = 0;
-    if (ahead) next_inside = load(first, 0);
+    if (ahead) load(first, 0);
     commit_copies();
     barrier();
 #pragma unroll 1
     for (int tile = first; tile < last; ++tile) {
       if (ahead) {
-        inside = next_inside;
-        if (tile + 1 < last) next_inside = load(tile + 1, buffer ^ 1);
+        if (tile + 1 < last) load(tile + 1, buffer ^ 1);
         commit_copies();
         wait_copies<1>();
       } else {
-        inside = load(tile, 0);
+        load(tile, 0);
         commit_copies();
         wait_copies<0>();
         barrier();
       }
       const int at = slabs + buffer * plan.slab_bytes;
-      if (pending) slab.transform(p.in, block_n, inside, at, coefs + buffer * slab.kCoefBytes);
+      const Extent here = origin(tile);
+      if (pending) {
+        Input::transform(slab, p.in, tile / tiles, start(here), block_n, at, coefs + buffer * slab.kCoefBytes);
+      }
+      if (raw || summing) {
+        State* state = summing ? &held[thread_index()] : nullptr;
+        Output::run(gradient, p.e, tile / tiles, here, block_m, buffer * kTileVoxels * gradient.kPitch,
+                    constants + buffer * gradient.kCoefBytes,
+                    [&](const Extent&, int w, const float(&e)[Output::kW], const float(&slope)[Output::kW]) {
+                      if (state) Output::add_to(*state, w, e, slope);
+                    });
+      }
       barrier();
       products.add(plan, size, buffer * kTileVoxels * gradient.kPitch, at);
       barrier();
       if (ahead) buffer ^= 1;
     }
     wait_copies<0>();
+    if (summing) Output::write_sums(held, p.sums + block.x * 2LL * plan.co, block_m, plan.co);
 
     const int taps = plan.kernel.h * plan.kernel.w;
     const int64_t slot = static_cast<int64_t>(block.x) * products.kShares + products.share();
@@ -190,12 +241,13 @@ template <class T>
 std::string weight_gradient_of(const WgradPlan& plan, int storage, const WeightGradient& c, void* workspace,
                                Stream stream) {
   float* partials = static_cast<float*>(workspace);
+  const int64_t width = static_cast<int64_t>(plan.co) * plan.kernel.volume() * plan.ci;
+  float* sums = c.dpre ? partials + plan.slots * width : nullptr;
   const Sources in = sources_of<T>(c.inputs);
-  const Input gradient[2] = {{c.e, nullptr, plan.co, kNone}, {}};
-  const Sources e = sources_of<T>(gradient);
+  const Gradients e = gradients_of<T>(c.gradient, plan.co, plan.out);
   const Grid grid{plan.groups, plan.blocks_m * plan.blocks_n, plan.kernel.d};
   const auto start = [&](auto kernel) {
-    return launched("wgrad", launch<decltype(kernel)>(grid, plan.shared_bytes, stream, {plan, in, e, partials}));
+    return launched("wgrad", launch<decltype(kernel)>(grid, plan.shared_bytes, stream, {plan, in, e, partials, sums}));
   };
   std::string failure;
   if constexpr (sizeof(T) == 4) {
@@ -206,14 +258,16 @@ std::string weight_gradient_of(const WgradPlan& plan, int storage, const WeightG
                               : start(Wgrad<T, 64, 16>{});
   }
   if (!failure.empty()) return failure;
-  const int64_t width = static_cast<int64_t>(plan.co) * plan.kernel.volume() * plan.ci;
-  return sum_rows(partials, plan.slots, width, storage, c.dweight, stream);
+  failure = sum_rows(partials, plan.slots, width, storage, c.dweight, stream);
+  if (!failure.empty() || !sums) return failure;
+  return sum_rows(sums, plan.groups, 2 * plan.co, kFloat32, c.dpre, stream);
 }
 
 }  // namespace
 
 int64_t weight_gradient_workspace(const WgradPlan& plan) {
-  return static_cast<int64_t>(plan.slots) * plan.co * plan.kernel.volume() * plan.ci * 4;
+  return static_cast<int64_t>(plan.slots) * plan.co * plan.kernel.volume() * plan.ci * 4 +
+         static_cast<int64_t>(plan.groups) * 2 * plan.co * 4;
 }
 
 std::string weight_gradient(const WgradPlan& plan, int storage, const WeightGradient& call, void* workspace,
@@ -223,6 +277,8 @@ std::string weight_gradient(const WgradPlan& plan, int storage, const WeightGrad
       return weight_gradient_of<BFloat16>(plan, storage, call, workspace, stream);
     case kFloat16:
       return weight_gradient_of<Float16>(plan, storage, call, workspace, stream);
+    case kTensorFloat:
+      return weight_gradient_of<TensorFloat>(plan, storage, call, workspace, stream);
     default:
       return weight_gradient_of<float>(plan, storage, call, workspace, stream);
   }

@@ -357,6 +357,42 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   for (int e = 0; e < 4; ++e) d[e] += w.sums[lane][e];
 }
 
+void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const int lane = block->current % kWarp;
+  Rendezvous& w = warp();
+  for (int i = 0; i < 4; ++i) w.in[lane][i] = a[i];
+  w.in[lane][4] = b0;
+  w.in[lane][5] = b1;
+  meet([](Rendezvous& all) {
+    float a8[16][8], b8[8][8];
+    for (int i = 0; i < kWarp; ++i) {
+      for (int r = 0; r < 6; ++r) {
+        const uint32_t bits = all.in[i][r] & ~0x1fffu;
+        float v;
+        std::memcpy(&v, &bits, 4);
+        if (r < 4) {
+          a8[i / 4 + r % 2 * 8][i % 4 + r / 2 * 4] = v;
+        } else {
+          b8[i % 4 + (r - 4) * 4][i / 4] = v;
+        }
+      }
+    }
+    for (int i = 0; i < kWarp; ++i) {
+      for (int e = 0; e < 4; ++e) {
+        float sum = 0;
+        for (int k = 0; k < 8; ++k) sum += a8[i / 4 + e / 2 * 8][k] * b8[k][i % 4 * 2 + e % 2];
+        all.sums[i][e] = sum;
+      }
+    }
+  });
+  for (int e = 0; e < 4; ++e) d[e] += w.sums[lane][e];
+}
+
+uint32_t round_to_tf32(uint32_t bits) {
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return finite ? (bits + 0x1000u) & ~0x1fffu : bits;
+}
+
 float widen_bfloat16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float f;

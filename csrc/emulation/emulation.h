@@ -50,6 +50,9 @@ void wait_copies(int pending);
 void load_matrix4(uint32_t (&r)[4], int row);
 void load_matrix4_transposed(uint32_t (&r)[4], int row);
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t));
+// Of float32 whose lower thirteen bits are ignored.
+void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+uint32_t round_to_tf32(uint32_t bits);
 
 float widen_bfloat16(uint16_t bits);
 float widen_float16(uint16_t bits);
@@ -74,6 +77,10 @@ inline void wait_copies() {
   emulated::wait_copies(kPending);
 }
 
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, TensorFloat) {
+  emulated::multiply_add_tf32(d, a, b0, b1);
+}
+inline uint32_t round_to_tf32(uint32_t bits) { return emulated::round_to_tf32(bits); }
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
   emulated::multiply_add(d, a, b0, b1, emulated::widen_bfloat16);
 }

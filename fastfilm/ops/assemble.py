@@ -18,17 +18,22 @@ from torch import Tensor
 
 from . import conv, higher, reference, spec, views
 from .backends import BACKENDS, forced
+from .forks import Ledger
 from .library import recalling
 from .views import View
 
 
 class Source(NamedTuple):
-    """One channel range: a raw map [N, C, *S], what is pending on it (None: nothing) and its view."""
+    """One channel range: a raw map [N, C, *S], what is pending on it (None: nothing) and its view.
+
+    ``ledger``: what is known of the gradients of the map's other consumers, where it has some.
+    """
 
     raw: Tensor
     coef: Tensor | None
     act: str
     view: View | None
+    ledger: Ledger | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -129,7 +134,8 @@ def _view_backward(dv: Tensor, at: int, s: Source, kernels: ModuleType, alone: b
     return spec.channels_last(du).clone() if du._is_view() else spec.channels_last(du)
 
 
-def _sources(static: _Static, tensors: Sequence[Tensor | None]) -> list[Source]:
+def sources_of(static: _Static, tensors: Sequence[Tensor | None]) -> list[Source]:
+    """Sources from (act, view) of each, and from their raw maps followed by their coefficients."""
     raws, coefs = tensors[: len(static)], tensors[len(static) :]
     return [
         Source(raw, coef, act, view)  # type: ignore[arg-type]
@@ -146,7 +152,7 @@ class _Assembled(torch.autograd.Function):
     def forward(ctx: Any, kernels: ModuleType, static: _Static, *tensors: Tensor | None) -> Tensor:
         ctx.kernels, ctx.static, ctx.forced = kernels, static, forced()[:2]
         ctx.save_for_backward(*tensors)
-        return write(_sources(static, tensors), kernels)
+        return write(sources_of(static, tensors), kernels)
 
     @staticmethod
     @recalling
@@ -155,9 +161,9 @@ class _Assembled(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         wanted = [a or b for a, b in zip(needs[: len(static)], needs[len(static) :], strict=True)]
         if torch.is_grad_enabled():
-            found = higher.pull(lambda *given: _defined(static, given), ctx.saved_tensors, dv)
+            found = higher.pull(lambda *given: defined(static, given), ctx.saved_tensors, dv)
             return None, None, *found
-        sources = _sources(static, ctx.saved_tensors)
+        sources = sources_of(static, ctx.saved_tensors)
         if len(static) == 1 and static[0][1] is None:
             dv = dv.clone(memory_format=spec.channels_last_format(dv.dim()))
         grads = write_backward(spec.channels_last(dv), sources, ctx.kernels, wanted)
@@ -177,7 +183,7 @@ class _Convolved(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         pre_act, geometry, moments, plan = how
         kernels = BACKENDS[plan.split("/")[0]].kernels()
-        v = write(_sources(static, tensors), kernels, passing=True)
+        v = write(sources_of(static, tensors), kernels, passing=True)
         y, stats = conv.conv_fwd(
             v,
             weight,
@@ -203,12 +209,12 @@ class _Convolved(torch.autograd.Function):
         pre_act, geometry, _, plan = ctx.how
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return None, None, *_convolved_gradients(ctx, dy, dstats)
+            return None, None, *convolved_gradients(ctx, dy, dstats)
         wanted = [
             a or b
             for a, b in zip(needs[5 : 5 + len(static)], needs[5 + len(static) :], strict=True)
         ]
-        sources = _sources(static, tensors)
+        sources = sources_of(static, tensors)
         v = write(sources, ctx.kernels, passing=True)
         dv, dweight, _, dpre = conv.conv_bwd(
             dy,
@@ -243,17 +249,17 @@ class _Convolved(torch.autograd.Function):
         )
 
 
-def _defined(static: _Static, tensors: Sequence[Tensor | None]) -> Tensor:
+def defined(static: _Static, tensors: Sequence[Tensor | None]) -> Tensor:
     """``write`` in differentiable PyTorch."""
     parts = []
-    for s in _sources(static, tensors):
+    for s in sources_of(static, tensors):
         u = s.raw if s.coef is None else reference.materialise(s.raw, s.coef, s.act)
         parts.append(views.seen(u, s.view))
     return torch.cat(parts, 1)
 
 
-def _convolved_gradients(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of ``_Convolved`` at its tensors, differentiable themselves."""
+def convolved_gradients(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of a convolution of sources at its tensors, differentiable themselves."""
     weight, pre, y, _, *tensors = ctx.saved_tensors
     pre_act, geometry, _, _ = ctx.how
     e, dpre = dy, None
@@ -261,7 +267,7 @@ def _convolved_gradients(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor |
         e, dpre = higher.after_moments(dy, dstats, y, pre, pre_act)
 
     def forward(weight: Tensor, *tensors: Tensor | None) -> Tensor:
-        v = _defined(ctx.static, tensors)
+        v = defined(ctx.static, tensors)
         return reference.convolution(v, weight, None, *geometry)
 
     dweight, *found = higher.pull(forward, (weight, *tensors), e)

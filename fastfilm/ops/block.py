@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import assemble, backends, conv, pointwise, recipe, reference
+from . import assemble, backends, conv, pointwise, prologue, recipe, reference
 from .assemble import Source
 from .library import direct
 from .maps import DeferredMap, Joined, Map, layout_of, readable
@@ -79,9 +79,14 @@ def run(
 
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
     finish = how.composed and not torch.is_grad_enabled() and deferred != "always"
-    coef, x_act = None, "none"
+    coef, x_act, convolved = None, "none", assemble.convolved
+    if sources is None and not how.composed and direct(raw) and prologue.kernels_of(plan):
+        coef, x_act = (x.coef, x.act) if isinstance(x, DeferredMap) else (None, "none")
+        sources = [Source(raw, coef, x_act, None)]
     if sources is not None:
-        if not torch.is_grad_enabled():
+        if prologue.covers(sources, plan):
+            convolved = prologue.convolved
+        elif not torch.is_grad_enabled():
             raw, sources = assemble.assembled(sources, plan, passing=True), None
     elif isinstance(x, DeferredMap):
         if finish and direct(raw):
@@ -89,6 +94,11 @@ def run(
             raw = x.tensor().to(raw.dtype)
         elif x.coef is not None:
             coef, x_act = x.coef, x.act
+    if convolved is prologue.convolved and kind.norm == "none" and _plain(kind.activation, tensors):
+        # nothing is pending behind a convolution that adds its bias itself
+        assert sources is not None
+        y, _ = convolved(sources, weight, bias, None, "none", geometry, False, plan)
+        return DeferredMap(y, None, "none", plan) if deferred else y
     added, whole_bias = None, bias
     if bias is not None and (kind.activation_first or kind.norm == "none"):
         # added before the raw map is rounded, where a sum near 0 must keep its sign
@@ -105,7 +115,7 @@ def run(
     if kind.uses_input:
         pre = tail.pre(bias, raw, biased=added is not None)
         if sources is not None:
-            y, stats = assemble.convolved(
+            y, stats = convolved(
                 sources, weight, added, pre, kind.pre_activation, geometry, True, plan
             )
         else:
@@ -122,8 +132,16 @@ def run(
                 (whole_bias, *tensors),
                 lambda: tail.coefficients(raw, bias, None, kernels),
             )
+        if convolved is prologue.convolved and not deferred and kind.activation == "none":
+            assert sources is not None
+            return prologue.finished(sources, weight, added, out_coef, "none", geometry, plan)
         flat = () if sources is None else (*(s.raw for s in sources), *(s.coef for s in sources))
         if (not deferred or finish) and not _needs_grad(raw, weight, coef, out_coef, *flat):
+            if convolved is prologue.convolved:
+                assert sources is not None
+                return prologue.finished(
+                    sources, weight, added, out_coef, kind.activation, geometry, plan
+                )
             if sources is not None:
                 raw = assemble.assembled(sources, plan)
             finishing = (added, coef, x_act, out_coef, kind.activation, *geometry, plan)
@@ -131,7 +149,7 @@ def run(
                 remembered.keep(raw, *asked, lambda x: conv.conv_apply(x, weight, *finishing))
             return conv.finished(raw, weight, *finishing)
         if sources is not None:
-            y, _ = assemble.convolved(sources, weight, added, None, "none", geometry, False, plan)
+            y, _ = convolved(sources, weight, added, None, "none", geometry, False, plan)
         else:
             y, _ = conv.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
     if finish:
@@ -197,6 +215,11 @@ def _recipe(
 def _forms(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
     """What of some tensors decides how they are served."""
     return tuple([(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors])
+
+
+def _plain(activation: str, tensors: TailTensors) -> bool:
+    """Whether neither FiLM nor dropout nor an activation is asked for."""
+    return activation == "none" and all(t is None for t in tensors[4:7])
 
 
 def _identity(v: Tensor) -> DeferredMap:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import assemble, pointwise, recipe, reference, spec, views
+from . import assemble, pointwise, prologue, recipe, reference, spec, views
 from .assemble import Source
+from .forks import Fork
 from .library import direct
 from .views import View
 
@@ -97,9 +98,19 @@ class DeferredMap(_Lazy):
     """
 
     def __init__(
-        self, raw: Tensor, coef: Tensor | None, act: str, plan: str, view: View | None = None
+        self,
+        raw: Tensor,
+        coef: Tensor | None,
+        act: str,
+        plan: str,
+        view: View | None = None,
+        fork: Fork | None = None,
     ) -> None:
         self.raw, self.coef, self.act, self.plan, self.view = raw, coef, act, plan, view
+        # of consumers that read the map beside others, where their kernels can add up its gradient
+        self._fork = fork
+        if fork is None and prologue.kernels_of(plan) is not None:
+            self._fork = Fork(raw)
 
     @property
     def shape(self) -> torch.Size:
@@ -119,8 +130,9 @@ class DeferredMap(_Lazy):
         return self.raw.device
 
     def sources(self) -> list[Source]:
-        """What a consumer reads."""
-        return [Source(self.raw, self.coef, self.act, self.view)]
+        """What a consumer reads; a consumer of its own each time."""
+        raw, ledger = (self.raw, None) if self._fork is None else self._fork.branch()
+        return [Source(raw, self.coef, self.act, self.view, ledger)]
 
     def _write(self) -> Tensor:
         if self.coef is None:
@@ -140,7 +152,7 @@ class DeferredMap(_Lazy):
             return None
         if self._tensor is not None or not views.covered(view, size):
             return None
-        return DeferredMap(self.raw, self.coef, self.act, self.plan, view)
+        return DeferredMap(self.raw, self.coef, self.act, self.plan, view, self._fork)
 
     def __repr__(self) -> str:
         return f"DeferredMap({tuple(self.shape)}, {self.dtype}, act={self.act!r}, view={self.view})"
@@ -180,8 +192,9 @@ class Joined(_Lazy):
         return found
 
     def _write(self) -> Tensor:
-        if direct(self.sources()[0].raw):
-            return assemble.assembled(self.sources(), self.plan)
+        sources = self.sources()
+        if direct(sources[0].raw):
+            return assemble.assembled(sources, self.plan)
         return torch.cat([p.tensor() if isinstance(p, DeferredMap) else p for p in self.parts], 1)
 
     def __repr__(self) -> str:

@@ -131,7 +131,9 @@ class _Watched:
         return call
 
     def _launch(self, name: str, args: Any, options: Any, result: Any) -> Launch:
-        read = [t for t in (*args, *options.values()) if is_map(t)]
+        maps = [t for t in tree_leaves((args, options)) if is_map(t)]
+        # one kernel may be told of a map twice
+        read = list({(t.data_ptr(), t.shape): t for t in maps}.values())
         written = [t for t in tree_leaves(result) if is_map(t)]
         if not name.startswith("gather"):
             return Launch(self._owner, name, len(read), len(written), _size([*read, *written]))

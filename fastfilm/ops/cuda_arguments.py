@@ -1,0 +1,73 @@
+"""What the launchers of the CUDA kernels share: checks of maps and numbers, codes, addresses, streams."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {
+    "none": 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "prelu": 2,
+    "elu": 3,
+    "silu": 4,
+    "gelu": 5,
+    "gelu_tanh": 6,
+}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def feature_map(name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
+    """``t`` [N, C, *S], checked: its type, its layout and, with ``like``, that map's shape and type."""
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {t.dtype}")
+    if t.dim() not in FORMATS:
+        raise ValueError(f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {tuple(t.shape)}")
+    if not t.is_contiguous(memory_format=FORMATS[t.dim()]):
+        raise ValueError(
+            f"{name} must be dense in channels-last order, got shape {tuple(t.shape)} with strides {t.stride()}"
+        )
+    if like is not None and (t.shape != like.shape or t.dtype != like.dtype):
+        raise ValueError(
+            f"{name} must be {tuple(like.shape)} of {like.dtype}, got {tuple(t.shape)} of {t.dtype}"
+        )
+    return t
+
+
+def numbers(name: str, t: Tensor, *shape: int) -> Tensor:
+    """``t`` float32 and contiguous; ValueError unless it has ``shape``."""
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    return t.float().contiguous()
+
+
+def code(act: str) -> int:
+    """An activation's number; ValueError for an unknown one."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    return ACTIVATIONS[act]
+
+
+def stream_of(t: Tensor) -> int:
+    """Handle of the current stream of the tensor's GPU."""
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one for a launch."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def empty_map(y: Tensor) -> Tensor:
+    """Uninitialised, of y's shape and type, channels-last."""
+    return torch.empty_like(y, memory_format=FORMATS[y.dim()])
+
+
+def address(t: Tensor | None) -> int:
+    """Of the first element; 0 for None."""
+    return 0 if t is None else t.data_ptr()

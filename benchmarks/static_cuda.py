@@ -23,13 +23,19 @@ DEVICES = {80: (80, 108, SHARED_LIMIT[80]), 90: (90, 132, SHARED_LIMIT[90])}
 
 MOST_TRAFFIC = 1.35
 THREADS = 256
-TYPES = {"f": "fp32", "NS0_8BFloat16E": "bf16", "NS0_7Float16E": "fp16"}
-CODES = {"fp32": 0, "bf16": 2, "fp16": 3}
-KERNELS = {"forward": "fprop", "backward": "dgrad", "weight": "wgrad"}
+TYPES = {
+    "f": "fp32",
+    "NS0_11TensorFloatE": "tf32",
+    "NS0_8BFloat16E": "bf16",
+    "NS0_7Float16E": "fp16",
+}
+CODES = {"fp32": 0, "tf32": 0, "bf16": 2, "fp16": 3}
+KERNELS = {"forward": "fprop", "backward": "dgrad", "weight": "wgrad", "joint": "joint"}
 
 LAYERS = (
     # (dims, ci, co, kernel, stride): one for each compiled tile at least
     (2, 64, 64, 3, 1),
+    (2, 32, 16, 3, 1),
     (2, 32, 32, 3, 1),
     (2, 8, 32, 3, 1),
     (2, 8, 64, 3, 1),
@@ -53,10 +59,11 @@ def _tool() -> str:
 
 def _name(mangled: str) -> tuple[str, str, tuple[int, int] | None]:
     """Kernel, type and tile of a mangled name."""
-    kind = r"(f|NS0_8BFloat16E|NS0_7Float16E)"
+    kind = r"(f|NS0_8BFloat16E|NS0_7Float16E|NS0_11TensorFloatE)"
     found = re.search(rf"(Convolve|Wgrad)I{kind}Li(\d+)ELi(\d+)E", mangled)
     if found is not None:
         kernel = "wgrad" if found[1] == "Wgrad" else "dgrad" if "Backward" in mangled else "fprop"
+        kernel = "joint" if "WeightCompanion" in mangled else kernel
         return kernel, TYPES[found[2]], (int(found[3]), int(found[4]))
     found = re.search(rf"\d+([A-Z][A-Za-z]+)I{kind}E", mangled)
     if found is not None:
@@ -102,13 +109,15 @@ def _layouts(arch: int) -> tuple[dict[tuple[str, str, tuple[int, int]], int], di
             padding = (0, k // 2, k // 2) if dims == 2 else (k // 2,) * 3
             out = tuple(n if n == 1 else n // s for n in size)
             shape = (code, dims, 16, ci, co, size, out, kernel, padding, s, DEVICES[arch])
-            conv = module.Convolution(*shape)
+            conv = module.Convolution(*shape, dtype == "tf32")
             for kind, name in KERNELS.items():
+                if kind == "joint" and not conv.has_joint():
+                    continue
                 facts = conv.facts(kind)
                 key = (name, dtype, facts["channels"])
                 shared[key] = max(shared.get(key, 0), facts["shared_bytes"])
                 if (dims, ci, co, k, s) == LAYERS[0] and kind == "forward":
-                    bytes_an_element = 4 if dtype == "fp32" else 2
+                    bytes_an_element = 4 if code == 0 else 2
                     traffic[dtype] = facts["bytes_an_output"] / (2 * bytes_an_element)
     return shared, traffic
 

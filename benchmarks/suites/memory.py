@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fastfilm
 from fastfilm.ops import traffic
 
-from .. import providers
+from .. import emulated_passes, emulation, providers
 from ..eager import DoubleConv, FilmForm
 from ..harness import peak_bytes, tensor_peak_bytes
 from ..networks import NETWORKS, Network
@@ -134,6 +137,34 @@ def _counted(net: nn.Module, image: Tensor, rows: Tensor, convolutions: int) -> 
     return found
 
 
+MOST_PASSES = {"forward": 2.3, "backward": 7.5}
+"""Maps that the CUDA kernels may move a convolution."""
+
+
+def emulated(session: Session, case: Case) -> None:
+    """A row for the CUDA kernels on the host, where a compiler is: which kernels run, and what they move."""
+    name = "fastfilm-cuda-emulated"
+    if (
+        bounded(session)
+        or emulation.compiler() is None
+        or importlib.util.find_spec("triton") is None
+    ):
+        session.skip(case, name, "needs a C++ compiler, Triton and a run without an end in time")
+        return
+    session.say("memory: building the CUDA kernels for the host")
+    with tempfile.TemporaryDirectory() as folder:
+        found = emulated_passes.counted(Path(folder))
+    text = " + ".join(f"{found[mode]['passes']:.2f}" for mode in MOST_PASSES)
+    row = session.row(case, name, note=f"{text} passes a convolution, bfloat16")
+    for mode, counts in found.items():
+        row.extra |= {f"{mode}_{what}": value for what, value in counts.items()}
+    over = [m for m, most in MOST_PASSES.items() if not found[m]["passes"] <= most]
+    if over:
+        row.status = FAILED
+        row.note = f"{row.note}; at most {MOST_PASSES} allowed"
+    session.record.add(row)
+
+
 def count(session: Session, limit: Limit) -> None:
     """One forward pass of each form, float32, with saved-tensor hooks."""
     torch.manual_seed(0)
@@ -186,3 +217,5 @@ def count(session: Session, limit: Limit) -> None:
         session.record.add(row)
     for name, reason in missing:
         session.skip(case, f"fastfilm-{name}", reason)
+    if limit is LIMITS[0]:
+        emulated(session, case)

@@ -111,8 +111,9 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
     The golden arrays are float32 results with errors of their own. In the 3D network whose lowest level
     has four voxels they reach 3e-5 of the norm, 7e-5 without oneDNN, and one unit in the last place of the
     weights can move a gradient by 3e-3. A backend that rounds otherwise is therefore held to 1.5 times
-    PyTorch's own error against float64 wherever that is more; the reference, which runs the same PyTorch
-    kernels, is not.
+    PyTorch's own error against float64 wherever that is more. The reference is PyTorch, whose kernels differ
+    from one CPU to another (3 times the error on one with AMX): it must not be another function, which
+    ``test_float64_is_as_near_as_the_golden_arrays_are_exact`` sees more sharply.
     """
     data = golden(name)
     if backend == "triton" and name != "filmed_unet_2d_depth2" and "unet" in name and not SLOW:
@@ -121,13 +122,13 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
         found = run(data, torch.float32)
     names = [k for k in data if k in ("eval_output", "train_output") or k.startswith("grad")]
     assert found.keys() == set(names)
-    runs = [] if backend == "reference" else eager_runs(name)
+    runs, times = eager_runs(name), 5 if backend == "reference" else 1.5
     largest = max(exact(name)[k].norm() for k in names)
     for key in names:
         ours, theirs = found[key], data[key]
         truth = exact(name)[key]
         error = (ours - truth).norm()
-        allowed = 1.5 * max([(r[key] - truth).norm() for r in runs], default=torch.zeros(()))
+        allowed = times * max((r[key] - truth).norm() for r in runs)
         difference = (ours - theirs).norm()
         # a bias in front of a norm has no gradient but rounding
         rounding = 1e-7 * largest if truth.norm() <= 1e-12 * largest else 1e-7
@@ -135,10 +136,22 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
         assert near or error <= allowed, f"{key}: {difference / theirs.norm():.2e}"
         if key.endswith("output"):
             worst = (ours - truth).abs().max()
-            allowed = 1.5 * max(
-                [(r[key] - truth).abs().max() for r in runs], default=torch.zeros(())
-            )
+            allowed = times * max((r[key] - truth).abs().max() for r in runs)
             assert (ours - theirs).abs().max() <= 1.5e-6 or worst <= allowed, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_is_as_near_as_the_golden_arrays_are_exact(name: str) -> None:
+    """Their own rounding reaches 3e-5 of the norm, and 4.4e-6 in outputs."""
+    data, found = golden(name), exact(name)
+    largest = max(v.norm() for v in found.values())
+    for key, truth in found.items():
+        difference = data[key] - truth
+        # a bias in front of a norm has no gradient but rounding
+        rounding = 1e-7 * largest if truth.norm() <= 1e-12 * largest else 1e-7
+        assert difference.norm() <= max(4e-5 * truth.norm(), rounding), key
+        if key.endswith("output"):
+            assert difference.abs().max() <= 5e-6, key
 
 
 @pytest.mark.parametrize("name", NAMES)

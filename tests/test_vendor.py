@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from fastfilm.ops import vendor
+from fastfilm.ops import reference, spec, vendor
 
 from .yardstick import relative_error
 
@@ -50,6 +51,56 @@ def test_a_single_small_volume_has_eagers_values_and_gradients(
     only, none = vendor.convolution_backward(dy, channels_last, w, *geometry, (True, False))
     assert none is None
     assert only.shape == x.shape
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_bfloat16_kernels_that_stand_in_padding(dims: int, kernel: int, transposed: bool) -> None:
+    """With AMX PyTorch returns garbage for some of these in any layout; eager is no yardstick then."""
+    generator = torch.Generator().manual_seed(0)
+    checked = 0
+    sizes = itertools.product((1, 2, 6), repeat=dims)
+    for size, stride, padding in itertools.product(sizes, (1, 2, 3), (1, 2)):
+        geometry = ([stride] * dims, [padding] * dims, [1] * dims, transposed, [0] * dims, 1)
+        out = spec.conv_output_size(size, [kernel] * dims, *geometry[:4])
+        if min(out) < 1:
+            continue
+        channels = (3, 8) if transposed else (8, 3)
+        x = torch.randn(2, 3, *size, generator=generator).bfloat16()
+        w = torch.randn(*channels, *[kernel] * dims, generator=generator).bfloat16()
+        e = torch.randn(2, 8, *out, generator=generator).bfloat16()
+        exact = torch.convolution(x.double(), w.double(), None, *geometry)
+        backward = torch.ops.aten.convolution_backward
+        args = (None, *geometry, [True, True, False])
+        truths = [exact, *backward(e.double(), x.double(), w.double(), *args)[:2]]
+        found = [vendor.convolution(x, w, None, *geometry)]
+        found += vendor.convolution_backward(e, x, w, *geometry, (True, True))
+        for mine, true in zip(found, truths, strict=True):
+            assert relative_error(mine, true) <= 4e-3 or not true.any(), (size, geometry)
+        reference_output = reference.convolution(x, w, None, *geometry)
+        assert relative_error(reference_output, exact) <= 4e-3 or not exact.any()
+        checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+def test_idle_taps_are_those_without_a_gradient(
+    kernel: int, stride: int, dilation: int, padding: int
+) -> None:
+    for size in range(1, 9):
+        if size + 2 * padding < (kernel - 1) * dilation + 1:
+            continue
+        geometry = ((stride,), (padding,), (dilation,))
+        w = torch.ones(1, 1, kernel, requires_grad=True)
+        y = torch.nn.functional.conv1d(torch.ones(1, 1, size), w, None, *(g[0] for g in geometry))
+        y.sum().backward()
+        assert w.grad is not None
+        idle = bool((w.grad == 0).any())
+        assert spec.has_idle_taps((size,), (kernel,), *geometry) == idle, size
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -177,7 +177,8 @@ def _faster_gradients(
     back = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
     turned = (weight[1], weight[0], *kernel)
     mirrored = (dtype, (x[0], weight[0], *out), turned, stride, back, dilation, instructions)
-    return _faster(mirrored, False), _weight_gradient(form)
+    native = len(x) == 5 and _is_native(form) and bool(_output(mirrored))
+    return native or _faster(mirrored, False), _weight_gradient(form)
 
 
 def _weight_gradient(form: _Form) -> bool:
@@ -194,6 +195,21 @@ def _weight_gradient(form: _Form) -> bool:
     if row < _SHORTEST_ROW or max(ci, co) > vendor.WIDE:
         return False
     return instructions != "avx512" or ci % 16 != 0 or co % 16 != 0
+
+
+def _kernels_of(
+    x: Tensor,
+    weight: Tensor,
+    strides: tuple[int, ...],
+    stride: Sequence[int] | None,
+    padding: Sequence[int],
+) -> tuple[_C.Convolution, Callable[..., None], tuple[int, ...]]:
+    """``_convolution`` of a call; ``strides`` are those of the weight, or of its gradient."""
+    steps = _ONES[x.dim()] if stride is None else tuple(stride)
+    instructions = _C.instruction_set()
+    return _convolution(
+        x.dtype, x.shape, weight.shape, strides, steps, tuple(padding), instructions
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -238,15 +254,7 @@ def convolve(
     x = feature_map("x", x)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(f"weight and bias must be {x.dtype} as x, got {weight.dtype}")
-    _, run, shape = _convolution(
-        x.dtype,
-        x.shape,
-        weight.shape,
-        weight.stride(),
-        _ONES[x.dim()] if stride is None else tuple(stride),
-        tuple(padding),
-        _C.instruction_set(),
-    )
+    _, run, shape = _kernels_of(x, weight, weight.stride(), stride, padding)
     y = torch.empty(shape, dtype=x.dtype, memory_format=FORMATS[x.dim()])
     if bias is not None:
         bias = bias.contiguous()
@@ -318,16 +326,8 @@ def convolve_wgrad(
     """
     e, x = feature_map("e", e), feature_map("x", x)
     dweight = torch.empty_like(weight)
-    kernel, _, shape = _convolution(
-        x.dtype,
-        x.shape,
-        weight.shape,
-        dweight.stride(),
-        _ONES[x.dim()] if stride is None else tuple(stride),
-        tuple(padding),
-        _C.instruction_set(),
-    )
+    kernels, _, shape = _kernels_of(x, weight, dweight.stride(), stride, padding)
     if e.shape != shape or e.dtype != x.dtype or weight.dtype != x.dtype:
         raise ValueError(f"e must be {x.dtype} {shape}, got {e.dtype} {tuple(e.shape)}")
-    kernel.kernel_gradient(x.data_ptr(), e.data_ptr(), dweight.data_ptr(), torch.get_num_threads())
+    kernels.kernel_gradient(x.data_ptr(), e.data_ptr(), dweight.data_ptr(), torch.get_num_threads())
     return dweight

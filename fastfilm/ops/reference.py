@@ -60,6 +60,34 @@ def unsafe_channels_last(x: Tensor) -> bool:
     )
 
 
+def needs_float32(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> bool:
+    """Whether the vendor's bfloat16 convolution or its gradients would be garbage.
+
+    With AMX, oneDNN (PyTorch 2.13, CPU) reads memory that nobody wrote at a padded map one voxel thick, and where
+    taps of the kernel meet nothing but padding, in any layout.
+    """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not any(padding):
+        return False
+    size, kernel = tuple(x.shape[2:]), tuple(weight.shape[2:])
+    if transposed:
+        # the map of the convolution whose gradient this one is
+        whole = spec.conv_output_size(
+            size, kernel, stride, padding, dilation, transposed, output_padding
+        )
+        size = tuple(whole)
+    if any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True)):
+        return True
+    return spec.has_idle_taps(size, kernel, tuple(stride), tuple(padding), tuple(dilation))
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -72,11 +100,14 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """The vendor's convolution [N, Ci, *S] -> [N, Co, *T]; weight as in ``torch.nn.Conv*``."""
+    geometry = (stride, padding, dilation, transposed, output_padding)
     if unsafe_channels_last(x):
         x, weight = x.contiguous(), weight.contiguous()
-    return torch.convolution(
-        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
+    if needs_float32(x, weight, *geometry):
+        wide = None if bias is None else bias.float()
+        y = torch.convolution(x.float(), weight.float(), wide, *geometry, groups)
+        return y.to(x.dtype)
+    return torch.convolution(x, weight, bias, *geometry, groups)
 
 
 def materialise(y: Tensor, coef: Tensor, act: str) -> Tensor:

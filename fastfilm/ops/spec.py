@@ -6,6 +6,7 @@ expected and what came before any kernel is chosen.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -153,3 +154,23 @@ def conv_output_size(
         (i + 2 * p - d * (k - 1) - 1) // s + 1
         for i, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
+
+
+@functools.lru_cache(maxsize=4096)
+def has_idle_taps(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> bool:
+    """Whether some tap of a convolution's kernel meets padding alone, wherever the kernel stands."""
+    out = conv_output_size(size, kernel, stride, padding, dilation)
+    each = zip(size, kernel, stride, padding, dilation, out, strict=True)
+    for s, k, t, p, d, count in each:
+        for tap in range(k):
+            # the first position whose tap is not in front of the map
+            first = max(0, -((tap * d - p) // t))
+            if first >= count or first * t - p + tap * d >= s:
+                return True
+    return False

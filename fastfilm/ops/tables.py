@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,15 @@ class Key(NamedTuple):
             f"{name}-{self.dims}d-k{self.kernel}s{self.stride}"
             f"-ci{self.cin}-co{self.cout}-v{self.voxels}"
         )
+
+
+_NUMBER = "(0|[1-9][0-9]*)"
+_KEY = re.compile(
+    f"([a-z0-9_]+)-{_NUMBER}d-k{_NUMBER}s{_NUMBER}-ci{_NUMBER}-co{_NUMBER}-v{_NUMBER}"
+)
+_DTYPES = {
+    str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)
+}
 
 
 class Entry(NamedTuple):
@@ -102,17 +112,11 @@ def parse_key(text: str) -> Key:
     Raises:
         ValueError: text that is none.
     """
-    try:
-        name, dims, shape, cin, cout, voxels = text.split("-")
-        kernel, stride = shape.removeprefix("k").split("s")
-        dtype = getattr(torch, name)
-        numbers = (dims.removesuffix("d"), kernel, stride, cin[2:], cout[2:], voxels[1:])
-        found = Key(dtype, *map(int, numbers))
-    except (ValueError, AttributeError):
-        raise ValueError(f"{text!r} is no key of a table of measured choices") from None
-    if str(found) != text:
+    found = _KEY.fullmatch(text)
+    dtype = None if found is None else _DTYPES.get(found[1])
+    if found is None or dtype is None:
         raise ValueError(f"{text!r} is no key of a table of measured choices")
-    return found
+    return Key(dtype, *map(int, found.groups()[1:]))
 
 
 def read(path: Path) -> Table:

@@ -13,8 +13,9 @@ from . import reference, spec
 SMALL = 20480
 """Up to so many values (N·C·H·W; in 3D N·C·D·H) PyTorch convolves one float32 sample on a CPU without oneDNN."""
 
-_DOUBLED = 64 * 64
-"""Up to so many pairs of channels the gradient of such a sample is faster beside a sample of zeros."""
+_DOUBLED = 32
+"""Up to so many output channels the gradient at such a map, at a stride, is taken beside a sample of zeros: up to
+1.8 times as fast, and within 1.5 times the error."""
 
 
 def convolution(
@@ -29,6 +30,10 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T]."""
+    geometry = (stride, padding, dilation, transposed, output_padding)
+    if reference.needs_float32(v, weight, *geometry):
+        wide = None if bias is None else bias.float()
+        return convolution(v.float(), weight.float(), wide, *geometry, groups).to(v.dtype)
     unsafe = reference.unsafe_channels_last(v)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     plain = unsafe or (not transposed and long_sums(v, weight, small))
@@ -37,9 +42,7 @@ def convolution(
         return torch.ops.aten.mkldnn_convolution.default(
             v, weight, bias, padding, stride, dilation, groups
         )
-    return torch.convolution(
-        v, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
+    return torch.convolution(v, weight, bias, *geometry, groups)
 
 
 def convolution_backward(
@@ -59,6 +62,12 @@ def convolution_backward(
     Args:
         e: gradient at the output [N, Co, *T].
     """
+    geometry = (stride, padding, dilation, transposed, output_padding)
+    if reference.needs_float32(v, weight, *geometry):
+        dv, dw = convolution_backward(
+            e.float(), v.float(), weight.float(), *geometry, groups, needs
+        )
+        return dv.to(v.dtype) if needs[0] else dv, dw.to(v.dtype) if needs[1] else dw
     # the gradient at a map of unit stride is a convolution, which sums over the other channels
     summed = weight.shape[1] if transposed else weight.shape[0] // groups
     sums = needs[0] and (transposed or max(stride) == 1) and summed >= WIDE
@@ -69,7 +78,9 @@ def convolution_backward(
     doubled = (
         not plain
         and not transposed
-        and weight.shape[0] * weight.shape[1] <= _DOUBLED
+        and not needs[1]
+        and max(stride) > 1
+        and weight.shape[0] <= _DOUBLED
         and _avoids_onednn(v, weight, groups)
     )
     if doubled:
@@ -79,15 +90,11 @@ def convolution_backward(
         v,
         weight,
         None,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
+        *geometry,
         groups,
         [*needs, False],
     )
-    return dv[:1] if doubled and needs[0] else dv, dw
+    return dv[:1] if doubled else dv, dw
 
 
 def _overruns(v: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:

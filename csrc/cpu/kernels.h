@@ -108,11 +108,21 @@ constexpr int kWinograd = 16;       // positions of a transformed tile
 constexpr int kWinogradTiles = 16;  // a multiple of the tiles that are multiplied together
 constexpr int kWidest = 32;         // channels of a block of results
 
-using WinogradInput = void (*)(const float* const* in, int64_t channels, float* out, int64_t plane);
+// A run of tiles that lie side by side, `step` floats apart where they are transformed.
+struct WinogradRun {
+  const float* in[4];  // the map's rows at its first column
+  int64_t in_step[4];  // floats from one of its columns to the next; 0: zeros of the padding
+  int64_t column, width;  // the first tile's first column, before the map if negative; columns of the map
+  float* out[2];  // the result's rows at the first tile's first column; null: the result ends before
+  int64_t columns, out_step;  // of the result, from there on
+  int64_t tiles;
+};
+
+using WinogradInput = void (*)(const WinogradRun& run, int64_t channels, float* to, int64_t step, int64_t plane);
 using WinogradWeight = void (*)(const float* taps, int64_t width, float* out, int64_t plane);
 using WinogradProduct = void (*)(const float* x, int64_t length, const float* w, int64_t count, float* out);
-using WinogradOutput = void (*)(const float* products, int64_t plane, const float* bias, float* const* out,
-                                int64_t first, int64_t channels);
+using WinogradOutput = void (*)(const WinogradRun& run, const float* products, int64_t step, int64_t plane,
+                                const float* bias, int64_t first, int64_t channels);
 using ConvolutionKernel = void (*)(const ConvolutionRow&);
 using KernelGradientKernel = void (*)(const KernelGradientRows&);
 using WidenKernel = void (*)(const void* from, float* to, int64_t count);

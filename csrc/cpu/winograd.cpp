@@ -24,6 +24,32 @@ struct Tiles {
     return {plane / conv.out[0], plane % conv.out[0], line % down * 2, tile % across * 2};
   }
 
+  // As many tiles as there are from a place to the end of its row, and where their results go.
+  WinogradRun run(const Place& at, int64_t most, float* y) const {
+    WinogradRun run{};
+    run.column = at.x - conv.before[2];
+    run.width = conv.size[2];
+    const int64_t line = (at.i * conv.out[0] + at.z) * conv.out[1] + at.y;
+    for (int i = 0; i < 2; ++i) {
+      run.out[i] = at.y + i < conv.out[1] ? y + ((line + i) * conv.out[2] + at.x) * conv.co : nullptr;
+    }
+    run.columns = conv.out[2] - at.x;
+    run.out_step = conv.co;
+    run.tiles = std::min(most, across - at.x / 2);
+    return run;
+  }
+  // The rows of plane `d` of the kernel there.
+  void read(const Place& at, int64_t d, const float* x, const float* zeros, WinogradRun& run) const {
+    const int64_t z = at.z - conv.before[0] + d;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = at.y - conv.before[1] + i;
+      const bool inside = z >= 0 && z < conv.size[0] && row >= 0 && row < conv.size[1];
+      const int64_t line = (at.i * conv.size[0] + z) * conv.size[1] + row;
+      run.in[i] = inside ? x + line * conv.size[2] * conv.ci : zeros;
+      run.in_step[i] = inside ? conv.ci : 0;
+    }
+  }
+
   const Convolution& conv;
   int64_t across, down, count;
 };
@@ -67,34 +93,19 @@ void convolve_winograd(const Convolution& conv, const float* x, const float* wei
   // planes a whole number of pages apart would share a few lines of the first-level cache
   const int64_t in_pitch = most * length + kLine, out_pitch = most * width + kLine;
   const int64_t groups = ceil_div(tiles.count, most), each = ceil_div(groups, threads);
-  const int64_t in_plane = conv.size[1] * conv.size[2] * conv.ci, in_row = conv.size[2] * conv.ci;
   parallel_for(threads, threads, [&](int64_t part, int) {
     std::vector<float> input(kWinograd * in_pitch), products(kWinograd * out_pitch);
-    std::vector<float*> out(4 * most);
+    std::vector<WinogradRun> runs;
     for (int64_t group = part * each; group < std::min(groups, (part + 1) * each); ++group) {
       const int64_t first = group * most, count = std::min(most, tiles.count - first);
-      for (int64_t t = 0; t < count; ++t) {
+      runs.clear();
+      for (int64_t t = 0; t < count; t += runs.back().tiles) {
         const Tiles::Place at = tiles.at(first + t);
+        runs.push_back(tiles.run(at, count - t, y));
+        WinogradRun& run = runs.back();
         for (int64_t d = 0; d < conv.kernel[0]; ++d) {
-          const int64_t z = at.z - conv.before[0] + d;
-          const float* plane = x + (at.i * conv.size[0] + z) * in_plane;
-          const float* from[kWinograd];
-          for (int r = 0; r < 4; ++r) {
-            const int64_t row = at.y - conv.before[1] + r;
-            const bool inside = z >= 0 && z < conv.size[0] && row >= 0 && row < conv.size[1];
-            for (int c = 0; c < 4; ++c) {
-              const int64_t column = at.x - conv.before[2] + c;
-              from[4 * r + c] = inside && column >= 0 && column < conv.size[2]
-                                    ? plane + row * in_row + column * conv.ci
-                                    : zeros.data();
-            }
-          }
-          kernels.winograd_input(from, conv.ci, input.data() + t * length + d * conv.ci, in_pitch);
-        }
-        for (int j = 0; j < 4; ++j) {
-          const int64_t row = at.y + j / 2, column = at.x + j % 2;
-          const int64_t line = (at.i * conv.out[0] + at.z) * conv.out[1] + row;
-          out[4 * t + j] = row < conv.out[1] && column < conv.out[2] ? y + (line * conv.out[2] + column) * conv.co : nullptr;
+          tiles.read(at, d, x, zeros.data(), run);
+          kernels.winograd_input(run, conv.ci, input.data() + t * length + d * conv.ci, length, in_pitch);
         }
       }
       for (int64_t block = 0; block < blocks; ++block) {
@@ -104,24 +115,23 @@ void convolve_winograd(const Convolution& conv, const float* x, const float* wei
                                          products.data() + p * out_pitch);
         }
         const int64_t channels = std::min(width, conv.co - block * width);
-        for (int64_t t = 0; t < count; ++t) {
-          kernels.winograd_output(products.data() + t * width, out_pitch, added.data() + block * width,
-                                  out.data() + 4 * t, block * width, channels);
+        const float* from = products.data();
+        for (const WinogradRun& run : runs) {
+          kernels.winograd_output(run, from, width, out_pitch, added.data() + block * width, block * width, channels);
+          from += run.tiles * width;
         }
       }
       if (!affine) continue;
       // the finished affine on the parts of rows that these tiles are
-      for (int64_t t = 0; t < count;) {
-        const Tiles::Place at = tiles.at(first + t);
-        const int64_t run_of = std::min(count - t, tiles.across - at.x / 2);
-        const int64_t positions = std::min(2 * run_of, conv.out[2] - at.x);
-        for (int j = 0; j < 4; j += 2) {
-          float* row = out[4 * t + j];
+      int64_t t = 0;
+      for (const WinogradRun& run : runs) {
+        const float* coefs = affine->sample(tiles.at(first + t).i);
+        t += run.tiles;
+        for (float* row : run.out) {
           if (!row) continue;
-          run(plan, kernels.apply[kFloat32][act],
-              {row, nullptr, row, 0, 0, 0, 0, affine->sample(at.i), plan.padded, nullptr, 0}, positions * conv.co, 0);
+          fastfilm::run(plan, kernels.apply[kFloat32][act], {row, nullptr, row, 0, 0, 0, 0, coefs, plan.padded, nullptr, 0},
+                        std::min(2 * run.tiles, run.columns) * conv.co, 0);
         }
-        t += run_of;
       }
     }
   });

@@ -60,7 +60,8 @@ std::vector<float> transformed(const Convolution& conv, const Kernels& kernels, 
   const int64_t length = conv.kernel[0] * conv.ci, blocks = ceil_div(conv.co, width);
   std::vector<float> to(blocks * kWinograd * length * width);
   const int64_t* s = conv.strides;
-  parallel_for(blocks * length, blocks * length * width < kParallelFrom / 16 ? 1 : threads, [&](int64_t task, int) {
+  // a tap takes about four times as long as an element of a pass over a map
+  parallel_for(blocks * length, blocks * length * width < kParallelFrom / 4 ? 1 : threads, [&](int64_t task, int) {
     const int64_t block = task / length, j = task % length;
     const float* from = weight + block * width * s[0] + j / conv.ci * s[2] + j % conv.ci * s[1];
     float taps[9 * kWidest] = {};

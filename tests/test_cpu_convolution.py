@@ -11,7 +11,7 @@ import fastfilm
 from fastfilm.ops import conv as composed
 from fastfilm.ops import spec, vendor
 
-from .yardstick import assert_as_good_as_eager
+from .yardstick import assert_as_good_as_eager, assert_threads_do_not_change_bits
 
 _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
 from fastfilm.ops import cpu  # noqa: E402
@@ -233,14 +233,7 @@ def test_finishing_each_row_gives_the_bits_of_a_pass_of_its_own(
 @pytest.mark.parametrize("co", [1, 2, 8, 20])
 def test_its_bits_do_not_depend_on_threads(co: int) -> None:
     x, w, b = draw((2, 12, 5, 33, 18), (3, 3, 3), co, torch.float32)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            found.append(cpu.convolve(x, w, b, (1, 1, 1)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(y, found[0]) for y in found)
+    assert_threads_do_not_change_bits(lambda: cpu.convolve(x, w, b, (1, 1, 1)))
 
 
 @pytest.mark.parametrize("co", [1, 2, 5, 8])

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfilm.ops import spec
 
 from .test_cpu_convolution import conv, draw
-from .yardstick import assert_as_good_as_eager
+from .yardstick import assert_as_good_as_eager, assert_threads_do_not_change_bits
 
 _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
 from fastfilm.ops import cpu, cpu_convolution  # noqa: E402
@@ -91,14 +91,7 @@ def test_finishing_gives_the_bits_of_a_pass_of_its_own(
 
 def test_its_bits_do_not_depend_on_threads(winograd: None) -> None:
     x, w, b = draw((2, 24, 5, 33, 18), (3, 3, 3), 20, torch.float32)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            found.append(cpu.convolve(x, w, b, (1, 1, 1)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(y, found[0]) for y in found)
+    assert_threads_do_not_change_bits(lambda: cpu.convolve(x, w, b, (1, 1, 1)))
 
 
 def _taken(shape: tuple[int, ...], co: int, dtype: torch.dtype = torch.float32, k: int = 3) -> bool:

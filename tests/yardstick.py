@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,3 +53,15 @@ def assert_typically_as_good_as_eager(ours: Draws, eager: Draws, dtype: torch.dt
         )
         bound = 1.5 * theirs + torch.finfo(dtype).eps
         assert own <= bound, f"{name}: median {own:.3e}, eager's {theirs:.3e}, bound {bound:.3e}"
+
+
+def assert_threads_do_not_change_bits(call: Callable[[], Tensor]) -> None:
+    """``call`` returns the same tensor with any number of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(call())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)

@@ -7,6 +7,7 @@ Tests and benchmarks import it; the ``reference`` backend runs it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,31 @@ def unsafe_channels_last(x: Tensor) -> bool:
     )
 
 
-def needs_float32(
+_Sizes = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _faults(
+    size: _Sizes,
+    kernel: _Sizes,
+    stride: _Sizes,
+    padding: _Sizes,
+    dilation: _Sizes,
+    transposed: bool,
+    output_padding: _Sizes,
+) -> tuple[bool, bool]:
+    """Whether a kernel stands in padding, and whether the last axis of a strided result has one position."""
+    out = tuple(
+        spec.conv_output_size(size, kernel, stride, padding, dilation, transposed, output_padding)
+    )
+    if transposed:
+        size, out = out, size  # those of the convolution whose gradient this one is
+    thin = any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True))
+    stands = thin or (any(padding) and spec.has_idle_taps(size, kernel, stride, padding, dilation))
+    return stands, max(stride) > 1 and out[-1] == 1
+
+
+def precautions(
     x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -68,24 +93,37 @@ def needs_float32(
     dilation: Sequence[int],
     transposed: bool,
     output_padding: Sequence[int],
-) -> bool:
-    """Whether the vendor's bfloat16 convolution or its gradients would be garbage.
+) -> tuple[bool, bool]:
+    """Whether a convolution and its gradients are computed in float32, and whether its map is padded before.
 
-    With AMX, oneDNN (PyTorch 2.13, CPU) reads memory that nobody wrote at a padded map one voxel thick, and where
-    taps of the kernel meet nothing but padding, in any layout.
+    On a CPU, in any layout, oneDNN (PyTorch 2.13) crashes now and then at padded maps one voxel thick and where
+    taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that nobody wrote,
+    and also at a stride where the last axis of the result has one position.
     """
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not any(padding):
-        return False
-    size, kernel = tuple(x.shape[2:]), tuple(weight.shape[2:])
-    if transposed:
-        # the map of the convolution whose gradient this one is
-        whole = spec.conv_output_size(
-            size, kernel, stride, padding, dilation, transposed, output_padding
-        )
-        size = tuple(whole)
-    if any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True)):
-        return True
-    return spec.has_idle_taps(size, kernel, tuple(stride), tuple(padding), tuple(dilation))
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return False, False
+    stands, narrow = _faults(
+        tuple(x.shape[2:]),
+        tuple(weight.shape[2:]),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        transposed,
+        tuple(output_padding),
+    )
+    return x.dtype.itemsize == 2 and (stands or narrow), stands
+
+
+def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
+    """``x`` [N, C, *S] with as many zeros in front and behind; gradients of cropping."""
+    return F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+
+
+def cropped(x: Tensor, padding: Sequence[int]) -> Tensor:
+    """``x`` [N, C, *S] without so many voxels in front and behind; gradients of padding."""
+    for d, p in enumerate(padding):
+        x = x.narrow(d + 2, p, x.shape[d + 2] - 2 * p)
+    return x
 
 
 def convolution(
@@ -100,14 +138,20 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """The vendor's convolution [N, Ci, *S] -> [N, Co, *T]; weight as in ``torch.nn.Conv*``."""
-    geometry = (stride, padding, dilation, transposed, output_padding)
+    rest = dilation, transposed, output_padding
+    wide, before = precautions(x, weight, stride, padding, *rest)
+    if wide:
+        added = None if bias is None else bias.float()
+        y = convolution(x.float(), weight.float(), added, stride, padding, *rest, groups)
+        return y.to(x.dtype)
+    if before:
+        none = [0] * len(padding)
+        v = x if transposed else padded(x, padding)
+        y = convolution(v, weight, bias, stride, none, *rest, groups)
+        return cropped(y, padding) if transposed else y
     if unsafe_channels_last(x):
         x, weight = x.contiguous(), weight.contiguous()
-    if needs_float32(x, weight, *geometry):
-        wide = None if bias is None else bias.float()
-        y = torch.convolution(x.float(), weight.float(), wide, *geometry, groups)
-        return y.to(x.dtype)
-    return torch.convolution(x, weight, bias, *geometry, groups)
+    return torch.convolution(x, weight, bias, stride, padding, *rest, groups)
 
 
 def materialise(y: Tensor, coef: Tensor, act: str) -> Tensor:

@@ -31,9 +31,16 @@ def convolution(
 ) -> Tensor:
     """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T]."""
     geometry = (stride, padding, dilation, transposed, output_padding)
-    if reference.needs_float32(v, weight, *geometry):
-        wide = None if bias is None else bias.float()
-        return convolution(v.float(), weight.float(), wide, *geometry, groups).to(v.dtype)
+    wide, before = reference.precautions(v, weight, *geometry)
+    rest = dilation, transposed, output_padding, groups
+    if wide:
+        added = None if bias is None else bias.float()
+        return convolution(v.float(), weight.float(), added, stride, padding, *rest).to(v.dtype)
+    if before:
+        none = [0] * len(padding)
+        if transposed:
+            return reference.cropped(convolution(v, weight, bias, stride, none, *rest), padding)
+        return convolution(reference.padded(v, padding), weight, bias, stride, none, *rest)
     unsafe = reference.unsafe_channels_last(v)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     plain = unsafe or (not transposed and long_sums(v, weight, small))
@@ -63,15 +70,22 @@ def convolution_backward(
         e: gradient at the output [N, Co, *T].
     """
     geometry = (stride, padding, dilation, transposed, output_padding)
-    if reference.needs_float32(v, weight, *geometry):
-        dv, dw = convolution_backward(
-            e.float(), v.float(), weight.float(), *geometry, groups, needs
-        )
+    wide, before = reference.precautions(v, weight, *geometry)
+    rest = dilation, transposed, output_padding, groups, needs
+    if wide:
+        dv, dw = convolution_backward(e.float(), v.float(), weight.float(), stride, padding, *rest)
         return dv.to(v.dtype) if needs[0] else dv, dw.to(v.dtype) if needs[1] else dw
+    if before:
+        none = [0] * len(padding)
+        if transposed:
+            e = reference.padded(e, padding)
+            return convolution_backward(e, v, weight, stride, none, *rest)
+        dv, dw = convolution_backward(e, reference.padded(v, padding), weight, stride, none, *rest)
+        return reference.cropped(dv, padding) if needs[0] else dv, dw
     # the gradient at a map of unit stride is a convolution, which sums over the other channels
     summed = weight.shape[1] if transposed else weight.shape[0] // groups
     sums = needs[0] and (transposed or max(stride) == 1) and summed >= WIDE
-    # wide: the weight's own layout says that nothing has to be copied
+    # the weight's own layout says that nothing has to be copied
     wide = sums and weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
     plain = wide or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
     e, v, weight = _input(e, plain), _input(v, plain), _weight(weight, plain)

@@ -98,9 +98,12 @@ def precautions(
 
     On a CPU, in any layout, oneDNN (PyTorch 2.13) crashes now and then at padded maps one voxel thick and where
     taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that nobody wrote,
-    and also at a stride where the last axis of the result has one position.
+    and also at a stride where the last axis of the result has one position. Sizes that are not known yet, in a
+    graph for all of them, are taken to be others.
     """
     if x.device.type != "cpu" or x.dtype == torch.float64:
+        return False, False
+    if any(isinstance(n, torch.SymInt) for n in (*x.shape, *weight.shape)):
         return False, False
     stands, narrow = _faults(
         tuple(x.shape[2:]),

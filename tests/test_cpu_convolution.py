@@ -166,6 +166,8 @@ AUDIT = [
     ((2, 8, 24, 24, 24), 8, 3, 2, False),
     ((2, 12, 24, 24, 24), 12, 2, 2, False),
     ((1, 16, 16, 24, 24), 24, 3, 1, False),
+    ((1, 12, 32, 40, 24), 24, 3, 1, False),
+    ((1, 32, 10, 16, 16), 32, 3, 2, False),
     ((2, 32, 12, 12, 12), 64, 2, 2, True),
     ((2, 64, 40, 32), 128, 2, 2, True),
     ((1, 64, 12, 12, 12), 4, 3, 2, True),
@@ -323,6 +325,10 @@ def test_the_gradients_of_small_float32_convolutions_are_its_own() -> None:
     strided = ((2, 2), *geometry[1:])
     assert cpu.covers_gradients(x, w, strided) == (False, True)
     assert cpu.covers_gradients(x, w, (*geometry[:3], True, *geometry[4:])) == (True, True)
+    # a map that PyTorch convolves without oneDNN, though not the gradient, which has more channels
+    x, w, _ = draw((1, 12, 32, 40, 4), (3, 3, 3), 24, torch.float32)
+    one, none = (1, 1, 1), (0, 0, 0)
+    assert cpu.covers_gradients(x, w, (one, one, one, False, none, 1)) == (True, True)
     # of one input channel most of each vector of the weight's gradient is empty
     x, w, _ = draw((2, 1, 32, 32), (3, 3), 32, torch.float32)
     assert cpu.covers_gradients(x, w, geometry) == (True, False)

@@ -325,23 +325,28 @@ void load_matrix4_transposed(uint32_t (&r)[4], int row) {
   });
 }
 
-void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t)) {
+namespace {
+
+// d += A B of a warp's fragments: A [16][8 * H], B [8 * H][8], H values in each register, which `read` takes out.
+template <int H, class Read>
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Read read) {
+  constexpr int K = 8 * H;
   const int lane = block->current % kWarp;
   Rendezvous& w = warp();
   for (int i = 0; i < 4; ++i) w.in[lane][i] = a[i];
   w.in[lane][4] = b0;
   w.in[lane][5] = b1;
-  meet([widen](Rendezvous& all) {
-    float a16[16][16], b16[16][8];
+  meet([read](Rendezvous& all) {
+    float left[16][K], right[K][8];
     for (int i = 0; i < kWarp; ++i) {
       for (int r = 0; r < 6; ++r) {
-        for (int h = 0; h < 2; ++h) {
-          const float v = widen(static_cast<uint16_t>(all.in[i][r] >> 16 * h));
-          const int k = i % 4 * 2 + h;
+        for (int h = 0; h < H; ++h) {
+          const float v = read(all.in[i][r], h);
+          const int k = i % 4 * H + h;
           if (r < 4) {
-            a16[i / 4 + r % 2 * 8][k + r / 2 * 8] = v;
+            left[i / 4 + r % 2 * 8][k + r / 2 * 4 * H] = v;
           } else {
-            b16[k + (r - 4) * 8][i / 4] = v;
+            right[k + (r - 4) * 4 * H][i / 4] = v;
           }
         }
       }
@@ -349,7 +354,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int i = 0; i < kWarp; ++i) {
       for (int e = 0; e < 4; ++e) {
         float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += a16[i / 4 + e / 2 * 8][k] * b16[k][i % 4 * 2 + e % 2];
+        for (int k = 0; k < K; ++k) sum += left[i / 4 + e / 2 * 8][k] * right[k][i % 4 * 2 + e % 2];
         all.sums[i][e] = sum;
       }
     }
@@ -357,35 +362,19 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   for (int e = 0; e < 4; ++e) d[e] += w.sums[lane][e];
 }
 
+}  // namespace
+
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t)) {
+  multiply_fragments<2>(d, a, b0, b1, [widen](uint32_t bits, int h) { return widen(static_cast<uint16_t>(bits >> 16 * h)); });
+}
+
 void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const int lane = block->current % kWarp;
-  Rendezvous& w = warp();
-  for (int i = 0; i < 4; ++i) w.in[lane][i] = a[i];
-  w.in[lane][4] = b0;
-  w.in[lane][5] = b1;
-  meet([](Rendezvous& all) {
-    float a8[16][8], b8[8][8];
-    for (int i = 0; i < kWarp; ++i) {
-      for (int r = 0; r < 6; ++r) {
-        const uint32_t bits = all.in[i][r] & ~0x1fffu;
-        float v;
-        std::memcpy(&v, &bits, 4);
-        if (r < 4) {
-          a8[i / 4 + r % 2 * 8][i % 4 + r / 2 * 4] = v;
-        } else {
-          b8[i % 4 + (r - 4) * 4][i / 4] = v;
-        }
-      }
-    }
-    for (int i = 0; i < kWarp; ++i) {
-      for (int e = 0; e < 4; ++e) {
-        float sum = 0;
-        for (int k = 0; k < 8; ++k) sum += a8[i / 4 + e / 2 * 8][k] * b8[k][i % 4 * 2 + e % 2];
-        all.sums[i][e] = sum;
-      }
-    }
+  multiply_fragments<1>(d, a, b0, b1, [](uint32_t bits, int) {
+    bits &= ~0x1fffu;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
   });
-  for (int e = 0; e < 4; ++e) d[e] += w.sums[lane][e];
 }
 
 uint32_t round_to_tf32(uint32_t bits) {

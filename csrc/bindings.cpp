@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
@@ -461,6 +462,11 @@ PYBIND11_MODULE(_C, m) {
            py::arg("eps"), py::arg("slope"))
       .def("forward", &Coefficients::forward)
       .def("backward", &Coefficients::backward);
+  m.def("same_bytes", [](Address a, Address b, int64_t count) {
+    check_size("count", count);
+    if (count > 0 && (!a || !b)) throw std::invalid_argument("a and b must not be null");
+    return count == 0 || std::memcmp(reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), count) == 0;
+  }, py::arg("a"), py::arg("b"), py::arg("count"), release());
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return current_kernels().name; });
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"));

@@ -105,6 +105,8 @@ def maximum_backward(
     threads: int,
     axes: Sequence[int],
 ) -> None: ...
+def same_bytes(a: int, b: int, count: int) -> bool:
+    """Whether ``count`` bytes are equal."""
 
 class Convolution:
     """A convolution of one form at stride 1, not float64; ``coef`` finishes its map.

@@ -36,9 +36,9 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     notes: list[str] = []
     whole = conv.finished
 
-    def noted(*args: Any) -> Tensor:
+    def noted(*args: Any, **options: Any) -> Tensor:
         notes.append("long")
-        return whole(*args)
+        return whole(*args, **options)
 
     monkeypatch.setattr(conv, "finished", noted)
     return notes

@@ -21,7 +21,7 @@ namespace fastfilm {
 // bit of the result, is the same for any number of threads.
 constexpr int64_t kChunk = 16384;
 constexpr int64_t kChunksPerSample = 256;
-constexpr int64_t kParallelFrom = 32768;
+constexpr int64_t kParallelFrom = 65536;
 constexpr int64_t kMinPeriod = 32;
 // Elements that are taken together with their coefficients in registers: the fewer, the closer a pass comes to
 // reading memory in order; sums want more.

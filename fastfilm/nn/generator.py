@@ -75,16 +75,31 @@ class FiLMGenerator(nn.Module):
     def forward(self, metadata: Tensor) -> tuple[Tensor, Tensor]:
         """γ and β [N, C] from metadata [N, M]; in the parameters' dtype, also under autocast."""
         with torch.autocast(metadata.device.type, enabled=False):
-            h = metadata.to(self.last.weight.dtype)
+            dtype = self.last.weight.dtype
+            # oneDNN takes many times as long for such small products of 16-bit matrices
+            wide = dtype.itemsize == 2 and metadata.device.type == "cpu"
+            h = metadata.to(torch.float32 if wide else dtype)
             for layer in self.hidden:
-                h = layer(h)
+                h = _linear(layer, h)
                 h = torch.sigmoid(h) if self.preset == "paper" else nn.functional.silu(h)
-            out = self.last(h)
+            out = _linear(self.last, h)
             if self.preset == "paper":
                 out = torch.sigmoid(out)
-            gamma, beta = out.split(self.channels, dim=1)
+            gamma, beta = out.to(dtype).split(self.channels, dim=1)
             return (gamma, beta) if self.preset == "paper" else (1 + gamma, beta)
 
     def extra_repr(self) -> str:
         """Sizes and preset."""
         return f"{self.metadata_size}, {self.channels}, preset={self.preset!r}"
+
+
+def _linear(layer: nn.Module, h: Tensor) -> Tensor:
+    """``layer`` of ``h``; a plain linear one in the type of ``h``."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if h.dtype == weight.dtype:
+        out: Tensor = layer(h)
+        return out
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(h.to(weight.dtype)).to(h.dtype)
+    return nn.functional.linear(h, weight.to(h.dtype), layer.bias.to(h.dtype))

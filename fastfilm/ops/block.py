@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import assemble, backends, conv, pointwise, prologue, recipe, reference
+from . import assemble, backends, conv, pointwise, prepared, prologue, recipe, reference
 from .assemble import Source
 from .library import direct
 from .maps import DeferredMap, Joined, Map, layout_of, readable
@@ -56,13 +57,13 @@ def run(
     if sources is not None:
         dtype = _autocast_dtype(sources[0].raw)
         if dtype is not None:
-            weight = weight.to(dtype)
+            weight = _cast(weight, dtype, remembered)
             sources = [s._replace(raw=s.raw.to(dtype)) for s in sources]
         # of the shape, type and device of what the convolution sees
         raw = sources[0].raw.new_empty(1).expand(x.shape)
     else:
         assert not isinstance(x, Joined)
-        raw, weight = _autocast(x.raw if isinstance(x, DeferredMap) else x, weight)
+        raw, weight = _autocast(x.raw if isinstance(x, DeferredMap) else x, weight, remembered)
     how = _recipe(raw, weight, bias, geometry, options, tensors)
     kind, plan, kernels, geometry = how.kind, how.plan, how.kernels, how.geometry
     tail = Tail(kind, momentum, *tensors, group=group)
@@ -109,8 +110,9 @@ def run(
             rest = None if exact else (bias.to(accumulate_dtype(raw)) - added).detach()
         else:
             # its gradient comes with the coefficients'
+            exact = added.dtype == bias.dtype and not torch.is_grad_enabled()
             added = added.detach()
-            rest = bias.to(accumulate_dtype(raw)) - added
+            rest = None if exact else bias.to(accumulate_dtype(raw)) - added
         bias = rest
     if kind.uses_input:
         pre = tail.pre(bias, raw, biased=added is not None)
@@ -145,9 +147,11 @@ def run(
             if sources is not None:
                 raw = assemble.assembled(sources, plan)
             finishing = (added, coef, x_act, out_coef, kind.activation, *geometry, plan)
+            keep = None if remembered is None else remembered.weight.pack
             if remembered is not None and raw is given and finish:
-                remembered.keep(raw, *asked, lambda x: conv.conv_apply(x, weight, *finishing))
-            return conv.finished(raw, weight, *finishing)
+                again = partial(conv.conv_apply, keep=keep)
+                remembered.keep(raw, *asked, lambda x: again(x, weight, *finishing))
+            return conv.finished(raw, weight, *finishing, keep=keep)
         if sources is not None:
             y, _ = convolved(sources, weight, added, None, "none", geometry, False, plan)
         else:
@@ -239,7 +243,16 @@ def _autocast_dtype(raw: Tensor) -> torch.dtype | None:
     return None
 
 
-def _autocast(raw: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _autocast(raw: Tensor, weight: Tensor, remembered: Remembered | None) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype where autocast is on."""
     dtype = _autocast_dtype(raw)
-    return (raw, weight) if dtype is None else (raw.to(dtype), weight.to(dtype))
+    return (raw, weight) if dtype is None else (raw.to(dtype), _cast(weight, dtype, remembered))
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, remembered: Remembered | None) -> Tensor:
+    """``weight`` in autocast's dtype; in inference on a CPU the one that was remembered."""
+    kept = remembered is not None and not torch.is_grad_enabled() and weight.dtype != dtype
+    if kept and weight.device.type == "cpu" and direct(weight) and prepared.dense(weight):
+        assert remembered is not None
+        return remembered.weight.cast(weight, dtype)
+    return weight.to(dtype)

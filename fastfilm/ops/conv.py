@@ -301,8 +301,13 @@ def conv_apply(
     output_padding: Sequence[int],
     groups: int,
     plan: str,
+    keep: spec.Keep | None = None,
 ) -> Tensor:
-    """Implementation of ``fastfilm::conv_apply``: the finished block where its affine is known (inference)."""
+    """Implementation of ``fastfilm::conv_apply``: the finished block where its affine is known (inference).
+
+    Args:
+        keep: where the vendor's form of the weight is kept, if anywhere.
+    """
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
     x = spec.channels_last(x)
@@ -316,7 +321,7 @@ def conv_apply(
         finished: Tensor = kernels.convolve(v, weight, bias, padding, out_coef, out_act, stride)
         return finished
     # what the backend does not finish it does not convolve either: the rule only widens
-    y = spec.channels_last(vendor.convolution(v, weight, bias, *geometry))
+    y = spec.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))
     return kernels.apply(y, out_coef, out_act, in_place=True)
 
 
@@ -363,8 +368,9 @@ def conv(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y, stats
 
 
-def finished(x: Tensor, *rest: Any) -> Tensor:
+def finished(x: Tensor, *rest: Any, keep: spec.Keep | None = None) -> Tensor:
     """``fastfilm::conv_apply``, by the short way where that is possible."""
-    short = direct(x) and not torch.is_grad_enabled()
-    v: Tensor = (conv_apply if short else torch.ops.fastfilm.conv_apply)(x, *rest)
+    if direct(x) and not torch.is_grad_enabled():
+        return conv_apply(x, *rest, keep=keep)  # type: ignore[misc]
+    v: Tensor = torch.ops.fastfilm.conv_apply(x, *rest)
     return v

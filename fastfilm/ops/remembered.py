@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backends, recipe
 from .library import direct
+from .prepared import PreparedWeight
 
 
 class Call(NamedTuple):
@@ -38,12 +39,16 @@ class Remembered:
 
     They are used again if every tensor is the same object in the same version and no gradient is asked for. Copies
     and pickles of a block start without any.
+
+    Attributes:
+        weight: the block's weight, prepared.
     """
 
     def __init__(self) -> None:
         # tuples, exchanged as a whole: threads may call a block at the same time
         self._kept: tuple[Any, Sequence[Tensor | None], list[int], Tensor] | None = None
         self._call: Call | None = None
+        self.weight = PreparedWeight()
 
     def get(
         self,

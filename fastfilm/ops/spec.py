@@ -7,10 +7,16 @@ expected and what came before any kernel is chosen.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Keep = Callable[[Tensor, tuple[Any, ...], Callable[[], Tensor]], Tensor | None]
+"""Where a caller keeps what is made of a weight: of the weight, the form of what is made, and the making itself.
+
+None where it does not keep anything of this weight."""
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "prelu", "elu", "silu", "gelu", "gelu_tanh")
 """Activations of a block; ``gelu`` is the erf form, ``gelu_tanh`` the tanh approximation."""

@@ -28,8 +28,13 @@ def convolution(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    keep: spec.Keep | None = None,
 ) -> Tensor:
-    """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T]."""
+    """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T].
+
+    Args:
+        keep: where oneDNN's form of a bfloat16 weight is kept; it is made anew for each call otherwise.
+    """
     geometry = (stride, padding, dilation, transposed, output_padding)
     wide, before = reference.precautions(v, weight, *geometry)
     rest = dilation, transposed, output_padding, groups
@@ -44,6 +49,15 @@ def convolution(
     unsafe = reference.unsafe_channels_last(v)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     plain = unsafe or (not transposed and long_sums(v, weight, small))
+    if keep is not None and not plain and not transposed and _packs(v):
+        form = v.shape, tuple(stride), tuple(padding), tuple(dilation), groups
+        given = padding, stride, dilation, groups
+        reorder = torch.ops.mkldnn._reorder_convolution_weight
+        packed = keep(weight, form, lambda: reorder(weight, *given, list(v.shape)))
+        if packed is not None:
+            convolve = torch.ops.mkldnn._convolution_pointwise
+            y: Tensor = convolve(_input(v, False), packed, bias, *given, "none", [], "")
+            return y
     v, weight = _input(v, plain), _weight(weight, plain)
     if small:
         return torch.ops.aten.mkldnn_convolution.default(
@@ -152,6 +166,15 @@ def _avoids_onednn(v: Tensor, weight: Tensor, groups: int) -> bool:
         and v.numel() > 0
         and 1 < max(weight.shape[2:]) <= 3
         and math.prod(v.shape[:4]) <= SMALL
+        and bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    )
+
+
+def _packs(v: Tensor) -> bool:
+    """Whether oneDNN takes weights in a layout of its own for such a map."""
+    return (
+        v.dtype == torch.bfloat16
+        and v.device.type == "cpu"
         and bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
     )
 

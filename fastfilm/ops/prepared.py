@@ -1,0 +1,73 @@
+"""A weight as its convolution wants it in inference: in autocast's type, and in the vendor's own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import spec
+from .backends import BACKENDS
+
+
+class PreparedWeight:
+    """What was made of a block's weight, for as long as no value of the weight changes.
+
+    Values are compared, not versions: whoever writes through ``.data`` is noticed. Comparing takes less time than
+    casting, which starts threads, and keeps a copy of the weight.
+    """
+
+    def __init__(self) -> None:
+        # tuples, exchanged as a whole: threads may call a block at the same time
+        self._cast: tuple[Tensor, Tensor] | None = None
+        self._packed: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight`` on a CPU in another type, channels-last; the same tensor while its values are the same.
+
+        The result has no gradient and must not be written to.
+        """
+        kept = self._cast
+        if kept is not None and kept[1].dtype == dtype and _same(kept[0], weight):
+            return kept[1]
+        copy = weight.detach().clone()
+        layout = spec.channels_last_format(weight.dim())
+        made = copy.to(dtype, memory_format=layout)
+        self._cast = copy, made
+        return made
+
+    def pack(
+        self, weight: Tensor, form: tuple[Any, ...], make: Callable[[], Tensor]
+    ) -> Tensor | None:
+        """What ``make`` makes of a weight, once for each ``form``; None where nothing can be kept."""
+        own = self._cast is not None and weight is self._cast[1]
+        if not own and not dense(weight):
+            return None
+        kept = self._packed
+        # nobody writes to what came from ``cast``
+        if kept and kept[1] == form and (kept[0] is weight if own else _same(kept[0], weight)):
+            return kept[2]
+        made = make()
+        self._packed = weight if own else weight.detach().clone(), form, made
+        return made
+
+
+def dense(weight: Tensor) -> bool:
+    """Whether a weight can be prepared: by the C++ extension, its elements without gaps."""
+    layout = spec.channels_last_format(weight.dim())
+    filled = weight.is_contiguous() or weight.is_contiguous(memory_format=layout)
+    return filled and BACKENDS["cpu"].unavailable() is None
+
+
+def _same(copy: Tensor, weight: Tensor) -> bool:
+    """Whether both have the same bytes in the same layout."""
+    from fastfilm import _C
+
+    return (
+        copy.dtype == weight.dtype
+        and copy.shape == weight.shape
+        and copy.stride() == weight.stride()
+        and _C.same_bytes(copy.data_ptr(), weight.data_ptr(), copy.nbytes)
+    )

@@ -1,0 +1,125 @@
+"""Weights that inference casts and packs once: the same numbers, made again when a value changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastfilm
+from fastfilm.ops import vendor
+
+from .yardstick import relative_error
+
+pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
+
+PACKED = (
+    hasattr(torch.ops.mkldnn, "_convolution_pointwise") and torch.backends.mkldnn.is_available()
+)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the weights that were packed, in order."""
+    shapes: list[tuple[int, ...]] = []
+    if not PACKED:
+        pytest.skip("this PyTorch packs no weights")
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+
+    def noted(weight: Tensor, *rest: object) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        packed: Tensor = reorder(weight, *rest)
+        return packed
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", noted)
+    return shapes
+
+
+def block(dims: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    cls = fastfilm.ConvNormFiLM2d if dims == 2 else fastfilm.ConvNormFiLM3d
+    return cls(24, 32, norm="batch").eval()
+
+
+def image(dims: int = 2) -> Tensor:
+    x = torch.randn(2, 24, *(40, 36, 20)[:dims], generator=torch.Generator().manual_seed(1))
+    return x.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+
+
+def autocast(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out: Tensor = model(x)
+    return out
+
+
+def narrow(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(x.bfloat16())
+    return out
+
+
+CALLS = pytest.mark.parametrize("call", [autocast, narrow])
+
+
+def prepare(call: Callable[..., Tensor], model: nn.Module) -> nn.Module:
+    return model.bfloat16() if call is narrow else model
+
+
+@CALLS
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_numbers_are_those_of_the_weight_itself(
+    call: Callable[..., Tensor],
+    dims: int,
+    made: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = prepare(call, block(dims)), image(dims)
+    found = [call(model, x) for _ in range(3)]
+    assert made == [(32, 24, *(3,) * dims)]
+    monkeypatch.setattr(vendor, "_packs", lambda v: False)
+    for out in found:
+        assert torch.equal(out, call(copy.deepcopy(model), x))
+
+
+@CALLS
+def test_a_weight_written_behind_pytorchs_back_is_noticed(
+    call: Callable[..., Tensor], made: list[tuple[int, ...]]
+) -> None:
+    model, x = prepare(call, block()), image()
+    before = call(model, x)
+    version = model.weight._version
+    model.weight.data[3, 5, 1, 1] += 1
+    assert model.weight._version == version
+    after = call(model, x)
+    assert len(made) == 2
+    with fastfilm.backend("reference"):
+        truth = call(copy.deepcopy(model), x)
+    assert relative_error(after, truth.double()) < 1e-2 < relative_error(before, truth.double())
+
+
+@CALLS
+def test_other_shapes_types_and_copies_are_made_anew(
+    call: Callable[..., Tensor], made: list[tuple[int, ...]]
+) -> None:
+    model, x = prepare(call, block()), image()
+    call(model, x)
+    call(model, x[..., :20])
+    call(copy.deepcopy(model), x)
+    assert len(made) == 3
+    model.train()
+    model.eval()
+    call(model, x)
+    assert len(made) == 4
+
+
+def test_gradients_and_other_types_use_the_weight_itself(made: list[tuple[int, ...]]) -> None:
+    model, x = block(), image()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x).float().sum().backward()
+    assert model.weight.grad is not None and model.weight.grad.any()
+    with torch.no_grad():
+        model(x)
+    assert not made

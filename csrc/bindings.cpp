@@ -10,6 +10,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/coefficients.h"
 #include "cpu/convolution.h"
@@ -245,16 +246,33 @@ class PyConvolution {
     if (c.y) convolve(conv_, c.x, c.weight, c.bias, c.coef, static_cast<Activation>(act), c.y, threads);
   }
 
-  void run_winograd(Address x, Address weight, Address bias, Address coef, Address y, int act, int threads) const {
-    const bool dense = conv_.stride[0] == 1 && conv_.stride[1] == 1 && conv_.stride[2] == 1;
-    if (conv_.storage != kFloat32 || conv_.kernel[1] != 3 || conv_.kernel[2] != 3 || !dense) {
-      throw std::invalid_argument("dtype must be float32, the kernel 3 x 3 along the last axes and the stride 1");
-    }
-    const Checked c = checked(x, weight, bias, coef, y, act, threads);
+  // `transformed`: 0, or what `transform` wrote; the weight is not read then.
+  void run_winograd(Address x, Address weight, Address bias, Address coef, Address y, int act, int threads,
+                    Address transformed) const {
+    check_winograd();
+    const Checked c = checked(x, transformed ? transformed : weight, bias, coef, y, act, threads);
     if (!c.y) return;
-    convolve_winograd(conv_, static_cast<const float*>(c.x), static_cast<const float*>(c.weight),
-                      static_cast<const float*>(c.bias), c.coef, static_cast<Activation>(act), static_cast<float*>(c.y),
-                      threads);
+    std::vector<float> made;
+    const float* weights = static_cast<const float*>(c.weight);
+    if (!transformed) {
+      made.resize(winograd_weights(conv_));
+      transform_winograd(conv_, weights, made.data(), threads);
+      weights = made.data();
+    }
+    convolve_winograd(conv_, static_cast<const float*>(c.x), weights, static_cast<const float*>(c.bias), c.coef,
+                      static_cast<Activation>(act), static_cast<float*>(c.y), threads);
+  }
+
+  int64_t transformed() const {
+    check_winograd();
+    return winograd_weights(conv_);
+  }
+
+  void transform(Address weight, Address to, int threads) const {
+    check_winograd();
+    const Call call(kFloat32, 0, 1, 1, conv_.co * conv_.ci, threads);
+    const void* weight_ = call.feature_map("weight", weight);
+    transform_winograd(conv_, static_cast<const float*>(weight_), static_cast<float*>(call.feature_map("to", to)), threads);
   }
 
   void kernel_gradient(Address x, Address e, Address dkernel, int threads) const {
@@ -270,6 +288,13 @@ class PyConvolution {
   }
 
  private:
+  void check_winograd() const {
+    const bool dense = conv_.stride[0] == 1 && conv_.stride[1] == 1 && conv_.stride[2] == 1;
+    if (conv_.storage != kFloat32 || conv_.kernel[1] != 3 || conv_.kernel[2] != 3 || !dense) {
+      throw std::invalid_argument("dtype must be float32, the kernel 3 x 3 along the last axes and the stride 1");
+    }
+  }
+
   struct Checked {
     const void *x, *weight, *bias;
     const float* coef;
@@ -452,7 +477,9 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &PyConvolution::run, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("coef"),
            py::arg("y"), py::arg("act"), py::arg("threads"), release())
       .def("run_winograd", &PyConvolution::run_winograd, py::arg("x"), py::arg("weight"), py::arg("bias"),
-           py::arg("coef"), py::arg("y"), py::arg("act"), py::arg("threads"), release())
+           py::arg("coef"), py::arg("y"), py::arg("act"), py::arg("threads"), py::arg("transformed") = 0, release())
+      .def_property_readonly("transformed", &PyConvolution::transformed)
+      .def("transform", &PyConvolution::transform, py::arg("weight"), py::arg("to"), py::arg("threads"), release())
       .def("kernel_gradient", &PyConvolution::kernel_gradient, py::arg("x"), py::arg("e"), py::arg("dkernel"),
            py::arg("threads"), release());
   py::class_<Coefficients>(m, "Coefficients")

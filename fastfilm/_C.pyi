@@ -120,10 +120,26 @@ class Convolution:
         self, x: int, weight: int, bias: int, coef: int, y: int, act: int, threads: int
     ) -> None: ...
     def run_winograd(
-        self, x: int, weight: int, bias: int, coef: int, y: int, act: int, threads: int
+        self,
+        x: int,
+        weight: int,
+        bias: int,
+        coef: int,
+        y: int,
+        act: int,
+        threads: int,
+        transformed: int = 0,
     ) -> None:
-        """``run`` by Winograd's F(2x2, 3x3): float32, 3 x 3 positions along the last two axes."""
+        """``run`` by Winograd's F(2x2, 3x3): float32, 3 x 3 positions along the last two axes.
 
+        ``transformed``: what ``transform`` wrote; ``weight`` is not read then.
+        """
+
+    @property
+    def transformed(self) -> int:
+        """Floats that ``transform`` writes."""
+
+    def transform(self, weight: int, to: int, threads: int) -> None: ...
     def kernel_gradient(self, x: int, e: int, dkernel: int, threads: int) -> None: ...
 
 class Coefficients:

@@ -115,6 +115,39 @@ def test_other_shapes_types_and_copies_are_made_anew(
     assert len(made) == 4
 
 
+def test_winograds_form_keeps_what_it_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastfilm.ops import cpu_convolution
+
+    if not cpu_convolution._by_winograd(torch.float32, 2, (40, 36), (32, 32, 3, 3), "avx512"):
+        pytest.skip("not served")
+    made: list[tuple[int, ...]] = []
+    real = cpu_convolution._transformed
+
+    def noted(kernels: object, weight: Tensor) -> Tensor:
+        made.append(tuple(weight.shape))
+        return real(kernels, weight)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu_convolution, "_transformed", noted)
+    torch.manual_seed(0)
+    model = fastfilm.ConvNormFiLM2d(32, 32, norm="batch").eval()
+    x = torch.randn(2, 32, 40, 36).contiguous(memory_format=torch.channels_last)
+    if not cpu_convolution.covers_convolution(
+        x, model.weight, ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    ):
+        pytest.skip("this processor has no AVX-512")
+    with torch.no_grad():
+        first, again, smaller = model(x), model(x), model(x[..., :20])
+        assert made == [(32, 32, 3, 3)]
+        assert torch.equal(first, again) and torch.equal(first, copy.deepcopy(model)(x))
+        model.weight.data *= 2
+        changed = model(x)
+        assert len(made) == 3
+        with fastfilm.backend("reference"):
+            truth = model(x)
+    assert relative_error(changed, truth.double()) < 1e-5 < relative_error(first, truth.double())
+    assert smaller.shape[-1] == 20
+
+
 def test_gradients_and_other_types_use_the_weight_itself(made: list[tuple[int, ...]]) -> None:
     model, x = block(), image()
     with torch.autocast("cpu", dtype=torch.bfloat16):

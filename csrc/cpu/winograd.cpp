@@ -54,32 +54,36 @@ struct Tiles {
   int64_t across, down, count;
 };
 
-// [blocks][16][KD * Ci][width]
-std::vector<float> transformed(const Convolution& conv, const Kernels& kernels, const float* weight, int64_t width,
-                               int threads) {
-  const int64_t length = conv.kernel[0] * conv.ci, blocks = ceil_div(conv.co, width);
-  std::vector<float> to(blocks * kWinograd * length * width);
+int64_t block_width(const Convolution& conv) { return conv.co > 16 ? 32 : 16; }
+
+}  // namespace
+
+int64_t winograd_weights(const Convolution& conv) {
+  const int64_t width = block_width(conv);
+  return ceil_div(conv.co, width) * kWinograd * conv.kernel[0] * conv.ci * width;
+}
+
+void transform_winograd(const Convolution& conv, const float* weight, float* transformed, int threads) {
+  const Kernels& kernels = current_kernels();
+  const int64_t length = conv.kernel[0] * conv.ci, width = block_width(conv), blocks = ceil_div(conv.co, width);
   const int64_t* s = conv.strides;
-  // a tap takes about four times as long as an element of a pass over a map
-  parallel_for(blocks * length, blocks * length * width < kParallelFrom / 4 ? 1 : threads, [&](int64_t task, int) {
+  // a tap takes about eight times as long as an element of a pass over a map
+  const bool few = blocks * length * width < kParallelFrom / 8;
+  parallel_for(blocks * length, few ? 1 : threads, [&](int64_t task, int) {
     const int64_t block = task / length, j = task % length;
     const float* from = weight + block * width * s[0] + j / conv.ci * s[2] + j % conv.ci * s[1];
     float taps[9 * kWidest] = {};
     for (int64_t o = 0; o < std::min(width, conv.co - block * width); ++o) {
       for (int t = 0; t < 9; ++t) taps[t * width + o] = from[o * s[0] + t / 3 * s[3] + t % 3 * s[4]];
     }
-    kernels.winograd_weight(taps, width, to.data() + (block * kWinograd * length + j) * width, length * width);
+    kernels.winograd_weight(taps, width, transformed + (block * kWinograd * length + j) * width, length * width);
   });
-  return to;
 }
 
-}  // namespace
-
-void convolve_winograd(const Convolution& conv, const float* x, const float* weight, const float* bias,
+void convolve_winograd(const Convolution& conv, const float* x, const float* transformed, const float* bias,
                        const float* coef, Activation act, float* y, int threads) {
   const Kernels& kernels = current_kernels();
-  const int64_t length = conv.kernel[0] * conv.ci, wide = conv.co > 16, width = wide ? 32 : 16;
-  const std::vector<float> weights = transformed(conv, kernels, weight, width, threads);
+  const int64_t length = conv.kernel[0] * conv.ci, width = block_width(conv), wide = width > 16;
   const int64_t blocks = ceil_div(conv.co, width);
   std::vector<float> added(blocks * width), zeros(conv.ci);
   if (bias) std::copy(bias, bias + conv.co, added.begin());
@@ -112,7 +116,7 @@ void convolve_winograd(const Convolution& conv, const float* x, const float* wei
       for (int64_t block = 0; block < blocks; ++block) {
         for (int64_t p = 0; p < kWinograd; ++p) {
           kernels.winograd_product[wide](input.data() + p * in_pitch, length,
-                                         weights.data() + (block * kWinograd + p) * length * width, count,
+                                         transformed + (block * kWinograd + p) * length * width, count,
                                          products.data() + p * out_pitch);
         }
         const int64_t channels = std::min(width, conv.co - block * width);

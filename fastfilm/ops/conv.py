@@ -318,7 +318,8 @@ def conv_apply(
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry, True):
-        finished: Tensor = kernels.convolve(v, weight, bias, padding, out_coef, out_act, stride)
+        affine = out_coef, out_act
+        finished: Tensor = kernels.convolve(v, weight, bias, padding, *affine, stride, keep)
         return finished
     # what the backend does not finish it does not convolve either: the rule only widens
     y = spec.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))

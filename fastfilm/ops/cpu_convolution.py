@@ -15,6 +15,7 @@ from fastfilm import _C
 
 from . import vendor
 from .cpu_arguments import DTYPES, FORMATS, activation_code, address_of, feature_map, numbers_of
+from .spec import Keep
 
 _PRODUCTS, _NARROW_PRODUCTS, _NATIVE_PRODUCTS = 1 << 20, 1 << 18, 1 << 16
 """Up to so many products PyTorch takes longer to set a convolution up than we take for it: float32; 16 bits; a
@@ -243,6 +244,7 @@ def convolve(
     coef: Tensor | None = None,
     act: str = "none",
     stride: Sequence[int] | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """``torch.nn.functional.conv2d`` or ``conv3d``, summed in float32; [N, Co, *T], channels-last.
 
@@ -250,16 +252,23 @@ def convolve(
         x: [N, Ci, *S], channels-last; not float64.
         weight: [Co, Ci, *K] and ``bias`` [Co]: in x's dtype.
         coef: [7, N, Co]: the result is that of ``apply`` with it and ``act``, each row finished in the cache.
+        keep: where the weight that Winograd's form transforms is kept.
     """
     x = feature_map("x", x)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(f"weight and bias must be {x.dtype} as x, got {weight.dtype}")
-    _, run, shape = _kernels_of(x, weight, weight.stride(), stride, padding)
+    kernels, run, shape = _kernels_of(x, weight, weight.stride(), stride, padding)
     y = torch.empty(shape, dtype=x.dtype, memory_format=FORMATS[x.dim()])
     if bias is not None:
         bias = bias.contiguous()
     if coef is not None:
         coef = numbers_of("coef", coef, y, 7, *shape[:2])
+    rest: tuple[int, ...] = ()
+    transformed = None
+    if keep is not None and run == kernels.run_winograd:
+        form = "winograd", _C.instruction_set()
+        transformed = keep(weight, form, lambda: _transformed(kernels, weight))
+        rest = (address_of(transformed),)
     run(
         x.data_ptr(),
         weight.data_ptr(),
@@ -268,8 +277,15 @@ def convolve(
         y.data_ptr(),
         activation_code(act),
         torch.get_num_threads(),
+        *rest,
     )
     return y
+
+
+def _transformed(kernels: _C.Convolution, weight: Tensor) -> Tensor:
+    to = torch.empty(kernels.transformed)
+    kernels.transform(weight.data_ptr(), to.data_ptr(), torch.get_num_threads())
+    return to
 
 
 @functools.lru_cache(maxsize=4096)

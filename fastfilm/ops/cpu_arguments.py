@@ -5,17 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .spec import ACTIVATION_CODES
+
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {
-    "none": 0,
-    "relu": 1,
-    "leaky_relu": 2,
-    "prelu": 2,
-    "elu": 3,
-    "silu": 4,
-    "gelu": 5,
-    "gelu_tanh": 6,
-}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -45,9 +37,9 @@ def numbers_of(name: str, t: Tensor, y: Tensor, *shape: int) -> Tensor:
 
 def activation_code(act: str) -> int:
     """The kernels' number of an activation; ValueError for an unknown one."""
-    code = ACTIVATIONS.get(act)
+    code = ACTIVATION_CODES.get(act)
     if code is None:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+        raise ValueError(f"act must be one of {', '.join(ACTIVATION_CODES)}, got {act!r}")
     return code
 
 

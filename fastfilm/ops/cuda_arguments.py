@@ -8,17 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .spec import ACTIVATION_CODES
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {
-    "none": 0,
-    "relu": 1,
-    "leaky_relu": 2,
-    "prelu": 2,
-    "elu": 3,
-    "silu": 4,
-    "gelu": 5,
-    "gelu_tanh": 6,
-}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -48,9 +40,9 @@ def numbers(name: str, t: Tensor, *shape: int) -> Tensor:
 
 def code(act: str) -> int:
     """An activation's number; ValueError for an unknown one."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    return ACTIVATIONS[act]
+    if act not in ACTIVATION_CODES:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATION_CODES)}, got {act!r}")
+    return ACTIVATION_CODES[act]
 
 
 def stream_of(t: Tensor) -> int:

@@ -8,7 +8,7 @@ Tests and benchmarks import it; the ``reference`` backend runs it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,32 @@ def cropped(x: Tensor, padding: Sequence[int]) -> Tensor:
     return x
 
 
+def guarded(
+    convolve: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor | None:
+    """``convolve`` of these arguments with the ``precautions`` that they need; None where they need none."""
+    rest = dilation, transposed, output_padding
+    wide, before = precautions(x, weight, stride, padding, *rest)
+    if wide:
+        added = None if bias is None else bias.float()
+        y = convolve(x.float(), weight.float(), added, stride, padding, *rest, groups)
+        return y.to(x.dtype)
+    if before:
+        v = x if transposed else padded(x, padding)
+        y = convolve(v, weight, bias, stride, [0] * len(padding), *rest, groups)
+        return cropped(y, padding) if transposed else y
+    return None
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -141,20 +167,13 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """The vendor's convolution [N, Ci, *S] -> [N, Co, *T]; weight as in ``torch.nn.Conv*``."""
-    rest = dilation, transposed, output_padding
-    wide, before = precautions(x, weight, stride, padding, *rest)
-    if wide:
-        added = None if bias is None else bias.float()
-        y = convolution(x.float(), weight.float(), added, stride, padding, *rest, groups)
-        return y.to(x.dtype)
-    if before:
-        none = [0] * len(padding)
-        v = x if transposed else padded(x, padding)
-        y = convolution(v, weight, bias, stride, none, *rest, groups)
-        return cropped(y, padding) if transposed else y
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    y = guarded(convolution, x, weight, bias, *geometry)
+    if y is not None:
+        return y
     if unsafe_channels_last(x):
         x, weight = x.contiguous(), weight.contiguous()
-    return torch.convolution(x, weight, bias, stride, padding, *rest, groups)
+    return torch.convolution(x, weight, bias, *geometry)
 
 
 def materialise(y: Tensor, coef: Tensor, act: str) -> Tensor:

@@ -6,7 +6,6 @@ expected and what came before any kernel is chosen.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,18 @@ None where it does not keep anything of this weight."""
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "prelu", "elu", "silu", "gelu", "gelu_tanh")
 """Activations of a block; ``gelu`` is the erf form, ``gelu_tanh`` the tanh approximation."""
+
+ACTIVATION_CODES = {
+    "none": 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "prelu": 2,
+    "elu": 3,
+    "silu": 4,
+    "gelu": 5,
+    "gelu_tanh": 6,
+}
+"""The activations' numbers in the C++ and CUDA kernels."""
 
 NORMS = ("none", "batch", "instance", "group", "layer")
 
@@ -162,7 +173,6 @@ def conv_output_size(
     ]
 
 
-@functools.lru_cache(maxsize=4096)
 def has_idle_taps(
     size: tuple[int, ...],
     kernel: tuple[int, ...],

@@ -35,17 +35,10 @@ def convolution(
     Args:
         keep: where oneDNN's form of a bfloat16 weight is kept; it is made anew for each call otherwise.
     """
-    geometry = (stride, padding, dilation, transposed, output_padding)
-    wide, before = reference.precautions(v, weight, *geometry)
-    rest = dilation, transposed, output_padding, groups
-    if wide:
-        added = None if bias is None else bias.float()
-        return convolution(v.float(), weight.float(), added, stride, padding, *rest).to(v.dtype)
-    if before:
-        none = [0] * len(padding)
-        if transposed:
-            return reference.cropped(convolution(v, weight, bias, stride, none, *rest), padding)
-        return convolution(reference.padded(v, padding), weight, bias, stride, none, *rest)
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    guarded = reference.guarded(convolution, v, weight, bias, *geometry)
+    if guarded is not None:
+        return guarded
     unsafe = reference.unsafe_channels_last(v)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     plain = unsafe or (not transposed and long_sums(v, weight, small))
@@ -63,7 +56,7 @@ def convolution(
         return torch.ops.aten.mkldnn_convolution.default(
             v, weight, bias, padding, stride, dilation, groups
         )
-    return torch.convolution(v, weight, bias, *geometry, groups)
+    return torch.convolution(v, weight, bias, *geometry)
 
 
 def convolution_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -153,6 +154,14 @@ def code_flags(archs: list[str]) -> list[str]:
     return flags
 
 
+def object_key(source: str, archs: list[str], release: str) -> str:
+    """What the object of a .cu file depends on: sources, headers, flags, targets and the compiler's release."""
+    digest = hashlib.sha256(repr((CUDA_FLAGS, code_flags(archs), release)).encode())
+    for path in (source, *CUDA_DEPENDS):
+        digest.update((ROOT / path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class BuildExt(build_ext):
     """Compiles what this machine can compile, and says in one line what was left out and why."""
 
@@ -185,7 +194,7 @@ class BuildExt(build_ext):
             self._leave_out(ext, " ".join(str(error).split()))
 
     def _compile_kernels(self, ext: Extension) -> None:
-        """Compiles each .cu file that is newer than its object, with nvcc."""
+        """Compiles each .cu file whose object is not there yet, with nvcc."""
         nvcc = shutil.which("nvcc")
         if nvcc is None:
             raise RuntimeError("nvcc not found")
@@ -204,21 +213,24 @@ class BuildExt(build_ext):
         )
         if library is None:
             raise RuntimeError("the CUDA toolkit has no libcudart_static.a")
-        folder = Path(self.build_temp) / ("cuda-" + "-".join(archs))
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+        release = re.search(r"release ([\d.]+)", said.stdout)
+        folder = Path(os.environ.get("FASTFILM_CUDA_OBJECTS") or Path(self.build_temp, "cuda"))
         folder.mkdir(parents=True, exist_ok=True)
-        header_time = max(Path(h).stat().st_mtime for h in [*CUDA_DEPENDS, __file__])
 
         def compiled(source: str) -> str:
-            out = folder / (Path(source).stem + ".o")
-            if out.exists() and out.stat().st_mtime > max(
-                header_time, Path(source).stat().st_mtime
-            ):
-                return str(out)
-            command = [nvcc, *CUDA_FLAGS, *code_flags(archs), "-c", source, "-o", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                reason = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-                raise RuntimeError(f"nvcc failed on {source}: {reason[0]}")
+            key = object_key(source, archs, release[1] if release else "")
+            out = folder / f"{Path(source).stem}-{key}.o"
+            if not out.exists():
+                for old in folder.glob(f"{Path(source).stem}-*"):
+                    old.unlink()
+                partial = out.with_suffix(".part")  # an interrupted compiler leaves no object
+                command = [nvcc, *CUDA_FLAGS, *code_flags(archs), "-c", source, "-o", str(partial)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    reason = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+                    raise RuntimeError(f"nvcc failed on {source}: {reason[0]}")
+                partial.replace(out)
             return str(out)
 
         with ThreadPoolExecutor(min(len(CUDA_KERNELS), os.cpu_count() or 1)) as pool:

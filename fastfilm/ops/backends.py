@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import environment, routing
+from . import environment, left_out, routing
 
 ALL_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,8 +67,10 @@ class Backend:
     fused: Fused | None = None
 
     def kernels(self) -> ModuleType:
-        """The launchers (imported on first use)."""
-        return _replaced[self.name] if self.name in _replaced else _module(self.module)
+        """The launchers (imported on first use) that are not left out."""
+        found = _replaced[self.name] if self.name in _replaced else _module(self.module)
+        launchers: ModuleType = left_out.launchers(self.name, found)
+        return launchers
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def backend(name: str | None, route: str | None = None) -> Iterator[None]:
 
 def why_not_backend(b: Backend, request: Request) -> str | None:
     """Why backend ``b`` cannot serve ``request`` by any route; None if it can."""
-    reason = b.unavailable()
+    reason = b.unavailable() or left_out.why_not(b.name, None, None)
     if reason is not None:
         return reason
     if request.device not in b.devices or (
@@ -248,7 +250,7 @@ def why_not_fused(b: Backend, request: Request) -> str | None:
         return f"stride must be {' or '.join(map(str, f.strides))} in every dimension, got {stride}"
     if request.dims not in f.dims:
         return f"spatial dimensions must be one of {f.dims}, got {request.dims}"
-    return f.why_not(request)
+    return left_out.why_not(b.name, "fprop", request.dtype) or f.why_not(request)
 
 
 def forced() -> tuple[str | None, str | None, bool]:

@@ -16,7 +16,7 @@ from fastfilm import _CUDA
 
 from . import cuda_convolution as convolutions
 from . import fallback
-from .backends import Request
+from .backends import BACKENDS, Request
 from .cuda_arguments import (
     DTYPES,
     address,
@@ -70,7 +70,7 @@ _PLAIN = ("residual", "residual_backward")
 def __getattr__(name: str) -> Any:
     if name.startswith("__") or not (_TRITON or name in _PLAIN):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(fallback, name if _TRITON else f"_{name}")
+    return getattr(BACKENDS["triton"].kernels(), name) if _TRITON else getattr(fallback, f"_{name}")
 
 
 def why_not(request: Request) -> str | None:

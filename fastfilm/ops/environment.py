@@ -24,6 +24,7 @@ VARIABLES = (
     ),
     Variable("FASTFILM_ROUTE", ("fused", "composed", "eager"), "forces a route for every call"),
     Variable("FASTFILM_STRICT", SWITCH, "1: a kernel that fails raises instead of falling back"),
+    Variable("FASTFILM_WITHOUT", None, "kernels that are left out, such as cuda:joint:bfloat16"),
     Variable("FASTFILM_TUNED", None, "the folder of the user's measured choices"),
     Variable("FASTFILM_CPU", SWITCH, "at install time, 0: leaves the C++ extension out"),
     Variable(
@@ -32,6 +33,7 @@ VARIABLES = (
         "at install time, 0: no CUDA kernels, 1: an error without them",
     ),
     Variable("FASTFILM_CUDA_ARCHS", None, "at install time: targets of the CUDA kernels"),
+    Variable("FASTFILM_CUDA_OBJECTS", None, "at install time: folder of compiled CUDA kernels"),
     Variable("TRITON_INTERPRET", SWITCH, "1: Triton's interpreter, on CPU tensors"),
     Variable("FASTFILM_GOLDEN", None, "tests: the folder of the golden arrays"),
     Variable("FASTFILM_SLOW_TESTS", SWITCH, "tests, 1: the slow ones run too"),

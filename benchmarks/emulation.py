@@ -144,3 +144,7 @@ def serving(module: ModuleType) -> Iterator[ModuleType]:
             backends.BACKENDS["cuda"] = own
             backends._choose.cache_clear()
             recipe.forget()
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))

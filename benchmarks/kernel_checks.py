@@ -56,10 +56,22 @@ def rows(
     _most = FEW if few or device == "cpu" else None
     # float32 is compared with float32's own bound
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    with launchers(keys[0].split(":")[0], library) as kernels:
+    backend = keys[0].split(":")[0]
+    reason = why_not(backend, library)
+    if reason is not None:
+        yield from ({"check": key, "status": smoke.SKIPPED, "note": reason} for key in keys)
+        return
+    with launchers(backend, library) as kernels:
         for key in keys:
             family = key.split(":")[1]
             yield smoke.judged(key, lambda dtype, f=family: check(kernels, f, device, dtype))
+
+
+def why_not(backend: str, library: str | None) -> str | None:
+    """Why there is nothing to check of a backend; None if there is."""
+    if backend == "cuda" and library:
+        return None if Path(library).exists() else f"there is no {Path(library).name}"
+    return BACKENDS[backend].unavailable()
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
-"""The campaign: its order, its bounds, what survives a kill, and what its report says."""
+"""The campaign: its order, its bounds, what survives a kill and a fault, and what its report says."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,232 +14,292 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from benchmarks import gaps_page, networks
+from benchmarks.campaign import bundle, plots, prepare, report, results, runner, steps, targets
+from benchmarks.campaign.steps import Step
+from benchmarks.suites import profile
 
 ROOT = Path(__file__).resolve().parents[1]
-if "benchmarks" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "_run_for_campaign", ROOT / "benchmarks" / "run.py"
-    )
-    assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-from benchmarks import cli, layers  # noqa: E402
-from benchmarks.blocks import Block  # noqa: E402
-from benchmarks.campaign import (  # noqa: E402
-    gaps,
-    plots,
-    report,
-    results,
-    runner,
-    steps,
-    targets,
-)
-from benchmarks.campaign.steps import Step  # noqa: E402
-from benchmarks.harness import QUICK, Budget, HostClock  # noqa: E402
-from benchmarks.record import Record  # noqa: E402
-from benchmarks.roofline import Ceilings, Layer  # noqa: E402
-from benchmarks.session import Session  # noqa: E402
-from benchmarks.suites import frozen, gate, profile, scaling  # noqa: E402
 
 
 def script(name: str, code: str, seconds: float = 30.0, **options: Any) -> Step:
-    return Step(name, "a test", (sys.executable, "-c", code), seconds, least=1.0, **options)
+    """A step that runs Python code, given as a file: arguments are split at spaces."""
+    options = {"after": (), **options}
+    file = Path(os.environ["CODE"]) / f"{name}.py"
+    file.write_text(code)
+    return Step(name, "a test", f"{{python}} {file} {{work}}", seconds, least=1.0, **options)
 
 
-def writing(name: str, row: str = "", then: str = "", **options: Any) -> Step:
-    code = f"import json; rows = {{'machine': {{'device_name': 'Card'}}, 'rows': [{row}]}};"
-    code += (
-        f" file = open(r'{{out}}/steps/{name}.json', 'w'); json.dump(rows, file); file.close()"
-        + then
-    )
+@pytest.fixture(autouse=True)
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "code").mkdir()
+    monkeypatch.setenv("CODE", str(tmp_path / "code"))
+
+
+ROW = {
+    "step": "model", "suite": "model", "case": targets.FLAT, "mode": "training", "dtype": "bfloat16",
+    "status": "ok", "provider": "fastfilm", "median_s": 1.0, "note": "", "ratio": None,
+}  # fmt: skip
+
+
+def row(provider: str, seconds: float, **values: Any) -> dict[str, Any]:
+    return {**ROW, "provider": provider, "median_s": seconds, **values}
+
+
+def writing(name: str, text: str, then: str = "", **options: Any) -> Step:
+    code = f"import sys\nopen(sys.argv[1] + '/steps/{name}.json', 'w').write({text!r})\n{then}"
     return script(name, code, rows=True, **options)
 
 
+def rows_of(*rows: dict[str, Any]) -> str:
+    return json.dumps({"machine": {"device_name": "Card"}, "rows": rows})
+
+
+def run(out: Path, wanted: list[Step], seconds: float = 90.0, **options: Any) -> int:
+    return runner.run(out, "cpu", seconds, wanted, **options)
+
+
+def found(out: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return value
+
+
 def state(out: Path) -> dict[str, str]:
-    return {
-        n: d["status"] for n, d in json.loads((out / "campaign.json").read_text())["steps"].items()
-    }
+    return {name: step["status"] for name, step in found(out)["steps"].items()}
 
 
-def run(out: Path, wanted: list[Step], seconds: float = 60.0, again: tuple[str, ...] = ()) -> int:
-    return runner.main(out, "cpu", seconds, again, wanted)
-
-
-def test_steps_run_in_their_order_and_a_failure_is_reported(tmp_path: Path) -> None:
-    wanted = [
-        script("a", "print('fine')"),
-        script("b", "raise SystemExit('no luck')"),
-        script("c", ""),
-    ]
-    assert run(tmp_path, wanted) == 1
-    assert state(tmp_path) == {"a": "ok", "b": "FAILED", "c": "ok"}
-    assert "fine" in (tmp_path / "logs" / "a.log").read_text()
-    assert "no luck" in (tmp_path / "report.md").read_text()
-
-
-def test_a_step_without_what_it_needs_is_not_started(tmp_path: Path) -> None:
-    wanted = [
-        script("build", "raise SystemExit(3)"),
-        script("x", "", after=("build",)),
-        script("y", ""),
-    ]
-    # a build that fails is tried once more, apart; that is no step of this test
-    code = runner.main(
-        tmp_path, "cpu", 60.0, (), [script("first", "raise SystemExit(3)"), *wanted[2:]]
-    )
-    assert code == 1 and state(tmp_path) == {"first": "FAILED", "y": "ok"}
-    x = script("x", "", after=("first",))
-    run(tmp_path, [x])
-    assert state(tmp_path)["x"] == "skipped"
-
-
-@pytest.mark.parametrize("builds", [True, False])
-def test_where_pip_cannot_install_the_package_is_put_into_the_campaigns_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: bool
+def test_steps_run_in_their_order_and_a_failure_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_(self: runner.Campaign, step: Step, seconds: float) -> runner.Done:
-        if builds and "setup.py" in step.command:
-            (self.out / "site" / "fastfilm" / "kernels").mkdir(parents=True)
-            return runner.Done("ok", 1.0, 0, "", 1)
-        return runner.Done("FAILED", 1.0, 1, "no pip", 1)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(runner.Campaign, "run", run_)
-        run(tmp_path, [script("build", "")])
-    assert state(tmp_path) == {"build": "ok"}
-    if builds:
-        return
-    code = "import fastfilm.kernels, pathlib; print(pathlib.Path(fastfilm.kernels.__file__).parts)"
-    assert run(tmp_path, [script("after", code)]) == 0
-    assert "'site', 'fastfilm', 'kernels'" in (tmp_path / "logs" / "after.log").read_text()
+    wanted = [script("a", "print('fine')"), script("b", "raise SystemExit('no luck')")]
+    wanted += [script("c", "", after=("a",)), script("d", "", after=("b",))]
+    assert run(tmp_path / "out", wanted) == 1
+    assert state(tmp_path / "out") == {"a": "ok", "b": "FAILED", "c": "ok", "d": "skipped"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "no luck" in text and "b did not succeed" in text
+    assert capsys.readouterr().out.endswith(f"\n{text}\n")  # what is printed last
+    assert len(list((tmp_path / "out").iterdir())) <= 8
 
 
 def test_a_step_past_its_bound_is_ended_with_all_it_started_and_its_rows_count(
     tmp_path: Path,
 ) -> None:
-    child = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c',"
-    child += " 'import time; time.sleep(60)']).pid, flush=True); time.sleep(60)"
-    row = "{'suite': 's', 'status': 'ok', 'case': 'kept'}"
-    begun = time.monotonic()
-    run(tmp_path, [writing("slow", row, "\n" + child, seconds=3.0), script("next", "")])
-    assert time.monotonic() - begun < 25
-    assert state(tmp_path) == {"slow": "cut", "next": "ok"}
-    pid = int((tmp_path / "logs" / "slow.log").read_text().split()[-1])
-    time.sleep(0.2)
-    assert not alive(pid)
-    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["case"] == "kept"
+    pids = tmp_path / "pids"
+    child = f"""
+import os, subprocess, time
+other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(90)'])
+open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{other.pid}}')
+time.sleep(90)
+"""
+    slow = writing("slow", rows_of(row("kept", 1.0)), child, seconds=6.0)
+    run(tmp_path / "out", [slow, script("next", "")])
+    assert state(tmp_path / "out") == {"slow": "cut", "next": "ok"}
+    assert found(tmp_path / "out")["rows"][0]["provider"] == "kept"
+    assert not any(alive(int(pid)) for pid in pids.read_text().split())
 
 
 def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[-1][0] != "Z"
+    except OSError:
         return False
-    # one that has ended and whom nobody has waited for counts as ended
-    return Path(f"/proc/{pid}/stat").read_text().split(") ")[-1][0] != "Z"
 
 
-def test_steps_that_do_not_fit_are_left_for_the_next_run(tmp_path: Path) -> None:
-    first = [script("a", ""), Step("b", "", (sys.executable, "-c", ""), 30, least=1e6)]
-    run(tmp_path, first)
-    assert state(tmp_path) == {"a": "ok", "b": "skipped"}
-    later = [script("a", "raise SystemExit('run twice')"), script("b", "")]
-    assert run(tmp_path, later) == 0
-    assert state(tmp_path) == {"a": "ok", "b": "ok"}
-
-
-def test_what_was_cut_comes_last_and_again_comes_first(tmp_path: Path) -> None:
-    campaign = runner.Campaign(tmp_path, "cpu")
-    for name, status in (("a", "ok"), ("b", "cut"), ("c", "FAILED"), ("d", "skipped")):
-        campaign.done[name] = runner.Done(status)
-    wanted = [script(n, "") for n in "abcde"]
-    assert [s.name for s in campaign.order(wanted, [])] == ["d", "e", "b"]
-    assert [s.name for s in campaign.order(wanted, ["c"])] == ["c", "d", "e", "b"]
-
-
-def test_a_killed_campaign_goes_on_where_it_was(tmp_path: Path) -> None:
-    child = tmp_path / "kill.py"
-    child.write_text(
-        f"""
-import importlib.util, sys
+KILLED = """
+import sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("_r", {str(ROOT / "benchmarks" / "run.py")!r})
-spec.loader.exec_module(importlib.util.module_from_spec(spec))
 from benchmarks.campaign import runner
 from benchmarks.campaign.steps import Step
-def s(name, code):
-    return Step(name, "", (sys.executable, "-c", code), 60, least=1)
-sleeps = "import os, time; print(os.getpid()); time.sleep(60)"
-runner.main(Path({str(tmp_path / "out")!r}), "cpu", 120, (), [s("a", ""), s("b", sleeps)])
+wanted = [Step(n, "", "{python} -c pass", 60, least=1, after=()) for n in "abcdefgh"]
+begun = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+raise SystemExit(runner.run(Path(sys.argv[1]), "cpu", 120, wanted, begun))
 """
-    )
-    process = subprocess.Popen([sys.executable, str(child)], stdout=subprocess.PIPE, text=True)
-    path = tmp_path / "out" / "logs" / "b.log"
-    for _ in range(300):
-        if path.exists() and path.read_text().count("\n") > 1:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert state(tmp_path / "out") == {"a": "ok"}
-    assert (tmp_path / "out" / "results.json").exists() and (
-        tmp_path / "out" / "report.md"
-    ).exists()
-    # what is killed cannot end its step
-    os.kill(int(path.read_text().split()[-1]), signal.SIGKILL)
-    run(tmp_path / "out", [script("a", "raise SystemExit(1)"), script("b", "")])
-    assert state(tmp_path / "out") == {"a": "ok", "b": "ok"}
 
 
-def test_a_folder_of_another_device_or_an_unknown_step_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_campaign_killed_at_any_moment_leaves_a_bundle_to_go_on_from(tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "killed.py"
+    file.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for seed in range(3):
+        shutil.rmtree(out, ignore_errors=True)
+        process = subprocess.Popen([sys.executable, str(file), str(out)], env=environment)
+        while not (out / bundle.NAME).exists():
+            time.sleep(0.005)
+        time.sleep(random.Random(seed).random() * 0.4)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        bundle.unpack(out / bundle.NAME, tmp_path / f"work{seed}")
+        assert found(out)["steps"]["a"]["status"] == "ok" and (out / "report.md").exists()
+        again = [sys.executable, str(file), str(out), str(out / bundle.NAME)]
+        assert subprocess.run(again, env=environment, capture_output=True).returncode == 0
+        assert state(out) == dict.fromkeys("abcdefgh", "ok")
+        assert len(found(out)["about"]["runs"]) == 2
+
+
+def test_what_is_done_again_where_a_campaign_goes_on(tmp_path: Path) -> None:
+    campaign = runner.Campaign(tmp_path, tmp_path, "cpu", {})
+    wanted = [script(n, "") for n in "abcde"] + [script("s", "", setup=True)]
+    wanted += [script("old", "", checks=True), script("new", "", checks=True)]
+    for name, status in (("a", "ok"), ("b", "cut"), ("c", "FAILED"), ("d", "skipped"), ("s", "ok")):
+        campaign.done[name] = runner.Done(status)
+    campaign.done["old"] = runner.Done("ok", sources="other sources")
+    campaign.done["new"] = runner.Done("ok", sources=campaign.sources)
+    # what makes the rest; what never ran or holds no longer; what was cut short
+    assert [s.name for s in campaign.order(wanted, [])] == ["s", "d", "e", "old", "b"]
+    assert [s.name for s in campaign.order(wanted, ["c", "a"])] == ["s", "a", "c"]
+
+
+def test_what_cannot_be_begun_is_refused_in_one_line(tmp_path: Path) -> None:
+    wanted = [script("a", "")]
+    run(tmp_path / "out", wanted)
+    begun = tmp_path / "out" / bundle.NAME
+    with pytest.raises(ValueError, match="is of a campaign on cpu"):
+        runner.run(tmp_path / "other", "cuda", 60.0, wanted, begun)
+    with pytest.raises(ValueError, match="no step z; there are a"):
+        run(tmp_path / "out", wanted, only=["z"])
+    begun.write_bytes(begun.read_bytes()[: begun.stat().st_size // 2])
+    with pytest.raises(ValueError, match="is no bundle of a campaign"):
+        run(tmp_path / "out", wanted, begun_from=begun)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "has no machine"),
+        ('{"machine": {}}', "has no rows"),
+        (rows_of({"suite": "model"}), "a row lacks one of suite, case"),
+        (rows_of(row("x", 1.0, tflops="many")), "has text where a number belongs"),
+    ],
+)
+def test_a_step_that_writes_garbage_costs_its_own_rows(
+    tmp_path: Path, text: str, said: str
 ) -> None:
-    run(tmp_path, [script("a", "")])
-    assert runner.main(tmp_path, "cuda", 60.0) == 2
-    assert "holds a campaign on cpu" in capsys.readouterr().err
-    assert run(tmp_path, [script("a", "")], again=("z",)) == 2
-    assert "no step z" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["--suite", "campaign", "--device", "cpu"])
-    assert "needs --out DIR" in capsys.readouterr().err
+    wanted = [writing("good", rows_of(row("kept", 1.0))), writing("bad", text)]
+    assert run(tmp_path / "out", wanted) == 1
+    assert state(tmp_path / "out") == {"good": "ok", "bad": "FAILED"}
+    assert [r["provider"] for r in found(tmp_path / "out")["rows"]] == ["kept"]
+    assert said in (tmp_path / "out" / "report.md").read_text()
+
+
+PLANTED = {
+    "kernels/conv_dgrad.py": ("def dgrad(", "while True:\n        pass"),
+    "kernels/conv_wgrad.py": ("def wgrad(", "import os\n    os._exit(3)"),
+    "kernels/spatial_moments.py": ("def moments(", "return 1.01 * _right(y, pre, act)"),
+}
+"""File -> the launcher that is faulty in the copy, and the first thing that it does there."""
+
+
+def planted(folder: Path) -> Path:
+    """A copy of the checkout in which kernels never end, end the process or are wrong, and one cannot be built."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "build", "results", "*.egg-info")
+    for name in ("benchmarks", "fastfilm", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    for name, (launcher, fault) in PLANTED.items():
+        source = (folder / name).read_text()
+        head, body = source.split(f"\n{launcher}", 1)
+        if "_right" in fault:
+            head += f"\n{launcher.replace('moments', '_right')}{body}"
+            body = f"y, pre, act):\n    {fault}\n"
+        else:
+            signature, rest = body.split('"""', 1)[0], body.split('"""', 2)[2]
+            body = f'{signature}"""Faulty."""\n    {fault}\n{rest}'
+        (folder / name).write_text(f"{head}\n\n{launcher}{body}")
+    with (folder / "csrc/cuda/fprop.cu").open("a") as file:
+        file.write("#error it is planted\n")
+    return folder
+
+
+def test_planted_faults_cost_their_own_rows_only_and_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    copy, out = planted(tmp_path / "copy"), tmp_path / "out"
+    code = f"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+from benchmarks.campaign import runner, steps
+names = ("package", "kernels", "smoke", "routes")
+wanted = {{s.name: s for s in steps.steps("cpu") if s.name in names}}
+smoke = wanted["smoke"].command.replace("--seconds 60", "--seconds 30").replace("float32,bfloat16", "float32")
+smoke += " --only triton:dgrad,triton:wgrad,triton:moments,triton:pointwise,cuda:fprop"
+wanted["smoke"] = replace(wanted["smoke"], command=smoke)
+wanted["routes"] = replace(wanted["routes"], seconds=400, command=wanted["routes"].command + " --minutes 1")
+raise SystemExit(runner.run(Path({str(out)!r}), "cpu", 900, list(wanted.values())))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    checks = {c["check"]: c["status"] for c in found(out)["checks"]}
+    assert checks == {
+        "triton:dgrad:float32": "HUNG", "triton:wgrad:float32": "DIED", "triton:moments:float32": "WRONG",
+        "triton:pointwise:float32": "right", "cuda:fprop:float32": "skipped",
+    }  # fmt: skip
+    assert state(out)["kernels"] == "FAILED" and "it is planted" in done.stdout
+    text = (out / "report.md").read_text()
+    for said in ("kernels FAILED", "triton:dgrad:float32 HUNG", "triton:wgrad:float32 DIED"):
+        assert said in text.split("## ")[0]
+    routes = [r for r in found(out)["rows"] if r["suite"] == "routes"]
+    of = {(r["provider"], r["mode"]): r for r in routes if r["provider"].startswith("fastfilm-")}
+    assert of["fastfilm-triton/fused", "input gradient"]["status"] == "skipped"
+    assert "left out" in of["fastfilm-triton/fused", "input gradient"]["note"]
+    assert any(r["status"] == "ok" for r in routes if r["provider"] == "vendor")
 
 
 def test_no_step_changes_the_cards_clocks_or_settings() -> None:
-    sources = [Path(m.__file__ or "") for m in (steps, runner, results, report, profile)]
-    text = "\n".join(path.read_text() for path in sources)
-    text += "\n".join(" ".join(s.command) for s in steps.steps("cuda"))
-    for flag in (
-        "-pm",
-        "-pl",
-        "-lgc",
-        "-rgc",
-        "-ac",
-        "-mig",
-        "--lock",
-        "--gpu-reset",
-        "--persistence",
-    ):
+    text = "\n".join(Path(m.__file__ or "").read_text() for m in (steps, runner, profile))
+    text += "\n".join(s.command for s in steps.steps("cuda"))
+    flags = ("-pm", "-pl", "-lgc", "-rgc", "-ac", "-mig", "--lock", "--gpu-reset", "--persistence")
+    for flag in flags:
         assert f"{flag} " not in text and f'"{flag}"' not in text
     assert '"--clock-control", "none"' in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_steps_have_names_of_their_own_and_need_only_earlier_ones(device: str) -> None:
+def test_steps_need_only_earlier_ones_and_fit_into_their_time(device: str) -> None:
+    values = dict.fromkeys(("python", "work", "minutes", "arch"), "x")
     seen: list[str] = []
     for step in steps.steps(device):
-        assert step.name not in seen
-        assert set(step.after) <= set(seen)
+        assert step.name not in seen and set(step.after) <= {*seen, "no nvcc"}
         assert step.seconds >= step.least
-        arguments = step.arguments(Path("/x"), 60.0)
-        assert not any("{" in a for a in arguments)
+        assert not any("{" in a for a in step.arguments(values))
         seen.append(step.name)
+    if device == "cuda":
+        essential = steps.steps(device)[: seen.index("users-command")]
+        assert sum(s.seconds for s in essential) + runner.RESERVED <= steps.ESSENTIAL
 
 
 def test_the_essential_tests_exist() -> None:
     for node in steps.ESSENTIAL_TESTS:
         path, _, name = node.partition("::")
         assert f"def {name}" in (ROOT / path).read_text()
+
+
+def test_nothing_of_the_campaign_needs_a_package_that_is_not_installed() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n"
+    code += "import benchmarks.campaign.__main__ as m; m.steps('cuda')\n"
+    code += "assert not {'torch', 'numpy', 'fastfilm', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-I", "-c", code, str(ROOT)], check=True)
+
+
+def test_the_commit_is_that_of_the_prepared_folder_where_there_is_no_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "PREPARED", tmp_path)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text("as prepared")
+    assert runner.commit() is None
+    known = {"commit": "abc", "sources": runner.fingerprint()}
+    bundle.write_json(tmp_path / "commit.json", known)
+    assert runner.commit() == "abc"
+    (tmp_path / "setup.py").write_text("changed")
+    assert runner.commit() == "abc-dirty"
 
 
 def test_test_outcomes_are_read_from_a_log_that_breaks_off(tmp_path: Path) -> None:
@@ -256,272 +317,122 @@ def test_test_outcomes_are_read_from_a_log_that_breaks_off(tmp_path: Path) -> No
     assert results.outcomes(tmp_path / "none.log") == {}
 
 
-def row(provider: str, seconds: float, **values: Any) -> dict[str, Any]:
-    usual = {
-        "step": "model", "suite": "model", "case": targets.FLAT, "mode": "training", "dtype": "bfloat16",
-        "status": "ok", "provider": provider, "median_s": seconds, "note": "", "ratio": None,
-    }  # fmt: skip
-    return usual | values
-
-
-def verdict(rows: list[dict[str, Any]], figure: str) -> targets.Verdict:
-    (found,) = [v for v in targets.verdicts(rows) if v.target.figure == figure]
-    return found
-
-
 AGAINST_EAGER = "FiLMedUNet 2D, training step against eager AMP channels-last"
 
 
-def test_a_speed_up_compares_rows_that_took_turns() -> None:
-    rows = [
-        row("eager-channels-last", 6.0),
-        row("fastfilm", 1.5),
-        row("fastfilm", 1.0, step="other"),
-    ]
-    found = verdict(rows, AGAINST_EAGER)
-    assert (found.value, found.word) == (4.0, "reached")
+def verdict(rows: list[dict[str, Any]], figure: str) -> targets.Verdict:
+    (judged,) = [v for v in targets.verdicts(rows) if v.target.figure == figure]
+    return judged
+
+
+def test_targets_compare_rows_that_took_turns_and_count_nothing_unmeasured() -> None:
+    assert tuple(n.case for n in networks.NETWORKS[:3]) == (
+        targets.FLAT,
+        targets.DEEP,
+        targets.RESENC,
+    )
+    assert {v.word for v in targets.verdicts([])} == {"not measured"}
+    rows = [row("eager-channels-last", 6.0), row("fastfilm", 1.5), row("fastfilm", 1.0, step="b")]
+    assert (verdict(rows, AGAINST_EAGER).value, verdict(rows, AGAINST_EAGER).word) == (
+        4.0,
+        "reached",
+    )
     rows[1]["median_s"] = 3.0
     assert verdict(rows, AGAINST_EAGER).word == "short"
     rows[1]["status"] = "FAILED"  # a wrong result has no speed
     assert verdict(rows, AGAINST_EAGER).word == "not measured"
-
-
-def test_memory_is_reached_below_its_bound() -> None:
     figure = "peak memory of the training step, 2D, to eager-channels-last"
     rows = [row("eager-channels-last", 1.0, peak_bytes=100), row("fastfilm", 1.0, peak_bytes=39)]
     assert verdict(rows, figure).word == "reached"
     rows[1]["peak_bytes"] = 41
     assert verdict(rows, figure).word == "short"
-
-
-def test_the_papers_form_is_taken_in_float32() -> None:
     figure = "FiLMedUNet 2D, training step, against the paper's form"
     rows = [row("paper", 3.0), row("paper", 12.0, dtype="float32", step="f"), row("fastfilm", 1.0)]
     assert verdict(rows, figure).value == 12.0
-
-
-def test_the_limiter_is_the_largest_term_of_the_network() -> None:
-    terms = [{"dram": 1.0, "l2": 3.0}, {"dram": 2.0, "l2": 4.0}]
-    rows = [row("fastfilm", 1.0, suite="explain", network=targets.FLAT, terms_s=t) for t in terms]
-    assert targets.limiter(rows, targets.FLAT, "training") == "l2 (70 % of the estimate)"
-    assert targets.limiter(rows, targets.FLAT, "inference") == ""
-
-
-def test_every_case_where_a_peer_was_faster_is_listed() -> None:
-    rows = [
-        row("eager", 2.0),
-        row("compile", 0.5),
-        row("fastfilm", 1.0),
-        row("fastfilm-triton", 0.4),
-    ]
-    rows += [row("eager", 2.0, mode="inference"), row("fastfilm", 1.0, mode="inference")]
+    rows = [row("eager", 2.0), row("compile", 0.5), row("fastfilm", 1.0), row("fastfilm-x", 0.4)]
     ((case, peer, ratio),) = targets.slower(rows)
     assert "training" in case and peer == "compile" and ratio == 0.5
 
 
-def test_targets_cover_every_figure_and_none_counts_without_a_measurement() -> None:
-    found = targets.verdicts([])
-    assert len(found) == 17 and {v.word for v in found} == {"not measured"}
+def measured(*rows: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
+    machine = {"device_name": "Card", "copy_gbps": 4000.0, "l2_gbps": 6000.0, "launch_us": 3.0}
+    machine |= {"processors": 132, "matrix_tflops": {"bfloat16": 700.0}}
+    checks = [{"check": "cuda:fprop:float16", "status": "right", "error": 1e-4}]
+    checks += [{"check": "cuda:joint:bfloat16", "status": "WRONG", "error": 0.5}]
+    return {
+        "about": {"device": device, "commit": "abc"}, "machine": machine, "rows": list(rows), "checks": checks,
+        "steps": {"model": {"status": "ok", "seconds": 3.0, "note": ""}}, "tests": {"tests": {"passed": 3}},
+        "probes": [{"probe": "shift", "status": "FAIL", "figure": 2.0, "unit": "errors", "note": "n"}],
+        "tuned": {"sm_90": {"entries": {"bucket": {"plan": "triton/fused", "seconds": {"a": 2e-3}}}}},
+    }  # fmt: skip
 
 
-def page(rows: list[dict[str, Any]], device: str) -> str:
-    about = {"about": {"device": device}, "machine": {"device_name": "Card"}, "rows": rows}
-    steps_ = {"model": {"status": "ok", "seconds": 3.0, "note": ""}}
-    entry = {"plan": "triton/fused", "tiles": {"fprop": [8, 8]}, "seconds": {"triton/fused": 2e-3}}
-    tuned = {"sm_90": {"entries": {"bucket": entry}}}
-    tests = {"tests": {"passed": 3}}
-    return report.text({**about, "steps": steps_, "tests": tests, "tuned": tuned}, {})
+ROUTES = [
+    row(p, s, suite="routes", case="L", mode="forward", ratio=r, tflops=5.0)
+    for p, s, r in (("vendor", 2e-3, None), ("fastfilm-a", 1e-3, 2.0), ("fastfilm-b", 4e-3, 0.5))
+]
+NCU = row(
+    "ncu", 1e-4, suite="profile", note="fprop_kernel", registers=168.0, stalls={"barrier": 0.4}
+)
 
 
-def test_the_report_of_a_dry_run_claims_no_speed() -> None:
-    text = page([row("eager-channels-last", 6.0), row("fastfilm", 1.0)], "cpu")
-    assert "no speed on a GPU is claimed" in text
-    assert "no speed" not in page([], "cuda")
-
-
-def test_the_report_shows_layers_counters_growth_and_tests() -> None:
-    rows = [
-        row("fastfilm", 1e-3, suite="explain", network="N", layer="L", count=2, floor_s=5e-4, estimate_s=8e-4,
-            limiter="l2", terms_s={"dram": 1.0}),
-        row("fastfilm", 1e-3, suite="profile", layer="L", note="without film", difference_s=2e-4),
-        row("ncu", 1e-4, suite="profile", layer="L", note="fprop_kernel", dram_bytes=2**21, registers=168.0),
-        *(row("fastfilm", s, suite="scaling", dims=2, axis="size", voxels=v) for v, s in ((10, 1.0), (100, 10.0))),
-    ]  # fmt: skip
-    text = page(rows, "cuda")
+def test_the_report_answers_first_and_shows_everything() -> None:
+    text = report.text(measured(*ROUTES, NCU, row("fastfilm", 1.0, ratio=1.5)), ["speed.png"])
+    answers = [line for line in text.splitlines() if line[:2].strip(".").isdigit()]
+    assert len(answers) == 10 and text.startswith("# Campaign\n\n1. On: Card")
+    head = "\n".join(answers)
     for said in (
-        "| L | 2 | 0.5 | 0.8 | 1 | l2 |",
-        "without film",
-        "fprop_kernel | 0.1 | 2 |",
+        "1 right against float64; left out of all that follows: cuda:joint:bfloat16 WRONG",
+        "faster than the vendor's convolution alone in 1 of 1, median 2.00×",
+        "barrier 40 %", "1 FAIL: shift", "mend cuda:joint:bfloat16", "training bfloat16 1.50×",
+    ):  # fmt: skip
+        assert said in head
+    for said in (
+        "| L | forward | 2 5 | 1 5 2.00× | 4 5 0.50× |",
         "168",
         "3 passed",
+        "![speed.png]",
     ):
         assert said in text
-    assert "10 to 100 | 1 |" in text
-
-
-def test_growth_exponent_is_the_slope_of_logarithms() -> None:
-    assert scaling.slope([(10, 2.0), (100, 20.0), (1000, 200.0)]) == pytest.approx(1.0)
-    assert scaling.slope([(10, 1.0), (100, 100.0)]) == pytest.approx(2.0)
-    assert scaling.slope([(10, 1.0), (10, 2.0)]) is None
-
-
-NCU = """==PROF== Connected to process 1
-"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum","launch__registers_per_thread","other"
-"","","us","Mbyte","register/thread","x"
-"0","fprop_kernel","1,234.5","2.5","168","9"
-"1","coef_grad_kernel","3","n/a","32","9"
-"""
-
-
-def test_counters_are_read_in_si_units() -> None:
-    first, second = profile.read_csv(NCU)
-    assert first[0] == "fprop_kernel"
-    assert first[1] == pytest.approx({"time": 1.2345e-3, "dram_bytes": 2.5e6, "registers": 168.0})
-    assert "dram_bytes" not in second[1]
-    assert profile.read_csv("==ERROR== no permission\n") == []
-
-
-def test_a_layer_is_the_block_that_it_stands_for_and_stages_can_be_left_out() -> None:
-    block = Block(Layer(3, 4, (6, 5)), 2, "batch", "relu")
-    whole = layers.LayerStep(block, "cpu", "float32", "training")
-    # raw map and what is pending on it; gradients of x, four weights and biases, γ, β, x's coefficients
-    assert len(whole()) == 2 + 8
-    counts = {s: sum(t is not None for t in layers.LayerStep(block, "cpu", "float32", "training", without=(s,))())
-              for s in layers.STAGES}  # fmt: skip
-    assert counts == {"prologue": 9, "moments": 8, "film": 8}
-    with pytest.raises(ValueError, match="without must be of"):
-        layers.LayerStep(block, "cpu", "float32", "training", without=("pooling",))
-
-
-def session_of(**options: Any) -> Session:
-    usual = {"quick": True, "effort": QUICK, "budget": Budget(None), "clock": HostClock()}
-    ceilings = Ceilings(1.0, {"float32": 1.0})
-    usual |= {"record": Record({}), "ceilings": ceilings, "verbose": False}
-    return Session("cpu", ["float32"], **(usual | options))
-
-
-@pytest.mark.parametrize(
-    ("value", "allowed", "status"),
-    [
-        (10.0, 0.0, "ok"),
-        (10.1, 0.0, "FAILED"),
-        (10.9, 0.1, "ok"),
-        (11.1, 0.1, "FAILED"),
-        (9.0, 0.0, "ok"),
-    ],
-)
-def test_a_count_that_has_grown_fails_the_gate(value: float, allowed: float, status: str) -> None:
-    session = session_of()
-    session.record.add(gate.judged(session, gate.Figure("maps moved", value, allowed), 10.0))
-    assert session.record.rows[0].status == status
-    assert session.record.failed == (status == "FAILED")
-    assert ("better" in session.record.rows[0].note) == (value < 10)
-
-
-def test_new_figures_pass_the_gate_and_are_written_down_on_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate, "BASELINE", tmp_path / "gate.json")
-    (tmp_path / "gate.json").write_text('{"figures": {"other": 3.0, "grown": 1.0}}')
-    found = [gate.Figure("new", 2.0), gate.Figure("grown", 5.0)]
-    monkeypatch.setattr(gate, "figures", lambda static: iter(found))
-    session = session_of()
-    gate.run(session)
-    assert [r.status for r in session.record.rows] == ["ok", "FAILED"]
-    gate.run(session_of(update_gate=True))
-    known = json.loads((tmp_path / "gate.json").read_text())["figures"]
-    assert known == {"other": 3.0, "grown": 5.0, "new": 2.0}
-
-
-def test_function_calls_are_counted_without_those_of_the_first_call() -> None:
-    done = []
-
-    def inner() -> None:
-        pass
-
-    def outer() -> None:
-        if not done:
-            done.append(1)
-            inner()
-        inner()
-
-    assert gate.calls_of(outer) == 2
-
-
-def test_the_committed_counts_cover_every_plan_and_allow_no_spill() -> None:
-    known = json.loads(gate.BASELINE.read_text(encoding="utf-8"))["figures"]
-    for name, route in gate.PLANS:
-        said = name if route is None else f"{name}/{route}"
-        assert f"{said}: maps moved a convolution, forward" in known
-        assert f"{said}: bytes kept" in known
-    stacks = {k: v for k, v in known.items() if k.startswith("stack bytes")}
-    assert len(stacks) > 40 and not any(stacks.values())
+    dry = report.text(measured(device="cpu"), [])
+    assert "no speed on a GPU is claimed" in dry and "no speed on" not in text
 
 
 def test_every_picture_is_drawn_from_rows_and_none_from_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    rows = []
-    for step, peer, seconds in (("model", "paper", 3e-3), ("compile", "compile", 1.5e-3)):
-        for provider, time_ in (("eager-channels-last", 2e-3), (peer, seconds), ("fastfilm", 1e-3)):
-            rows.append(row(provider, time_, step=step, peak_bytes=1 << 20))
-    for i, seconds in enumerate((1e-3, 2e-3)):
-        extra = {
-            "floor_s": 5e-4,
-            "estimate_s": 8e-4,
-            "tflops": 300.0,
-            "flops_per_byte": 10.0 ** (i + 1),
-        }
-        rows.append(
-            row("fastfilm", seconds, suite="explain", network="N", layer=f"L{i} @ 4", **extra)
-        )
-        growth = {"dims": 2, "axis": "size", "voxels": 64 * 4**i, "batch": 1}
-        rows.append(row("fastfilm", seconds, suite="scaling", **growth))
-    machine = {"device_name": "Card", "matrix_tflops": {"bfloat16": 700.0}, "copy_gbps": 4000.0}
-    found = {"about": {"device": "cuda"}, "machine": machine, "rows": rows}
-    drawn = plots.draw(found, tmp_path / "plots")
-    assert [Path(p).stem for p in drawn] == ["speedup", "memory", "roofline", "layers", "growth"]
-    assert all((tmp_path / p).stat().st_size > 10_000 for p in drawn)
-    assert plots.draw(found | {"rows": []}, tmp_path / "none") == {}
-
-
-def test_rows_of_another_step_are_scaled_by_their_own_reference() -> None:
-    rows = [row("eager-channels-last", 2.0), row("fastfilm", 1.0)]
+    rows = [
+        row("eager-channels-last", 2.0, peak_bytes=1 << 21),
+        row("fastfilm", 1.0, peak_bytes=1 << 20),
+    ]
     rows += [row("eager-channels-last", 4.0, step="later"), row("compile", 2.0, step="later")]
-    group = (targets.FLAT, "training", "bfloat16")
-    found = plots._same_step(rows, group, rows[0])
-    assert found["compile"]["median_s"] == 1.0 and found["fastfilm"]["median_s"] == 1.0
+    assert plots.draw(measured(*rows, *ROUTES), tmp_path) == list(bundle.PICTURES)
+    assert all((tmp_path / p).stat().st_size > 10_000 for p in bundle.PICTURES)
+    assert plots.draw(measured(), tmp_path) == []
+    # rows of another step are scaled by their own reference
+    same = plots._same_step(rows, (targets.FLAT, "training", "bfloat16"), rows[0])
+    assert same["compile"]["median_s"] == 1.0
 
 
-def test_the_committed_gaps_are_those_of_no_measurement_at_all() -> None:
+def test_gaps_list_what_falls_short_of_a_measurement_on_a_gpu() -> None:
     committed = (ROOT / "benchmarks" / "results" / "GAPS.md").read_text(encoding="utf-8")
-    assert committed == gaps.text(None)
-    assert "no target has been measured" in committed
-
-
-def test_gaps_of_a_campaign_list_what_falls_short_and_not_what_is_reached() -> None:
+    assert committed == gaps_page.text(None) and "no target has been measured" in committed
     rows = [
         row("eager-channels-last", 6.0),
         row("fastfilm", 1.0, fraction_of_floor=0.5, tflops=1.0),
     ]
-    machine: dict[str, Any] = {
-        "copy_gbps": 4000.0,
-        "l2_gbps": 6000.0,
-        "launch_us": 3.0,
-        "processors": 132,
-    }
-    machine |= {"matrix_tflops": {"bfloat16": 700.0}}
-    results_ = {"about": {"device": "cuda"}, "machine": machine, "rows": rows}
-    text = gaps.text(results_)
+    text = gaps_page.text(measured(*rows))
     assert AGAINST_EAGER not in text and "no target has been measured" not in text
     assert "FiLMedUNet 2D, training step, of the roofline floor | ≥ 60 % | 50 % |" in text
-    # a dry run is no measurement
-    assert gaps.text(results_ | {"about": {"device": "cpu"}}) == gaps.text(None)
+    assert gaps_page.text(measured(*rows, device="cpu")) == committed  # a dry run is no measurement
 
 
-def test_norm_and_film_fold_into_the_weights_of_one_convolution() -> None:
-    layer = Layer(3, 5, (6, 7))
-    inputs = frozen.make(layer, "cpu", torch.float64)
-    weight, bias = frozen.folded(inputs)
-    one = torch.relu(torch.nn.functional.conv2d(inputs.x, weight, bias, padding=1))
-    torch.testing.assert_close(one, frozen.eager(layer, inputs))
-    torch.testing.assert_close(frozen.ours(layer, inputs), frozen.eager(layer, inputs))
+def test_preparing_names_what_could_not_be_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "PREPARED", ROOT / "build" / "not-there")
+    monkeypatch.setattr(prepare.bundle, "write_json", lambda *a: None)
+    monkeypatch.setattr(Path, "mkdir", lambda *a, **k: None)
+    monkeypatch.setattr(prepare, "_run", lambda command, *rest: "benchmarks.probes" not in command)
+    monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
+    assert prepare.main("90a") == 1
+    assert "FAILED: CUDA kernels, probes\n" in capsys.readouterr().err

@@ -1,9 +1,8 @@
-"""``results.json`` and ``tuned.json``: what all steps of a campaign have given so far."""
+"""``results.json``: what all steps of a campaign have given so far, as far as it can be read."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,40 @@ TEST = re.compile(rf"^(tests/\S+::.*?) {ENDED}\b")
 DISTRIBUTED = re.compile(rf"^\[gw\d+\] \[ *\d+%\] {ENDED} (tests/\S+::.*)$")
 """A line of pytest's verbose output, and of that with pytest-xdist."""
 
+TEXT = ("suite", "case", "provider", "mode", "dtype", "status")
+NUMBERS = ("median_s", "tflops", "ratio", "fraction_of_floor", "peak_bytes", "error")
+
+
+def why_unreadable(path: Path) -> str | None:
+    """What is wrong with the rows of a step; None if they can be read, or if there are none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"{path.name} is no JSON: {error}"
+    if not isinstance(data, dict) or not isinstance(data.get("machine"), dict):
+        return f"{path.name} has no machine"
+    rows = data.get("rows")
+    if not isinstance(rows, list):
+        return f"{path.name} has no rows"
+    for row in rows:
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in TEXT):
+            return f"{path.name}: a row lacks one of {', '.join(TEXT)}"
+        if not all(isinstance(row.get(k), (int, float, type(None))) for k in NUMBERS):
+            return f"{path.name}: a row of {row['case']} has text where a number belongs"
+    return None
+
 
 def collect(
-    out: Path, about: Mapping[str, Any], done: Mapping[str, Any], steps: Sequence[Step]
+    work: Path, about: Mapping[str, Any], done: Mapping[str, Any], steps: Sequence[Step]
 ) -> dict[str, Any]:
-    """Merges the rows of all steps into ``results.json``; a later step's machine stands for the campaign's."""
+    """Everything in one value; the machine is that of the rows, and rows that cannot be read are left out."""
     machine: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for step in steps:
-        path = out / "steps" / f"{step.name}.json"
-        if not step.rows or not path.exists():
+        path = work / "steps" / f"{step.name}.json"
+        if not step.rows or not path.exists() or why_unreadable(path):
             continue
         data = json.loads(path.read_text(encoding="utf-8"))
         rates = machine.get("matrix_tflops", {}) | data["machine"].get("matrix_tflops", {})
@@ -35,22 +58,35 @@ def collect(
         rows += [{"step": step.name, **row} for row in data["rows"]]
     for key in ("command", "seconds", "started"):
         machine.pop(key, None)
-    tests = {
-        s.name: outcomes(out / "logs" / f"{s.name}.log") for s in steps if "pytest" in s.command
-    }
-    tables = sorted((out / "tuned").glob("*.json"))
-    whole = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tables}
-    write_json(out / "tuned.json", whole)
-    found = {
+    logs = {s.name: work / "logs" / f"{s.name}.log" for s in steps if " pytest " in s.command}
+    tests = {name: outcomes(log) for name, log in logs.items()}
+    return {
         "about": dict(about),
         "machine": machine,
         "steps": dict(done),
+        "checks": listed(work / "steps" / "smoke.json", "checks"),
+        "probes": listed(work / "steps" / "probes.json", "probes"),
         "tests": {name: counts for name, counts in tests.items() if counts},
-        "tuned": whole,
+        "tuned": {p.stem: t for p in sorted((work / "tuned").glob("*.json")) if (t := _table(p))},
         "rows": rows,
     }
-    write_json(out / "results.json", found)
-    return found
+
+
+def listed(path: Path, name: str) -> list[dict[str, Any]]:
+    """The list of a file; empty where it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))[name]
+        return [r for r in found if isinstance(r.get("status"), str)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found.get("entries"), dict) else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def outcomes(log: Path) -> dict[str, Any]:
@@ -69,10 +105,3 @@ def outcomes(log: Path) -> dict[str, Any]:
         counts[outcome.lower()] = counts.get(outcome.lower(), 0) + 1
     wrong = [name for name, outcome in last.items() if outcome in ("FAILED", "ERROR")]
     return counts | ({"wrong": wrong} if wrong else {})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, to a neighbour first."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

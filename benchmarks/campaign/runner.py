@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -10,80 +12,110 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import machine
-from . import report, results
-from .steps import BUILD, ROOT, Step, steps
+from . import bundle, report, results
+from .steps import PREPARED, ROOT, Step, filled
 
 OK, FAILED, CUT, SKIPPED = "ok", "FAILED", "cut", "skipped"
 """Ended well; ended with an error; ended by its bound (what it had written counts); not started."""
 
-RESERVED = 12.0
+RESERVED = 10.0
 """Seconds kept for the report and its pictures."""
 
-GRACE = 5.0
+GRACE = 3.0
 """Seconds between asking a process to end and ending it."""
+
+TRIES = 4
+"""How often a suite is started whose process a faulty kernel ends."""
+
+SOURCES = ("kernels", "csrc", "fastfilm", "setup.py")
 
 
 @dataclass
 class Done:
-    """What became of a step."""
+    """What became of a step; ``sources``: of which it holds."""
 
     status: str
     seconds: float = 0.0
     code: int | None = None
     note: str = ""
-    runs: int = 0
+    sources: str = ""
+
+
+def fingerprint() -> str:
+    """A hash of the sources that the steps' results depend on."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        top = ROOT / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.suffix in (".py", ".cu", ".cpp", ".h", ".inc"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str | None:
+    """Commit of the checkout, with ``-dirty`` if it has changes; where there is no git, what was prepared."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads((PREPARED / "commit.json").read_text(encoding="utf-8"))
+        return known["commit"] if known["sources"] == fingerprint() else f"{known['commit']}-dirty"
+    return None
 
 
 class Campaign:
-    """The folder of a campaign.
+    """The folder ``work`` of a campaign that goes on, and the folder ``out`` of what is known so far."""
 
-    ``campaign.json`` says what became of each step; ``logs/`` has their output, ``steps/`` their rows, ``tuned/``
-    the table of measured choices, and ``results.json``, ``tuned.json`` and ``report.md`` what comes of it.
-    """
-
-    def __init__(self, out: Path, device: str) -> None:
-        self.out, self.device = out.resolve(), device
+    def __init__(self, out: Path, work: Path, device: str, values: Mapping[str, str]) -> None:
+        self.out, self.work, self.device = out, work, device
+        self.values = {"python": sys.executable, "work": str(work), **values}
         for name in ("logs", "steps", "tuned"):
-            (self.out / name).mkdir(parents=True, exist_ok=True)
+            (work / name).mkdir(parents=True, exist_ok=True)
         self.done: dict[str, Done] = {}
-        self.about: dict[str, Any] = {"device": device, "commit": machine.commit(), "runs": []}
-        state = self.out / "campaign.json"
+        self.about: dict[str, Any] = {"device": device, "runs": []}
+        self.sources = fingerprint()
+        state = work / "campaign.json"
         if state.exists():
             data = json.loads(state.read_text(encoding="utf-8"))
             if data["about"]["device"] != device:
-                raise ValueError(
-                    f"{out} holds a campaign on {data['about']['device']}, got --device {device}"
-                )
+                raise ValueError(f"the bundle is of a campaign on {data['about']['device']}")
             self.about = data["about"]
             self.done = {name: Done(**values) for name, values in data["steps"].items()}
+        self.about["commit"] = commit()
 
-    def write(self) -> None:
-        """The state, to a neighbour first: a kill leaves the one from before."""
-        data = {"about": self.about, "steps": {n: asdict(d) for n, d in self.done.items()}}
-        partial = self.out / "campaign.json.part"
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.out / "campaign.json")
-
-    def collect(self, wanted: Sequence[Step]) -> None:
-        """Brings ``results.json`` and ``tuned.json`` up to date."""
+    def publish(self, wanted: Sequence[Step]) -> str:
+        """Brings everything in ``out`` up to date; the report."""
         done = {name: asdict(d) for name, d in self.done.items()}
-        results.collect(self.out, self.about, done, wanted)
+        bundle.write_json(self.work / "campaign.json", {"about": self.about, "steps": done})
+        found = results.collect(self.work, self.about, done, wanted)
+        pictures = [p for p in bundle.PICTURES if (self.out / p).exists()]
+        text = report.text(found, pictures)
+        bundle.replace(self.out / bundle.NAME, bundle.pack(self.work))
+        bundle.write_json(self.out / "results.json", found)
+        bundle.replace(self.out / "report.md", text)
+        return text
 
-    def order(self, wanted: Sequence[Step], again: Sequence[str]) -> list[Step]:
-        """What to run: what never ran, then what was cut short; ``again`` first, whatever became of it."""
+    def order(self, wanted: Sequence[Step], only: Sequence[str]) -> list[Step]:
+        """What to run: what makes the rest, what never ran or holds no longer, then what was cut short."""
 
         def rank(step: Step) -> int:
             before = self.done.get(step.name)
-            if step.name in again:
+            if step.setup:
                 return 0
+            if only:
+                return 1 if step.name in only else 3
             if before is None or before.status == SKIPPED:
+                return 1
+            if step.checks and before.sources != self.sources:
                 return 1
             return 2 if before.status == CUT else 3
 
@@ -92,33 +124,84 @@ class Campaign:
     def why_not(self, step: Step, left: float) -> str | None:
         """Why a step is not started; None if it is."""
         for name in step.after:
-            if name in self.done and self.done[name].status in (FAILED, CUT):
-                return f"{name} did not succeed"
+            if name not in self.done or self.done[name].status in (FAILED, CUT, SKIPPED):
+                return f"{name} did not succeed" if name in self.done else name
         if left < step.least:
             return f"{max(left, 0):.0f} s left, it needs {step.least:.0f}"
         return None
 
+    def environment(self, step: Step) -> dict[str, str]:
+        """The variables of a step: the package from the campaign's own folder, faulty kernels left out."""
+        paths = (self.work / "site", ROOT, self.work / "libraries")
+        found = {
+            **os.environ,
+            "MPLBACKEND": "Agg",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "FASTFILM_TUNED": str(self.work / "tuned"),
+            "TRITON_CACHE_DIR": str(self.work / "triton"),
+        }
+        if not step.checks:
+            checks = results.listed(self.work / "steps" / "smoke.json", "checks")
+            bad = [c["check"] for c in checks if c["status"] in report.BAD]
+            found["FASTFILM_WITHOUT"] = ",".join(
+                filter(None, (found.get("FASTFILM_WITHOUT"), *bad))
+            )
+        return found | {n: filled(text, self.values) for n, text in step.environment.items()}
+
     def run(self, step: Step, seconds: float) -> Done:
-        """One step, ended after ``seconds``."""
-        environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
-        environment |= {"FASTFILM_TUNED": str(self.out / "tuned"), **step.environment}
-        if (self.out / "site").is_dir():
-            paths = [str(self.out / "site"), environment.get("PYTHONPATH", "")]
-            environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-            environment["PYTHONSAFEPATH"] = "1"  # the checkout lacks fastfilm.kernels
-        command = step.arguments(self.out, seconds)
-        log = self.out / "logs" / f"{step.name}.log"
-        runs = self.done[step.name].runs if step.name in self.done else 0
+        """One step, ended after ``seconds``; started again where one of its cases has ended the process."""
+        end = time.monotonic() + seconds
+        journal = self.work / "steps" / f"{step.name}.journal"
+        journal.unlink(missing_ok=True)
+        tries = TRIES if "--journal" in step.command else 1
+        for left in range(tries - 1, -1, -1):
+            found = self._once(step, max(end - time.monotonic(), 1.0))
+            found.seconds = seconds - (end - time.monotonic())
+            if found.status != FAILED or not left or not unfinished(journal):
+                break
+            if end - time.monotonic() < step.least:
+                break
+        reason = results.why_unreadable(self.work / "steps" / f"{step.name}.json")
+        if step.rows and reason:
+            found.status, found.note = FAILED, reason[:200]
+        return found
+
+    def _once(self, step: Step, seconds: float) -> Done:
+        # a process of its own needs some seconds to start and to write what it has
+        minutes = f"{max(0.05, (0.85 * seconds - 5) / 60):.2f}"
+        command = step.arguments({**self.values, "minutes": minutes})
+        log = self.work / "logs" / f"{step.name}.log"
         begun = time.monotonic()
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
-            code = bounded(command, environment, file, seconds)
+            try:
+                code = bounded(command, self.environment(step), file, seconds)
+            except OSError as error:
+                file.write(f"{error}\n")
+                return Done(SKIPPED, 0.0, None, f"{command[0]}: {error.strerror}", self.sources)
         took = time.monotonic() - begun
         if code is None:
-            return Done(CUT, took, None, f"ended after {took:.0f} s", runs + 1)
+            return Done(CUT, took, None, f"ended after {took:.0f} s", self.sources)
         note = "" if code == 0 else last_line(log)
-        return Done(OK if code == 0 else FAILED, took, code, note, runs + 1)
+        return Done(OK if code == 0 else FAILED, took, code, note, self.sources)
+
+
+def unfinished(journal: Path) -> bool:
+    """Whether the last thing that a suite noted is that it began a case."""
+    try:
+        lines = journal.read_text(encoding="utf-8").splitlines()
+        return bool(lines) and "begin" in json.loads(lines[-1])
+    except (OSError, ValueError):
+        return False
+
+
+def _follow_parent() -> None:
+    """A step ends with the campaign, also where that is killed (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def bounded(
@@ -127,7 +210,7 @@ def bounded(
     """Exit status of a process, or None if it and all it started had to be ended after ``seconds``."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=_follow_parent,
     )  # fmt: skip
     try:
         return process.wait(timeout=seconds)
@@ -152,74 +235,76 @@ def last_line(log: Path) -> str:
     return said[-1][:200] if said else ""
 
 
-def install_apart(campaign: Campaign, seconds: float) -> Done:
-    """Where pip cannot install in time: into the campaign's own folder, at worst without C++."""
-    done = Done(FAILED, note="no time to build")
-    if seconds > 0:
-        build = (sys.executable, "setup.py", "build", "--build-lib", "{out}/site")
-        done = campaign.run(Step("build", "apart", build, seconds, environment=BUILD), seconds)
-    package = campaign.out / "site" / "fastfilm"
-    if done.status == OK and (package / "kernels").is_dir():
-        done.note = "built into the campaign's folder"
-        return done
-    shutil.rmtree(campaign.out / "site", ignore_errors=True)
-    ignored = shutil.ignore_patterns("__pycache__", "kernels")
-    shutil.copytree(ROOT / "fastfilm", package, ignore=ignored)
-    shutil.copytree(
-        ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    return Done(OK, done.seconds, 0, f"copied, no C++ was built: {done.note}"[:200], done.runs)
-
-
-def main(
+def run(
     out: Path,
     device: str,
     seconds: float,
-    again: Sequence[str] = (),
-    wanted: Sequence[Step] | None = None,
+    wanted: Sequence[Step],
+    begun_from: Path | None = None,
+    only: Sequence[str] = (),
+    values: Mapping[str, str] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Runs a campaign for at most ``seconds``; 0 unless a step FAILED (1), 2 for a folder of another device."""
+    """Runs a campaign for at most ``seconds``; 0 unless a step FAILED (1).
+
+    Args:
+        begun_from: bundle of the campaign that goes on.
+        only: names of the steps to run, beside those that make what they need; none: what is not done.
+
+    Raises:
+        ValueError: an unknown step, or no bundle of a campaign on this kind of device.
+    """
     end = clock() + seconds
-    wanted = steps(device) if wanted is None else wanted
-    unknown = set(again) - {s.name for s in wanted}
+    unknown = set(only) - {s.name for s in wanted}
+    if unknown:
+        names = ", ".join(s.name for s in wanted)
+        raise ValueError(f"--only: no step {', '.join(sorted(unknown))}; there are {names}")
+    work = Path(tempfile.mkdtemp(prefix="fastfilm-campaign-"))
     try:
-        if unknown:
-            raise ValueError(f"--again: no step {', '.join(sorted(unknown))} in this campaign")
-        campaign = Campaign(out, device)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks/run.py: {error}", file=sys.stderr)
-        return 2
-    about = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds}
-    about |= {"commit": machine.commit(), "host": platform.node()}
-    campaign.about["runs"].append(about)
-    for step in campaign.order(wanted, again):
-        left = end - clock() - RESERVED
-        reason = campaign.why_not(step, left)
-        if reason is not None:
-            if step.name not in campaign.done:
-                campaign.done[step.name] = Done(SKIPPED, note=reason)
-            print(f"{step.name}: not started, {reason}", flush=True)
-            campaign.write()
-            continue
-        print(f"{step.name}: {step.why} …", end="", flush=True)
-        # what was cut short gets all the time that there is
-        cut = step.name in campaign.done and campaign.done[step.name].status == CUT
-        found = campaign.run(step, left if cut else min(step.seconds, left))
-        if step.name == "build" and found.status != OK:
-            print(" not into the environment, apart …", end="", flush=True)
-            rest = min(step.seconds, end - clock() - RESERVED)
-            found = install_apart(campaign, rest if found.status == FAILED else 0.0)
-        campaign.done[step.name] = found
-        print(f" {found.status}, {found.seconds:.0f} s {found.note}".rstrip(), flush=True)
-        campaign.write()
-        campaign.collect(wanted)
-        report.write(campaign.out)
-    campaign.write()
-    campaign.collect(wanted)
-    report.write(campaign.out, pictures=True)
-    print(f"{campaign.out / 'report.md'}, {end - clock():.0f} s of the time left")
+        if begun_from is not None:
+            bundle.unpack(begun_from, work)
+        out.mkdir(parents=True, exist_ok=True)
+        campaign = Campaign(out.resolve(), work, device, values or {})
+        about = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds}
+        about |= {"commit": campaign.about["commit"], "host": platform.node()}
+        campaign.about["runs"].append(about)
+        _steps(campaign, wanted, only, end, clock)
+        draw(campaign)
+        text = campaign.publish(wanted)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"\n{text[: report.PRINTED]}")
     failed = [n for n, d in campaign.done.items() if d.status == FAILED]
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _steps(
+    campaign: Campaign, wanted: Sequence[Step], only: Sequence[str], end: float, clock: Any
+) -> None:
+    for step in campaign.order(wanted, only):
+        left = end - clock() - RESERVED
+        reason = campaign.why_not(step, left)
+        if reason is not None:
+            if step.setup or step.name not in campaign.done:
+                campaign.done[step.name] = Done(SKIPPED, note=reason)
+            print(f"{step.name}: not started, {reason}", flush=True)
+        else:
+            print(f"{step.name}: {step.why} …", end="", flush=True)
+            # what was cut short gets all the time that there is
+            cut = step.name in campaign.done and campaign.done[step.name].status == CUT
+            found = campaign.run(step, left if cut else min(step.seconds, left))
+            campaign.done[step.name] = found
+            print(f" {found.status}, {found.seconds:.0f} s {found.note}".rstrip(), flush=True)
+            if step.setup and found.status in (FAILED, CUT):
+                log = (campaign.work / "logs" / f"{step.name}.log").read_text(errors="replace")
+                print("\n".join(log.splitlines()[-25:]), flush=True)
+        campaign.publish(wanted)
+
+
+def draw(campaign: Campaign) -> None:
+    """The pictures, by a process of its own: without matplotlib there are none."""
+    campaign.values["out"] = str(campaign.out)
+    command = "{python} -m benchmarks.campaign.plots {out}"
+    campaign._once(Step("pictures", "", command, RESERVED), 2 * RESERVED)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+BEFOREHAND = "build/prepared"
+PREPARED = ROOT / BEFOREHAND
+"""What is compiled beforehand."""
 
 ESSENTIAL_TESTS = (
     "tests/test_kernels.py::test_padding_is_zero_after_the_affine",
@@ -25,70 +28,92 @@ ESSENTIAL_TESTS = (
 )
 """GPU tests that run first: what a wrong kernel would break."""
 
+ESSENTIAL = 540.0
+"""Seconds that the GPU's steps before ``users-command`` may take together, start and report included."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """A process of the campaign.
+    """A process of the campaign, in the checkout's folder.
 
     Attributes:
-        command: its arguments; ``{out}`` stands for the campaign's folder, ``{minutes}`` for its own soft limit.
+        command: its arguments, split at spaces; ``{work}`` stands for the campaign's own folder, ``{minutes}`` for
+            a soft limit, ``{python}`` for the interpreter, ``{arch}`` for the target of the CUDA kernels.
         seconds: when it is ended.
         least: it is not started with less time left.
         after: steps without whose success it has no use.
-        rows: whether it writes ``{out}/steps/NAME.json``.
+        rows: whether it writes ``{work}/steps/NAME.json`` with "rows".
+        setup: makes what the others need, so that a campaign that goes on does it again.
+        checks: its result holds for the sources that it saw, so that it is done again where they have changed.
         environment: variables of its own.
     """
 
     name: str
     why: str
-    command: tuple[str, ...]
+    command: str
     seconds: float
-    least: float = 10.0
-    after: tuple[str, ...] = ()
+    least: float = 8.0
+    after: tuple[str, ...] = ("package",)
     rows: bool = False
+    setup: bool = False
+    checks: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def arguments(self, out: Path, seconds: float) -> list[str]:
-        """The command line for a folder and the time that there is."""
-        # a process of its own needs some seconds to start and to write what it has
-        minutes = max(0.05, (0.85 * seconds - 5) / 60)
-        values = {"{out}": str(out), "{minutes}": f"{minutes:.2f}"}
-        parts = list(self.command)
-        for name, value in values.items():
-            parts = [part.replace(name, value) for part in parts]
-        return parts
+    def arguments(self, values: Mapping[str, str]) -> list[str]:
+        """The command line, with the values of what stands in braces."""
+        return [filled(part, values) for part in self.command.split()]
 
 
-def _python(*command: str) -> tuple[str, ...]:
-    return (sys.executable, *command)
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """``text`` with the values of what stands in braces."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
 
 
-def _suite(
-    name: str,
-    suite: str,
-    device: str,
-    why: str,
-    seconds: float,
-    *more: str,
-    minutes: str = "{minutes}",
-    **options: object,
-) -> Step:
-    command = _python(
-        str(ROOT / "benchmarks" / "run.py"), "--suite", suite, "--device", device,
-        "--json", f"{{out}}/steps/{name}.json", "--plot", f"{{out}}/steps/{name}.png",
-        "--minutes", minutes, "--ceilings", "{out}/steps/ceilings.json", *more,
-    )  # fmt: skip
+BUILD = "{python} setup.py -q build --build-lib {work}/site --build-temp {work}/temp"
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+
+
+def _suite(name: str, why: str, seconds: float, more: str, **options: object) -> Step:
+    """A suite of the benchmarks, the one of its name unless ``suite`` says another."""
+    suite = options.pop("suite", name)
+    command = (
+        f"{{python}} benchmarks/run.py --suite {suite} --json {{work}}/steps/{name}.json"
+        f" --plot {{work}}/steps/{name}.png --journal {{work}}/steps/{name}.journal"
+        f" --ceilings {{work}}/steps/ceilings.json {more}"
+    )
+    if "--minutes" not in more:
+        command += " --minutes {minutes}"
     return Step(name, why, command, seconds, rows=True, **options)  # type: ignore[arg-type]
 
 
-def _tests(nodes: Sequence[str], marked: str = "gpu") -> tuple[str, ...]:
-    # without the plugins that pyproject.toml asks for: they need not be installed where a GPU is
-    # a GPU test is mostly compilation, which the host's cores share
-    several = ("-n", "8") if importlib.util.find_spec("xdist") and marked == "gpu" else ()
-    return _python(
-        "-m", "pytest", *several, "-v", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider",
-        "--continue-on-collection-errors", "-m", marked, *nodes,
-    )  # fmt: skip
+def _tests(nodes: Sequence[str], gpu: bool, seconds: int) -> str:
+    command = "{python} -m pytest -v -p no:cacheprovider --continue-on-collection-errors"
+    command += " -o addopts=--import-mode=importlib -o pythonpath="
+    command += " -m gpu" if gpu else ""  # without a GPU the tests that need one skip
+    # plugins are used where they are: a GPU test is mostly compilation, which the host's cores share
+    if importlib.util.find_spec("xdist") and gpu:
+        command += " -n 8"
+    if importlib.util.find_spec("pytest_timeout"):
+        command += f" --timeout={seconds} --timeout-method=thread"
+    return f"{command} {' '.join(nodes)}"
+
+
+def _package() -> Step:
+    left_out = {"FASTFILM_CPU": "0", "FASTFILM_CUDA": "0"}
+    why = "the Python part, into the campaign's own folder"
+    return Step("package", why, BUILD, 15, after=(), setup=True, environment=left_out)
+
+
+def _sanitizer(tool: str) -> Step:
+    checks = ",".join(f"cuda:{f}:bfloat16" for f in ("fprop", "dgrad", "wgrad", "joint"))
+    command = (
+        f"compute-sanitizer --tool {tool} --error-exitcode 9 --target-processes all {{python}}"
+    )
+    command += f" -m benchmarks.kernel_checks {checks} --few"
+    why = f"compute-sanitizer {tool} on the CUDA convolutions"
+    return Step(tool, why, command, 30, after=("kernels",), checks=True)
 
 
 def steps(device: str) -> list[Step]:
@@ -96,112 +121,73 @@ def steps(device: str) -> list[Step]:
     return _cuda() if device == "cuda" else _cpu()
 
 
-BUILD = {"FASTFILM_CUDA": "auto", "FASTFILM_CPU": "0"}
-"""The CUDA kernels are built where there is an nvcc; those for a CPU would take a minute and measure nothing."""
-
-BF16 = ("--dtype", "bfloat16")
+SMOKE = "{python} -m benchmarks.smoke --out {work}/steps/smoke.json --logs {work}/logs/smoke"
+PROBES = "{python} -m benchmarks.probes --out {work}/steps/probes.json"
+TUNE = "{python} -m fastfilm tune --minutes {minutes} --candidates 10 --missing --shapes 5"
+ON_GPU = "--device cuda --dtype bfloat16"
 
 
 def _cuda() -> list[Step]:
-    tune = _python(
-        "-m", "fastfilm", "tune", "--minutes", "{minutes}", "--candidates", "10", "--missing"
-    )
-    volume = ("--size", "128x128x128", "--batch", "2", "--filters", "32")
-    built = ("build",)
+    kernels = {"FASTFILM_CPU": "0", "FASTFILM_CUDA": "1", "FASTFILM_CUDA_ARCHS": "{arch}"}
+    kernels["FASTFILM_CUDA_OBJECTS"] = f"{BEFOREHAND}/objects"
+    default, most = (f"{ON_GPU} --compile {form}" for form in ("default", "max-autotune"))
+    alone = f"{ON_GPU} --compile none"
+    users = "{python} benchmarks/run.py --json {work}/steps/users-command.json"
     return [
-        Step(
-            "build",
-            "the C++ extension and, with nvcc, the CUDA kernels",
-            _python("-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"),
-            150,
-            environment=BUILD,
-        ),
-        Step("info", "versions, devices, backends", _python("-m", "fastfilm", "info"), 40),
-        Step(
-            "check",
-            "every backend and route against float64",
-            _python("-m", "fastfilm", "check", "--quick"),
-            90,
-            after=built,
-        ),
-        _suite("ceilings", "ceilings", "cuda", "copy, L2, launch and matrix products", 40),
-        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS), 75, after=built),
-        Step("tune-2d", "tiles and plans of the 2D network", tune, 75, 25, built),
-        Step("tune-3d", "tiles and plans of the 3D network", (*tune, *volume), 75, 25, built),
-        _suite(
-            "model", "model", "cuda", "whole networks", 130,
-            *BF16, "--compile", "none", least=30, after=built,
-        ),
-        _suite(
-            "layers", "explain", "cuda", "floor, estimate and time of each layer", 50, *BF16,
-            least=15, after=built,
-        ),
-        _suite("ops", "ops", "cuda", "single blocks", 50, *BF16, "--compile", "none", after=built),
-        _suite(
-            "model-compile", "model", "cuda", "whole networks beside torch.compile", 110, *BF16,
-            "--compile", "default", least=50, after=built,
-        ),
-        _suite(
-            "converted", "converted", "cuda", "nnU-Net's and MONAI's networks", 60, *BF16,
-            "--compile", "none", least=25, after=built,
-        ),
-        _suite(
-            "profile", "profile", "cuda", "the three slowest layers", 75, *BF16,
-            "--explained", "{out}/steps/layers.json", least=25, after=built,
-        ),
-        _suite(
-            "model-max-autotune", "model", "cuda", "beside torch.compile max-autotune", 240, *BF16,
-            "--compile", "max-autotune", least=90, after=built,
-        ),
-        _suite("scaling", "scaling", "cuda", "size and batch", 60, *BF16, least=20, after=built),
-        _suite(
-            "converted-compile", "converted", "cuda", "beside nnU-Net's own compiled default", 150,
-            *BF16, "--compile", "default", least=60, after=built,
-        ),
-        _suite("memory", "memory", "cuda", "bytes kept, maps moved", 40, least=15, after=built),
-        Step("all-tests", "every GPU test", _tests(("tests",)), 600, 30, built),
-        _suite("static", "static", "cuda", "spills and matrix instructions", 60, "--quick"),
-        _suite(
-            "model-float32", "model", "cuda", "whole networks in float32", 60, "--dtype", "float32",
-            "--compile", "none", least=30, after=built,
-        ),
+        _package(),
+        Step("kernels", "the CUDA kernels for this GPU, from objects compiled beforehand where there are some",
+             BUILD, 70, setup=True, environment=kernels),
+        Step("binaries", "Triton's kernels compiled beforehand, where their keys are this machine's",
+             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton", 15, setup=True),
+        Step("smoke", "each kernel against float64, in a process of its own", SMOKE, 50, 15, checks=True),
+        _suite("ceilings", "copy, L2, launch and matrix products", 25, "--device cuda"),
+        _suite("routes", "the layers that decide, by route and direction", 75, ON_GPU, least=20),
+        _suite("model", "whole networks, also from CUDA graphs", 60, f"{alone} --graphs", least=25),
+        _suite("profile", "hardware counters of the CUDA convolutions", 40, ON_GPU, after=("kernels",)),
+        Step("probes", "what wgmma reads and at what rate", f"{PROBES} --prepared {BEFOREHAND}", 25, after=()),
+        _sanitizer("memcheck"),
+        _sanitizer("racecheck"),
+        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 40), 60, 15, checks=True),
+        Step("check", "every backend and route against float64", "{python} -m fastfilm check --quick", 25,
+             checks=True),
+        Step("users-command", "python benchmarks/run.py, as in the README",
+             f"{users} --plot {{work}}/steps/users-command.png", 180, 60, rows=True),
+        Step("tune-2d", "tiles and plans of the 2D network's costliest shapes", TUNE, 75, 25),
+        Step("tune-3d", "tiles and plans of the 3D network's costliest shapes",
+             f"{TUNE} --size 128x128x128 --batch 2 --filters 32", 75, 25),
+        _suite("ops", "single blocks", 60, alone),
+        _suite("converted", "nnU-Net's and MONAI's networks", 60, alone, least=25),
+        _suite("model-compile", "whole networks beside torch.compile", 110, default, suite="model", least=50),
+        _suite("model-max-autotune", "beside torch.compile max-autotune", 240, most, suite="model", least=90),
+        _suite("converted-compile", "beside nnU-Net's own compiled default", 150, default, suite="converted",
+               least=60),
+        Step("all-tests", "every GPU test", _tests(("tests",), True, 60), 600, 30, checks=True),
     ]  # fmt: skip
 
 
 def _cpu() -> list[Step]:
-    quick = ("--quick", "--dtype", "float32")
-    interpreter = {"TRITON_INTERPRET": "1"}
+    quick = "--device cpu --quick --dtype float32"
+    library = "{work}/emulated/_CUDA.so"
+    emulated = {**INTERPRETER, "FASTFILM_EMULATED_LIBRARY": library}
+    smoke = f"{SMOKE} --device cpu --library {library} --types float32,bfloat16 --seconds 60"
+    users = (
+        "{python} benchmarks/run.py --quick --minutes 0.1 --json {work}/steps/users-command.json"
+    )
+    nvcc = () if shutil.which("nvcc") else ("no nvcc",)
+    # on a machine that does other things too everything takes longer
     return [
-        Step("info", "versions, devices, backends", _python("-m", "fastfilm", "info"), 60),
-        Step(
-            "tests",
-            "an essential test in Triton's interpreter",
-            _tests(ESSENTIAL_TESTS[:1], marked="not gpu"),
-            60,
-        ),
-        _suite("ceilings", "ceilings", "cpu", "copy, cache, call and matrix product", 60, *quick),
-        Step(
-            "tune",
-            "candidates compiled, pruned and checked in Triton's interpreter",
-            _python(
-                "-m", "fastfilm", "tune", "--dry", "--minutes", "{minutes}", "--shapes", "1",
-                "--candidates", "1", "--size", "8x8", "--batch", "1", "--filters", "8", "--depth", "1",
-                "--dtype", "float32",
-            ),
-            90,
-            environment=interpreter,
-        ),
-        _suite("model", "model", "cpu", "tiny networks, and their layers", 60, "--explain", *quick),
-        _suite("ops", "ops", "cpu", "single blocks", 60, *quick, minutes="0.08"),
-        _suite("converted", "converted", "cpu", "tiny networks", 60, *quick, minutes="0.08"),
-        _suite(
-            "profile", "profile", "cpu", "the three slowest layers", 40, *quick,
-            "--explained", "{out}/steps/model.json",
-        ),
-        _suite("scaling", "scaling", "cpu", "size and batch", 60, *quick, minutes="0.2"),
-        _suite("static", "static", "cpu", "spills and matrix instructions", 90, "--quick"),
-        _suite(
-            "gate", "gate", "cpu", "counts that may not grow", 60,
-            "--static", "{out}/steps/static.json", environment=interpreter,
-        ),
+        _package(),
+        Step("kernels", "the CUDA kernels on the host's emulation",
+             "{python} -m benchmarks.emulation {work}/emulated", 150, setup=True),
+        Step("smoke", "each kernel against float64, in processes that may die", smoke, 180, checks=True,
+             environment=INTERPRETER),
+        _suite("ceilings", "copy, cache, call and matrix product", 30, quick),
+        _suite("routes", "tiny layers, by route and direction", 90, quick, environment=emulated),
+        _suite("model", "tiny networks", 60, f"{quick} --compile none --minutes 0.15"),
+        _suite("profile", "why there are no hardware counters", 30, quick),
+        Step("probes", "what wgmma reads: compiled, not run", PROBES, 90, after=nvcc),
+        Step("tests", "an essential test in Triton's interpreter", _tests(ESSENTIAL_TESTS[:1], False, 60), 60,
+             checks=True, environment=INTERPRETER),
+        Step("users-command", "python benchmarks/run.py --quick",
+             f"{users} --plot {{work}}/steps/users-command.png", 60, 15, rows=True),
     ]  # fmt: skip

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..networks import NETWORKS
-
 Rows = Sequence[Mapping[str, Any]]
 
-FLAT, DEEP, RESENC = (n.case for n in NETWORKS[:3])
+FLAT, DEEP = "FiLMedUNet 2D 320×256 b16", "FiLMedUNet 3D 128×128×128 b2"
+RESENC = "nnU-Net ResEnc 128×128×128 b2"
+"""Cases of the first three of ``networks.NETWORKS``."""
+
 OURS = "fastfilm"
 
 

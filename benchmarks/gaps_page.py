@@ -1,22 +1,27 @@
-"""``GAPS.md``: each target that is not reached, what limits it by the cost model, and the next step.
+"""``results/GAPS.md``: each target that is not reached, what limits it by the cost model, and the next step.
 
-A campaign writes it into its folder. Without one on a GPU nothing was measured, and the page says so; the cost
-model then stands alone.
+    python -m benchmarks.gaps_page [RESULTS.json] > benchmarks/results/GAPS.md
+
+from a campaign's results. Without one on a GPU nothing was measured, and the page says so; the cost model then
+stands alone.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastfilm.ops import cost
 
-from .. import explain
-from ..networks import NETWORKS
-from ..roofline import Ceilings
-from . import targets
-from .report import number, table
+from . import explain
+from .campaign import targets
+from .campaign.report import number, table
+from .networks import NETWORKS
+from .roofline import Ceilings
 
 ASSUMED = replace(cost.H200, l2=5.5e12, launch=3e-6)
 """Copy and matrix product of an H200 as measured once without fastfilm; L2 and launch are assumptions."""
@@ -64,9 +69,9 @@ def _state(results: Mapping[str, Any] | None) -> list[str]:
             " (5.5 TB/s, nothing found in the L1), the launch (3 µs) and the shares of the matrix rate (0.35 for"
             " the fused kernels, 0.5 for the vendor's). It says where to look first, not how fast anything is.",
             "",
-            "    python benchmarks/run.py --suite campaign --out DIR --minutes 9",
+            "    bash benchmarks/gpu.sh --out DIR --minutes 9",
             "",
-            "on a machine with a CUDA device measures them; its `GAPS.md` takes the place of this page.",
+            "on a machine with a CUDA device measures them; this page is then made anew from its `results.json`.",
             "",
         ]
     m = results["machine"]
@@ -143,3 +148,8 @@ def _model(ceilings: Ceilings) -> list[str]:
         "layers that are furthest from it",
     )
     return ["## By the cost model", "", *table(head, cells)]
+
+
+if __name__ == "__main__":
+    given = [json.loads(Path(p).read_text(encoding="utf-8")) for p in sys.argv[1:2]]
+    print(text(given[0] if given else None), end="")

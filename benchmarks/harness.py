@@ -9,66 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-Call = Callable[[], object]
-
-
-class Clock(Protocol):
-    """Times one region; both methods return seconds."""
-
-    def time(self, call: Call, calls: int) -> float:
-        """Seconds a call, averaged over ``calls`` calls in a row."""
-        ...
-
-    def now(self) -> float:
-        """A monotonic time."""
-        ...
-
-
-class HostClock:
-    """Monotonic clock of the host, for CPU work."""
-
-    def time(self, call: Call, calls: int) -> float:
-        """Seconds a call."""
-        start = time.perf_counter_ns()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter_ns() - start) / (calls * 1e9)
-
-    def now(self) -> float:
-        """``time.monotonic``."""
-        return time.monotonic()
-
-
-class DeviceClock:
-    """CUDA events around the region; the L2 cache is flushed in front of it."""
-
-    def __init__(self, flush_bytes: int = 256 << 20) -> None:
-        self._flush = torch.empty(flush_bytes, dtype=torch.int8, device="cuda")
-
-    def time(self, call: Call, calls: int) -> float:
-        """Seconds a call between two events on the current stream."""
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / (calls * 1e3)
-
-    def now(self) -> float:
-        """``time.monotonic``."""
-        return time.monotonic()
-
-
-def clock_for(device: str) -> Clock:
-    """The clock of a device."""
-    return DeviceClock() if device == "cuda" else HostClock()
+from fastfilm.tuning.clock import Call as Call
+from fastfilm.tuning.clock import Clock as Clock
+from fastfilm.tuning.clock import HostClock as HostClock
+from fastfilm.tuning.clock import clock_for as clock_for
 
 
 @dataclass(frozen=True)
@@ -90,32 +37,61 @@ class Effort:
 QUICK = Effort(min_rounds=3, max_rounds=15, seconds=0.4)
 
 
+def calls_a_region(call: Call, clock: Clock, window: float, warmup: int = 2) -> int:
+    """How many calls fill ``window`` seconds, with what the clock itself does around each."""
+    spans = []
+    for _ in range(max(warmup, 1)):
+        begun = clock.now()
+        clock.time(call, 1)
+        spans.append(clock.now() - begun)
+    return max(1, round(window / max(min(spans), 1e-7)))
+
+
+def median_call(call: Call, clock: Clock, effort: Effort = Effort()) -> float:
+    """Median seconds of a call over ``min_rounds`` regions."""
+    calls = calls_a_region(call, clock, effort.window)
+    return statistics.median(clock.time(call, calls) for _ in range(effort.min_rounds))
+
+
 def paired(
-    functions: Mapping[str, Call], clock: Clock, effort: Effort = Effort(), warmup: int = 2
+    functions: Mapping[str, Call],
+    clock: Clock,
+    effort: Effort = Effort(),
+    warmup: int = 2,
+    budget: Budget | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each function in each round; the functions take turns within a round.
 
     The order within a round rotates, so that no function always runs after the same one. Warm-up
-    calls are not in the result; the fastest of them sets the number of calls in a region.
+    calls are not in the result; the fastest of them, with what the clock does around a call, sets
+    the number of calls in a region. When the budget is spent no region is started, and the round
+    that is not whole does not count.
 
     Returns:
         name -> seconds, one entry a round, the same number of rounds for every name.
     """
     names = list(functions)
+    times: dict[str, list[float]] = {n: [] for n in names}
     if not names:
-        return {}
+        return times
+    budget = budget or Budget(None)
     calls = {}
     for name in names:
-        estimate = min(clock.time(functions[name], 1) for _ in range(max(warmup, 1)))
-        calls[name] = max(1, round(effort.window / max(estimate, 1e-7)))
-    times: dict[str, list[float]] = {n: [] for n in names}
+        if budget.spent():
+            return times
+        calls[name] = calls_a_region(functions[name], clock, effort.window, warmup)
     start = clock.now()
     for r in range(effort.max_rounds):
         if r >= effort.min_rounds and clock.now() - start >= effort.seconds:
             break
         shift = r % len(names)
+        found = {}
         for name in names[shift:] + names[:shift]:
-            times[name].append(clock.time(functions[name], calls[name]))
+            if budget.spent():
+                return times
+            found[name] = clock.time(functions[name], calls[name])
+        for name in names:
+            times[name].append(found[name])
     return times
 
 
@@ -149,6 +125,10 @@ class Budget:
         self._clock = clock
         self._end = None if seconds is None else clock() + seconds
 
+    def earlier(self, seconds: float) -> Budget:
+        """A budget that ends ``seconds`` before this one."""
+        return Budget(None if self._end is None else self.left() - seconds, self._clock)
+
     def left(self) -> float:
         """Seconds left (infinite without a budget)."""
         return float("inf") if self._end is None else self._end - self._clock()
@@ -156,6 +136,17 @@ class Budget:
     def spent(self) -> bool:
         """Whether no new row should be started."""
         return self.left() <= 0
+
+
+@contextmanager
+def without_search() -> Iterator[None]:
+    """cuDNN takes the algorithm that it deems best instead of trying several: for calls that are not timed."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class TookTooLong(Exception):

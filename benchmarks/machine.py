@@ -107,7 +107,9 @@ def ceilings(device: str, dtypes: list[str], clock: Clock, quick: bool = False) 
     # a few megabytes lie in the L2 of every GPU that there is, a quarter of one in that of a CPU core
     cached = _copy_rate(device, (8 << 20) if big else (256 << 10), clock, tries, calls=20)
     one = torch.zeros(1, device=device)
-    launch = min(clock.time(partial(one.add_, 1), 200) for _ in range(tries))
+    # no more launches than the host queues while the clock holds the device back
+    launches = 40 if big else 200
+    launch = min(clock.time(partial(one.add_, 1), launches, flush=False) for _ in range(tries))
     processors = torch.cuda.get_device_properties(0).multi_processor_count if big else 1
     matrix = {}
     for name in dtypes:
@@ -150,7 +152,7 @@ def _copy_rate(device: str, size: int, clock: Clock, tries: int, calls: int = 1)
     target = torch.empty_like(source)
     copy = partial(target.copy_, source)
     copy()
-    return 2 * size / min(clock.time(copy, calls) for _ in range(tries))
+    return 2 * size / min(clock.time(copy, calls, flush=calls == 1) for _ in range(tries))
 
 
 def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int) -> float:
@@ -161,7 +163,7 @@ def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int) -> float:
         for size in (8192,) if device == "cuda" else (256, 1024):
             if rate and 2 * size**3 / rate > 1.0:
                 break  # a dtype that this processor only emulates
-            a, b = (torch.randn(size, size).to(DTYPES[dtype]).to(device) for _ in range(2))
+            a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
             fastest = min(clock.time(partial(torch.matmul, a, b), 1) for _ in range(2 * tries))
             rate = max(rate, 2 * size**3 / fastest)
     finally:

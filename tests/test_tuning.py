@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import fastfilm
 from fastfilm.__main__ import main
 from fastfilm.ops import backends, tables
-from fastfilm.tuning import binary, facts, measure, search, shapes, space
+from fastfilm.tuning import binary, clock, facts, measure, search, shapes, space
 from fastfilm.tuning.facts import Facts
 from fastfilm.tuning.search import PRUNED, SKIPPED, TIMED, WRONG, Search
 from fastfilm.tuning.shapes import Shape
@@ -363,7 +364,7 @@ def test_a_search_on_interpreted_kernels_ends_with_an_entry(
     subject = _subject()
     assert subject.tensors is None
     monkeypatch.setattr(search, "Compilers", lambda arch, processes: Compiled({}))
-    monkeypatch.setattr(search, "Clock", lambda device: measure.Clock(device, repeats=1))
+    monkeypatch.setattr(search, "median_seconds", partial(clock.median_seconds, repeats=1))
     s = Search([TINY], "cpu", 90, most=2, timed=True)
     ((key, entry),) = s.entries()
     assert key == TINY.key and set(entry.seconds) >= {"triton/fused", "triton/composed"}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-
 from .. import explain, report
 from ..blocks import Block
+from ..harness import median_call
 from ..layers import LayerStep, steady
 from ..networks import Network
 from ..roofline import Layer, work
@@ -42,17 +41,13 @@ def block_of(network: Network, layer: Layer) -> Block:
 def measure(session: Session, network: Network, dtype: str, mode: str) -> dict[Layer, float]:
     """Median seconds of each distinct layer as the automatic choice runs it, while the budget lasts."""
     found: dict[Layer, float] = {}
-    rounds = session.effort.min_rounds
     for layer in network.layers():
         if session.budget.spent():
             break
         session.say(f"explain: {layer.label}, {mode}, {dtype}")
         block = block_of(network, layer)
         step, _ = steady(LayerStep(block, session.device, dtype, mode), session.device)
-        step()
-        estimate = session.clock.time(step, 1)
-        calls = max(1, round(session.effort.window / max(estimate, 1e-7)))
-        found[layer] = statistics.median(session.clock.time(step, calls) for _ in range(rounds))
+        found[layer] = median_call(step, session.clock, session.effort)
     return found
 
 

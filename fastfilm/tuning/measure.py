@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,38 +29,6 @@ CHECKED = {2: (48, 48), 3: (16, 32, 32)}
 """Largest maps of the exact check: more than one tile each way."""
 
 Results = dict[str, Tensor]
-
-
-class Clock:
-    """Median seconds of a call, the L2 overwritten in front of each."""
-
-    def __init__(self, device: str, repeats: int = 9) -> None:
-        self.device, self.repeats = device, repeats
-        # long enough that the host has queued the call before it is over
-        self._flush = torch.empty(512 << 20, dtype=torch.int8, device=device) if self.cuda else None
-
-    @property
-    def cuda(self) -> bool:
-        """Whether events on a GPU are the clock."""
-        return self.device == "cuda"
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Median over the repeats, behind one call that is not counted."""
-        call()
-        return statistics.median(self._once(call) for _ in range(self.repeats))
-
-    def _once(self, call: Callable[[], object]) -> float:
-        if self._flush is None:
-            begun = time.perf_counter()
-            call()
-            return time.perf_counter() - begun
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from torch import Tensor
 from fastfilm.ops import backends, recipe, tables
 from fastfilm.ops.tables import FAMILIES, Entry, Table
 
+from .clock import Clock, clock_for, median_seconds
 from .facts import Compilers, Facts, predicted
-from .measure import Clock, Subject
+from .measure import Subject
 from .shapes import Shape, of_model
 from .space import RANKED, Candidate, candidates
 
@@ -201,8 +202,8 @@ class Search:
 
     def _timed(self, call: Callable[[], object]) -> float:
         if self._clock is None:
-            self._clock = Clock(self.device)
-        return self._clock.seconds(call)
+            self._clock = clock_for(self.device)
+        return median_seconds(self._clock, call)
 
     def _plans(
         self, shape: Shape, subject: Subject, tiles: dict[str, tuple[int, ...]]

@@ -88,11 +88,11 @@ class Tensors:
 def make(block: Block, device: str, dtype: torch.dtype, seed: int = 0) -> Tensors:
     """Random inputs, rounded to ``dtype``: every provider and the reference get the same values."""
     layer, n = block.layer, block.batch
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=generator) * scale + shift
-        return values.to(dtype).to(device)
+        values = torch.randn(shape, generator=generator, device=device) * scale + shift
+        return values.to(dtype)
 
     kernel = (layer.kernel,) * len(layer.size)
     channels = (layer.cin, layer.cout) if layer.transposed else (layer.cout, layer.cin)

@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import machine, report
-from .harness import QUICK, Budget, Effort, clock_for
-from .record import Record, Row
+from . import machine, report, timetable
+from .harness import QUICK, Budget, Effort, TookTooLong, clock_for, time_limit
+from .record import NO_TIME, Record, Row
 from .roofline import DTYPES
-from .session import Session
+from .session import Case, Session
 from .volume import InputError, load
 
 SUITES = ("model", "memory", "ops", "static")
@@ -41,10 +41,6 @@ COMPILE: dict[str, tuple[str, ...] | None] = {
     "max-autotune": ("compile-max-autotune",),
 }
 """``--compile`` -> the providers that it leaves in."""
-
-DEFAULT_SECONDS = 120.0
-MODEL_SHARE = 0.6
-"""Most of a bounded run's time that the model suite may take, so that others are reached."""
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -101,12 +97,16 @@ def parser() -> Parser:
     p.add_argument("--volume", metavar="FILE.nii.gz", help="3D image to cut patches from")
     p.add_argument("--json", metavar="OUT", default="fastfilm-benchmark.json")
     p.add_argument("--plot", metavar="OUT.png", default="fastfilm-benchmark.png")
-    p.add_argument("--minutes", type=_minutes, help="start no new row after this time")
+    p.add_argument(
+        "--minutes", type=_minutes, help="end after this time; what does not fit is named"
+    )
+    p.add_argument(
+        "--graphs", action="store_true", help="model: steps replayed from CUDA graphs, too"
+    )
     p.add_argument(
         "--compile",
         choices=COMPILE,
-        default="all",
-        help="which forms of torch.compile to measure (default: all)",
+        help="which forms of torch.compile to measure (default: all; without --suite: default)",
     )
     p.add_argument("--out", metavar="DIR", help="campaign: folder of its results, new or begun")
     p.add_argument("--again", action="append", metavar="STEP", help="campaign: not what is there")
@@ -137,8 +137,13 @@ def choose_dtypes(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what was asked for; 0: all rows pass, 1: a row FAILED, 2: wrong arguments."""
+def main(argv: Sequence[str] | None = None, started: float | None = None) -> int:
+    """Runs what was asked for; 0: all rows pass, 1: a row FAILED, 2: wrong arguments.
+
+    Args:
+        started: ``time.monotonic()`` at the start of the process, from which the run's time counts.
+    """
+    started = time.monotonic() if started is None else started
     p = parser()
     args = p.parse_args(argv)
     device = args.device
@@ -164,59 +169,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.volume is not None:
             load(args.volume)
-        return run(args, device, suite, dtypes)
+        return run(args, device, suite, dtypes, started)
     except InputError as error:
         p.error(str(error))
 
 
-def run(args: argparse.Namespace, device: str, suite: str, dtypes: list[str]) -> int:
+def run(
+    args: argparse.Namespace, device: str, suite: str, dtypes: list[str], started: float
+) -> int:
     """Runs the suites, prints the table, writes the files."""
-    started = time.monotonic()
-    bounded = args.suite is None or (args.quick and suite == "peers")
     limit = args.minutes * 60 if args.minutes else None
-    if limit is None and bounded and device == "cpu":
-        limit = DEFAULT_SECONDS / (2.5 if args.quick and suite != "peers" else 1)
-    session = prepare(args, device, dtypes, limit)
+    bounded = args.suite is None or (args.quick and suite == "peers")
+    if limit is None and bounded:
+        limit = timetable.ROWS_END[device] / (2.5 if args.quick and suite != "peers" else 1)
+    left = None if limit is None else limit - (time.monotonic() - started)
+    session = prepare(args, device, dtypes, left)
     print(report.header(session.record.machine), flush=True)
-    whole = session.budget
-    for name in SUITES if suite == "all" else (suite,):
-        shared = name == "model" and suite == "all" and limit is not None
-        session.budget = Budget(MODEL_SHARE * whole.left()) if shared else whole
-        if name == "static" and args.quick and args.suite is None:
-            print("static: not part of a quick run; --suite static builds the kernels")
-        elif name == "static":
-            session.record.failed |= static(session, quick=args.quick or args.suite is None)
-        else:
-            from .suites import explain, profile
+    from .suites import explain, profile
 
-            if args.one is not None:
-                profile.one(session, args.one)
-                return 0
-            if name != "ceilings":  # they stand in the header of every run
-                importlib.import_module(f"benchmarks.suites.{name}").run(session)
-            if args.explain and name == "model":
-                explain.run(session)
+    if args.one is not None:
+        profile.one(session, args.one)
+        return 0
+    if suite == "all":
+        waiting: list[timetable.Part] = []
+
+        def cut() -> None:
+            timetable.cut(session, waiting)
+            finish(session, args, started, plot=False)
+
+        over = None if left is None else left + timetable.GRACE
+        if left is not None:  # the static suite has a bound of its own
+            over = max(left, timetable.END[device] - (time.monotonic() - started)) + timetable.GRACE
+        watchdog = timetable.Watchdog(over, cut)
+        timetable.run(session, limit, waiting)
+        static_last(session, args, device, started)
+        watchdog.cancel()
+    elif suite == "static":
+        session.record.failed |= static(session, quick=args.quick)
+    elif suite != "ceilings":  # they stand in the header of every run
+        importlib.import_module(f"benchmarks.suites.{suite}").run(session)
+    if args.explain:
+        explain.run(session)
+    return finish(session, args, started)
+
+
+def finish(session: Session, args: argparse.Namespace, started: float, plot: bool = True) -> int:
+    """Prints the table and what was left out, writes the files; the exit status."""
     record = session.record
     record.machine["seconds"] = round(time.monotonic() - started, 1)
     record.machine["load_end"] = machine.load()
     record.write()
-    print(
-        report.table([r for r in record.rows if r.suite not in ("explain", "gate")])
-    )  # these print their own
-    reason = report.plot(record.rows, record.machine, Path(args.plot))
-    print(f"\nwrote {args.json}" + (f"; no plot: {reason}" if reason else f" and {args.plot}"))
-    if session.budget.spent() or whole.spent():
-        print("the time budget was used up: some rows were not started")
+    shown = [r for r in record.rows if r.suite not in ("explain", "gate")]  # these print their own
+    print(report.table(shown))
+    wrote = f"\nwrote {args.json}"
+    if plot:
+        reason = report.plot(record.rows, record.machine, Path(args.plot))
+        wrote += f"; no plot: {reason}" if reason else f" and {args.plot}"
+    print(wrote)
+    missing = report.left_out(record.rows)
+    if missing:
+        print(missing)
     if record.failed:
         print("FAILED: a row above is wrong or over its limit", file=sys.stderr)
     return EXIT_FAILED if record.failed else 0
 
 
 def prepare(
-    args: argparse.Namespace, device: str, dtypes: list[str], limit: float | None
+    args: argparse.Namespace, device: str, dtypes: list[str], left: float | None
 ) -> Session:
-    """Describes the machine, measures its ceilings and opens the record."""
-    budget = Budget(limit)
+    """Describes the machine, measures its ceilings and opens the record; ``left``: seconds of the run."""
+    budget = Budget(left)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
     clock = clock_for(device)
@@ -227,6 +249,8 @@ def prepare(
         known = machine.known_ceilings(args.ceilings, about, dtypes)
         ceilings = known or machine.ceilings(device, dtypes, clock, args.quick)
         about |= machine.as_json(ceilings)
+    # without an end in time everything is compiled that can be
+    kinds = args.compile or ("all" if left is None or args.suite else "default")
     return Session(
         device=device,
         dtypes=dtypes,
@@ -237,12 +261,34 @@ def prepare(
         clock=clock,
         ceilings=ceilings,
         volume=args.volume,
-        compile_kinds=COMPILE[args.compile],
+        compile_kinds=COMPILE[kinds],
         explained=args.explained,
         static_rows=args.static,
         update_gate=args.update_gate,
         compile_seconds=120.0 if device == "cuda" else 30.0 if args.suite else 15.0,
+        graphs=args.graphs,
     )
+
+
+def static_last(session: Session, args: argparse.Namespace, device: str, started: float) -> None:
+    """The static suite, where the run leaves it time; named where not."""
+    if args.quick and args.suite is None:
+        print("static: not part of a quick run; --suite static builds the kernels")
+        return
+    seconds = float("inf")
+    if session.budget.left() != seconds:
+        end = max(timetable.END[device], 60 * (args.minutes or 0.0))
+        seconds = end - (time.monotonic() - started)
+    case = Case("static", "all", "", "")
+    if seconds < timetable.STATIC_LEAST:
+        session.skip(case, "all", NO_TIME)
+        return
+    session.running = case, "all"
+    try:
+        with time_limit(seconds, "building"):
+            session.record.failed |= static(session, quick=args.quick or args.suite is None)
+    except TookTooLong as error:
+        session.skip(case, "all", f"{NO_TIME}: {error}")
 
 
 def static(session: Session, quick: bool) -> bool:

@@ -13,6 +13,7 @@ import fastfilm
 from fastfilm.ops import backends, spec
 
 from .blocks import SLOPE, Block, Tensors, make
+from .graphs import CaptureFailed, capture
 from .roofline import DTYPES
 
 Scope = Callable[[], AbstractContextManager[object]]
@@ -28,20 +29,10 @@ def steady(call: Callable[[], object], device: str) -> tuple[Callable[[], object
     """
     if device != "cuda":
         return call, "call"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
+        return capture(call).replay, "graph"
+    except CaptureFailed:
         return call, "call"
-    return graph.replay, "graph"
 
 
 class LayerStep:

@@ -16,6 +16,9 @@ from .roofline import ulp
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
 
+NO_TIME = "no time left"
+"""Beginning of the note of a row that the run's end left out."""
+
 EAGER = ("eager", "eager-channels-last")
 """The two layouts of eager PyTorch; ratios are against the faster of them."""
 

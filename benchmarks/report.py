@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .record import FAILED, SKIPPED, Row
+from .record import FAILED, NO_TIME, SKIPPED, Row
 
 LABELS = ("suite", "case", "mode", "dtype", "provider")
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -87,6 +87,25 @@ COLUMNS = (
 STATIC_COLUMNS = ("registers", "stack_bytes", "shared_bytes", "mma", "blocks", "l2_ratio")
 
 
+def no_time(row: Row) -> bool:
+    """Whether the run's end left the row out."""
+    return row.status == SKIPPED and row.note.startswith(NO_TIME)
+
+
+def left_out(rows: Iterable[Row]) -> str:
+    """One line: what there was no time for; empty where there was time for all."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in filter(no_time, rows):
+        key = row.suite, row.dtype, row.provider
+        groups.setdefault(key, []).append(f"{row.case} {row.mode}".strip())
+    parts = []
+    for (suite, dtype, provider), cases in groups.items():
+        which = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
+        who = "" if provider == "all" else f"{provider} in "
+        parts.append(f"{suite} {dtype}".strip() + f": {who}{which}")
+    return f"no time left for: {'; '.join(parts)}" if parts else ""
+
+
 def align(cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of equal columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
@@ -104,8 +123,11 @@ def _static_figure(value: Any) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """All rows, a line each, under a line for their case; the best eager layout is the 1.00x."""
-    rows = list(rows)
+    """All rows, a line each, under a line for their case; the best eager layout is the 1.00x.
+
+    What there was no time for is left to the line that names it all.
+    """
+    rows = [r for r in rows if not no_time(r)]
     timed = [r for r in rows if r.suite != "static"]
     parts = []
     if timed:

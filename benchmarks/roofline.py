@@ -34,6 +34,15 @@ def yardstick(device: str, dtype: str) -> str:
     return "float32" if device == "cuda" and dtype in ("bfloat16", "float16") else "float64"
 
 
+def check_is_small(device: str, dtype: str) -> bool:
+    """Whether a network's results are compared on a smaller batch than its time is taken on.
+
+    Where the yardstick is float64 on a GPU: a training step of 6 TFLOP on maps of 128³ might take a minute and
+    tens of GiB there.
+    """
+    return device == "cuda" and yardstick(device, dtype) == "float64"
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution of a network.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
+
+STARTED = time.monotonic()
 
 
 def load_package() -> None:
@@ -34,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from benchmarks import cli
 
-    return cli.main(argv)
+    return cli.main(argv, STARTED)
 
 
 if __name__ == "__main__":

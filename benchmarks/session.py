@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .harness import Budget, Call, Clock, Effort, best, paired, paired_ratio, peak_bytes, quantile
+from .harness import (
+    Budget,
+    Call,
+    Clock,
+    Effort,
+    TookTooLong,
+    best,
+    paired,
+    paired_ratio,
+    peak_bytes,
+    quantile,
+    time_limit,
+    without_search,
+)
 from .providers import float32_precision, one_line
-from .record import EAGER, FAILED, PLAUSIBLE, SKIPPED, Record, Row, relative_error, wrong_layout
+from .record import (
+    EAGER,
+    FAILED,
+    NO_TIME,
+    PLAUSIBLE,
+    SKIPPED,
+    Record,
+    Row,
+    relative_error,
+    wrong_layout,
+)
 from .roofline import Ceilings, Work
 
 Results = list[Tensor | None]
+
+COMPILE_LEAST = 25.0
+"""Seconds that must be left for torch.compile to be tried."""
+
+REFERENCE_SHARE = 0.3
+"""Most of the time left that the reference of one case may take."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +56,7 @@ class Provider:
         call: does the work once.
         check: gives what is compared with the reference, where that is not the result of ``call``.
         saved: bytes kept for the backward pass, if that is of interest.
+        memory: the call that peak memory is taken of, where that is not ``call``.
         note: a remark that goes with the row.
     """
 
@@ -33,6 +64,7 @@ class Provider:
     saved: Callable[[], int] | None = None
     check: Callable[[], Results] | None = None
     note: str = ""
+    memory: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,10 @@ class Session:
     """Options and state of a run.
 
     Attributes:
+        budget: when no first call of a provider is started or goes on any more.
+        end: when no call at all is started any more; None: with ``budget``.
+        graphs: whether the model suite also replays its steps from CUDA graphs.
+        running: the case and provider at work.
         volume: voxels [X, Y, Z] to cut patches from, or None before they are needed.
         compile_seconds: bound of one compilation.
         slow_to_compile: compiled providers that ran into that bound on a whole network.
@@ -78,13 +114,18 @@ class Session:
     static_rows: str | None = None
     update_gate: bool = False
     verbose: bool = True
+    end: Budget | None = None
+    graphs: bool = False
+    running: tuple[Case, str] | None = None
     slow_to_compile: set[str] = field(default_factory=set)
     told: set[tuple[str, str, str]] = field(default_factory=set)
 
     def why_not(self, provider: str) -> str | None:
-        """Why a compiled provider is left out of this run; None if it is not."""
+        """Why a compiled provider is left out of this run, or not tried now; None if it is tried."""
         kinds = self.compile_kinds
-        return None if kinds is None or provider in kinds else "left out of this run"
+        if kinds is not None and provider not in kinds:
+            return "left out of this run; --compile all measures it"
+        return None if self.budget.left() >= COMPILE_LEAST else NO_TIME
 
     def say(self, text: str) -> None:
         """Progress, on stderr: stdout is for the table."""
@@ -105,9 +146,9 @@ class Session:
         )
 
     def skip(self, case: Case, provider: str, reason: str) -> None:
-        """Records that a provider was left out, and why; the same reason once a suite."""
+        """Records that a provider was left out, and why; the same reason once a suite, want of time always."""
         told = (case.suite, provider, reason)
-        if told not in self.told:
+        if told not in self.told or reason.startswith(NO_TIME):
             self.told.add(told)
             self.record.add(self.row(case, provider, status=SKIPPED, note=reason))
 
@@ -127,8 +168,14 @@ class Session:
         self, case: Case, name: str, provider: Provider
     ) -> tuple[Results | None, Row | None]:
         """The provider's result, or the row that says why there is none."""
+        if self.budget.spent():
+            return None, self.row(case, name, status=SKIPPED, note=NO_TIME)
+        self.running = case, name
         try:
-            return (provider.check or provider.call)(), None
+            with time_limit(self.budget.left(), "the first call"):
+                return (provider.check or provider.call)(), None
+        except TookTooLong as error:
+            return None, self.row(case, name, status=SKIPPED, note=f"{NO_TIME}: {error}")
         except NotImplementedError as error:
             return None, self.row(case, name, status=SKIPPED, note=one_line(error))
         except Exception as error:  # a peer that cannot run is a finding; one of ours is a failure
@@ -141,6 +188,7 @@ class Session:
         providers: Mapping[str, Provider],
         reference: Callable[[], Results] | None = None,
         pooled: bool = False,
+        beside: Collection[str] = (),
     ) -> None:
         """Checks, then times the providers of one case side by side and adds their rows.
 
@@ -148,12 +196,30 @@ class Session:
             reference: the same function in float64; errors are norm-relative against it.
             pooled: whether all tensors but the first are a network's gradient, of which one norm is
                 taken; otherwise the worst error of all tensors counts.
+            beside: providers that are timed again for the others' sake, without a row.
         """
         if self.budget.spent():
+            for name in [n for n in providers if n not in beside] if beside else ["all"]:
+                self.skip(case, name, NO_TIME)
             return
         self.say(f"{case.suite}: {case.case}, {case.mode}, {case.dtype}")
         with float32_precision(case.dtype == "tf32"):
-            self._measure(case, providers, reference, pooled)
+            rows = self._measure(case, providers, reference, pooled)
+        self.running = None
+        for row in rows:
+            if row.provider not in beside:
+                self.record.add(row)
+
+    def _truth(self, reference: Callable[[], Results]) -> tuple[Results | None, str]:
+        """The reference's results, or None and why nothing can be checked."""
+        try:
+            most = REFERENCE_SHARE * self.budget.left()
+            with without_search(), time_limit(most, "the reference"):
+                return reference(), ""
+        except TookTooLong as error:
+            return None, f"not checked: {error}"
+        except torch.OutOfMemoryError:
+            return None, "not checked: the reference needs more memory than there is"
 
     def _measure(
         self,
@@ -161,8 +227,9 @@ class Session:
         providers: Mapping[str, Provider],
         reference: Callable[[], Results] | None,
         pooled: bool,
-    ) -> None:
-        truth = reference() if reference is not None else None
+    ) -> list[Row]:
+        self.running = case, "reference"
+        truth, unchecked = (None, "") if reference is None else self._truth(reference)
         refused: list[Row] = []
         errors: dict[str, float] = {}
         gradients: dict[str, float] = {}
@@ -181,17 +248,27 @@ class Session:
                     gradients[name] = relative_error(result[split:], truth[split:], pooled=True)
             if result[0] is not None:
                 outputs[name] = result[0].detach()
-            rows[name] = self.row(case, name, note=provider.note)
+            note = "; ".join(filter(None, (provider.note, unchecked)))
+            rows[name] = self.row(case, name, note=note)
             del result
-            rows[name].peak_bytes = peak_bytes(provider.call, self.device)
+            rows[name].peak_bytes = peak_bytes(provider.memory or provider.call, self.device)
             if provider.saved is not None:
                 rows[name].saved_bytes = provider.saved()
         calls: dict[str, Call] = {n: providers[n].call for n in rows}
-        times = paired(calls, self.clock, self.effort)
+        self.running = case, "rounds"
+        times = paired(calls, self.clock, self.effort, budget=self.end or self.budget)
         right = self._right({n: max(e, gradients.get(n, 0.0)) for n, e in errors.items()})
         baseline = best(times, right)
+        # the faster layout is not known where one of them was left out
+        missing = [r.provider for r in refused if r.note.startswith(NO_TIME)]
+        partial = [n for n in missing if n in self.baseline]
+        if partial:
+            baseline = None
         for name, row in rows.items():
-            _fill(row, times[name], case.work)
+            if times[name]:
+                _fill(row, times[name], case.work)
+            else:
+                row.status, row.note = SKIPPED, f"{NO_TIME}: checked, not timed"
             if name in errors:
                 row.error = errors[name]
                 row.eager_error = self._yardstick(errors, case.dtype)
@@ -200,13 +277,13 @@ class Session:
                 row.extra["eager_grad_error"] = self._yardstick(gradients, case.dtype)
             if name in self.baseline and name not in right:
                 row.status, row.note = FAILED, "this layout gives a wrong result"
+            elif partial:
+                row.note = "; ".join(filter(None, (row.note, f"no ratio without {partial[0]}")))
             elif baseline is not None:
                 row.ratio = paired_ratio(times[baseline], times[name])
                 if name != baseline and baseline in outputs:
                     row.extra["max_abs_diff"] = _difference(outputs[name], outputs[baseline])
-            self.record.add(row)
-        for row in refused:
-            self.record.add(row)
+        return [*rows.values(), *refused]
 
 
 def _fill(row: Row, seconds: list[float], work: Work | None) -> None:

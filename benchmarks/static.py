@@ -287,7 +287,11 @@ def run_static(
     before = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=context) as pool:
-            rows = list(pool.map(compile_one, work, chunksize=4))
+            try:
+                rows = list(pool.map(compile_one, work, chunksize=4))
+            except BaseException:  # the run's end among them: what is queued need not be built
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before

@@ -11,10 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .graphs import capture
 from .harness import saved_bytes
 from .providers import amp, channels_last
 from .roofline import DTYPES
 from .session import Provider, Results
+
+Batch = tuple[Tensor, Tensor | None, Tensor]
+"""Image, metadata and the gradient at the output."""
 
 
 class Step:
@@ -46,18 +50,29 @@ class Step:
         self.training = mode == "training"
         self.device, self.scope, self.upstream = image.device.type, scope, upstream
         self.amp_dtype = dtype if self.training else "float32"
+        self.storage = torch.float32 if self.training and dtype != "float64" else DTYPES[dtype]
+        self.last = layout == "channels-last"
         model = copy.deepcopy(model).train(self.training)
-        if layout == "channels-last":
+        if self.last:
             form = torch.channels_last if image.dim() == 4 else torch.channels_last_3d
             model = model.to(memory_format=form)  # type: ignore[call-overload]
-            image = channels_last(image)
-        if dtype == "float64" or not self.training:
-            storage = DTYPES[dtype]
-            model, image = model.to(storage), image.to(storage)
-            metadata = None if metadata is None else metadata.to(storage)
-        self.model, self.image, self.metadata = model, image, metadata
+        self.model = model.to(self.storage)
+        self._take(image, metadata)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.call: Callable[..., object] = model
+        self.call: Callable[..., object] = self.model
+
+    def _take(self, image: Tensor, metadata: Tensor | None) -> None:
+        """Image and metadata in the step's dtype and layout."""
+        image = channels_last(image) if self.last else image
+        self.image = image.to(self.storage)
+        self.metadata = None if metadata is None else metadata.to(self.storage)
+
+    def on(self, image: Tensor, metadata: Tensor | None, upstream: Tensor) -> Step:
+        """The same network, not copied, on another batch."""
+        other = copy.copy(self)
+        other.upstream = upstream
+        other._take(image, metadata)
+        return other
 
     def forward(self) -> Tensor:
         """The output, with a graph when training."""
@@ -79,7 +94,10 @@ class Step:
 
     def named_results(self, names: list[str]) -> Results:
         """[output], or [output, gradient of each of ``names``], which are ivadomed's names."""
-        out, *gradients = self()
+        return self._named(self(), names)
+
+    def _named(self, results: Results, names: list[str]) -> Results:
+        out, *gradients = results
         if not self.training:
             return [out]
         found = dict(zip(self.parameters, gradients, strict=True))
@@ -91,10 +109,37 @@ class Step:
         """Bytes that a forward pass keeps for the backward pass, without the parameters."""
         return saved_bytes(self.forward, list(self.model.parameters()))
 
-    def provider(self, names: list[str] | None = None) -> Provider:
-        """This step as something to measure; with ``names``, gradients are compared by name."""
-        check = None if names is None else partial(self.named_results, names)
-        return Provider(self, self.saved if self.training else None, check)
+    def provider(
+        self, names: list[str] | None = None, small: Batch | None = None, note: str = ""
+    ) -> Provider:
+        """This step as something to measure.
+
+        Args:
+            names: gradients are compared by these names; None: as they come.
+            small: what is compared with the reference is the step on this batch.
+        """
+        on = self if small is None else self.on(*small)
+        check = None if names is None else partial(on.named_results, names)
+        return Provider(self, self.saved if self.training else None, check, note)
+
+    def captured(self, names: list[str]) -> Provider:
+        """This step replayed from a CUDA graph; its memory is that of a plain call.
+
+        Raises:
+            CaptureFailed: the step cannot be captured.
+        """
+        replay, results = capture(self)
+
+        def check() -> Results:
+            replay()
+            return self._named([t if t is None else t.clone() for t in results], names)
+
+        def call() -> Results:
+            replay()
+            return list(results)
+
+        saved = self.saved if self.training else None
+        return Provider(call, saved, check, memory=self)
 
 
 def _renamed(model: nn.Module, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

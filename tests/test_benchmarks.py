@@ -311,7 +311,9 @@ def test_no_row_is_started_when_the_budget_is_used_up():
     session.measure(
         Case("ops", "c", "forward", "float32"), {"eager": Provider(lambda: called.append(1) or [])}
     )
-    assert not called and not session.record.rows
+    assert not called
+    (row,) = session.record.rows
+    assert (row.status, row.provider, row.note) == ("skipped", "all", "no time left")
 
 
 def test_a_skip_is_told_once_a_suite():

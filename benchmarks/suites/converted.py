@@ -18,10 +18,12 @@ import fastfilm
 
 from .. import providers
 from ..networks import NETWORKS, Network
-from ..roofline import work
+from ..providers import float32_precision
+from ..record import NO_TIME
+from ..roofline import check_is_small, work
 from ..session import Case, Provider, Session
-from ..step import Step
-from .model import truth
+from ..step import Batch, Step
+from .model import SMALL_NOTE, truth
 
 MODES = ("training", "inference")
 STAGED = [n for n in NETWORKS if n.kind in ("resenc", "dynunet")]
@@ -107,17 +109,12 @@ def run(session: Session) -> None:
         model = model.to(session.device)
         for dtype in session.dtypes:
             for mode in MODES:
-                if session.budget.spent():
-                    return
                 _case(session, network, model, origin, dtype, mode)
 
 
 def _case(
     session: Session, network: Network, model: nn.Module, origin: str, dtype: str, mode: str
 ) -> None:
-    image = torch.randn(network.batch, network.channels, *network.size).to(session.device)
-    upstream = torch.randn(network.batch, network.classes, *network.size).to(session.device)
-    batch = (image, None, upstream)
     case = Case(
         "converted",
         network.case,
@@ -126,19 +123,38 @@ def _case(
         work(network.layers().elements(), network.batch, dtype, mode, session.ceilings),
         {"origin": origin},
     )
+    if session.budget.spent():
+        session.skip(case, "all", NO_TIME)
+        return
+    batch = on = _batch(network, session.device)
     step = partial(Step, mode=mode, dtype=dtype)
     names = [n for n, _ in model.named_parameters()]
+    small, notes = None, [origin]
+    if check_is_small(session.device, dtype):
+        on = small = _batch(network.shrunk(2), session.device)
+        notes.append(SMALL_NOTE)
+    provider = partial(Step.provider, names=names, small=small)
     ours = fastfilm.convert(model, copy=True, verbose=False)
     candidates: dict[str, Provider] = {
-        "eager": step(model, *batch).provider(names),
-        "eager-channels-last": step(model, *batch, layout="channels-last").provider(names),
+        "eager": provider(step(model, *batch)),
+        "eager-channels-last": provider(step(model, *batch, layout="channels-last")),
+        "fastfilm": provider(step(ours, *batch, layout="channels-last"), note="; ".join(notes)),
     }
-    skipped = _compiled(session, candidates, partial(step, model, *batch), names)
-    candidates["fastfilm"] = step(ours, *batch, layout="channels-last").provider(names)
-    candidates["fastfilm"] = replace(candidates["fastfilm"], note=origin)
-    session.measure(case, candidates, partial(truth, model, batch, mode, dtype, names), pooled=True)
+    skipped = []
+    if small is None:
+        with float32_precision(dtype == "tf32"):
+            skipped = _compiled(session, candidates, partial(step, model, *batch), names)
+    else:
+        skipped.append(("compile-contiguous", "its result is not checked at this size in float32"))
+    session.measure(case, candidates, partial(truth, model, on, mode, dtype, names), pooled=True)
     for name, reason in skipped:
         session.skip(case, name, reason)
+
+
+def _batch(network: Network, device: str) -> Batch:
+    shape = (network.batch, network.channels, *network.size)
+    upstream = torch.randn(network.batch, network.classes, *network.size).to(device)
+    return torch.randn(shape).to(device), None, upstream
 
 
 def _compiled(

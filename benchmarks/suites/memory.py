@@ -18,9 +18,10 @@ from fastfilm.ops import traffic
 
 from .. import emulated_passes, emulation, providers
 from ..eager import DoubleConv, FilmForm
-from ..harness import peak_bytes, tensor_peak_bytes
+from ..harness import TookTooLong, peak_bytes, tensor_peak_bytes, time_limit
 from ..networks import NETWORKS, Network
-from ..record import FAILED
+from ..providers import float32_precision
+from ..record import FAILED, NO_TIME
 from ..session import Case, Session
 from ..step import Step
 from .model import one_hot, twin
@@ -81,8 +82,18 @@ def checkpointed(network: nn.Module, real: bool = False) -> nn.Module:
 def run(session: Session) -> None:
     """Counts each form of each network."""
     for limit in LIMITS[: 1 if bounded(session) else None]:
-        if not session.budget.spent():
-            count(session, limit)
+        network = limit.network
+        extra = {"filters": network.widths[0], "depth": len(network.widths)}
+        case = Case("memory", network.case, "training", "float32", extra=extra)
+        if session.budget.spent():
+            session.skip(case, "all", NO_TIME)
+            continue
+        session.running = case, "all"
+        try:
+            with float32_precision(False), time_limit(session.budget.left(), "counting"):
+                count(session, limit, case)
+        except TookTooLong as error:
+            session.skip(case, "all", f"{NO_TIME}: {error}")
 
 
 def bounded(session: Session) -> bool:
@@ -165,12 +176,10 @@ def emulated(session: Session, case: Case) -> None:
     session.record.add(row)
 
 
-def count(session: Session, limit: Limit) -> None:
+def count(session: Session, limit: Limit, case: Case) -> None:
     """One forward pass of each form, float32, with saved-tensor hooks."""
     torch.manual_seed(0)
     network = limit.network
-    extra = {"filters": network.widths[0], "depth": len(network.widths)}
-    case = Case("memory", network.case, "training", "float32", extra=extra)
     session.say(f"memory: {network.case}")
     image = torch.randn(1, 1, *network.size).to(session.device)
     batch = (image, one_hot(1, session.device), image)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastfilm
 
 from .. import providers, volume
+from ..graphs import CaptureFailed
+from ..harness import TookTooLong, time_limit, without_search
 from ..networks import NETWORKS, Network
-from ..roofline import DTYPES, work, yardstick
+from ..providers import float32_precision
+from ..record import NO_TIME
+from ..roofline import DTYPES, check_is_small, work, yardstick
 from ..session import Case, Provider, Results, Session
-from ..step import Step
+from ..step import Batch, Step
 
 METADATA = 3
+MODES = ("inference", "training")
+SMALL_NOTE = "error at half the size, one sample"
 
 
 def networks(session: Session) -> list[Network]:
@@ -53,75 +62,177 @@ def initialise(model: nn.Module) -> None:
                 module.bias[module.out_features // 2 :] = -2.0
 
 
-def run(session: Session) -> None:
-    """Measures every network in every dtype and mode."""
+@dataclass(frozen=True)
+class Subject:
+    """A network with its weights and batches.
+
+    Attributes:
+        expanded: the same weights with γ and β repeated to full maps.
+        batch: what is timed.
+        small: half the size and one sample.
+        source: where the images come from.
+    """
+
+    network: Network
+    model: nn.Module
+    expanded: nn.Module
+    batch: Batch
+    small: Batch
+    source: str
+
+
+def _batch(network: Network, voxels: NDArray[np.float32], device: str) -> Batch:
+    if network.dims == 2:
+        image = volume.slices(voxels, network.batch, (network.size[0], network.size[1]))
+    else:
+        x, y, z = network.size
+        image = volume.patches(voxels, network.batch, (x, y, z))
+    upstream = torch.randn(network.batch, network.classes, *network.size)
+    return image.to(device), one_hot(network.batch, device), upstream.to(device)
+
+
+def subject(session: Session, network: Network) -> Subject:
+    """The network on slices or crops of the session's volume."""
     if session.volume is None:
         voxels, source = volume.phantom(), volume.phantoms_source()
     else:
         voxels, source = volume.load(session.volume), "volume"
-    for network in networks(session):
-        torch.manual_seed(0)
-        if network.dims == 2:
-            image = volume.slices(voxels, network.batch, (network.size[0], network.size[1]))
-        else:
-            x, y, z = network.size
-            image = volume.patches(voxels, network.batch, (x, y, z))
-        image = image.to(session.device)
-        model = network.build().to(session.device)
-        initialise(model)
-        with torch.no_grad():  # running statistics that are not those of a fresh network
-            model.train()(image, one_hot(network.batch, session.device))
-        for dtype in session.dtypes:
-            for mode in ("inference", "training"):
-                if session.budget.spent():
-                    return
-                _case(session, network, model, image, dtype, mode, source)
-
-
-def _case(
-    session: Session,
-    network: Network,
-    model: nn.Module,
-    image: Tensor,
-    dtype: str,
-    mode: str,
-    source: str,
-) -> None:
-    layers = network.layers()
-    case = Case(
-        "model",
-        network.case,
-        mode,
-        dtype,
-        work(layers.elements(), network.batch, dtype, mode, session.ceilings),
-        {"filters": network.widths[0], "depth": len(network.widths), "image": source},
-    )
-    metadata = one_hot(network.batch, session.device)
-    upstream = torch.randn(network.batch, network.classes, *network.size).to(session.device)
-    batch = (image, metadata, upstream)
-    step = partial(Step, mode=mode, dtype=dtype)
-    names = [n for n, _ in model.named_parameters()]
+    torch.manual_seed(0)
+    batch = _batch(network, voxels, session.device)
+    small = _batch(network.shrunk(2), voxels, session.device)
+    model = network.build().to(session.device)
+    initialise(model)
+    with torch.no_grad(), without_search():  # running statistics not those of a fresh network
+        model.train()(*batch[:2])
     expanded = network.build("expanded").to(session.device)
     expanded.load_state_dict(model.state_dict())
-    make = partial(step, model, *batch, layout="channels-last")
-    candidates: dict[str, Provider] = {
-        "eager": step(model, *batch).provider(names),
-        "eager-channels-last": make().provider(names),
-        "paper": step(expanded, *batch).provider(names),
-    }
-    skipped = compile_into(session, candidates, make, names)
-    usable, missing = providers.backends(session.device)
-    skipped += [(f"fastfilm-{name}", reason) for name, reason in missing]
+    return Subject(network, model, expanded, batch, small, source)
+
+
+def run(session: Session) -> None:
+    """Every network in every dtype and mode; then from CUDA graphs, then compiled."""
+    plain(session)
+    if session.graphs:
+        graphs(session)
+    compiled(session)
+
+
+def _each(
+    session: Session, measure: Callable[[Session, Subject, Case], None], who: str = "all"
+) -> None:
+    """Calls ``measure`` for every dtype, network and mode; names ``who`` where there is no time."""
+    subjects: dict[Network, Subject] = {}
+    for dtype in session.dtypes:
+        for network in networks(session):
+            least = partial(work, network.layers().elements(), network.batch, dtype)
+            extra = {"filters": network.widths[0], "depth": len(network.widths)}
+            for mode in MODES:
+                floor = least(mode=mode, ceilings=session.ceilings)
+                case = Case("model", network.case, mode, dtype, floor, dict(extra))
+                if session.budget.spent():
+                    session.skip(case, who, NO_TIME)
+                    continue
+                if network not in subjects:
+                    subjects[network] = subject(session, network)
+                case.extra["image"] = subjects[network].source
+                measure(session, subjects[network], case)
+
+
+def plain(session: Session) -> None:
+    """Eager PyTorch, fastfilm, the paper's form, and each backend of fastfilm by itself."""
+    _each(session, _plain)
+
+
+def graphs(session: Session) -> None:
+    """Steps replayed from CUDA graphs, timed beside the plain ones."""
+    _each(session, _graphs, "graphs")
+
+
+def compiled(session: Session) -> None:
+    """torch.compile, timed beside the plain steps."""
+    _each(session, _compiled, "compile")
+
+
+def _plain(session: Session, subject: Subject, case: Case) -> None:
+    model = subject.model
+    step = partial(Step, mode=case.mode, dtype=case.dtype)
+    names = [n for n, _ in model.named_parameters()]
+    on, small, note = subject.batch, None, ""
+    if check_is_small(session.device, case.dtype):
+        on = small = subject.small
+        note = SMALL_NOTE
+    provider = partial(Step.provider, names=names, small=small, note=note)
+    last = partial(step, layout="channels-last")
     ours = twin(model).to(session.device)
+    candidates: dict[str, Provider] = {
+        "eager": provider(step(model, *subject.batch)),
+        "eager-channels-last": provider(last(model, *subject.batch)),
+    }
     if session.device == "cuda":
         # the automatic choice, which may mix backends and routes
-        candidates["fastfilm"] = step(ours, *batch, layout="channels-last").provider(names)
+        candidates["fastfilm"] = provider(last(ours, *subject.batch))
+    candidates["paper"] = provider(step(subject.expanded, *subject.batch))
+    usable, missing = providers.backends(session.device)
     for name in usable:
         scope = partial(fastfilm.backend, name)
-        candidates[f"fastfilm-{name}"] = step(
-            ours, *batch, layout="channels-last", scope=scope
-        ).provider(names)
-    session.measure(case, candidates, partial(truth, model, batch, mode, dtype, names), pooled=True)
+        candidates[f"fastfilm-{name}"] = provider(last(ours, *subject.batch, scope=scope))
+    reference = partial(truth, model, on, case.mode, case.dtype, names)
+    session.measure(case, candidates, reference, pooled=True)
+    for name, reason in missing:
+        session.skip(case, f"fastfilm-{name}", reason)
+
+
+def _beside(
+    session: Session, subject: Subject, case: Case, candidates: dict[str, Provider]
+) -> None:
+    """Measures further providers of a case; eager is timed once more, so that the ratio is a paired one."""
+    if not candidates:
+        return
+    model, on = subject.model, subject.batch
+    step = partial(Step, model, *on, mode=case.mode, dtype=case.dtype)
+    names = [n for n, _ in model.named_parameters()]
+    eager = {
+        "eager": step().provider(names),
+        "eager-channels-last": step(layout="channels-last").provider(names),
+    }
+    reference = None
+    if check_is_small(session.device, case.dtype):
+        note = "not checked: too large for float64"
+        candidates = {n: replace(p, note=note) for n, p in candidates.items()}
+    else:
+        reference = partial(truth, model, on, case.mode, case.dtype, names)
+    session.measure(case, eager | candidates, reference, pooled=True, beside=eager)
+
+
+def _graphs(session: Session, subject: Subject, case: Case) -> None:
+    step = partial(Step, mode=case.mode, dtype=case.dtype, layout="channels-last")
+    names = [n for n, _ in subject.model.named_parameters()]
+    ours = twin(subject.model).to(session.device)
+    candidates = {}
+    for name, model in (("eager-channels-last", subject.model), ("fastfilm", ours)):
+        if session.budget.spent():
+            session.skip(case, f"{name}-graph", NO_TIME)
+            continue
+        session.running = case, f"{name}-graph"
+        try:
+            with (
+                float32_precision(case.dtype == "tf32"),
+                time_limit(session.budget.left(), "the capture"),
+            ):
+                candidates[f"{name}-graph"] = step(model, *subject.batch).captured(names)
+        except (CaptureFailed, TookTooLong) as error:
+            session.skip(case, f"{name}-graph", f"not captured: {providers.one_line(error)}")
+    _beside(session, subject, case, candidates)
+
+
+def _compiled(session: Session, subject: Subject, case: Case) -> None:
+    step = partial(Step, mode=case.mode, dtype=case.dtype, layout="channels-last")
+    names = [n for n, _ in subject.model.named_parameters()]
+    candidates: dict[str, Provider] = {}
+    with float32_precision(case.dtype == "tf32"):
+        make = partial(step, subject.model, *subject.batch)
+        skipped = compile_into(session, candidates, make, names)
+    _beside(session, subject, case, candidates)
     for name, reason in skipped:
         session.skip(case, name, reason)
 
@@ -164,12 +275,15 @@ def compile_into(
                 step()
 
             session.say(f"compiling for {name}")
-            seconds = min(session.compile_seconds, session.budget.left())
+            left = session.budget.left()
+            seconds = min(session.compile_seconds, left)
             function, reason = providers.compiled(step.model, kind, first, seconds)
             if function is not None:
                 candidates[name] = step.provider(names)
                 continue
-            if "took longer" in reason:
+            if "took longer" in reason and left < session.compile_seconds:
+                reason = f"{NO_TIME}: {reason}"
+            elif "took longer" in reason:
                 session.slow_to_compile.add(name)
         skipped.append((name, reason))
     return skipped

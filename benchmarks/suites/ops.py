@@ -13,6 +13,8 @@ from fastfilm.ops import reference, spec
 
 from .. import blocks, providers
 from ..blocks import Block, Tensors
+from ..providers import float32_precision
+from ..record import NO_TIME
 from ..roofline import DTYPES, Layer, work, yardstick
 from ..session import Case, Provider, Session
 from . import frozen, tails
@@ -67,74 +69,107 @@ def apply_pass(session: Session, dtype: str) -> None:
 
 
 def run(session: Session) -> None:
-    """Measures every block, forward and forward with backward, in every dtype."""
-    usable, missing = providers.backends(session.device)
+    """Everything in every dtype, torch.compile last."""
+    plain(session)
+    compiled(session)
+
+
+def plain(session: Session) -> None:
+    """Small passes, then every block, forward and forward with backward."""
     for dtype in session.dtypes:
-        if not session.budget.spent():
-            apply_pass(session, dtype)
-            frozen.measure(session, dtype)
-            tails.measure(session, dtype)
+        if session.budget.spent():
+            session.skip(Case("ops", "small passes", "inference", dtype), "all", NO_TIME)
+            continue
+        apply_pass(session, dtype)
+        frozen.measure(session, dtype)
+        tails.measure(session, dtype)
+    _each(session, _plain, "all")
+
+
+def compiled(session: Session) -> None:
+    """torch.compile on every block, timed beside the plain ones."""
+    _each(session, _compiled, "compile")
+
+
+def _each(session: Session, measure: Callable[[Session, Block, Case], None], who: str) -> None:
     for dtype in session.dtypes:
         for block in cases(session):
             for mode in ("forward", "forward+backward"):
+                case = Case(
+                    "ops",
+                    f"{block.layer.label} b{block.batch} {block.norm} {block.order}",
+                    mode,
+                    dtype,
+                    work([block.layer], block.batch, dtype, mode, session.ceilings),
+                )
                 if session.budget.spent():
-                    return
-                _case(session, block, mode, dtype, usable, missing)
+                    session.skip(case, who, NO_TIME)
+                else:
+                    measure(session, block, case)
 
 
-def _case(
-    session: Session,
-    block: Block,
-    mode: str,
-    dtype: str,
-    usable: list[str],
-    missing: list[tuple[str, str]],
-) -> None:
-    storage = DTYPES[dtype]
-    source = blocks.make(block, session.device, storage)
-    case = Case(
-        "ops",
-        f"{block.layer.label} b{block.batch} {block.norm} {block.order}",
-        mode,
-        dtype,
-        work([block.layer], block.batch, dtype, mode, session.ceilings),
-    )
-    plain = source.to(storage)
-    last = source.to(storage, "channels-last")
-    eager = partial(blocks.eager, block)
-    candidates = {
-        "eager": provider(eager, plain, mode),
-        "eager-channels-last": provider(eager, last, mode),
-        "paper": provider(partial(blocks.eager, block, expanded=True), plain, mode),
+def _eager(block: Block, source: Tensors, case: Case) -> dict[str, Provider]:
+    """Both layouts in plain PyTorch."""
+    function, storage = partial(blocks.eager, block), DTYPES[case.dtype]
+    plain, last = source.to(storage), source.to(storage, "channels-last")
+    return {
+        "eager": provider(function, plain, case.mode),
+        "eager-channels-last": provider(function, last, case.mode),
     }
-    skipped = [(f"fastfilm-{name}", reason) for name, reason in missing]
-    for name, kind in providers.compile_modes(session.device).items():
-        reason = providers.why_not_compile(session.device, session.quick)
-        reason = reason or session.why_not(name)
-        if reason is None:
-            seconds = min(session.compile_seconds, session.budget.left())
-            # compiled in the mode it is timed in: a training graph is another program
-            first = partial(blocks.results, t=last, mode=mode)
-            function, reason = providers.compiled(eager, kind, first, seconds)
-            if function is not None:
-                candidates[name] = provider(function, last, mode)  # type: ignore[arg-type]
-                continue
-        skipped.append((name, reason))
+
+
+def _truth(session: Session, block: Block, source: Tensors, case: Case) -> list[Tensor | None]:
+    exact = source.to(DTYPES[yardstick(session.device, case.dtype)])
+    return blocks.results(partial(blocks.definition, block), exact, case.mode)
+
+
+def _plain(session: Session, block: Block, case: Case) -> None:
+    storage = DTYPES[case.dtype]
+    source = blocks.make(block, session.device, storage)
+    last = source.to(storage, "channels-last")
+    expanded = partial(blocks.eager, block, expanded=True)
+    candidates = _eager(block, source, case)
     if session.device == "cuda":
-        candidates["fastfilm"] = provider(partial(blocks.fused, block), last, mode)
+        candidates["fastfilm"] = provider(partial(blocks.fused, block), last, case.mode)
+    candidates["paper"] = provider(expanded, source.to(storage), case.mode)
+    usable, missing = providers.backends(session.device)
     for name in usable:
-        candidates[f"fastfilm-{name}"] = provider(_forced(block, name), last, mode)
+        candidates[f"fastfilm-{name}"] = provider(_forced(block, name), last, case.mode)
+    session.measure(case, candidates, partial(_truth, session, block, source, case))
+    for name, reason in missing:
+        session.skip(case, f"fastfilm-{name}", reason)
 
-    def truth() -> list[Tensor | None]:
-        return blocks.results(
-            partial(blocks.definition, block),
-            source.to(DTYPES[yardstick(session.device, dtype)]),
-            mode,
-        )
 
-    session.measure(case, candidates, truth)
-    for name, reason in skipped:
-        session.skip(case, name, reason)
+def _compiled(session: Session, block: Block, case: Case) -> None:
+    kinds = {}
+    for name, kind in providers.compile_modes(session.device).items():
+        reason = providers.why_not_compile(session.device, session.quick) or session.why_not(name)
+        if reason is None:
+            kinds[name] = kind
+        else:
+            session.skip(case, name, reason)
+    if not kinds:
+        return
+    storage = DTYPES[case.dtype]
+    source = blocks.make(block, session.device, storage)
+    last = source.to(storage, "channels-last")
+    candidates: dict[str, Provider] = {}
+    # compiled in the mode it is timed in: a training graph is another program
+    first = partial(blocks.results, t=last, mode=case.mode)
+    for name, kind in kinds.items():
+        seconds = min(session.compile_seconds, session.budget.left())
+        with float32_precision(case.dtype == "tf32"):
+            function, reason = providers.compiled(
+                partial(blocks.eager, block), kind, first, seconds
+            )
+        if function is None:
+            session.skip(case, name, reason)
+        else:
+            candidates[name] = provider(function, last, case.mode)  # type: ignore[arg-type]
+    if candidates:
+        eager = _eager(block, source, case)
+        reference = partial(_truth, session, block, source, case)
+        session.measure(case, eager | candidates, reference, beside=eager)
 
 
 def provider(function: Callable[[Tensors], Tensor], t: Tensors, mode: str) -> Provider:

@@ -26,10 +26,10 @@ Tail = Callable[[str, dict[str, Tensor]], Tensor]
 
 def make(size: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """A map y [1, C, *size], the norm's weight, bias, mean, variance [C] and γ, β [1, C], rounded to ``dtype``."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * std + mean).to(dtype).to(device)
+        return (torch.randn(shape, generator=generator, device=device) * std + mean).to(dtype)
 
     return {
         "y": normal(1, CHANNELS, *size),
@@ -81,8 +81,6 @@ def measure(session: Session, dtype: str) -> None:
     last = plain | {"y": channels_last(plain["y"])}
     exact = {k: v.to(DTYPES[yardstick(session.device, dtype)]) for k, v in plain.items()}
     for norm, act in KINDS.items():
-        if session.budget.spent():
-            return
         label = f"{norm}{' in evaluation' if norm == 'batch' else ''} {act} FiLM"
         case = Case(
             "ops", f"{label} {CHANNELS} @ {'×'.join(map(str, size))} b1", "inference", dtype

@@ -181,7 +181,9 @@ def run(
     limit = args.minutes * 60 if args.minutes else None
     bounded = args.suite is None or (args.quick and suite == "peers")
     if limit is None and bounded:
-        limit = timetable.ROWS_END[device] / (2.5 if args.quick and suite != "peers" else 1)
+        limit = (timetable.QUICK_END if args.suite is None and args.quick else timetable.ROWS_END)[
+            device
+        ]
     left = None if limit is None else limit - (time.monotonic() - started)
     session = prepare(args, device, dtypes, left)
     print(report.header(session.record.machine), flush=True)

@@ -262,8 +262,6 @@ class Session:
         # the faster layout is not known where one of them was left out
         missing = [r.provider for r in refused if r.note.startswith(NO_TIME)]
         partial = [n for n in missing if n in self.baseline]
-        if partial:
-            baseline = None
         for name, row in rows.items():
             if times[name]:
                 _fill(row, times[name], case.work)

@@ -31,7 +31,7 @@ from benchmarks import (
 from benchmarks.record import NO_TIME
 from benchmarks.session import Case, Provider
 from benchmarks.step import Step
-from benchmarks.suites import memory, model, ops
+from benchmarks.suites import converted, memory, model, ops
 
 CASE = Case("ops", "c", "forward", "float32")
 EFFORT = harness.Effort(min_rounds=4, max_rounds=4, seconds=0.0, window=0.0)
@@ -104,15 +104,16 @@ def test_without_one_layout_of_eager_there_is_no_ratio():
 
 
 def test_a_first_call_ends_at_its_bound():
-    session = _session(seconds=0.2)
+    session = _session(budget=still(0.2))
     slow = Provider(lambda: time.sleep(30))
     session.measure(CASE, {"fastfilm": slow})
     (row,) = session.record.rows
     assert row.status == "skipped" and row.note.startswith(NO_TIME) and not session.record.failed
 
 
-def test_a_reference_that_takes_too_long_is_given_up():
-    session = _session(seconds=2.0)
+def test_a_reference_that_takes_too_long_is_given_up(monkeypatch):
+    session = _session(budget=still(10.0))
+    monkeypatch.setattr("benchmarks.session.REFERENCE_SHARE", 0.01)
     session.measure(CASE, {"fastfilm": Provider(lambda: [torch.ones(2)])}, lambda: time.sleep(30))
     (row,) = session.record.rows
     assert row.median_s and row.error is None and row.note.startswith("not checked")
@@ -175,6 +176,11 @@ def test_the_most_telling_parts_come_first():
         assert dtypes == {"first", "rest"}
 
 
+def still(seconds):
+    """A budget of which ``seconds`` are left for ever."""
+    return harness.Budget(seconds, lambda: 0.0)
+
+
 def _refuse(*args, **kwargs):
     raise AssertionError("called after the end")
 
@@ -215,10 +221,10 @@ def test_what_ran_is_in_the_table_and_what_did_not_is_named():
 def test_compiling_is_not_started_without_time_for_it(monkeypatch):
     monkeypatch.setattr(providers, "compiled", _refuse)
     monkeypatch.setattr(providers, "why_not_compile", lambda device, quick: None)
-    session = _session(seconds=24.0)
+    session = _session(budget=still(24.0))
     skipped = model.compile_into(session, {}, _refuse, None)
     assert skipped == [("compile", NO_TIME)]
-    assert _session(seconds=60.0).why_not("compile") is None
+    assert _session(budget=still(60.0)).why_not("compile") is None
     assert "left out" in _session(compile_kinds=()).why_not("compile")
 
 
@@ -226,10 +232,10 @@ def test_compiling_cut_by_the_end_says_so(monkeypatch):
     monkeypatch.setattr(providers, "compiled", lambda *a: (None, "compiling took longer than 30 s"))
     monkeypatch.setattr(providers, "why_not_compile", lambda device, quick: None)
     make = lambda: SimpleNamespace(model=None)  # noqa: E731
-    session = _session(seconds=30.0, compile_seconds=60.0)
+    session = _session(budget=still(30.0), compile_seconds=60.0)
     ((_, reason),) = model.compile_into(session, {}, make, None)
     assert reason.startswith(NO_TIME) and not session.slow_to_compile
-    session = _session(seconds=90.0, compile_seconds=60.0)
+    session = _session(budget=still(90.0), compile_seconds=60.0)
     ((_, reason),) = model.compile_into(session, {}, make, None)
     assert not reason.startswith(NO_TIME) and session.slow_to_compile == {"compile"}
 
@@ -263,8 +269,8 @@ def test_the_static_suite_needs_a_minute(monkeypatch):
     cli.static_last(session, args, "cuda", time.monotonic() - 91.0)
     (row,) = session.record.rows
     assert not built and (row.suite, row.note) == ("static", NO_TIME)
-    cli.static_last(session, args, "cuda", time.monotonic() - 80.0)
-    cli.static_last(session, args, "cpu", time.monotonic() - 115.0)
+    cli.static_last(session, args, "cuda", time.monotonic() - 30.0)
+    cli.static_last(session, args, "cpu", time.monotonic() - 60.0)
     assert built == [True, True] and len(session.record.rows) == 1
 
 
@@ -437,3 +443,22 @@ def test_a_failed_capture_names_its_own_error_and_leaves_the_device_as_it_was(cu
     with pytest.raises(graphs.CaptureFailed, match=r"^warm the network up first$"):
         graphs.capture(call)
     assert (cuda.stream, cuda.state, cuda.ended) == ("main", "fresh", 1)
+
+
+@pytest.mark.parametrize("suite", [model, converted], ids=["model", "converted"])
+def test_results_are_compared_on_the_small_batch_and_the_note_says_so(monkeypatch, suite):
+    sizes, whole = [], model.truth
+
+    def truth(network, batch, *args):
+        sizes.append(tuple(batch[0].shape))
+        return whole(network, batch, *args)
+
+    volume = replace(TINY, kind="dynunet", size=(16, 16, 16), channels=4, classes=4)
+    monkeypatch.setattr(suite, "check_is_small", lambda device, dtype: True)
+    monkeypatch.setattr(suite, "networks", lambda session: [TINY if suite is model else volume])
+    monkeypatch.setattr(suite, "truth", truth)
+    session = _session()
+    (model.plain if suite is model else converted.run)(session)
+    assert set(sizes) == {(1, 1, 8, 8) if suite is model else (1, 4, 8, 8, 8)}
+    ours = [r for r in session.record.rows if r.provider.startswith("fastfilm") and r.ratio]
+    assert ours and all("half the size" in r.note and r.error < 1e-4 for r in ours)

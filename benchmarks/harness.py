@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 
@@ -153,6 +154,13 @@ class TookTooLong(Exception):
     """A bounded step ran past its limit."""
 
 
+def importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in ``frame`` or in one of its callers."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raises TookTooLong inside the block after ``seconds`` (main thread of POSIX systems only)."""
@@ -163,11 +171,13 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         yield
         return
 
-    def ring(signum: int, frame: object) -> None:
+    def ring(signum: int, frame: FrameType | None) -> None:
+        if importing(frame):
+            return  # half a module would stay behind; the next ring comes in a second
         raise TookTooLong(f"{what} took longer than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    # again every second: an exception that rings inside a destructor is swallowed
+    # again every second: an exception that is raised inside a destructor is swallowed
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)
     try:
         yield

@@ -6,10 +6,12 @@ import importlib
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .record import NO_TIME
+from .providers import one_line
+from .record import FAILED, NO_TIME
 from .session import Case, Session
 
 ROWS_END = {"cuda": 150.0, "cpu": 110.0}
@@ -113,7 +115,13 @@ def run(
         session.dtypes = part.chosen(dtypes)
         session.budget = whole.earlier((1 - part.until) * (total or 0.0))
         suite = importlib.import_module(f"benchmarks.suites.{part.suite}")
-        getattr(suite, part.what)(session)
+        try:
+            getattr(suite, part.what)(session)
+        except Exception as error:  # the other parts are of use without this one
+            traceback.print_exc()
+            case = Case(part.suite, "all", part.what, ",".join(session.dtypes))
+            session.record.add(session.row(case, "all", status=FAILED, note=one_line(error)))
+            session.record.failed = True
     session.budget, session.dtypes = whole, dtypes
 
 

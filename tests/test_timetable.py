@@ -104,11 +104,29 @@ def test_without_one_layout_of_eager_there_is_no_ratio():
 
 
 def test_a_first_call_ends_at_its_bound():
+    def wrapped():
+        try:
+            time.sleep(30)
+        except Exception as error:
+            raise RuntimeError(f"in the compiler: {error}") from error
+
     session = _session(budget=still(0.2))
     slow = Provider(lambda: time.sleep(30))
-    session.measure(CASE, {"fastfilm": slow})
-    (row,) = session.record.rows
-    assert row.status == "skipped" and row.note.startswith(NO_TIME) and not session.record.failed
+    session.measure(CASE, {"fastfilm": slow, "fastfilm-triton": Provider(wrapped)})
+    for row in session.record.rows:
+        assert row.status == "skipped" and row.note.startswith(NO_TIME)
+    assert len(session.record.rows) == 2 and not session.record.failed
+
+
+def test_an_import_is_never_cut_in_half(monkeypatch, tmp_path):
+    text = "import time\nfor _ in range(200):\n    time.sleep(0.01)\nwhole = True\n"
+    (tmp_path / "slow_to_import.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(harness.TookTooLong), harness.time_limit(0.05, "the import"):
+        import slow_to_import
+
+        time.sleep(30)
+    assert slow_to_import.whole
 
 
 def test_a_reference_that_takes_too_long_is_given_up(monkeypatch):
@@ -161,6 +179,21 @@ def test_parts_come_in_order_each_within_its_share(monkeypatch):
     timetable.run(session, 100.0, waiting, parts)
     assert log == [(["a"], 50, 100), (["b"], 30, 70), (["a", "b"], 40, 40)]
     assert not waiting and session.dtypes == ["a", "b"] and session.budget.left() == 10.0
+
+
+def test_a_part_that_fails_is_named_and_the_next_one_runs(monkeypatch, capsys):
+    def fails(session):
+        raise RuntimeError("out of memory")
+
+    called = []
+    fake = SimpleNamespace(fails=fails, works=called.append)
+    monkeypatch.setitem(sys.modules, "benchmarks.suites.fake", fake)
+    session = _session()
+    parts = [timetable.Part("fake", "fails", 0.5), timetable.Part("fake", "works", 1.0)]
+    timetable.run(session, None, [], parts)
+    (row,) = session.record.rows
+    assert (row.status, row.note) == ("FAILED", "out of memory") and called == [session]
+    assert session.record.failed and "RuntimeError" in capsys.readouterr().err
 
 
 def test_the_most_telling_parts_come_first():

@@ -88,6 +88,7 @@ class Tensors:
 def make(block: Block, device: str, dtype: torch.dtype, seed: int = 0) -> Tensors:
     """Random inputs, rounded to ``dtype``: every provider and the reference get the same values."""
     layer, n = block.layer, block.batch
+    # on the device: the host takes seconds for the maps of a large layer
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -133,9 +134,8 @@ def _act(block: Block, u: Tensor) -> Tensor:
     return F.silu(u) if block.act == "silu" else F.relu(u)
 
 
-def eager(block: Block, t: Tensors, expanded: bool = False) -> Tensor:
-    """The block layer by layer; ``expanded`` repeats γ and β to full maps first."""
-    y = convolve(block.layer, t.x, t.weight, t.bias)
+def eager_tail(block: Block, y: Tensor, t: Tensors, expanded: bool = False) -> Tensor:
+    """Activation, norm and FiLM behind the convolution's output ``y``, layer by layer."""
     film = torch.cat([t.gamma, t.beta], 1).to(y.dtype)
     film = film.reshape(*film.shape, *(1,) * (y.dim() - 2))
     if expanded:
@@ -146,6 +146,11 @@ def eager(block: Block, t: Tensors, expanded: bool = False) -> Tensor:
     if block.order == "conv-norm-act-film":
         return gamma * _act(block, _norm(block, y, t)) + beta
     return _act(block, gamma * _norm(block, y, t) + beta)
+
+
+def eager(block: Block, t: Tensors, expanded: bool = False) -> Tensor:
+    """The block layer by layer; ``expanded`` repeats γ and β to full maps first."""
+    return eager_tail(block, convolve(block.layer, t.x, t.weight, t.bias), t, expanded)
 
 
 def fused(block: Block, t: Tensors) -> Tensor:
@@ -171,12 +176,8 @@ def fused(block: Block, t: Tensors) -> Tensor:
     return out
 
 
-def definition(block: Block, t: Tensors) -> Tensor:
-    """The block by fastfilm's reference; called with float64 tensors it is the yardstick."""
-    dims = len(block.layer.size)
-    one, zero = (1,) * dims, (0,) * dims
-    stride, padding = (block.layer.stride,) * dims, ((block.layer.kernel - 1) // 2,) * dims
-    y = reference.convolution(t.x, t.weight, t.bias, stride, padding, one, False, zero, 1)
+def definition_tail(block: Block, y: Tensor, t: Tensors) -> Tensor:
+    """Activation, norm and FiLM behind the convolution's output ``y`` by fastfilm's reference."""
     return reference.block_tail(
         y,
         norm=block.norm,
@@ -190,6 +191,15 @@ def definition(block: Block, t: Tensors) -> Tensor:
         beta=t.beta,
         order=block.order,
     )
+
+
+def definition(block: Block, t: Tensors) -> Tensor:
+    """The block by fastfilm's reference; called with float64 tensors it is the yardstick."""
+    dims = len(block.layer.size)
+    one, zero = (1,) * dims, (0,) * dims
+    stride, padding = (block.layer.stride,) * dims, ((block.layer.kernel - 1) // 2,) * dims
+    y = reference.convolution(t.x, t.weight, t.bias, stride, padding, one, False, zero, 1)
+    return definition_tail(block, y, t)
 
 
 def results(function: Callable[[Tensors], Tensor], t: Tensors, mode: str) -> Results:

@@ -30,6 +30,7 @@ ALONE = (
     "scaling",
     "ceilings",
     "profile",
+    "routes",
     "gate",
     "explain",
     "campaign",

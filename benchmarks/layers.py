@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-
+from functools import partial
 import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, spec
+from fastfilm.ops import backends, maps, spec
 
 from .blocks import SLOPE, Block, Tensors, make
 from .graphs import CaptureFailed, capture
+from .providers import channels_last
 from .roofline import DTYPES
 
 Scope = Callable[[], AbstractContextManager[object]]
@@ -21,18 +22,45 @@ Scope = Callable[[], AbstractContextManager[object]]
 STAGES = ("prologue", "moments", "film")
 """What a variant of a layer may leave out: the pending affine of its input, its norm's statistics, its FiLM."""
 
+WANTED = ("input", "weight", "tail")
+"""Groups of gradients: of the input and what is pending on it; of weight and bias; of the norm, γ and β."""
 
-def steady(call: Callable[[], object], device: str) -> tuple[Callable[[], object], str]:
+
+def steady(
+    call: Callable[..., object], device: str, before: Callable[[], object] | None = None
+) -> tuple[Callable[[], object], str]:
     """A call whose time is the device's alone, and how: replayed from a CUDA graph, or as it is.
 
     On a GPU the host needs longer to launch a small layer than the device to run it.
+
+    Args:
+        before: runs once; ``call`` takes its result. Autograd runs a backward pass on the stream of its forward
+            pass, so a forward pass that is not to be timed belongs here.
     """
     if device != "cuda":
-        return call, "call"
+        return (call if before is None else partial(call, before())), "call"
     try:
-        return capture(call).replay, "graph"
+        return capture(call, before).replay, "graph"
     except CaptureFailed:
-        return call, "call"
+        return (call if before is None else partial(call, before())), "call"
+
+
+def sources_of(x: Tensor, resized: int) -> list[Tensor]:
+    """``x`` [N, C, *S]; or two maps to concatenate: every other place of ``resized`` channels, and the rest."""
+    if not resized:
+        return [x]
+    coarse = (slice(None), slice(resized), *(slice(None, None, 2),) * (x.dim() - 2))
+    return [channels_last(t) for t in (x[coarse], x[:, resized:])]
+
+
+def joined(parts: list[maps.Map]) -> maps.Map:
+    """What the convolution reads: of two maps the first, resized to the second's size, in front of the second."""
+    if len(parts) == 1:
+        return parts[0]
+    first, second = parts
+    mode = ("bilinear", "trilinear")[len(first.shape) - 4]
+    size = tuple(second.shape[2:])
+    return maps.join([maps.interpolate(first, size=size, mode=mode, align_corners=True), second])
 
 
 class LayerStep:
@@ -45,6 +73,9 @@ class LayerStep:
         block: layer, batch, norm, activation and order.
         scope: context in which every call runs (a forced backend).
         without: stages to leave out, of ``STAGES``: the difference to the whole layer is their time.
+        resized: channels of the input that are a map of half the size, upsampled linearly and concatenated with
+            the others, as in a U-Net's decoder.
+        wanted: gradients of a training step, of ``WANTED``; everything else is a constant.
     """
 
     def __init__(
@@ -55,6 +86,8 @@ class LayerStep:
         mode: str,
         scope: Scope = contextlib.nullcontext,
         without: tuple[str, ...] = (),
+        resized: int = 0,
+        wanted: tuple[str, ...] = WANTED,
     ) -> None:
         unknown = set(without) - set(STAGES)
         if unknown:
@@ -66,40 +99,52 @@ class LayerStep:
             without,
         )
         storage = DTYPES[dtype]
-        self.t: Tensors = make(block, device, storage).to(
-            storage, "channels-last", grad=self.training
-        )
-        n, ci = block.batch, block.layer.cin
-        coef = torch.zeros(spec.COEF_ROWS, n, ci, device=device)
-        coef[[spec.A, spec.G]] = 1.0
-        coef[spec.A] += 0.1 * torch.randn(n, ci, device=device)
-        coef[spec.B] = 0.1
-        if block.act == "leaky_relu":
-            coef[spec.SLOPE] = SLOPE
-        self.coef = coef.requires_grad_(self.training)
+        t = make(block, device, storage).to(storage, "channels-last", grad=False)
+        self.t: Tensors = t
+        self.raws = sources_of(t.x, resized)
+        self.coefs = [self._coefficients(raw) for raw in self.raws]
+        groups: dict[str, list[Tensor | None]] = {
+            "input": [*self.raws, *self.coefs] if block.layer.input_grad else [],
+            "weight": [t.weight, t.bias],
+            "tail": [t.norm_weight, t.norm_bias, t.gamma, t.beta],
+        }
+        chosen = [leaf for name in WANTED if name in wanted for leaf in groups[name]]
+        self.leaves = [leaf for leaf in chosen if leaf is not None] if self.training else []
+        for leaf in self.leaves:
+            leaf.requires_grad_()
         co = block.layer.cout
         self.running = torch.zeros(co, device=device), torch.ones(co, device=device)
         self.upstream: tuple[Tensor, ...] | None = None
 
-    def _input(self) -> object:
+    def _coefficients(self, raw: Tensor) -> Tensor:
+        n, c = raw.shape[:2]
+        coef = torch.zeros(spec.COEF_ROWS, n, c, device=raw.device)
+        coef[[spec.A, spec.G]] = 1.0
+        coef[spec.A] += 0.1 * torch.randn(n, c, device=raw.device)
+        coef[spec.B] = 0.1
+        if self.block.act == "leaky_relu":
+            coef[spec.SLOPE] = SLOPE
+        return coef
+
+    def _input(self) -> maps.Map:
         first = not self.block.layer.input_grad
         if not self.training or first or "prologue" in self.without:
-            return self.t.x
+            return joined([*self.raws])
         device, dtype = self.t.x.device.type, self.t.x.dtype
         one = (1,) * len(self.block.layer.size)
-        with self.scope():
-            plan = backends.choose(backends.Request(device, dtype, len(one), one, one, one))
-        return fastfilm.DeferredMap(self.t.x, self.coef, self.block.act, plan)
+        plan = backends.choose(backends.Request(device, dtype, len(one), one, one, one))
+        sources = zip(self.raws, self.coefs, strict=True)
+        return joined([fastfilm.DeferredMap(r, c, self.block.act, plan) for r, c in sources])
 
-    def forward(self) -> tuple[Tensor, ...]:
-        """The output, or the raw output and what is pending on it."""
+    def output(self) -> Tensor | fastfilm.DeferredMap:
+        """The finished map, or in training the one with what is pending on it."""
         b, t, layer = self.block, self.t, self.block.layer
         norm = None if "moments" in self.without else b.norm
         film = "film" not in self.without
         running = self.running if norm == "batch" and not self.training else (None, None)
         with self.scope(), torch.set_grad_enabled(self.training):
-            out = fastfilm.conv_norm_film(
-                self._input(),  # type: ignore[arg-type]
+            return fastfilm.conv_norm_film(
+                self._input(),
                 t.weight,
                 t.bias,
                 stride=layer.stride,
@@ -119,19 +164,30 @@ class LayerStep:
                 order=b.order,
                 deferred=self.training,
             )
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The output, or the raw output and what is pending on it."""
+        out = self.output()
         if isinstance(out, Tensor):
             return (out,)
-        assert isinstance(out, fastfilm.DeferredMap)
         return (out.raw,) if out.coef is None else (out.raw, out.coef)
+
+    def gradients(self, out: tuple[Tensor, ...], again: bool = True) -> tuple[Tensor | None, ...]:
+        """Of what is wanted, from random ones at ``out``, a result of ``forward``.
+
+        Args:
+            again: whether there will be another call for the same ``out``.
+        """
+        if self.upstream is None:
+            self.upstream = tuple(torch.randn_like(o) for o in out)
+        with self.scope():
+            return torch.autograd.grad(
+                out, self.leaves, self.upstream, retain_graph=again, allow_unused=True
+            )
 
     def __call__(self) -> list[Tensor | None]:
         """The output, or the output and the gradients."""
         out = self.forward()
         if not self.training:
             return list(out)
-        if self.upstream is None:
-            self.upstream = tuple(torch.randn_like(o) for o in out)
-        leaves = [leaf for leaf in (*self.t.leaves(), self.coef) if leaf.requires_grad]
-        with self.scope():
-            grads = torch.autograd.grad(out, leaves, self.upstream, allow_unused=True)
-        return [*(o.detach() for o in out), *grads]
+        return [*(o.detach() for o in out), *self.gradients(out, again=False)]

@@ -151,7 +151,7 @@ class _Read(torch.autograd.Function):
         gradient, dpre = Gradient(spec.channels_last(dy), y, stats, dstats, pre, pre_act), None
         if y is None:
             gradient = Gradient(gradient.dy)
-        elif pre is not None and not needs[2]:
+        elif pre is not None and not needs[2] and (needs[3] or needs[4]):
             # what sums the gradient is the kernel of the weight's
             e, dpre = kernels.moments_backward(gradient.dy, dstats, y, stats, pre, pre_act)
             gradient = Gradient(e)

@@ -1,0 +1,427 @@
+"""Ten layers that decide, by each route and direction, beside the vendor's convolution alone.
+
+A layer is a block of the FiLMed U-Net as it runs in training: an affine is pending on its input, its own
+output is left pending. The vendor's convolution reads and writes plain maps, with no norm, activation or FiLM;
+the composed route is that convolution with our passes around it. A time counts only behind a right result: each
+route is compared with float64 on a crop of the layer first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastfilm
+from fastfilm.ops import backends, reference
+
+from .. import blocks, emulation, report
+from ..blocks import Block, Tensors
+from ..harness import Effort, paired, paired_ratio, quantile
+from ..layers import WANTED, LayerStep, joined, steady
+from ..networks import NETWORKS
+from ..providers import float32_precision, one_line
+from ..record import ERROR_FACTOR, FAILED, SKIPPED, Row, relative_error
+from ..roofline import DTYPES, Ceilings, Layer, Work, flops, ulp
+from ..session import Case, Session
+
+EMULATED = "FASTFILM_EMULATED_LIBRARY"
+"""Environment variable: the CUDA kernels built for the host, which then stand in for a GPU's."""
+
+VENDOR = "vendor"
+NO_TIME = "left out: no time"
+DIRECTIONS: dict[str, tuple[str, ...]] = {
+    "forward": WANTED,
+    "input gradient": ("input",),
+    "weight gradient": ("weight",),
+    "both gradients": ("input", "weight"),
+}
+"""Direction -> the gradients that its graph asks for; the forward pass keeps what a training step needs."""
+
+RAW = "raw output"
+Results = dict[str, Tensor]
+
+ROUTES = ("triton/fused", "triton/composed", "cuda/fused", "cuda/joint")
+"""``cuda/fused`` has a kernel for each gradient; ``cuda/joint`` is the same with one kernel for both."""
+
+EFFORT = Effort(min_rounds=7, max_rounds=15, seconds=0.25)
+QUICK = 4
+"""Layers of a quick run."""
+CHECKED = {2: 64, 3: 32}
+"""Side of the crop that is compared with float64: several tiles, and halves that 16 divides as the whole map's."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A layer with its network's norm and order; ``resized`` of its channels are a map of half the size."""
+
+    block: Block
+    resized: int = 0
+
+    @property
+    def name(self) -> str:
+        """``64→64 3² @ 256×256 b16``; a concatenation ``(128⇑, 64)→64 …``."""
+        layer = self.block.layer
+        label, cin = layer.label, layer.cin
+        if self.resized:
+            label = f"({self.resized}⇑, {cin - self.resized})" + label.removeprefix(str(cin))
+        return f"{label} b{self.block.batch}"
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions."""
+        return len(self.block.layer.size)
+
+    def sized(self, side: int, batch: int = 16) -> Subject:
+        """The same on a map of at most ``side`` places a dimension."""
+        size = tuple(min(s, side) for s in self.block.layer.size)
+        layer = replace(self.block.layer, size=size)
+        return replace(
+            self, block=replace(self.block, layer=layer, batch=min(self.block.batch, batch))
+        )
+
+    def tiny(self) -> Subject:
+        """The same with few channels on a small map, for a run without a GPU."""
+        small = self.sized(8, batch=1)
+        layer, resized = small.block.layer, _few(self.resized) if self.resized else 0
+        cin = resized + _few(layer.cin - self.resized)
+        layer = replace(layer, cin=cin, cout=_few(layer.cout))
+        return Subject(replace(small.block, layer=layer), resized)
+
+
+def _few(channels: int) -> int:
+    return 1 if channels == 1 else 8 if channels <= 64 else 16
+
+
+def _subject(
+    cin: int, cout: int, size: tuple[int, ...], batch: int, resized: int = 0, image: bool = False
+) -> Subject:
+    network = next(n for n in NETWORKS if n.kind == "film" and n.dims == len(size))
+    layer = Layer(cin, cout, size, input_grad=not image)
+    return Subject(Block(layer, batch, network.norm, network.act, network.order), resized)
+
+
+SUBJECTS = (
+    _subject(64, 64, (256, 256), 16),
+    _subject(192, 64, (320, 256), 16, resized=128),
+    _subject(32, 32, (128, 128, 128), 2),
+    _subject(96, 32, (128, 128, 128), 2, resized=64),
+    _subject(128, 128, (128, 128), 16),
+    _subject(64, 64, (64, 64, 64), 2),
+    _subject(1, 64, (256, 256), 16, image=True),
+    _subject(64, 1, (256, 256), 16),
+    _subject(256, 256, (32, 32), 16),
+    _subject(256, 256, (8, 16, 16), 2),
+)
+"""The most telling ones first. The image of 1→64 has nothing pending and needs no gradient."""
+
+
+@contextlib.contextmanager
+def without_joint() -> Iterator[None]:
+    """The CUDA backend without its kernel for both gradients."""
+    kernels = backends.BACKENDS["cuda"].kernels()
+    before = kernels.covers_joint
+    kernels.covers_joint = lambda *_: False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        kernels.covers_joint = before  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def scope(route: str) -> Iterator[None]:
+    """``route`` in force."""
+    name, _, form = route.partition("/")
+    apart = without_joint() if route == "cuda/fused" else contextlib.nullcontext()
+    with apart, fastfilm.backend(name, "fused" if form == "joint" else form):
+        yield
+
+
+def routes(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
+    """The routes that run here, and why the others do not; on a CPU without any of them its own backend's."""
+    one = (1, 1)
+    request = backends.Request(device, DTYPES[dtype], 2, one, one, one)
+    reasons = {r: backends.why_not_plan(r.replace("joint", "fused"), request) for r in ROUTES}
+    missing = {r: reason for r, reason in reasons.items() if reason is not None}
+    usable = [r for r in ROUTES if r not in missing]
+    return usable or ["cpu/composed"], missing
+
+
+def has_joint(step: LayerStep) -> bool:
+    """Whether one kernel computes both gradients of a layer."""
+    layer, kernels = step.block.layer, backends.BACKENDS["cuda"].kernels()
+    ones = (1,) * len(layer.size)
+    found: bool = kernels.covers_joint(step.t.upstream, step.t.weight, layer.size, ones, ones)
+    return found
+
+
+class Truth:
+    """What a layer computes on a crop, in float64, and the errors that eager PyTorch makes there.
+
+    A sign in front of an activation that rounding has turned changes gradients by more than all other errors
+    together. So the raw output is compared by itself, and everything behind it with float64 at the very raw output
+    that was found, as operators define their gradients.
+    """
+
+    def __init__(self, subject: Subject, device: str, dtype: str) -> None:
+        self.make = partial(step_of, subject, device, dtype)
+        self.ulp = ulp(dtype)
+        eager = self._plain(DTYPES[dtype])
+        exact = self._plain(torch.float64, eager[RAW])
+        self.eager = {n: relative_error([eager[n]], [t]) for n, t in exact.items()}
+
+    def _plain(
+        self, dtype: torch.dtype, at: Tensor | None = None, wanted: tuple[str, ...] = WANTED
+    ) -> Results:
+        """Results by PyTorch alone in ``dtype``; ``at``: a raw output to take the place of the convolution's."""
+        step = self.make(wanted=wanted)
+        block, t = step.block, step.t.to(dtype, "channels-last", grad=False)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        raws = [_like(raw, dtype) for raw in step.raws]
+        coefs = [_like(coef, wide) for coef in step.coefs]
+        assert step.t.bias is not None
+        t.weight, t.bias = _like(step.t.weight, dtype), _like(step.t.bias, dtype)
+        pending = zip(raws, coefs, strict=True)
+        first = not block.layer.input_grad
+        parts = raws if first else [reference.materialise(*p, block.act) for p in pending]
+        x = joined([*parts])
+        assert isinstance(x, Tensor)
+        y = found = blocks.convolve(block.layer, x, t.weight, t.bias)
+        if at is not None:
+            y = y + (at.to(dtype) - y.detach())
+        tail = blocks.eager_tail if at is None else blocks.definition_tail
+        return _results(found, tail(block, y, t), _named(raws, coefs, t), t.upstream)
+
+    def compare(self, route: str, direction: str) -> tuple[float, float, str | None]:
+        """Error and eager's error of the result nearest to its bound, and what is wrong if it is beyond."""
+        step = self.make(route, DIRECTIONS[direction])
+        v = y = step.output()
+        if isinstance(v, fastfilm.DeferredMap):
+            # by its definition: the layer itself leaves the output pending
+            y, coef = v.raw, v.coef
+            v = y if coef is None else reference.materialise(y, coef, v.act)
+        assert isinstance(v, Tensor) and isinstance(y, Tensor)
+        leaves = _named(step.raws, step.coefs, step.t) if direction != "forward" else {}
+        with step.scope():
+            found = _results(y, v, leaves, step.t.upstream)
+        exact = self._plain(torch.float64, y, DIRECTIONS[direction])
+        judged = []
+        for name, value in found.items():
+            error, eager = relative_error([value], [exact[name]]), self.eager[name]
+            bound = ERROR_FACTOR * eager + self.ulp
+            if not error <= bound:  # a NaN is above every bound
+                return error, eager, f"wrong {name}: error {error:.1e}, allowed {bound:.1e}"
+            judged.append((error / bound, error, eager))
+        return *max(judged)[1:], None
+
+
+def _like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in ``dtype`` that is differentiated if ``t`` is."""
+    return t.detach().to(dtype).clone().requires_grad_(t.requires_grad)
+
+
+def _named(raws: Sequence[Tensor], coefs: Sequence[Tensor], t: Tensors) -> dict[str, Tensor]:
+    """What a direction may differentiate, by name."""
+    named: dict[str, Tensor | None] = {f"gradient of input {i}": raw for i, raw in enumerate(raws)}
+    named |= {f"gradient of coefficients {i}": coef for i, coef in enumerate(coefs)}
+    named |= {"gradient of weight": t.weight, "gradient of bias": t.bias}
+    return {name: leaf for name, leaf in named.items() if leaf is not None and leaf.requires_grad}
+
+
+def _results(y: Tensor, v: Tensor, leaves: Mapping[str, Tensor], upstream: Tensor) -> Results:
+    """Raw output, finished output, and the gradients of the leaves."""
+    found = torch.autograd.grad(v, list(leaves.values()), upstream) if leaves else ()
+    return {RAW: y.detach(), "output": v.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def step_of(
+    subject: Subject, device: str, dtype: str, route: str = "", wanted: tuple[str, ...] = WANTED
+) -> LayerStep:
+    """The layer by a route (that of the automatic choice without one); the same numbers each time."""
+    torch.manual_seed(0)
+    within = partial(scope, route) if route else contextlib.nullcontext
+    options = {"scope": within, "resized": subject.resized, "wanted": wanted}
+    return LayerStep(subject.block, device, dtype, "training", **options)  # type: ignore[arg-type]
+
+
+def work_of(subject: Subject, direction: str, dtype: str, ceilings: Ceilings) -> Work:
+    """Arithmetic and compulsory traffic of a direction: weight and maps once, a resized one at its own size."""
+    block, layer = subject.block, subject.block.layer
+    itemsize = torch.finfo(DTYPES[dtype]).bits // 8
+    coarse = subject.resized * math.prod((s + 1) // 2 for s in layer.size)
+    read = block.batch * (coarse + (layer.cin - subject.resized) * math.prod(layer.size))
+    written = block.batch * layer.cout * math.prod(layer.output)
+    weight = layer.cin * layer.cout * layer.kernel**subject.dims
+    count = 2 if direction == "both gradients" else 1
+    moved = itemsize * (count * (read + weight) + written)
+    arithmetic = count * flops(layer, block.batch)
+    floor = max(moved / ceilings.bandwidth, arithmetic / ceilings.rate(dtype))
+    return Work(arithmetic, moved, floor)
+
+
+def vendor_call(subject: Subject, device: str, dtype: str, direction: str) -> Callable[[], object]:
+    """The vendor's convolution of a direction, on plain maps."""
+    t, layer = step_of(subject, device, dtype, wanted=()).t, subject.block.layer
+    if direction == "forward":
+        return partial(blocks.convolve, layer, t.x, t.weight)
+    ones, zeros = [1] * subject.dims, [0] * subject.dims
+    mask = [direction != "weight gradient", direction != "input gradient", False]
+    geometry = (None, ones, [(layer.kernel - 1) // 2] * subject.dims, ones, False, zeros, 1)
+    backward = torch.ops.aten.convolution_backward
+    return partial(backward, t.upstream, t.x, t.weight, *geometry, mask)
+
+
+def route_call(
+    subject: Subject, device: str, dtype: str, direction: str, route: str
+) -> tuple[Callable[[], object], str]:
+    """A route's call for a direction, as ``steady`` gives it."""
+    step = step_of(subject, device, dtype, route, DIRECTIONS[direction])
+    if direction == "forward":
+        return steady(step.forward, device)
+    return steady(step.gradients, device, before=step.forward)
+
+
+def run(session: Session) -> None:
+    """Measures and prints one layer after the other, in the first of the dtypes asked for."""
+    library = os.environ.get(EMULATED) if session.device == "cpu" else None
+    module = None if library is None else emulation.load(Path(library))
+    emulated = contextlib.nullcontext() if module is None else emulation.serving(module)
+    dtype = session.dtypes[0]
+    with emulated, float32_precision(dtype == "tf32"):
+        usable, missing = routes(session.device, dtype)
+        for route, reason in missing.items():
+            case = Case("routes", "every layer", "all", dtype)
+            session.skip(case, f"fastfilm-{route}", reason)
+        for subject in SUBJECTS[: QUICK if session.quick else None]:
+            chosen = subject if session.device == "cuda" else subject.tiny()
+            measure(session, chosen, dtype, usable)
+
+
+def measure(session: Session, subject: Subject, dtype: str, usable: Sequence[str]) -> None:
+    """The rows of one layer, and its lines on stdout."""
+    begun, lines = time.monotonic(), []
+    crop = subject.sized(CHECKED[subject.dims])
+    truth: Truth | None = None
+    for direction in DIRECTIONS:
+        if not subject.block.layer.input_grad and direction in ("input gradient", "both gradients"):
+            continue
+        work = work_of(subject, direction, dtype, session.ceilings)
+        case = Case("routes", subject.name, direction, dtype, work)
+        if session.budget.spent():
+            session.record.add(session.row(case, "fastfilm", status=SKIPPED, note=NO_TIME))
+            print(f"routes: {subject.name}, {direction}: {NO_TIME}", flush=True)
+            continue
+        session.say(f"routes: {subject.name}, {direction}")
+        with torch.backends.cudnn.flags(benchmark=False, allow_tf32=dtype == "tf32"):
+            truth = truth or Truth(crop, session.device, dtype)
+        lines.append((direction, _direction(session, case, subject, truth, usable)))
+    if lines:
+        seconds = time.monotonic() - begun
+        print(f"\n{subject.name}, {dtype} ({seconds:.1f} s)")
+        print("\n".join(table(lines, usable)), flush=True)
+
+
+def _direction(
+    session: Session, case: Case, subject: Subject, truth: Truth, usable: Sequence[str]
+) -> list[Row]:
+    rows: list[Row] = []
+    calls: dict[str, Callable[[], object]] = {}
+    arguments = subject, session.device, case.dtype, case.mode
+    slow = subject.dims == 3 or subject.resized > 0
+    for route in (VENDOR, *usable):
+        if route == "cuda/joint" and not (
+            case.mode == "both gradients" and has_joint(truth.make())
+        ):
+            continue
+        if route == "triton/fused" and session.quick and slow and backends.interpreting():
+            session.skip(
+                case, f"fastfilm-{route}", "left out of a quick run: slow in the interpreter"
+            )
+            continue
+        row = session.row(case, route if route == VENDOR else f"fastfilm-{route}")
+        rows.append(row)
+        try:
+            if route == VENDOR:
+                call, row.extra["timed"] = steady(vendor_call(*arguments), session.device)
+            else:
+                with torch.backends.cudnn.flags(benchmark=False, allow_tf32=case.dtype == "tf32"):
+                    row.error, row.eager_error, reason = truth.compare(route, case.mode)
+                if reason is not None:
+                    row.status, row.note = FAILED, reason
+                    continue
+                call, row.extra["timed"] = route_call(*arguments, route)
+            if session.device == "cuda":
+                call()  # an error of the device belongs to this route
+                torch.cuda.synchronize()
+            calls[row.provider] = call
+        except NotImplementedError as error:
+            row.status, row.note = SKIPPED, one_line(error)
+        except Exception as error:  # one kernel's failure must not cost the others' rows
+            row.status = SKIPPED if route == VENDOR else FAILED
+            row.note = one_line(error)
+            if _lost(session.device):
+                for each in rows:
+                    session.record.add(each)
+                raise
+    times = {name: [session.clock.time(call, 1)] for name, call in calls.items()}
+    if session.device == "cuda":
+        times = paired(calls, session.clock, EFFORT)
+    for row in rows:
+        if row.provider in times:
+            _fill(session, row, case, times[row.provider], times.get(VENDOR))
+        session.record.add(row)
+    return rows
+
+
+def _lost(device: str) -> bool:
+    """Whether an error has cost the process its GPU: then no later call can work."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _fill(
+    session: Session, row: Row, case: Case, seconds: list[float], vendor: list[float] | None
+) -> None:
+    work = case.work
+    assert work is not None
+    row.median_s = statistics.median(seconds)
+    row.p20_s, row.p80_s = quantile(seconds, 0.2), quantile(seconds, 0.8)
+    row.tflops, row.gbps = work.flops / row.median_s / 1e12, work.bytes / row.median_s / 1e9
+    row.floor_s, row.fraction_of_floor = work.floor_s, work.floor_s / row.median_s
+    row.ratio = None if vendor is None else paired_ratio(vendor, seconds)
+    row.extra |= {
+        "rounds": len(seconds),
+        "fraction_of_rate": row.tflops * 1e12 / session.ceilings.rate(case.dtype),
+        "fraction_of_bandwidth": row.gbps * 1e9 / session.ceilings.bandwidth,
+    }
+
+
+def table(lines: Sequence[tuple[str, Sequence[Row]]], usable: Sequence[str]) -> list[str]:
+    """A line a direction: ms, TFLOP/s and the vendor's time over its own, of the vendor and each route."""
+    head, cells = ["ms, TFLOP/s, vendor / this", VENDOR, *usable], []
+    for direction, rows in lines:
+        found = {r.provider.removeprefix("fastfilm-"): r for r in rows}
+        cells.append([direction, *(_cell(found.get(name)) for name in head[1:])])
+    return report.align([head, *cells])
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    if row.median_s is None or row.tflops is None:
+        return row.status
+    return f"{report.seconds(row.median_s)} {row.tflops:.3g} {report.ratio(row)}"

@@ -1,11 +1,10 @@
-"""The slowest layers from inside: hardware counters where ncu may read them, and stages left out everywhere."""
+"""The CUDA convolutions from inside: hardware counters where ncu may read them, and stages left out everywhere."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -17,121 +16,104 @@ from typing import Any
 
 import torch
 
-import fastfilm
-
-from .. import explain, providers
 from ..layers import STAGES, LayerStep, steady
-from ..networks import Network
-from ..roofline import Layer
 from ..session import Case, Session
-from .explain import block_of
-from .model import networks
+from .routes import DIRECTIONS, SUBJECTS, step_of
 
-SLOWEST = 3
+LAYER = SUBJECTS[0]
 MODE = "training"
+KERNELS = {
+    "fprop": ("forward", "cuda/fused"),
+    "dgrad": ("input gradient", "cuda/fused"),
+    "wgrad": ("weight gradient", "cuda/fused"),
+    "joint": ("both gradients", "cuda/joint"),
+}
+"""Kernel -> the direction and the route that launch it, once each."""
+
+RUNS = (("fprop", "dgrad", "wgrad"), ("joint",))
+"""What one run of ncu reads."""
+
+SECTIONS = (
+    "SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis_Tables", "Occupancy", "LaunchStats",
+)  # fmt: skip
 
 METRICS = {
     "gpu__time_duration.sum": "time",
+    "launch__registers_per_thread": "registers",
     "dram__bytes.sum": "dram_bytes",
     "lts__t_bytes.sum": "l2_bytes",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "l2_percent",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
-    "launch__registers_per_thread": "registers",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_percent",
+    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active": "hmma_percent",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum": "bank_conflicts",
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum": "shared_wavefronts",
 }
-"""ncu's counters, and what they are called in the record."""
+"""ncu's counters, and what they are called in the record; one that a GPU lacks is left out."""
+
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+"""Warps in a state for each instruction issued; ``selected`` is the one that issues it."""
 
 NCU_SECONDS = 45.0
 
 
 def run(session: Session) -> None:
-    """The three slowest layers over the model suite's networks."""
+    """Counters of each CUDA convolution, then the layer with one stage after the other left out."""
     dtype = session.dtypes[0]
-    for network, layer in slowest(session, dtype):
-        if session.budget.spent():
-            return
-        stages(session, network, layer, dtype)
-        counters(session, network, layer, dtype)
+    for names in RUNS:
+        if not session.budget.spent():
+            counters(session, names, dtype)
+    if not session.budget.spent():
+        stages(session, dtype)
 
 
-def slowest(session: Session, dtype: str) -> list[tuple[Network, Layer]]:
-    """By the measured time of an earlier explained run (``--explained``), else by the estimate."""
-    times = _measured(session.explained, dtype)
-    found: dict[tuple[Network, Layer], float] = {}
-    for network in networks(session):
-        for line in explain.lines(network, MODE, dtype, session.ceilings):
-            seconds = times.get((network.case, line.layer.label))
-            found[network, line.layer] = line.seconds if seconds is None else seconds
-    return sorted(found, key=lambda key: -found[key])[:SLOWEST]
+def _case(session: Session, dtype: str) -> Case:
+    name = (LAYER if session.device == "cuda" else LAYER.tiny()).name
+    return Case("profile", name, MODE, dtype, extra={"layer": name})
 
 
-def _measured(path: str | None, dtype: str) -> dict[tuple[str, str], float]:
-    """Seconds of all occurrences of each (network, layer) in a file of rows."""
-    if path is None or not Path(path).exists():
-        return {}
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-    return {
-        (r["network"], r["layer"]): r["median_s"]
-        for r in rows
-        if r["suite"] == "explain" and r["mode"] == MODE and r["dtype"] == dtype and r["median_s"]
-    }
-
-
-def _seconds(session: Session, step: Any) -> float:
+def _seconds(session: Session, step: LayerStep) -> float:
     call, _ = steady(step, session.device)
-    call()
     once = session.clock.time(call, 1)
     calls = max(1, round(session.effort.window / max(once, 1e-7)))
     rounds = session.effort.min_rounds
     return statistics.median(session.clock.time(call, calls) for _ in range(rounds))
 
 
-def stages(session: Session, network: Network, layer: Layer, dtype: str) -> None:
-    """The layer whole, by each backend and route, and with one stage after the other left out."""
-    session.say(f"profile: {layer.label}, stages")
-    step = partial(LayerStep, block_of(network, layer), session.device, dtype, MODE)
-    whole = _seconds(session, step())
-    variants: dict[str, Any] = {f"without {s}": partial(step, without=(s,)) for s in STAGES}
-    variants["without all of them"] = partial(step, without=STAGES)
-    for name in providers.backends(session.device)[0]:
-        for route in ("fused", "composed"):
-            variants[f"{name}/{route}"] = partial(
-                step, scope=partial(fastfilm.backend, name, route)
-            )
-    case = _case(network, layer, dtype)
+def stages(session: Session, dtype: str) -> None:
+    """The layer as the automatic choice runs it, whole and with stages left out."""
+    subject = LAYER if session.device == "cuda" else LAYER.tiny()
+    session.say(f"profile: {subject.name}, stages")
+    step = partial(LayerStep, subject.block, session.device, dtype, MODE)
+    case, whole = _case(session, dtype), _seconds(session, step())
     session.record.add(session.row(case, "fastfilm", median_s=whole, note="whole layer"))
-    for name, make in variants.items():
-        if name == "without prologue" and not layer.input_grad:
-            continue
-        try:
-            seconds = _seconds(session, make())
-        except NotImplementedError:
-            continue  # a route that does not cover this layer
+    for without in (*((stage,) for stage in STAGES), STAGES):
+        seconds = _seconds(session, step(without=without))
+        name = f"without {', '.join(without)}"
         row = session.row(case, "fastfilm", median_s=seconds, note=name)
         row.extra |= {"variant": name, "difference_s": whole - seconds}
         session.record.add(row)
 
 
-def _case(network: Network, layer: Layer, dtype: str) -> Case:
-    extra = {"network": network.case, "layer": layer.label}
-    return Case("profile", f"{network.case}: {layer.label}", MODE, dtype, extra=extra)
-
-
-def counters(session: Session, network: Network, layer: Layer, dtype: str) -> None:
-    """A row for each kernel of one step by ncu, or one row that says why there is none."""
-    case = _case(network, layer, dtype)
-    reason = why_not_ncu(session.device)
+def counters(session: Session, names: Sequence[str], dtype: str) -> None:
+    """A row for each of the kernels by ncu, or one row that says why there is none."""
+    case, reason = _case(session, dtype), why_not_ncu(session.device)
     if reason is None:
-        session.say(f"profile: {layer.label}, ncu")
-        index = list(network.layers()).index(layer)
-        where = f"{networks(session).index(network)}:{index}"
-        found, reason = under_ncu(["--one", where, "--dtype", dtype], session.quick)
-        for name, values in found:
-            row = session.row(case, "ncu", note=name[:100])
-            row.median_s = values.pop("time", None)
-            row.extra |= values
+        session.say(f"profile: ncu, {', '.join(names)}")
+        text, found, reason = under_ncu(names, dtype)
+        path = session.record.path
+        if path is not None and text:
+            path = path.with_name(f"{path.stem}-ncu-{'-'.join(names)}.csv")
+            path.write_text(text, encoding="utf-8")
+        for kernel, values in found:
+            row = session.row(
+                case, "ncu", note=kernel_of(kernel), median_s=values.pop("time", None)
+            )
+            row.extra |= {"kernel": kernel[:300], "text": path and path.name, **values}
             session.record.add(row)
+            session.say(f"{row.note}: {values}")
     if reason is not None:
         session.skip(case, "ncu", reason)
 
@@ -144,28 +126,33 @@ def why_not_ncu(device: str) -> str | None:
 
 
 def under_ncu(
-    arguments: Sequence[str], quick: bool
-) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
-    """(kernel, counters) of each launch of one call in a process of its own; or why there are none.
+    names: Sequence[str], dtype: str
+) -> tuple[str, list[tuple[str, dict[str, Any]]], str | None]:
+    """ncu's output on one launch of each kernel in a process of its own, what it says, or why it says nothing.
 
     Clocks are left as they are.
     """
     script = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "--suite", "profile"]
-    command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw"]
-    command += ["--profile-from-start", "off", "--metrics", ",".join(METRICS)]
-    command += [*script, "--device", "cuda", *arguments]
+    command = ["ncu", "--clock-control", "none", "--csv", "--page", "details"]
+    command += ["--print-details", "all", "--print-metric-name", "name"]
+    command += [part for section in SECTIONS for part in ("--section", section)]
+    command += ["--metrics", ",".join(METRICS), "--profile-from-start", "off"]
+    command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:Convolve|Wgrad"]
+    command += ["--launch-count", str(len(names))]
+    command += [*script, "--device", "cuda", "--one", ",".join(names), "--dtype", dtype]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=NCU_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return [], f"ncu took longer than {NCU_SECONDS:.0f} s"
+        return "", [], f"ncu took longer than {NCU_SECONDS:.0f} s"
+    text = done.stdout + done.stderr
     found = read_csv(done.stdout)
     if found:
-        return found, None
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        return text, found, None
+    lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "==ERROR==" in line] or lines[-1:]
-    return [], f"ncu gave no counters: {errors[0][:100] if errors else 'no output'}"
+    return text, [], f"ncu gave no counters: {errors[0][:100] if errors else 'no output'}"
 
 
 UNITS = {
@@ -176,33 +163,56 @@ UNITS = {
 
 
 def read_csv(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Kernels and counters of ncu's CSV (raw page: names, then units, then a line a kernel), in SI units."""
-    lines = [line for line in text.splitlines() if line.startswith('"')]
-    rows = list(csv.reader(io.StringIO("\n".join(lines))))
-    if len(rows) < 3 or "Kernel Name" not in rows[0]:
-        return []
-    names, units = rows[0], rows[1]
-    found = []
-    for row in rows[2:]:
-        values: dict[str, Any] = {}
-        for name, unit, value in zip(names, units, row, strict=False):
-            if name in METRICS:
-                with contextlib.suppress(ValueError):
-                    values[METRICS[name]] = float(value.replace(",", "")) * UNITS.get(unit, 1.0)
-        found.append((row[names.index("Kernel Name")], values))
-    return found
+    """(kernel, counters in SI units) of each launch, from ncu's CSV with a line a counter (page "details").
+
+    ``stalls`` are the three states other than issuing that warps are in most, with their shares of all states.
+    """
+    table = text[text.find('"ID"') :] if '"ID"' in text else ""
+    launches: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {}
+    for line in csv.DictReader(io.StringIO(table)):
+        name, kernel = line.get("Metric Name"), line.get("Kernel Name")
+        if not name or kernel is None:
+            continue
+        _, values, states = launches.setdefault(line["ID"], (kernel, {}, {}))
+        try:
+            value = float(line["Metric Value"].replace(",", ""))
+        except ValueError:
+            continue  # "n/a": this GPU does not have it
+        stall = STALL.fullmatch(name)
+        if stall is not None:
+            states[stall[1]] = value
+        elif name in METRICS:
+            values[METRICS[name]] = value * UNITS.get(line["Metric Unit"], 1.0)
+    for _, values, states in launches.values():
+        total = sum(states.values())
+        most = sorted(states.keys() - {"selected"}, key=lambda s: -states[s])[:3]
+        if total:
+            values["stalls"] = {s: round(states[s] / total, 3) for s in most}
+    return [(kernel, values) for kernel, values, _ in launches.values()]
 
 
-def one(session: Session, where: str) -> None:
-    """One step of one layer between the profiler's marks: what ncu runs."""
-    network_index, layer_index = map(int, where.split(":"))
-    network = networks(session)[network_index]
-    layer = list(network.layers())[layer_index]
-    step = LayerStep(block_of(network, layer), session.device, session.dtypes[0], MODE)
-    step()
-    step()
+def kernel_of(name: str) -> str:
+    """A key of ``KERNELS`` for a CUDA function's name."""
+    if "Wgrad<" in name:
+        return "wgrad"
+    if "WeightCompanion" in name:
+        return "joint"
+    return "dgrad" if "RawGradient" in name else "fprop"
+
+
+def one(session: Session, names: str) -> None:
+    """Each kernel of ``names`` ("fprop,dgrad") between the profiler's marks: what ncu runs."""
+    directions = [KERNELS[name] for name in names.split(",")]
+    calls = []
+    for direction, route in directions:
+        step = step_of(LAYER, session.device, session.dtypes[0], route, DIRECTIONS[direction])
+        out = step.forward()
+        backward = partial(step.gradients, out)
+        calls.append(step.forward if direction == "forward" else backward)
+        calls[-1]()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    step()
+    for call in calls:
+        call()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()

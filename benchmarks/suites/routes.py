@@ -38,7 +38,7 @@ EMULATED = "FASTFILM_EMULATED_LIBRARY"
 """Environment variable: the CUDA kernels built for the host, which then stand in for a GPU's."""
 
 VENDOR = "vendor"
-NO_TIME = "left out: no time"
+NO_TIME = "left out, no time"
 DIRECTIONS: dict[str, tuple[str, ...]] = {
     "forward": WANTED,
     "input gradient": ("input",),
@@ -318,16 +318,27 @@ def measure(session: Session, subject: Subject, dtype: str, usable: Sequence[str
         case = Case("routes", subject.name, direction, dtype, work)
         if session.budget.spent():
             session.record.add(session.row(case, "fastfilm", status=SKIPPED, note=NO_TIME))
-            print(f"routes: {subject.name}, {direction}: {NO_TIME}", flush=True)
-            continue
+            print(f"routes: {subject.name}: {direction} and what follows {NO_TIME}", flush=True)
+            break
         session.say(f"routes: {subject.name}, {direction}")
-        with torch.backends.cudnn.flags(benchmark=False, allow_tf32=dtype == "tf32"):
+        with _unsearched():
             truth = truth or Truth(crop, session.device, dtype)
         lines.append((direction, _direction(session, case, subject, truth, usable)))
     if lines:
         seconds = time.monotonic() - begun
         print(f"\n{subject.name}, {dtype} ({seconds:.1f} s)")
         print("\n".join(table(lines, usable)), flush=True)
+
+
+@contextlib.contextmanager
+def _unsearched() -> Iterator[None]:
+    """The vendor's convolutions by its own choice: a search would take longer than a crop."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _direction(
@@ -353,7 +364,7 @@ def _direction(
             if route == VENDOR:
                 call, row.extra["timed"] = steady(vendor_call(*arguments), session.device)
             else:
-                with torch.backends.cudnn.flags(benchmark=False, allow_tf32=case.dtype == "tf32"):
+                with _unsearched():
                     row.error, row.eager_error, reason = truth.compare(route, case.mode)
                 if reason is not None:
                     row.status, row.note = FAILED, reason
@@ -372,9 +383,10 @@ def _direction(
                 for each in rows:
                     session.record.add(each)
                 raise
-    times = {name: [session.clock.time(call, 1)] for name, call in calls.items()}
     if session.device == "cuda":
         times = paired(calls, session.clock, EFFORT)
+    else:
+        times = {name: [session.clock.time(call, 1)] for name, call in calls.items()}
     for row in rows:
         if row.provider in times:
             _fill(session, row, case, times[row.provider], times.get(VENDOR))

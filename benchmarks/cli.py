@@ -14,6 +14,7 @@ import torch
 
 from . import machine, report, timetable
 from .harness import QUICK, Budget, Effort, TookTooLong, clock_for, time_limit
+from .journal import Journal
 from .record import NO_TIME, Record, Row
 from .roofline import DTYPES
 from .session import Case, Session
@@ -33,7 +34,6 @@ ALONE = (
     "routes",
     "gate",
     "explain",
-    "campaign",
 )
 COMPILE: dict[str, tuple[str, ...] | None] = {
     "all": None,
@@ -109,8 +109,9 @@ def parser() -> Parser:
         choices=COMPILE,
         help="which forms of torch.compile to measure (default: all; without --suite: default)",
     )
-    p.add_argument("--out", metavar="DIR", help="campaign: folder of its results, new or begun")
-    p.add_argument("--again", action="append", metavar="STEP", help="campaign: not what is there")
+    p.add_argument(
+        "--journal", metavar="FILE", help="go on in its run, without what ended the process there"
+    )
     p.add_argument(
         "--explained", metavar="FILE", help="profile: rows of --explain to take the slowest from"
     )
@@ -153,12 +154,6 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no CUDA device")
     suite = args.suite or "all"
-    if suite == "campaign":
-        if args.out is None:
-            p.error("--suite campaign: needs --out DIR")
-        from .campaign import runner
-
-        return runner.main(Path(args.out), device, 60 * (args.minutes or 9.0), args.again or [])
     if args.explain and suite not in ("model", "all"):
         p.error(f"--explain goes with --suite model, got --suite {suite}")
     dtypes = choose_dtypes(args.dtype, device, suite, args.quick)
@@ -252,6 +247,10 @@ def prepare(
         known = machine.known_ceilings(args.ceilings, about, dtypes)
         ceilings = known or machine.ceilings(device, dtypes, clock, args.quick)
         about |= machine.as_json(ceilings)
+    journal = Journal(Path(args.journal) if args.journal else None)
+    record = Record(about, Path(args.json))
+    if journal.continued:
+        record.resume()
     # without an end in time everything is compiled that can be
     kinds = args.compile or ("all" if left is None or args.suite else "default")
     return Session(
@@ -260,7 +259,8 @@ def prepare(
         quick=args.quick,
         effort=QUICK if args.quick else Effort(min_rounds=7),
         budget=budget,
-        record=Record(about, Path(args.json)),
+        record=record,
+        journal=journal,
         clock=clock,
         ceilings=ceilings,
         volume=args.volume,

@@ -24,9 +24,7 @@ class Captured(NamedTuple):
     result: Any
 
 
-def capture(
-    call: Callable[..., object], before: Callable[[], object] | None = None
-) -> Captured:
+def capture(call: Callable[..., object], before: Callable[[], object] | None = None) -> Captured:
     """Warms ``call`` up and captures it once.
 
     Args:

@@ -158,6 +158,18 @@ class Record:
         self.rows: list[Row] = []
         self.failed = False
 
+    def resume(self) -> None:
+        """Takes over the rows that an earlier process has written."""
+        if self.path is None or not self.path.exists():
+            return
+        fields = set(Row.__dataclass_fields__) - {"extra"}
+        for values in json.loads(self.path.read_text(encoding="utf-8"))["rows"]:
+            known = {k: v for k, v in values.items() if k in fields}
+            self.rows.append(
+                Row(**known, extra={k: v for k, v in values.items() if k not in fields})
+            )
+        self.failed = any(r.status == FAILED and r.provider.startswith(OURS) for r in self.rows)
+
     def add(self, row: Row) -> None:
         """Checks a row, appends it and writes the file."""
         self.rows.append(check(row))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from .harness import (
     time_limit,
     without_search,
 )
+from .journal import DeviceLost, Journal, lost
 from .providers import float32_precision, one_line
 from .record import (
     EAGER,
@@ -78,6 +80,9 @@ class Case:
     work: Work | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"{self.suite}: {self.case}, {self.mode}, {self.dtype}"
+
 
 @dataclass
 class Session:
@@ -88,6 +93,7 @@ class Session:
         end: when no call at all is started any more; None: with ``budget``.
         graphs: whether the model suite also replays its steps from CUDA graphs.
         running: the case and provider at work.
+        journal: what is noted of it for a process that goes on after this one.
         volume: voxels [X, Y, Z] to cut patches from, or None before they are needed.
         compile_seconds: bound of one compilation.
         slow_to_compile: compiled providers that ran into that bound on a whole network.
@@ -117,6 +123,7 @@ class Session:
     end: Budget | None = None
     graphs: bool = False
     running: tuple[Case, str] | None = None
+    journal: Journal = field(default_factory=Journal)
     slow_to_compile: set[str] = field(default_factory=set)
     told: set[tuple[str, str, str]] = field(default_factory=set)
 
@@ -171,8 +178,12 @@ class Session:
         if self.budget.spent():
             return None, self.row(case, name, status=SKIPPED, note=NO_TIME)
         self.running = case, name
+        failed = FAILED if name.startswith("fastfilm") else SKIPPED
+        reason = self.journal.why_not(str(case), name)
+        if reason is not None:
+            return None, self.row(case, name, status=failed, note=reason)
         try:
-            with time_limit(self.budget.left(), "the first call"):
+            with time_limit(self.budget.left(), "the first call"), self.noting(case, name):
                 return (provider.check or provider.call)(), None
         except NotImplementedError as error:
             return None, self.row(case, name, status=SKIPPED, note=one_line(error))
@@ -181,8 +192,22 @@ class Session:
                 return None, self.row(
                     case, name, status=SKIPPED, note=f"{NO_TIME} for the first call"
                 )
-            status = FAILED if name.startswith("fastfilm") else SKIPPED
-            return None, self.row(case, name, status=status, note=one_line(error))
+            if isinstance(error, DeviceLost):
+                raise
+            return None, self.row(case, name, status=failed, note=one_line(error))
+
+    @contextlib.contextmanager
+    def noting(self, case: Case, name: str) -> Iterator[None]:
+        """Journals the block; an error in it that costs the process its GPU becomes DeviceLost."""
+        with self.journal.doing(str(case), name):
+            try:
+                yield
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:
+                if lost(self.device):
+                    raise DeviceLost(one_line(error)) from error
+                raise
 
     def measure(
         self,
@@ -200,17 +225,22 @@ class Session:
                 taken; otherwise the worst error of all tensors counts.
             beside: providers that are timed again for the others' sake, without a row.
         """
-        if self.budget.spent():
-            for name in [n for n in providers if n not in beside] if beside else ["all"]:
-                self.skip(case, name, NO_TIME)
+        key = f"{case}: {', '.join(n for n in providers if n not in beside)}"
+        if self.journal.finished(key):
             return
-        self.say(f"{case.suite}: {case.case}, {case.mode}, {case.dtype}")
+        reason = NO_TIME if self.budget.spent() else self.journal.why_not(str(case), "rounds")
+        if reason is not None:
+            for name in [n for n in providers if n not in beside] if beside else ["all"]:
+                self.skip(case, name, reason)
+            return
+        self.say(str(case))
         with float32_precision(case.dtype == "tf32"):
             rows = self._measure(case, providers, reference, pooled)
         self.running = None
         for row in rows:
             if row.provider not in beside:
                 self.record.add(row)
+        self.journal.finish(key)
 
     def _truth(self, reference: Callable[[], Results]) -> tuple[Results | None, str]:
         """The reference's results, or None and why nothing can be checked."""
@@ -258,7 +288,8 @@ class Session:
                 rows[name].saved_bytes = provider.saved()
         calls: dict[str, Call] = {n: providers[n].call for n in rows}
         self.running = case, "rounds"
-        times = paired(calls, self.clock, self.effort, budget=self.end or self.budget)
+        with self.noting(case, "rounds"):
+            times = paired(calls, self.clock, self.effort, budget=self.end or self.budget)
         right = self._right({n: max(e, gradients.get(n, 0.0)) for n, e in errors.items()})
         baseline = best(times, right)
         # the faster layout is not known where one of them was left out

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, reference
+from fastfilm.ops import backends, left_out, reference
 
 from .. import blocks, emulation, report
 from ..blocks import Block, Tensors
 from ..harness import Effort, paired, paired_ratio, quantile
+from ..journal import DeviceLost
 from ..layers import WANTED, LayerStep, joined, steady
 from ..networks import NETWORKS
 from ..providers import float32_precision, one_line
@@ -126,22 +127,10 @@ SUBJECTS = (
 
 
 @contextlib.contextmanager
-def without_joint() -> Iterator[None]:
-    """The CUDA backend without its kernel for both gradients."""
-    kernels = backends.BACKENDS["cuda"].kernels()
-    before = kernels.covers_joint
-    kernels.covers_joint = lambda *_: False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        kernels.covers_joint = before  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
 def scope(route: str) -> Iterator[None]:
     """``route`` in force."""
     name, _, form = route.partition("/")
-    apart = without_joint() if route == "cuda/fused" else contextlib.nullcontext()
+    apart = left_out.without("cuda:joint") if route == "cuda/fused" else contextlib.nullcontext()
     with apart, fastfilm.backend(name, "fused" if form == "joint" else form):
         yield
 
@@ -320,6 +309,8 @@ def measure(session: Session, subject: Subject, dtype: str, usable: Sequence[str
             session.record.add(session.row(case, "fastfilm", status=SKIPPED, note=NO_TIME))
             print(f"routes: {subject.name}: {direction} and what follows {NO_TIME}", flush=True)
             break
+        if session.journal.finished(str(case)):
+            continue
         session.say(f"routes: {subject.name}, {direction}")
         with _unsearched():
             truth = truth or Truth(crop, session.device, dtype)
@@ -360,49 +351,42 @@ def _direction(
             continue
         row = session.row(case, route if route == VENDOR else f"fastfilm-{route}")
         rows.append(row)
+        failed = SKIPPED if route == VENDOR else FAILED
+        reason = session.journal.why_not(str(case), row.provider)
+        if reason is not None:
+            row.status, row.note = failed, reason
+            continue
         try:
-            if route == VENDOR:
-                call, row.extra["timed"] = steady(vendor_call(*arguments), session.device)
-            else:
-                with _unsearched():
-                    row.error, row.eager_error, reason = truth.compare(route, case.mode)
-                if reason is not None:
-                    row.status, row.note = FAILED, reason
-                    continue
-                call, row.extra["timed"] = route_call(*arguments, route)
-            if session.device == "cuda":
-                call()  # an error of the device belongs to this route
-                torch.cuda.synchronize()
+            with session.noting(case, row.provider):
+                if route == VENDOR:
+                    call, row.extra["timed"] = steady(vendor_call(*arguments), session.device)
+                else:
+                    with _unsearched():
+                        row.error, row.eager_error, reason = truth.compare(route, case.mode)
+                    if reason is not None:
+                        row.status, row.note = FAILED, reason
+                        continue
+                    call, row.extra["timed"] = route_call(*arguments, route)
+                if session.device == "cuda":
+                    call()  # an error of the device belongs to this route
             calls[row.provider] = call
+        except DeviceLost:
+            raise  # the process that comes after this one measures the case again
         except NotImplementedError as error:
             row.status, row.note = SKIPPED, one_line(error)
         except Exception as error:  # one kernel's failure must not cost the others' rows
-            row.status = SKIPPED if route == VENDOR else FAILED
-            row.note = one_line(error)
-            if _lost(session.device):
-                for each in rows:
-                    session.record.add(each)
-                raise
+            row.status, row.note = failed, one_line(error)
     if session.device == "cuda":
-        times = paired(calls, session.clock, EFFORT)
+        with session.noting(case, "rounds"):
+            times = paired(calls, session.clock, EFFORT)
     else:
         times = {name: [session.clock.time(call, 1)] for name, call in calls.items()}
     for row in rows:
         if row.provider in times:
             _fill(session, row, case, times[row.provider], times.get(VENDOR))
         session.record.add(row)
+    session.journal.finish(str(case))
     return rows
-
-
-def _lost(device: str) -> bool:
-    """Whether an error has cost the process its GPU: then no later call can work."""
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _fill(

@@ -191,6 +191,7 @@ enum class Major { k, mn };
 inline std::vector<Case> map(const std::string& name, Slab slab, Major major, int start,
                              bool as_a = false, bool swap = false) {
     std::vector<Case> out;
+    slab.base = 1024;  // strides taken the other way round must stay in shared memory
     for (int part = 0; part < 3; ++part) {
         Case c;
         c.name = name, c.n = as_a ? 32 : major == Major::k ? 128 : kChannels;

@@ -38,8 +38,9 @@ __global__ void __launch_bounds__(128 * Warpgroups, 1)
     __syncthreads();
     const int warpgroup = __shfl_sync(~0u, t / 128, 0);
     const uint32_t base = shared_address(shared) >> 4;
-    const uint64_t a = walk.a + base + warpgroup * walk.a_warpgroup;
-    const uint64_t b = walk.b + base + warpgroup * walk.b_warpgroup;
+    uint32_t a = uint32_t(walk.a) + base + warpgroup * walk.a_warpgroup;
+    uint32_t b = uint32_t(walk.b) + base + warpgroup * walk.b_warpgroup;
+    const uint64_t a_high = walk.a >> 32 << 32, b_high = walk.b >> 32 << 32;
     uint32_t fragments[4][4];
     for (int k = 0; k < 4; ++k)
         for (int r = 0; r < 4; ++r)
@@ -47,15 +48,17 @@ __global__ void __launch_bounds__(128 * Warpgroups, 1)
     float acc[Sets][N / 2] = {};
     const long long begin = clock64();
     for (int i = 0; i < iterations; ++i) {
+        asm volatile("" : "+r"(a), "+r"(b));  // descriptors are sums made here, not registers kept
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < Steps; ++s)
 #pragma unroll
             for (int set = 0; set < Sets; ++set) {
-                const uint64_t from = b + walk.b_step[s] + walk.b_set[set];
+                const uint64_t from = b_high | (b + walk.b_step[s] + walk.b_set[set]);
                 if constexpr (Registers) wgmma<TransA, TransB>(acc[set], fragments[s % 4], from);
                 else
-                    wgmma<TransA, TransB>(acc[set], a + walk.a_step[s] + walk.a_set[set], from);
+                    wgmma<TransA, TransB>(acc[set], a_high | (a + walk.a_step[s] + walk.a_set[set]),
+                                          from);
             }
         wgmma_commit();
         wgmma_wait<0>();
@@ -71,7 +74,8 @@ __global__ void __launch_bounds__(128 * Warpgroups, 1)
 
 using Kernel = void (*)(const Walk, int, long long*, float*);
 
-// A kernel's operands, and the shape that its rate is computed from.
+// A kernel's operands, and the shape that its rate is computed from. Chunks of eight channels are an odd or an
+// even number of 16-byte units apart.
 struct Form {
     std::string name, asked;
     Kernel kernel;
@@ -158,8 +162,8 @@ const std::vector<Form>& forms() {
     static const Kernel n32 = rate<32, 4, 36, 2, false, 0, 0>;
     static const Kernel gradient = rate<64, 3, 16, 3, true, 0, 1>;
     static const Kernel gradient_shared = rate<64, 3, 16, 3, false, 1, 1>;
-    const std::string odd = ", chunks an odd number of 16 bytes apart";
-    const std::string even = ", chunks an even number of 16 bytes apart";
+    const std::string odd = ", odd chunks";
+    const std::string even = ", even chunks";
     static const std::vector<Form> all{
         {"rate_swizzled", "128-byte swizzle", n128, 128, 2, 36, 2, false, aligned(true)},
         {"rate_aligned", "no swizzle, aligned to 128", n128, 128, 2, 36, 2, false, aligned(false)},
@@ -224,11 +228,11 @@ Answer ask(const std::string& name) {
     const double bound = std::min(kTensorPeak, kSharedPeak / bytes_a_flop);
     char note[400];
     snprintf(note, sizeof note,
-             "m64n%dk16, A from %s, %s: %.0f of %.0f FLOP/clk/SM; shared memory read at %.0f of %.0f B/clk; "
-             "%.0f %% of the lower of both limits (PASS from 85 %%), which is %s",
+             "m64n%dk16, A from %s, %s: %.0f of %.0f FLOP/clk/SM, %.0f of %.0f B/clk of shared memory; "
+             "%.0f %% of the lower limit (%s; PASS from 85 %%)",
              form.n, form.registers ? "registers" : "shared memory", form.asked.c_str(), rate,
              kTensorPeak, rate * bytes_a_flop, kSharedPeak, 100 * rate / bound,
-             bound < kTensorPeak ? "shared memory" : "the tensor cores");
+             bound < kTensorPeak ? "shared memory" : "tensor cores");
     const double figure = a_processor * processors / seconds * 1e-12;
     return {rate >= 0.85 * bound, round_to(figure, 0.1), "TFLOP/s", note};
 }

@@ -1,0 +1,41 @@
+"""Compiles the probes if need be, runs them and prints a table: `python -m benchmarks.probes`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import probes
+
+
+def main() -> int:
+    """Exit status 0 where the probes ran, 1 where they could not."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=__doc__)
+    parser.add_argument("--out", type=Path, help="JSON file, rewritten after each probe")
+    parser.add_argument("--executable", type=Path, help="program compiled beforehand")
+    parser.add_argument("--seconds", type=float, default=15.0, help="limit of one probe")
+    parser.add_argument("--total", type=float, default=120.0, help="limit of all")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            executable = args.executable or probes.compile(Path(folder))
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
+        rows = []
+        for row in probes.rows(executable.absolute(), args.seconds, args.total):
+            rows.append(row)
+            figure = "" if row["figure"] is None else f"{row['figure']:g} {row['unit']}"
+            print(f"{row['probe']:24}{row['status']:9}{figure:16}{row['note']}", flush=True)
+            if args.out:
+                part = args.out.with_name(args.out.name + ".part")
+                part.write_text(json.dumps(rows, indent=1) + "\n")
+                part.replace(args.out)
+    return int(all(row["status"] == "SKIPPED" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -210,3 +210,5 @@ def test_a_program_that_does_not_start_is_one_row(tmp_path: Path) -> None:
     assert row["status"] == "FAIL" and "did not start" in row["note"]
     (row,) = probes.run(script(tmp_path / "mute", "exit 0"))
     assert "no names" in row["note"]
+    command = [sys.executable, "-m", "benchmarks.probes", "--executable", tmp_path / "nothing"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kPlainThreads) plain(const uint16_t* x, uint32
         }
         uint32_t sum = 0;
         for (int o = 0; o < 32; ++o) sum += uint32_t(int(acc[o])) * mark(first + o, voxel);
-        atomicAdd(sums + which, sum);
+        sum = __reduce_add_sync(~0u, sum);
+        if (t % 32 == 0) atomicAdd(sums + which, sum);
     }
 }
 
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(256, 1) pipeline(const uint16_t* x, uint32_t* 
             for (int j = 0; j < kVoxels / 2; ++j)
                 sum += uint32_t(__float2int_rn(acc[j])) * mark(accumulator_row(t, j),
                                                                accumulator_column(t, j));
-            atomicAdd(sums + blockIdx.x + i * gridDim.x, sum);
+            sum = __reduce_add_sync(~0u, sum);
+            if (t % 32 == 0) atomicAdd(sums + blockIdx.x + i * gridDim.x, sum);
         }
     }
 #endif

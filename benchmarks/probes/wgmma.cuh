@@ -82,6 +82,7 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
             : "memory");
         if (!done && clock64() - begin > 4000000000ll) __trap();
     }
+    __syncwarp();  // wgmma needs the warp in one piece
 }
 
 // Sixteen bytes from global to shared memory; zeros where `inside` is false (`from` is then not read).

@@ -171,7 +171,7 @@ case "$1" in
     silent) exit 0 ;;
     impostor) line right PASS ;;
     odd) line odd MAYBE ;;
-    hangs) sleep 60 & echo half; sleep 60 ;;
+    hangs) sleep 60 & echo $! > "$0.child"; echo half; sleep 60 ;;
     right) line right PASS ;;
     wrong) line wrong FAIL ;;
     none) line none SKIPPED; exit 1 ;;
@@ -195,6 +195,8 @@ def test_a_probe_that_goes_wrong_costs_its_own_row(tmp_path: Path) -> None:
     assert "signal 11" in rows["crashes"]["note"]
     assert "not json" in rows["garbage"]["note"]
     assert "did not end within 2 s" in rows["hangs"]["note"]
+    child = Path("/proc", (tmp_path / "fake.child").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ"
     assert rows["right"]["figure"] == 3 and rows["right"]["unit"] == "errors"
 
 

@@ -34,7 +34,15 @@ def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def precision(dtype: torch.dtype) -> str:
     """Precision of a float32 dot: IEEE unless PyTorch's own convolutions may use tf32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except (
+        RuntimeError
+    ):  # a caller has set PyTorch's newer, finer flags, and this one no longer tells
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def architecture(t: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Shared fixtures: Triton's interpreter where there is no GPU, and buffers poisoned with NaN."""
+"""Shared fixtures: Triton's interpreter where there is no GPU, float32 without TF32, buffers poisoned with NaN."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+# PyTorch's convolutions round float32 to TF32 on a GPU unless told otherwise, and the kernels do as PyTorch does.
+# These flags exist in every version, and stay readable where nobody sets the newer ``fp32_precision``
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

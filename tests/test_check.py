@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +31,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lines(text: str) -> list[str]:
     """The rows of the table."""
-    return [line for line in text.splitlines() if re.match(r"(reference|cpu|triton) +\w+ ", line)]
+    return [
+        line for line in text.splitlines() if re.match(r"(reference|cpu|cuda|triton) +\w+ ", line)
+    ]
 
 
 def test_every_backend_and_type_is_checked_and_right(
@@ -56,6 +60,26 @@ def test_the_report_names_versions_and_is_aligned(
         assert value in text
     rows = lines(text)
     assert rows and {r.rindex(" ok") for r in rows} == {len(rows[0]) - 3}
+    head = next(line for line in text.splitlines() if line.startswith("backend"))
+    assert head.index("status") == len(rows[0]) - 2
+
+
+def test_a_run_that_is_cut_has_printed_what_it_found(
+    here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, written = fastfilm.check.HEAD._replace(backend="cpu", route="fused"), io.BytesIO()
+
+    def cut(quick: bool) -> Iterator[fastfilm.check.Row]:
+        yield row
+        yield row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastfilm.check, "check", cut)
+    # what its owner has not flushed stays in the wrapper
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    with pytest.raises(KeyboardInterrupt):
+        fastfilm.check.report()
+    assert len(lines(written.getvalue().decode())) == 2
 
 
 def test_quick_checks_less(here: None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastfilm import _CUDA
 
-from . import views
+from . import precision, views
 from .cuda_arguments import (
     DTYPES,
     FORMATS,
@@ -149,7 +149,7 @@ def convolution(
 
 def _tf32(x: Tensor) -> bool:
     """Whether PyTorch may round float32 products on x's device."""
-    return x.is_cuda and torch.backends.cudnn.allow_tf32
+    return x.is_cuda and precision.tf32()
 
 
 def _strides(weight: Tensor) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from fastfilm.ops.backends import BACKENDS, Request, why_not_architecture
 from tests import emulated
 from tests.case import Case
 from tests.emulated import extension, library
-from tests.yardstick import assert_as_good_as_eager, relative_error
+from tests.yardstick import assert_as_good_as_eager
 
 __all__ = ["extension", "library"]
 
@@ -28,6 +28,8 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA devic
 @pytest.fixture
 def emulation(extension: ModuleType) -> Iterator[ModuleType]:
     """The backend on CPU tensors, by the emulation."""
+    if torch.cuda.is_available():
+        pytest.skip("what has no CUDA kernel runs in Triton's interpreter")
     with serving(extension) as launchers:
         yield launchers
 
@@ -46,33 +48,33 @@ CASES = {
 }
 
 
-@needs_compiler
-@pytest.mark.parametrize("case", CASES)
-def test_a_block_and_its_gradients_are_as_good_as_eager(case: str, emulation: ModuleType) -> None:
+def check_block(case: str, device: str) -> None:
     call, route, dtype = CASES[case]
 
     def drawn(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         other = replace(call, seed=seed)
-        exact = other.run("reference", None, torch.float64, storage=dtype)
-        return other.run("reference", None, dtype), exact
+        exact = other.run("reference", None, torch.float64, storage=dtype, device=device)
+        return other.run("reference", None, dtype, device=device), exact
 
+    # the gradient of a bias in front of a norm is rounding alone: one draw of eager's says nothing of its size
     eager = [drawn(seed) for seed in range(8)]
-    assert_as_good_as_eager(call.run("cuda", route, dtype), eager[0][1], eager, dtype)
+    ours = call.run("cuda", route, dtype, device=device)
+    assert_as_good_as_eager(ours, eager[0][1], eager, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES)
+def test_a_block_and_its_gradients_are_as_good_as_eager(case: str, emulation: ModuleType) -> None:
+    check_block(case, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_on_a_gpu(case: str) -> None:
-    call, route, dtype = CASES[case]
     reason = BACKENDS["cuda"].unavailable()
     if reason is not None:
         pytest.skip(reason)
-    exact = call.run("reference", None, torch.float64, storage=dtype, device="cuda")
-    eager = [(call.run("reference", None, dtype, device="cuda"), exact)]
-    ours = call.run("cuda", route, dtype, device="cuda")
-    for name, value in ours.items():
-        bound = 3 * relative_error(eager[0][0][name], exact[name]) + 2 * torch.finfo(dtype).eps
-        assert relative_error(value, exact[name]) <= bound, name
+    check_block(case, "cuda")
 
 
 @needs_compiler

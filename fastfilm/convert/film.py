@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfilm.nn.generator import FiLMGenerator
-from fastfilm.nn.metadata import as_metadata
+from fastfilm.nn.metadata import as_metadata, on_device
+from fastfilm.ops import capture
 from fastfilm.ops.library import direct
 
 Modulations = Mapping[str, tuple[Tensor, Tensor]]
@@ -154,7 +155,7 @@ class Conditioner(nn.Module):
         weight = self.generator.last.weight
         if self.encoder is not None:
             if isinstance(metadata, Tensor):
-                metadata = metadata.to(weight.device)
+                metadata = on_device(metadata, weight.device)
             metadata = self.encoder(metadata)
         rows = as_metadata(metadata, self.metadata_size, batch, weight.device, weight.dtype)
         gamma, beta = self.generator(rows)
@@ -173,7 +174,7 @@ class Conditioner(nn.Module):
             made: Modulations = self(metadata, batch)
             return made
         fixed = not torch.is_grad_enabled() and direct(self.generator.last.weight)
-        fixed = fixed and not torch.is_inference_mode_enabled()
+        fixed = fixed and not torch.is_inference_mode_enabled() and not capture.capturing()
         versions = (batch, [p._version for p in self.parameters()]) if fixed else None
         kept = metadata.made.get(id(self))
         if fixed and kept is not None and kept[0] == versions:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfilm.ops import DeferredMap, block, distributed, spec, vendor
+from fastfilm.ops import DeferredMap, block, capture, distributed, spec, vendor
 from fastfilm.ops.maps import Joined, Map, plain
 from fastfilm.ops.recipe import Options
 from fastfilm.ops.remembered import Remembered
@@ -335,5 +335,5 @@ def _count_batch(norm: Any) -> float:
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
-            return 1.0 / float(norm.num_batches_tracked)
+            return 1.0 / capture.number(norm.num_batches_tracked)
     return 0.0 if norm.momentum is None else float(norm.momentum)

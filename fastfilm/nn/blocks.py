@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import DeferredMap, block, distributed, spec
+from fastfilm.ops import DeferredMap, block, capture, distributed, spec
 from fastfilm.ops.maps import Map
 from fastfilm.ops.recipe import Options
 from fastfilm.ops.remembered import Remembered
@@ -247,7 +247,7 @@ class ConvNormFiLM(nn.Module):
         if not self.training or count is None:
             return 0.0 if momentum is None else momentum
         count.add_(1)
-        return 1.0 / float(count) if momentum is None else momentum
+        return 1.0 / capture.number(count) if momentum is None else momentum
 
     def extra_repr(self) -> str:
         """Shapes and what the block consists of."""

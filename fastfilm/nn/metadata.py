@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfilm.ops import capture
 from fastfilm.ops.library import direct
 
 Metadata = Tensor | np.ndarray | Sequence[Any]
@@ -62,4 +63,11 @@ def as_metadata(
         and not t.isfinite().all()
     ):
         raise ValueError(f"metadata must be finite, got {t.tolist()}")
-    return t.to(device=device, dtype=dtype)
+    return on_device(t, device).to(dtype)
+
+
+def on_device(metadata: Tensor, device: torch.device) -> Tensor:
+    """``metadata`` on a device; RuntimeError where the copy would invalidate the capture of a CUDA graph."""
+    if metadata.device.type == "cpu" != device.type and capture.capturing():
+        raise capture.refusal("metadata are copied to the GPU", "give them as a tensor on the GPU")
+    return metadata.to(device)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import distributed
+from . import capture, distributed
 from .library import direct
 
 
@@ -185,7 +185,7 @@ def coefficients(
 
 
 def _constants(dtype: torch.dtype, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """1 and 0, [1, 1] each; made once a dtype and device, unless something is tracing."""
+    """1 and 0, [1, 1] each; made once a dtype and device, unless something is tracing or capturing."""
     key = (dtype, str(device))
     found = _ONE_ZERO.get(key)
     if found is not None and direct(found[0]):
@@ -194,7 +194,7 @@ def _constants(dtype: torch.dtype, device: torch.device | str | None) -> tuple[T
         torch.ones((1, 1), dtype=dtype, device=device),
         torch.zeros((1, 1), dtype=dtype, device=device),
     )
-    if direct(made[0]) and not torch.is_inference_mode_enabled():
+    if direct(made[0]) and not torch.is_inference_mode_enabled() and not capture.capturing():
         _ONE_ZERO[key] = made
     return made
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import capture
 from .spec import ACTIVATION_CODES
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
@@ -50,9 +51,19 @@ def stream_of(t: Tensor) -> int:
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
+class Launch(torch.cuda.device):
+    """Makes a GPU the current one; an error inside the capture of a CUDA graph says what to do."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, RuntimeError) and capture.capturing():
+            raise capture.refusal("a CUDA kernel is launched for the first time") from error
+        return False
+
+
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one for a launch."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    return Launch(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def empty_map(y: Tensor) -> Tensor:

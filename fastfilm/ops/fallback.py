@@ -2,7 +2,8 @@
 
 A launcher that fails for the first time warns once, with the reason and the key of the call; calls with that key
 then take the composed route (convolutions) or the reference (everything else). Where a backend or a route is
-forced, or with FASTFILM_STRICT=1, the failure is raised. Running out of memory and bad arguments always are.
+forced, or with FASTFILM_STRICT=1, the failure is raised. Running out of memory and bad arguments always are, and
+failures inside the capture of a CUDA graph, where no kernel can be loaded: they say nothing of later calls.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, conv, environment, reference, spec
+from . import backends, capture, conv, environment, reference, spec
 from .higher import after_moments, pull
 from .tail import Kind, Tail
 from .tiles import TILED
@@ -87,6 +89,9 @@ def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
                 launcher = getattr(importlib.import_module(_KERNELS), name)
                 return launcher(*args, **options, **(tiled(*args) if tiled else {}))
             except Exception as error:
+                if recoverable(error) and capture.capturing():
+                    _load_again()
+                    raise capture.refusal("a Triton kernel is loaded") from error
                 if STRICT or backends.forced()[:2] != (None, None) or not recoverable(error):
                     raise
                 _remember(key(*args, **options), error)
@@ -94,6 +99,19 @@ def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     call.__name__, call.__doc__ = name, plain.__doc__
     return call
+
+
+def _load_again() -> None:
+    """Makes Triton load at their next launch the kernels that a capture did not let it load.
+
+    Triton makes the launcher first: where loading fails, later launches would go without a function.
+    """
+    modules = [m for name, m in sys.modules.items() if name.startswith(_KERNELS)]
+    for kernel in {id(k): k for m in modules for k in vars(m).values()}.values():
+        for cache, *_ in getattr(kernel, "device_caches", {}).values():
+            for compiled in cache.values():
+                if getattr(compiled, "module", compiled) is None:
+                    compiled._run = None
 
 
 def _remember(key: Key, error: Exception) -> None:

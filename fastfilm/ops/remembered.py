@@ -2,7 +2,8 @@
 
 Tensors are recognised by identity and version, so in-place changes count. Writing through ``.data`` or replaying a
 CUDA graph changes values behind PyTorch's back: ``train()`` and ``eval()`` of a block or a converted module
-forget everything.
+forget everything. Inside the capture of a CUDA graph nothing that is kept is used, and nothing is kept: a replay
+computes anew from the values that it finds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, recipe
+from . import backends, capture, recipe
 from .library import direct
 from .prepared import PreparedWeight
 
@@ -57,7 +58,7 @@ class Remembered:
         compute: Callable[[], Tensor],
     ) -> Tensor:
         """The coefficients of ``tensors``; ``form`` is whatever else they depend on."""
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or capture.capturing():
             return compute()
         if any(t is not None and t.is_inference() for t in tensors):
             return compute()  # such tensors have no version
@@ -102,13 +103,14 @@ class Remembered:
 
 
 def _alone(x: Any) -> bool:
-    """Whether nothing but the block's own forms and tensors decides what is done with ``x``."""
+    """Whether nothing but the block's own forms and tensors decides what is done with ``x``, here and now."""
     return (
         not torch.is_grad_enabled()
         and isinstance(x, Tensor)
         and direct(x)
         and not torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled(x.device.type)
+        and not capture.capturing()
     )
 
 

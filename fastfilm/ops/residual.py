@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import higher, maps, recipe, reference, spec
+from . import capture, higher, maps, recipe, reference, spec
 from .backends import BACKENDS
 from .conv import raw_like
 from .library import define, differentiable, direct
@@ -213,7 +213,7 @@ def _plan(first: DeferredMap, second: DeferredMap) -> str | None:
 
 
 def _slope(value: float, channels: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    if direct(like) and not torch.is_inference_mode_enabled():
+    if direct(like) and not torch.is_inference_mode_enabled() and not capture.capturing():
         return _kept_slope(value, channels, dtype, str(like.device))
     return torch.full((channels,), value, dtype=dtype, device=like.device)
 

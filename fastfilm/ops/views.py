@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import capture
+
 RESIZE = {"nearest", "nearest-exact", "linear", "bilinear", "trilinear"}
 MOST_TAPS = 1024
 """Taps that one position may have, all axes together."""
@@ -117,11 +119,28 @@ def transposed_axes(view: View | None, size: tuple[int, ...]) -> tuple[Axis, ...
     return tuple(_transposed(axis) for axis in axes(view, size))
 
 
+Table = tuple[tuple[Tensor, Tensor], ...]
+"""Index int32 and weight float32 [positions, T] of each axis, padded with weight 0."""
+
+
+def taps(view: View | None, size: tuple[int, ...], transposed: bool, device: torch.device) -> Table:
+    """The taps of a view of a map of ``size``, or their adjoint, on a device.
+
+    Raises:
+        RuntimeError: the first call for a view is inside the capture of a CUDA graph, where nothing can be copied.
+    """
+    found = _table(view, size, transposed, device)
+    if capture.capturing():
+        capture.hold(*(t for pair in found for t in pair))
+    return found
+
+
 @functools.lru_cache(maxsize=1024)
-def taps(
+def _table(
     view: View | None, size: tuple[int, ...], transposed: bool, device: torch.device
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Index int32 and weight float32 [positions, T] of each axis on a device, padded with weight 0."""
+) -> Table:
+    if capture.capturing():
+        raise capture.refusal("a map is pooled, resized or concatenated for the first time")
     found = []
     for axis in transposed_axes(view, size) if transposed else axes(view, size):
         counts = np.diff(axis.start)

@@ -78,12 +78,66 @@ def test_kernels_that_stand_in_padding(dims: int, kernel: int, transposed: bool)
         truths = [exact, *backward(e.double(), x.double(), w.double(), *args)[:2]]
         found = [vendor.convolution(x, w, None, *geometry)]
         found += vendor.convolution_backward(e, x, w, *geometry, (True, True))
-        for mine, true in zip(found, truths, strict=True):
-            assert relative_error(mine, true) <= 4e-3 or not true.any(), (size, geometry)
-        reference_output = reference.convolution(x, w, None, *geometry)
-        assert relative_error(reference_output, exact) <= 4e-3 or not exact.any()
+        found.append(reference.convolution(x, w, None, *geometry))
+        truths.append(exact)
+        bounds = [4e-3] * 4
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            # PyTorch's own kernels then: sound, but their sums are rounded to bfloat16 several times
+            y = torch.convolution(x, w, None, *geometry)
+            eager = [y, *backward(e, x, w, *args)[:2], y]
+            errors = [relative_error(*pair) for pair in zip(eager, truths, strict=True)]
+            bounds = [max(4e-3, 1.5 * error) for error in errors]
+        for mine, true, bound in zip(found, truths, bounds, strict=True):
+            assert relative_error(mine, true) <= bound or not true.any(), (size, geometry)
         checked += 1
     assert checked >= 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "transposed", "deep"),
+    [
+        ((2, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, True),
+        ((2, 8, 8), (3, 1, 1), (1, 1, 1), (1, 0, 0), False, True),
+        ((2, 8, 8), (3, 3, 3), (1, 2, 2), (1, 1, 1), False, True),
+        ((2, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), True, True),
+        ((4, 8, 8), (5, 5, 5), (1, 1, 1), (2, 2, 2), False, True),
+        ((2, 4, 4), (5, 5, 5), (1, 1, 1), (1, 1, 1), True, True),
+        ((2, 4, 4), (4, 4, 4), (2, 2, 2), (1, 1, 1), True, False),
+        ((3, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, False),
+        ((2, 8, 8), (1, 3, 3), (1, 1, 1), (0, 1, 1), False, False),
+        ((8, 2, 2), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, False),
+        ((2, 8), (3, 3), (1, 1), (1, 1), False, False),
+    ],
+)
+def test_16_bit_weight_gradients_of_kernels_deeper_than_the_map_are_float32(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    transposed: bool,
+    deep: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN's bfloat16 kernel for AVX-512 reads one plane too far there; it needs that CPU to be seen."""
+    zero = (0,) * len(size)
+    geometry = (stride, padding, (1,) * len(size), transposed, zero, 1)
+    x, w = torch.randn(2, 8, *size).to(dtype), torch.randn(8, 8, *kernel).to(dtype)
+    seen = []
+    forward, backward = torch.convolution, torch.ops.aten.convolution_backward.default
+    monkeypatch.setattr(torch, "convolution", lambda *a: seen.append(a[0].dtype) or forward(*a))
+    monkeypatch.setattr(
+        torch.ops.aten.convolution_backward,
+        "default",
+        lambda *a: seen.append(a[0].dtype) or backward(*a),
+    )
+    y = vendor.convolution(x, w, None, *geometry)
+    vendor.convolution_backward(y, x, w, *geometry, (True, False))
+    vendor.convolution_backward(y, x, w, *geometry, (True, True))
+    reference.convolution(x, w, None, *geometry)
+    careful = torch.float32 if deep else dtype
+    assert seen == [dtype, dtype, careful, careful]
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2])

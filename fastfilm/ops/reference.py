@@ -73,8 +73,9 @@ def _faults(
     dilation: _Sizes,
     transposed: bool,
     output_padding: _Sizes,
-) -> tuple[bool, bool]:
-    """Whether a kernel stands in padding, and whether the last axis of a strided result has one position."""
+) -> tuple[bool, bool, bool]:
+    """Whether a kernel stands in padding, the last axis of a strided result has one position, the kernel is deeper
+    than a 3D map padded in depth."""
     out = tuple(
         spec.conv_output_size(size, kernel, stride, padding, dilation, transposed, output_padding)
     )
@@ -82,7 +83,8 @@ def _faults(
         size, out = out, size  # those of the convolution whose gradient this one is
     thin = any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True))
     stands = thin or (any(padding) and spec.has_idle_taps(size, kernel, stride, padding, dilation))
-    return stands, max(stride) > 1 and out[-1] == 1
+    deep = len(size) == 3 and padding[0] > 0 and size[0] < kernel[0]
+    return stands, max(stride) > 1 and out[-1] == 1, deep
 
 
 def precautions(
@@ -93,19 +95,25 @@ def precautions(
     dilation: Sequence[int],
     transposed: bool,
     output_padding: Sequence[int],
+    weight_gradient: bool,
 ) -> tuple[bool, bool]:
     """Whether a convolution and its gradients are computed in float32, and whether its map is padded before.
 
     On a CPU, in any layout, oneDNN (PyTorch 2.13) crashes now and then at padded maps one voxel thick and where
     taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that nobody wrote,
-    and also at a stride where the last axis of the result has one position. Sizes that are not known yet, in a
-    graph for all of them, are taken to be others.
+    and also at a stride where the last axis of the result has one position. With AVX-512 its bfloat16
+    weight gradient reads one plane too far where the kernel is deeper than a 3D map that is padded in depth (two
+    planes under 3×3×3); values and gradients at the map are right there, and height and width have no such fault.
+    Sizes that are not known yet, in a graph for all of them, are taken to be others.
+
+    Args:
+        weight_gradient: whether this call computes the gradient at the weight, or may be asked for it later.
     """
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return False, False
     if any(isinstance(n, torch.SymInt) for n in (*x.shape, *weight.shape)):
         return False, False
-    stands, narrow = _faults(
+    stands, narrow, deep = _faults(
         tuple(x.shape[2:]),
         tuple(weight.shape[2:]),
         tuple(stride),
@@ -114,7 +122,8 @@ def precautions(
         transposed,
         tuple(output_padding),
     )
-    return x.dtype.itemsize == 2 and (stands or narrow), stands
+    wide = stands or narrow or (deep and weight_gradient)
+    return x.dtype.itemsize == 2 and wide, stands
 
 
 def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -140,10 +149,11 @@ def guarded(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    weight_gradient: bool,
 ) -> Tensor | None:
     """``convolve`` of these arguments with the ``precautions`` that they need; None where they need none."""
     rest = dilation, transposed, output_padding
-    wide, before = precautions(x, weight, stride, padding, *rest)
+    wide, before = precautions(x, weight, stride, padding, *rest, weight_gradient)
     if wide:
         added = None if bias is None else bias.float()
         y = convolve(x.float(), weight.float(), added, stride, padding, *rest, groups)
@@ -168,7 +178,7 @@ def convolution(
 ) -> Tensor:
     """The vendor's convolution [N, Ci, *S] -> [N, Co, *T]; weight as in ``torch.nn.Conv*``."""
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    y = guarded(convolution, x, weight, bias, *geometry)
+    y = guarded(convolution, x, weight, bias, *geometry, weight_gradient=True)
     if y is not None:
         return y
     if unsafe_channels_last(x):

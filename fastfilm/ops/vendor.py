@@ -36,7 +36,7 @@ def convolution(
         keep: where oneDNN's form of a bfloat16 weight is kept; it is made anew for each call otherwise.
     """
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    guarded = reference.guarded(convolution, v, weight, bias, *geometry)
+    guarded = reference.guarded(convolution, v, weight, bias, *geometry, weight_gradient=False)
     if guarded is not None:
         return guarded
     unsafe = reference.unsafe_channels_last(v)
@@ -77,7 +77,7 @@ def convolution_backward(
         e: gradient at the output [N, Co, *T].
     """
     geometry = (stride, padding, dilation, transposed, output_padding)
-    wide, before = reference.precautions(v, weight, *geometry)
+    wide, before = reference.precautions(v, weight, *geometry, weight_gradient=needs[1])
     rest = dilation, transposed, output_padding, groups, needs
     if wide:
         dv, dw = convolution_backward(e.float(), v.float(), weight.float(), stride, padding, *rest)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import guard, power_of_two
+from .common import guard, loop, power_of_two
 
 NORMS = {"none": 0, "batch": 1, "instance": 2}
 ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
@@ -48,12 +48,12 @@ def _batch_statistics(
 ):
     """Mean and variance over all samples of scale * (y + shift)."""
     centre = shift * 0.0
-    for n in range(N):
+    for n in loop(N):
         s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
         centre += (_row(stats_ptr, n * C + channel, cmask, 0.0) + shift) * s
     centre = centre / N
     variance = shift * 0.0
-    for n in range(N):
+    for n in loop(N):
         s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
         d = (_row(stats_ptr, n * C + channel, cmask, 0.0) + shift) * s - centre
         variance += _row(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s + d * d
@@ -151,7 +151,7 @@ def block_coefficients_kernel(
             _move(running_mean_ptr, channel, cmask, centre, momentum)
             _move(running_var_ptr, channel, cmask, variance * unbiased, momentum)
     kept_mean, kept_var = zero, zero
-    for n in range(N):
+    for n in loop(N):
         at = n * C + channel
         s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
         k, offset, p = zero + 1.0, shift, zero
@@ -252,7 +252,7 @@ def block_coefficients_backward_kernel(
         )
     dweight, dbias, dshift, dslope = zero, zero, zero, zero
     shared_gamma, shared_beta, dcentre_sum, dvariance_sum = zero, zero, zero, zero
-    for n in range(N):
+    for n in loop(N):
         at = n * C + channel
         s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
         before = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 1)
@@ -322,7 +322,7 @@ def block_coefficients_backward_kernel(
             dcentre_sum += dcentre
             dvariance_sum += dvariance
     if NORM == 1 and USE_INPUT:
-        for n in range(N):
+        for n in loop(N):
             at = n * C + channel
             s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
             away = (_row(stats_ptr, at, cmask, 0.0) + shift) * s - centre

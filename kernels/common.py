@@ -27,6 +27,18 @@ ADDS_IN_ROWS = tl.constexpr(INTERPRETED)
 """Whether ``tl.sum`` adds row after row (numpy, interpreted) and not as a tree (a GPU)."""
 
 
+def _interpreted_loop(*bounds: Any) -> range:
+    """``range`` over scalars of Triton's interpreter, which holds them as arrays [1].
+
+    Triton 3.6 makes an index of one by ``int(array)``, which NumPy refuses from 2.4 on.
+    """
+    return range(*(b.handle.data.item() if isinstance(b, tl.tensor) else int(b) for b in bounds))
+
+
+loop = _interpreted_loop if INTERPRETED else tl.range
+"""``range`` in a kernel where a bound is known at run time only."""
+
+
 def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one for a launch; nothing on the CPU."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
@@ -205,7 +217,7 @@ def coef_grad_kernel(part_ptr, coef_ptr, out_ptr, T, N, C, BT: tl.constexpr, BC:
     da = tl.zeros((BC,), tl.float64)
     db = tl.zeros((BC,), tl.float64)
     dslope = tl.zeros((BC,), tl.float64)
-    for t0 in range(0, T, BT):
+    for t0 in loop(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
         at = base + (t.to(tl.int64) * 5 * C)[:, None]
@@ -243,7 +255,7 @@ def sum_rows_kernel(part_ptr, out_ptr, R, W, BR: tl.constexpr, BW: tl.constexpr)
     column = tl.program_id(0) * BW + tl.arange(0, BW)
     mask = column < W
     total = tl.zeros((BW,), tl.float64)
-    for r0 in range(0, R, BR):
+    for r0 in loop(0, R, BR):
         r = r0 + tl.arange(0, BR)
         at = part_ptr + r.to(tl.int64)[:, None] * W + column[None, :]
         rows = tl.load(at, mask=(r < R)[:, None] & mask[None, :], other=0.0)
@@ -292,7 +304,7 @@ def finish_moments_kernel(
     mask = channel < C
     base = part_ptr + n * T * 2 * C + channel[None, :]
     mean = tl.zeros((BC,), tl.float64)
-    for t0 in range(0, T, BT):
+    for t0 in loop(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
         count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0).to(tl.float64)
@@ -300,7 +312,7 @@ def finish_moments_kernel(
         mean += tl.sum(count[:, None] * mean_t.to(tl.float64), axis=0)
     mean = mean / total
     m2 = tl.zeros((BC,), tl.float64)
-    for t0 in range(0, T, BT):
+    for t0 in loop(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
         count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0).to(tl.float64)

@@ -19,6 +19,7 @@ from .common import (
     coef_grad,
     guard,
     load_coef,
+    loop,
     precision,
     store_partials,
 )
@@ -131,7 +132,7 @@ def dgrad_kernel(
                     inside = inside_h & (nw >= 0) & (ow < OW)
                     e_row = plane + (oh * OW + ow) * CO
                     w_col = w_ptr + ((kd * K + kh) * K + kw) * CI + ci
-                    for k0 in range(0, BK if ONE_BLOCK else CO, BK):
+                    for k0 in loop(0, BK if ONE_BLOCK else CO, BK):
                         co = k0 + co0
                         e = tl.load(
                             e_row[:, None] + co[None, :],

@@ -23,6 +23,7 @@ from .common import (
     finish_moments,
     guard,
     load_coef,
+    loop,
     power_of_two,
     precision,
     store_moments,
@@ -175,7 +176,7 @@ def fprop_kernel(
                 x_row = plane + (ih * W + iw) * CI
                 w_col = w_ptr + ((co * KD + kd) * K + kh) * K * CI + kw * CI
                 # a loop of one turn dissolves: the taps of a row are then the innermost loop
-                for k0 in range(0, BK if ONE_BLOCK else CI, BK):
+                for k0 in loop(0, BK if ONE_BLOCK else CI, BK):
                     ci = k0 + ci0
                     mask = inside[:, None] & (ci < CI)[None, :]
                     x = tl.load(x_row[:, None] + ci[None, :], mask=mask, other=0.0)

@@ -18,6 +18,7 @@ from .common import (
     affine,
     guard,
     load_coef,
+    loop,
     precision,
     sum_rows,
 )
@@ -123,11 +124,11 @@ def wgrad_kernel(
     first = share * span
     last = tl.minimum(first + span, voxels)
     acc = tl.zeros((BM, BN), tl.float32)
-    for sample in range(group, N, groups):
+    for sample in loop(group, N, groups):
         n = tl.cast(sample, tl.int64)
         if HAS_COEF:
             a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, cimask, N, CI)
-        for v0 in range(first, last, BP):
+        for v0 in loop(first, last, BP):
             voxel = v0 + tl.arange(0, BP)
             ow = voxel % OW
             oh = (voxel // OW) % OH

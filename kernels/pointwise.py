@@ -17,6 +17,7 @@ from .common import (
     coef_grad,
     guard,
     load_coef,
+    loop,
     power_of_two,
     store_partials,
 )
@@ -80,7 +81,7 @@ def apply_backward_kernel(
     da = tl.zeros((BC,), tl.float32)
     db = tl.zeros((BC,), tl.float32)
     dslope = tl.zeros((BC,), tl.float32)
-    for i in range(iters):
+    for i in loop(iters):
         voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         at = (n * S + voxel)[:, None] * C + channel[None, :]
         mask = (voxel < S)[:, None] & cmask[None, :]

@@ -21,6 +21,7 @@ from .common import (
     channels_last,
     guard,
     load_coef,
+    loop,
     power_of_two,
     row_sum,
 )
@@ -125,7 +126,7 @@ def residual_backward_kernel(
     db = tl.zeros((BC,), tl.float32)
     dslope = tl.zeros((BC,), tl.float32)
     da2 = tl.zeros((BC,), tl.float32)
-    for i in range(iters):
+    for i in loop(iters):
         voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         at = (n * S + voxel)[:, None] * C + channel[None, :]
         mask = (voxel < S)[:, None] & cmask[None, :]
@@ -206,7 +207,7 @@ def residual_grad_kernel(
     db = tl.zeros((BC,), tl.float64)
     dslope = tl.zeros((BC,), tl.float64)
     da2 = tl.zeros((BC,), tl.float64)
-    for t0 in range(0, T, BT):
+    for t0 in loop(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
         at = base + (t.to(tl.int64) * SUMS * C)[:, None]

@@ -17,6 +17,7 @@ from .common import (
     channels_last,
     finish_moments,
     guard,
+    loop,
     row_sum,
     store_moments,
     sum_rows,
@@ -59,7 +60,7 @@ def moments_kernel(
     mean = tl.zeros((BC,), tl.float32)
     m2 = tl.zeros((BC,), tl.float32)
     seen = 0.0
-    for i in range(iters):
+    for i in loop(iters):
         start = (t.to(tl.int64) * iters + i) * BS
         voxel = start + tl.arange(0, BS)
         valid = voxel < S
@@ -109,7 +110,7 @@ def moments_backward_kernel(
     mean = tl.load(stats_ptr + at_nc, mask=cmask, other=0.0)
     dshift = tl.zeros((BC,), tl.float32)
     dslope = tl.zeros((BC,), tl.float32)
-    for i in range(iters):
+    for i in loop(iters):
         voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         mask = (voxel < S)[:, None] & cmask[None, :]
         at = (n * S + voxel)[:, None] * C + channel[None, :]

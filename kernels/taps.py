@@ -22,6 +22,7 @@ from .common import (
     coef_grad,
     guard,
     load_coef,
+    loop,
     store_partials,
 )
 from .pointwise import NUM_WARPS, blocks
@@ -164,7 +165,7 @@ def gather_backward_kernel(
     da = tl.zeros((BC,), tl.float32)
     db = tl.zeros((BC,), tl.float32)
     dslope = tl.zeros((BC,), tl.float32)
-    for i in range(iters):
+    for i in loop(iters):
         voxel = (program.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         inside = voxel < S
         z, rest = voxel // (H * W), voxel % (H * W)
@@ -244,7 +245,7 @@ def maximum_backward_kernel(
     da = tl.zeros((BC,), tl.float32)
     db = tl.zeros((BC,), tl.float32)
     dslope = tl.zeros((BC,), tl.float32)
-    for i in range(iters):
+    for i in loop(iters):
         voxel = (program.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         inside = voxel < SO
         z, rest = voxel // (HO * WO), voxel % (HO * WO)

@@ -76,10 +76,12 @@ def channels_last(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=fmt)
 
 
+# a default value: with a global in a function that kernels call, Triton 3.6 makes their cache keys depend on
+# which kernel came first in the process
 @triton.jit
-def row_sum(x):
+def row_sum(x, IN_ROWS: tl.constexpr = ADDS_IN_ROWS):
     """Sum over rows [R, BC] -> [BC]; interpreted, float64 stands in for the GPU's tree."""
-    if ADDS_IN_ROWS:  # noqa: SIM108 (a branch of the compiler's, not a value)
+    if IN_ROWS:  # noqa: SIM108 (a branch of the compiler's, not a value)
         total = tl.sum(x.to(tl.float64), axis=0).to(tl.float32)
     else:
         total = tl.sum(x, axis=0)

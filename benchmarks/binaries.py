@@ -2,7 +2,7 @@
 
     python -m benchmarks.binaries make FOLDER [--minutes M] [--only proof,networks,layers,check]
     python -m benchmarks.binaries check FOLDER
-    python -m benchmarks.binaries install FOLDER CACHE
+    python -m benchmarks.binaries install FOLDER CACHE      (only what fits, and says so)
 
 Triton compiles a kernel at its first launch, once for every specialisation: types, constants, and which numbers
 are 1 or multiples of 16. ``make`` calls networks and layers with every launch noted and none carried out, and has
@@ -322,7 +322,10 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.command == "facts":
         print(json.dumps(_facts()))
     elif given.command == "install":
-        print(f"{install(given.folder, given.cache)} entries")
+        there = (given.folder / MANIFEST).exists()
+        reason = check(given.folder) if there else "none were made beforehand"
+        count = 0 if reason else install(given.folder, given.cache)
+        print(f"not used: {reason}" if reason else f"{count} binaries are used")
     else:
         reason = check(given.folder)
         print(reason or "the binaries fit")

@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.out:
                 partial = args.out.with_name(args.out.name + ".part")
                 ordered = sorted(rows, key=lambda r: wanted.index(r["check"]))
-                partial.write_text(json.dumps({"checks": ordered}, indent=1) + "\n")
+                partial.write_text(json.dumps(ordered, indent=1) + "\n")
                 os.replace(partial, args.out)
 
     command = [sys.executable, "-m", "benchmarks.kernel_checks", "--device", args.device]

@@ -429,10 +429,10 @@ def test_gaps_list_what_falls_short_of_a_measurement_on_a_gpu() -> None:
 def test_preparing_names_what_could_not_be_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prepare, "PREPARED", ROOT / "build" / "not-there")
-    monkeypatch.setattr(prepare.bundle, "write_json", lambda *a: None)
-    monkeypatch.setattr(Path, "mkdir", lambda *a, **k: None)
-    monkeypatch.setattr(prepare, "_run", lambda command, *rest: "benchmarks.probes" not in command)
+    monkeypatch.setattr(prepare, "PREPARED", tmp_path)
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    monkeypatch.setattr(prepare, "_run", lambda command, *rest: True)
+    monkeypatch.setattr(prepare.probes, "nvcc", lambda: None)
     monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
     assert prepare.main("90a") == 1
     assert "FAILED: CUDA kernels, probes\n" in capsys.readouterr().err

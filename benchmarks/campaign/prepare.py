@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from .. import probes
 from . import bundle, runner
 from .steps import PREPARED, ROOT
 
@@ -27,11 +28,11 @@ def main(arch: str) -> int:
         folder = Path(name)
         found = {
             "CUDA kernels": _kernels(folder, arch),
-            "probes": _run(("-m", "benchmarks.probes", "--prepare", str(PREPARED)), folder),
+            "probes": _probes(arch),
             "Triton's kernels": _run(
-                ("-m", "benchmarks.binaries", "make", str(PREPARED / "triton"), "--arch", arch[:2]), folder
+                ("-m", "benchmarks.binaries", "make", str(PREPARED / "triton")), folder
             ),
-        }  # fmt: skip
+        }
     size = sum(p.stat().st_size for p in PREPARED.rglob("*") if p.is_file())
     failed = [name for name, ok in found.items() if not ok]
     print(f"{PREPARED.relative_to(ROOT)}: {size / 2**20:.1f} MiB for sm_{arch}")
@@ -55,6 +56,15 @@ def _kernels(folder: Path, arch: str) -> bool:
     }
     command = ("setup.py", "-q", "build", "--build-lib", str(folder / "site"))
     return _run((*command, "--build-temp", str(folder / "temp")), folder, variables)
+
+
+def _probes(arch: str) -> bool:
+    try:
+        print(f"probes: {probes.compile(PREPARED, arch).name}", flush=True)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return False
+    return True
 
 
 def _run(command: tuple[str, ...], folder: Path, variables: dict[str, str] | None = None) -> bool:

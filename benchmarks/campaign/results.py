@@ -64,18 +64,18 @@ def collect(
         "about": dict(about),
         "machine": machine,
         "steps": dict(done),
-        "checks": listed(work / "steps" / "smoke.json", "checks"),
-        "probes": listed(work / "steps" / "probes.json", "probes"),
+        "checks": listed(work / "steps" / "smoke.json"),
+        "probes": listed(work / "steps" / "probes.json"),
         "tests": {name: counts for name, counts in tests.items() if counts},
         "tuned": {p.stem: t for p in sorted((work / "tuned").glob("*.json")) if (t := _table(p))},
         "rows": rows,
     }
 
 
-def listed(path: Path, name: str) -> list[dict[str, Any]]:
-    """The list of a file; empty where it cannot be read."""
+def listed(path: Path) -> list[dict[str, Any]]:
+    """A file's list of what has a status; empty where it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[name]
+        found = json.loads(path.read_text(encoding="utf-8"))
         return [r for r in found if isinstance(r.get("status"), str)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

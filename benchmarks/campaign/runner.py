@@ -143,7 +143,7 @@ class Campaign:
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
         if not step.checks:
-            checks = results.listed(self.work / "steps" / "smoke.json", "checks")
+            checks = results.listed(self.work / "steps" / "smoke.json")
             bad = [c["check"] for c in checks if c["status"] in report.BAD]
             found["FASTFILM_WITHOUT"] = ",".join(
                 filter(None, (found.get("FASTFILM_WITHOUT"), *bad))
@@ -185,7 +185,7 @@ class Campaign:
         took = time.monotonic() - begun
         if code is None:
             return Done(CUT, took, None, f"ended after {took:.0f} s", self.sources)
-        note = "" if code == 0 else last_line(log)
+        note = last_line(log) if code or step.setup else ""
         return Done(OK if code == 0 else FAILED, took, code, note, self.sources)
 
 

@@ -144,7 +144,7 @@ def _cuda() -> list[Step]:
         _suite("routes", "the layers that decide, by route and direction", 75, ON_GPU, least=20),
         _suite("model", "whole networks, also from CUDA graphs", 60, f"{alone} --graphs", least=25),
         _suite("profile", "hardware counters of the CUDA convolutions", 40, ON_GPU, after=("kernels",)),
-        Step("probes", "what wgmma reads and at what rate", f"{PROBES} --prepared {BEFOREHAND}", 25, after=()),
+        Step("probes", "what wgmma reads and at what rate", f"{PROBES} --folder {BEFOREHAND}", 25, after=()),
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
         Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 40), 60, 15, checks=True),

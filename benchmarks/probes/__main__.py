@@ -16,12 +16,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file, rewritten after each probe")
     parser.add_argument("--executable", type=Path, help="program compiled beforehand")
+    parser.add_argument("--folder", type=Path, help="where it is compiled, or was beforehand")
     parser.add_argument("--seconds", type=float, default=15.0, help="limit of one probe")
     parser.add_argument("--total", type=float, default=120.0, help="limit of all")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            executable = args.executable or probes.compile(Path(folder))
+            executable = args.executable or probes.compile(args.folder or Path(folder))
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1

@@ -289,8 +289,12 @@ def run_static(
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=context) as pool:
             try:
                 rows = list(pool.map(compile_one, work, chunksize=4))
-            except BaseException:  # the run's end among them: what is queued need not be built
+            except (
+                BaseException
+            ):  # the run's end among them: this process would wait for what is built
                 pool.shutdown(wait=False, cancel_futures=True)
+                for child in multiprocessing.active_children():
+                    child.kill()
                 raise
     finally:
         if before is not None:

@@ -14,13 +14,13 @@ from .providers import one_line
 from .record import FAILED, NO_TIME
 from .session import Case, Session
 
-ROWS_END = {"cuda": 150.0, "cpu": 110.0}
+ROWS_END = {"cuda": 150.0, "cpu": 100.0}
 """Seconds from the start of the process after which no row is started or goes on; the static suite excepted."""
 
 QUICK_END = {"cuda": 150.0, "cpu": 45.0}
 """The same for ``--quick``: on a GPU its first calls take as long, because kernels are compiled."""
 
-END = {"cuda": 150.0, "cpu": 180.0}
+END = {"cuda": 150.0, "cpu": 170.0}
 """The same for the static suite, which has time of its own where no kernel of a GPU can be measured."""
 
 STATIC_LEAST = 60.0

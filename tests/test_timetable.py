@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from benchmarks import (
     record,
     report,
     roofline,
+    static,
     timetable,
 )
 from benchmarks.record import NO_TIME
@@ -305,6 +307,28 @@ def test_the_static_suite_needs_a_minute(monkeypatch):
     cli.static_last(session, args, "cuda", time.monotonic() - 30.0)
     cli.static_last(session, args, "cpu", time.monotonic() - 60.0)
     assert built == [True, True] and len(session.record.rows) == 1
+
+
+def _sleep(build):
+    time.sleep(600)
+
+
+def test_no_process_of_the_static_suite_outlives_its_bound(monkeypatch):
+    monkeypatch.setattr(static, "compile_one", _sleep)
+    monkeypatch.setattr(static, "builds", lambda quick, archs: [1, 2, 3])
+    with pytest.raises(harness.TookTooLong), harness.time_limit(0.5, "building"):
+        static.run_static(True)
+    for child in multiprocessing.active_children():
+        child.join(30)
+        assert not child.is_alive()
+
+
+def test_both_modes_have_a_floor(monkeypatch):
+    monkeypatch.setattr(model, "networks", lambda session: [TINY])
+    session = _session()
+    model.plain(session)
+    floors = {r.mode: r.floor_s for r in session.record.rows}
+    assert floors["training"] > 2 * floors["inference"] > 0
 
 
 def test_a_run_without_time_names_everything(monkeypatch, tmp_path, capsys):

@@ -124,10 +124,10 @@ def _each(
     subjects: dict[Network, Subject] = {}
     for dtype in session.dtypes:
         for network in networks(session):
-            least = partial(work, network.layers().elements(), network.batch, dtype)
+            layers = list(network.layers().elements())
             extra = {"filters": network.widths[0], "depth": len(network.widths)}
             for mode in MODES:
-                floor = least(mode=mode, ceilings=session.ceilings)
+                floor = work(layers, network.batch, dtype, mode, session.ceilings)
                 case = Case("model", network.case, mode, dtype, floor, dict(extra))
                 if session.budget.spent():
                     session.skip(case, who, NO_TIME)

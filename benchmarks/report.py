@@ -94,10 +94,14 @@ def no_time(row: Row) -> bool:
 
 def left_out(rows: Iterable[Row]) -> str:
     """One line: what there was no time for; empty where there was time for all."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    missing: dict[tuple[str, str, str], list[str]] = {}
     for row in filter(no_time, rows):
-        key = row.suite, row.dtype, row.provider
-        groups.setdefault(key, []).append(f"{row.case} {row.mode}".strip())
+        key = row.suite, row.dtype, f"{row.case} {row.mode}".strip()
+        missing.setdefault(key, []).append(row.provider)
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for (suite, dtype, case), providers in missing.items():
+        who = "all" if "all" in providers else ", ".join(providers)
+        groups.setdefault((suite, dtype, who), []).append(case)
     parts = []
     for (suite, dtype, provider), cases in groups.items():
         which = cases[0] if len(cases) == 1 else f"{len(cases)} cases"

@@ -240,8 +240,7 @@ def test_blocks_and_counts_after_the_end_are_named(monkeypatch):
     memory.run(session)
     named = report.left_out(session.record.rows)
     assert named == (
-        "no time left for: ops float32: 11 cases;"
-        " ops float32: compile in 10 cases; memory float32: FiLMedUNet 2D 320×256 b1 training"
+        "no time left for: ops float32: 11 cases; memory float32: FiLMedUNet 2D 320×256 b1 training"
     )
 
 
@@ -250,6 +249,8 @@ def test_what_ran_is_in_the_table_and_what_did_not_is_named():
     rows = [row, replace(row, provider="paper", status="skipped", note=NO_TIME)]
     assert "eager" in report.table(rows) and "paper" not in report.table(rows)
     assert report.left_out(rows) == "no time left for: ops float32: paper in c forward"
+    rows += [replace(rows[1], provider="compile"), replace(rows[1], case="d", provider="all")]
+    assert report.left_out(rows).endswith("paper, compile in c forward; ops float32: d forward")
     assert report.left_out([row, replace(row, status="skipped", note="no compiler")]) == ""
 
 

@@ -6,7 +6,6 @@ import csv
 import io
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..harness import median_call
 from ..layers import STAGES, LayerStep, steady
 from ..session import Case, Session
 from .routes import DIRECTIONS, SUBJECTS, step_of
@@ -76,10 +76,7 @@ def _case(session: Session, dtype: str) -> Case:
 
 def _seconds(session: Session, step: LayerStep) -> float:
     call, _ = steady(step, session.device)
-    once = session.clock.time(call, 1)
-    calls = max(1, round(session.effort.window / max(once, 1e-7)))
-    rounds = session.effort.min_rounds
-    return statistics.median(session.clock.time(call, calls) for _ in range(rounds))
+    return median_call(call, session.clock, session.effort)
 
 
 def stages(session: Session, dtype: str) -> None:

@@ -35,8 +35,8 @@ WGRAD = (
 )
 HEAD = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size",'
-    '"Device","CC","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name","Rule Type","Rule Description",'
-    '"Estimated Speedup Type","Estimated Speedup"'
+    '"Device","CC","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name","Rule Type",'
+    '"Rule Description","Estimated Speedup Type","Estimated Speedup"'
 )
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 
@@ -71,7 +71,7 @@ CANNED = "\n".join(
         line(0, FPROP, "Launch Statistics", "launch__grid_size", "", "264"),
         line(0, FPROP, "Warp State Statistics", STALLED.format("long_scoreboard"), "inst", "4.00"),
         line(0, FPROP, "Warp State Statistics", STALLED.format("barrier"), "inst", "2.50"),
-        line(0, FPROP, "Warp State Statistics", STALLED.format("selected"), "inst", "1.00"),
+        line(0, FPROP, "Warp State Statistics", STALLED.format("selected"), "inst", "3.00"),
         line(0, FPROP, "Warp State Statistics", STALLED.format("math_pipe_throttle"), "inst", "0.30"),
         line(0, FPROP, "Warp State Statistics", STALLED.format("wait"), "inst", "2.20"),
         f'"0","7","python3.12","127.0.0.1","{FPROP}","1","7","(256, 1, 1)","(264, 1, 1)","0","9.0",'
@@ -102,7 +102,7 @@ def test_counters_are_read_in_si_units_and_the_stalls_ranked() -> None:
         {"time": 1.2345e-3, "registers": 255.0, "dram_percent": 23.61, "dram_bytes": 2.5e6,
          "tensor_percent": 31.2, "bank_conflicts": 12345.0}
     )  # fmt: skip
-    assert list(stalls.items()) == [("long_scoreboard", 0.4), ("barrier", 0.25), ("wait", 0.22)]
+    assert list(stalls.items()) == [("long_scoreboard", 0.333), ("barrier", 0.208), ("wait", 0.183)]
     assert second == (WGRAD, {"time": 1.5e-3})
     assert profile.read_csv("==ERROR== no permission\n") == []
 

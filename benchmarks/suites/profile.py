@@ -18,7 +18,7 @@ import torch
 from ..harness import median_call
 from ..layers import STAGES, LayerStep, steady
 from ..session import Case, Session
-from .routes import DIRECTIONS, SUBJECTS, step_of
+from .routes import DIRECTIONS, SUBJECTS, routes, scope, step_of
 
 LAYER = SUBJECTS[0]
 MODE = "training"
@@ -80,10 +80,12 @@ def _seconds(session: Session, step: LayerStep) -> float:
 
 
 def stages(session: Session, dtype: str) -> None:
-    """The layer as the automatic choice runs it, whole and with stages left out."""
+    """The layer on the CUDA kernels (without them by the automatic choice), whole and with stages left out."""
     subject = LAYER if session.device == "cuda" else LAYER.tiny()
     session.say(f"profile: {subject.name}, stages")
     step = partial(LayerStep, subject.block, session.device, dtype, MODE)
+    if "cuda/joint" in routes(session.device, dtype)[0]:
+        step = partial(step, scope=partial(scope, "cuda/joint"))
     case, whole = _case(session, dtype), _seconds(session, step())
     session.record.add(session.row(case, "fastfilm", median_s=whole, note="whole layer"))
     for without in (*((stage,) for stage in STAGES), STAGES):

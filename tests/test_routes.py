@@ -36,9 +36,9 @@ def cuda(extension: ModuleType) -> Iterator[Any]:
 
 
 def session_of(**options: Any) -> Session:
-    usual = {"quick": True, "effort": QUICK, "budget": Budget(None), "clock": HostClock()}
+    usual: dict[str, Any] = {"quick": True, "effort": QUICK, "budget": Budget(None)}
     ceilings = Ceilings(1e9, {DTYPE: 1e12})
-    usual |= {"record": Record({}), "ceilings": ceilings, "verbose": False}
+    usual |= {"record": Record({}), "clock": HostClock(), "ceilings": ceilings, "verbose": False}
     return Session("cpu", [DTYPE], **(usual | options))
 
 
@@ -183,7 +183,8 @@ def test_only_what_is_wanted_is_differentiated() -> None:
         step = LayerStep(block, "cpu", "float32", "training", wanted=wanted)
         assert len(step.leaves) == count
         first, second = (step.gradients(out) for out in [step.forward()] for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        pairs = zip(first, second, strict=True)
+        assert all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_steady_call_takes_what_was_made_before_it() -> None:

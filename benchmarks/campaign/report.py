@@ -145,7 +145,7 @@ def _limits(rows: targets.Rows) -> str:
         rates = (
             f"tensor {number(r.get('tensor_percent'))} %, DRAM {number(r.get('dram_percent'))} %"
         )
-        said.append(f"{r['mode']}: {top or 'no stall reasons'} ({rates})")
+        said.append(f"{r['note']}: {top or 'no stall reasons'} ({rates})")
     reasons = [r["note"] for r in rows if r["suite"] == "profile" and r["status"] == "skipped"]
     return (
         f"Limits, by hardware counters: {'; '.join(said[:4]) or (reasons or ['not read yet'])[0]}."
@@ -192,7 +192,7 @@ def _checks(results: Results) -> list[str]:
 
 
 def _routes(rows: targets.Rows) -> list[str]:
-    found = [r for r in rows if r["suite"] == "routes" and r["mode"] != "all"]
+    found = [r for r in rows if r["suite"] == "routes" and r["mode"] != "all" and not _untimed(r)]
     providers = list(dict.fromkeys(r["provider"] for r in found if r["median_s"]))
     cells = []
     for key in dict.fromkeys((r["case"], r["mode"]) for r in found):
@@ -253,6 +253,11 @@ def _targets(rows: targets.Rows) -> list[str]:
     return ["## Targets", "", *table(("figure", "to reach", "measured", ""), cells)]
 
 
+def _untimed(r: Results) -> bool:
+    """Whether a row says no more than that there was no time for it."""
+    return r["status"] == "skipped" and str(r.get("note")).startswith("no time left")
+
+
 def _slower(rows: targets.Rows) -> list[str]:
     found = [(case, peer, f"{ratio:.2f}×") for case, peer, ratio in targets.slower(rows)]
     head = ("case", "fastest peer", "its time over ours")
@@ -270,7 +275,7 @@ def _speed(rows: targets.Rows) -> list[str]:
                 number(r.get("tflops")), _mib(r.get("peak_bytes")), number(r.get("error"), 2), r.get("note") or "",
             )
             for r in rows
-            if r["suite"] == suite
+            if r["suite"] == suite and not _untimed(r)
         ]  # fmt: skip
         head = (
             "case",
@@ -308,4 +313,7 @@ def _steps(results: Results) -> list[str]:
         (name, d["status"], f"{d['seconds']:.0f}", d.get("note") or "")
         for name, d in results["steps"].items()
     ]
-    return ["## Steps", "", *table(("step", "", "s", "note"), cells)] if cells else []
+    late = sum(map(_untimed, results["rows"]))
+    said = [f"{late} rows were left out for want of time (results.json names them).", ""]
+    parts = ["## Steps", "", *table(("step", "", "s", "note"), cells)] if cells else []
+    return parts + said * bool(late)

@@ -185,7 +185,7 @@ class Campaign:
         took = time.monotonic() - begun
         if code is None:
             return Done(CUT, took, None, f"ended after {took:.0f} s", self.sources)
-        note = last_line(log) if code or step.setup else ""
+        note = last_line(log) if code or step.tells else ""
         return Done(OK if code == 0 else FAILED, took, code, note, self.sources)
 
 

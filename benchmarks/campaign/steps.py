@@ -44,6 +44,7 @@ class Step:
         after: steps without whose success it has no use.
         rows: whether it writes ``{work}/steps/NAME.json`` with "rows".
         setup: makes what the others need, so that a campaign that goes on does it again.
+        tells: the last line that it prints belongs into the report.
         checks: its result holds for the sources that it saw, so that it is done again where they have changed.
         environment: variables of its own.
     """
@@ -56,6 +57,7 @@ class Step:
     after: tuple[str, ...] = ("package",)
     rows: bool = False
     setup: bool = False
+    tells: bool = False
     checks: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -138,7 +140,7 @@ def _cuda() -> list[Step]:
         Step("kernels", "the CUDA kernels for this GPU, from objects compiled beforehand where there are some",
              BUILD, 70, setup=True, environment=kernels),
         Step("binaries", "Triton's kernels compiled beforehand, where their keys are this machine's",
-             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton", 15, setup=True),
+             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton", 15, setup=True, tells=True),
         Step("smoke", "each kernel against float64, in a process of its own", SMOKE, 50, 15, checks=True),
         _suite("ceilings", "copy, L2, launch and matrix products", 25, "--device cuda"),
         _suite("routes", "the layers that decide, by route and direction", 75, ON_GPU, least=20),
@@ -171,7 +173,7 @@ def _cpu() -> list[Step]:
     emulated = {**INTERPRETER, "FASTFILM_EMULATED_LIBRARY": library}
     smoke = f"{SMOKE} --device cpu --library {library} --types float32,bfloat16 --seconds 60"
     users = (
-        "{python} benchmarks/run.py --quick --minutes 0.1 --json {work}/steps/users-command.json"
+        "{python} benchmarks/run.py --quick --minutes 0.4 --json {work}/steps/users-command.json"
     )
     nvcc = () if shutil.which("nvcc") else ("no nvcc",)
     # on a machine that does other things too everything takes longer
@@ -183,9 +185,9 @@ def _cpu() -> list[Step]:
              environment=INTERPRETER),
         _suite("ceilings", "copy, cache, call and matrix product", 30, quick),
         _suite("routes", "tiny layers, by route and direction", 90, quick, environment=emulated),
-        _suite("model", "tiny networks", 60, f"{quick} --compile none --minutes 0.15"),
+        _suite("model", "tiny networks", 60, f"{quick} --compile none --minutes 0.4"),
         _suite("profile", "why there are no hardware counters", 30, quick),
-        Step("probes", "what wgmma reads: compiled, not run", PROBES, 90, after=nvcc),
+        Step("probes", "what the probes of wgmma expect", f"{PROBES} --self-test", 90, after=nvcc),
         Step("tests", "an essential test in Triton's interpreter", _tests(ESSENTIAL_TESTS[:1], False, 60), 60,
              checks=True, environment=INTERPRETER),
         Step("users-command", "python benchmarks/run.py --quick",

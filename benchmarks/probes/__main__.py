@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file, rewritten after each probe")
     parser.add_argument("--executable", type=Path, help="program compiled beforehand")
     parser.add_argument("--folder", type=Path, help="where it is compiled, or was beforehand")
+    parser.add_argument(
+        "--self-test", action="store_true", help="only what needs no device: the expected results"
+    )
     parser.add_argument("--seconds", type=float, default=15.0, help="limit of one probe")
     parser.add_argument("--total", type=float, default=120.0, help="limit of all")
     args = parser.parse_args()
@@ -26,6 +30,8 @@ def main() -> int:
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
+        if args.self_test:
+            return subprocess.run([str(executable.absolute()), "--self-test"]).returncode
         rows = []
         for row in probes.rows(executable.absolute(), args.seconds, args.total):
             rows.append(row)

@@ -31,7 +31,7 @@ from ..journal import DeviceLost
 from ..layers import WANTED, LayerStep, joined, steady
 from ..networks import NETWORKS
 from ..providers import float32_precision, one_line
-from ..record import ERROR_FACTOR, FAILED, SKIPPED, Row, relative_error
+from ..record import ERROR_FACTOR, FAILED, NO_TIME, SKIPPED, Row, relative_error
 from ..roofline import DTYPES, Ceilings, Layer, Work, flops, ulp
 from ..session import Case, Session
 
@@ -39,7 +39,6 @@ EMULATED = "FASTFILM_EMULATED_LIBRARY"
 """Environment variable: the CUDA kernels built for the host, which then stand in for a GPU's."""
 
 VENDOR = "vendor"
-NO_TIME = "left out, no time"
 DIRECTIONS: dict[str, tuple[str, ...]] = {
     "forward": WANTED,
     "input gradient": ("input",),

@@ -140,7 +140,8 @@ def _cuda() -> list[Step]:
         Step("kernels", "the CUDA kernels for this GPU, from objects compiled beforehand where there are some",
              BUILD, 70, setup=True, environment=kernels),
         Step("binaries", "Triton's kernels compiled beforehand, where their keys are this machine's",
-             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton", 15, setup=True, tells=True),
+             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton", 15, setup=True,
+             tells=True),
         Step("smoke", "each kernel against float64, in a process of its own", SMOKE, 50, 15, checks=True),
         _suite("ceilings", "copy, L2, launch and matrix products", 25, "--device cuda"),
         _suite("routes", "the layers that decide, by route and direction", 75, ON_GPU, least=20),
@@ -173,7 +174,7 @@ def _cpu() -> list[Step]:
     emulated = {**INTERPRETER, "FASTFILM_EMULATED_LIBRARY": library}
     smoke = f"{SMOKE} --device cpu --library {library} --types float32,bfloat16 --seconds 60"
     users = (
-        "{python} benchmarks/run.py --quick --minutes 0.4 --json {work}/steps/users-command.json"
+        "{python} benchmarks/run.py --quick --minutes 0.25 --json {work}/steps/users-command.json"
     )
     nvcc = () if shutil.which("nvcc") else ("no nvcc",)
     # on a machine that does other things too everything takes longer

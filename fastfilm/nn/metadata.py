@@ -63,7 +63,7 @@ def as_metadata(
         and not t.isfinite().all()
     ):
         raise ValueError(f"metadata must be finite, got {t.tolist()}")
-    return on_device(t, device).to(dtype)
+    return on_device(t.to(dtype), device)
 
 
 def on_device(metadata: Tensor, device: torch.device) -> Tensor:

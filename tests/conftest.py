@@ -57,7 +57,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             t = function(*args, **kwargs)
             # a fake tensor (shape propagation) has no storage to fill
             if type(t) is torch.Tensor and t.is_floating_point():
-                t.fill_(float("nan"))
+                # detached, since PyTorch's own code asks for one with a gradient
+                t.detach().fill_(float("nan"))
             return t
 
         return allocate

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.resources
 import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -361,3 +364,43 @@ def test_more_than_two_to_the_31_elements() -> None:
         v = fastfilm.materialise(x, coef)
     assert v[0, :, -1, -1, -1].eq(7.0).all()
     assert v[0, :, 0, 0, 0].eq(1.0).all()
+
+
+def test_interpreted_loops_read_scalars_in_arrays() -> None:
+    """Triton 3.6's interpreter leaves that to NumPy, which refuses from 2.4 on."""
+    common = pytest.importorskip("fastfilm.kernels.common")
+    if not common.INTERPRETED:
+        pytest.skip("kernels are compiled here")
+    tl = common.tl
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def scalar(n: int) -> Any:
+        return tl.tensor(interpreter.TensorHandle(np.array([n], np.int32), tl.int32), tl.int32)
+
+    assert list(common.loop(scalar(3))) == [0, 1, 2]
+    assert list(common.loop(scalar(1), 8, tl.constexpr(3))) == [1, 4, 7]
+
+
+def test_kernels_take_range_over_constants_alone() -> None:
+    """A bound that is known at run time takes ``loop``."""
+    folder = importlib.resources.files("fastfilm.kernels")
+    seen = 0
+    for file in (f for f in folder.iterdir() if f.name.endswith(".py")):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or not any(
+                ast.unparse(d).startswith("triton.jit") for d in function.decorator_list
+            ):
+                continue
+            arguments = function.args.args
+            constant = {
+                a.arg
+                for a in arguments
+                if a.annotation and "constexpr" in ast.unparse(a.annotation)
+            }
+            for loop in (n for n in ast.walk(function) if isinstance(n, ast.For)):
+                assert isinstance(loop.iter, ast.Call)
+                bounds = [n for a in loop.iter.args for n in ast.walk(a) if isinstance(n, ast.Name)]
+                if ast.unparse(loop.iter.func) == "range":
+                    seen += 1
+                    assert {n.id for n in bounds} <= constant, f"{file.name}:{loop.lineno}"
+    assert seen

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 
 import fastfilm
 from fastfilm.ops import backends, library, spec
@@ -183,14 +184,16 @@ CALLS = [
 @pytest.mark.parametrize(("name", "plan"), CALLS)
 def test_opcheck(name: str, plan: str) -> None:
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    # PyTorch before 2.13 traces a convolution's second derivative for one size, not for all
+    one_size = name == "conv_backward" and torch.__version__ < TorchVersion("2.13")
+    traced = [*utils, f"test_aot_dispatch_{'static' if one_size else 'dynamic'}"]
     for i, args in enumerate(INPUTS[name](plan, Draw())):
         # tracing the gradient is slow: a few of the inputs, of all kinds of layout
         if plan.startswith("triton") and i % 4 != 1:
             continue
         full = name != "conv_apply" and i % 6 == 1
-        dynamic = [*utils, "test_aot_dispatch_dynamic"]
         torch.library.opcheck(
-            operator(name), args, test_utils=dynamic if full else utils, rtol=1e-3, atol=1e-3
+            operator(name), args, test_utils=traced if full else utils, rtol=1e-3, atol=1e-3
         )
 
 

@@ -87,7 +87,7 @@ def _targets(rows: targets.Rows) -> list[str]:
         if v.word == "reached":
             continue
         t = v.target
-        name = "" if "memory" in t.figure else (v.limiter or _limiter(t)).split(" ")[0]
+        name = "" if "memory" in t.figure else _limiter(t)
         sign = "≥" if t.above else "≤"
         value = "not measured" if v.value is None else f"{number(v.value)} {t.unit}"
         cells.append(

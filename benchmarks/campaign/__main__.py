@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         prog="benchmarks/gpu.sh",
         description="Builds, checks, measures and reports on a GPU within a time. After every step DIR holds"
-        " bundle.tar.gz, results.json, report.md and at most three pictures.",
+        " bundle.tar.gz, results.json, report.md and at most two pictures.",
     )  # fmt: skip
     p.add_argument("--dry", action="store_true", help="the same on a CPU, emulated, on tiny maps")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("fastfilm-campaign"))

@@ -16,7 +16,7 @@ from typing import Any
 
 NAME = "bundle.tar.gz"
 KEPT = ("campaign.json", "logs", "steps", "tuned")
-PICTURES = ("speed.png", "layers.png", "memory.png")
+PICTURES = SPEED, LAYERS = "speed.png", "layers.png"
 MOST = 256 << 10
 """Bytes of a log that are kept: of a longer one the beginning and the end, which say what went wrong."""
 

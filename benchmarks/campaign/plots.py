@@ -1,4 +1,4 @@
-"""Pictures of a campaign: speed of the networks, layers by route, memory; the conditions stand underneath.
+"""Pictures of a campaign: speed of the networks, layers by route; the conditions stand underneath.
 
     python -m benchmarks.campaign.plots DIR
 
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..report import SHORT, colour, conditions
-from .bundle import PICTURES
+from .bundle import LAYERS, SPEED
 
 Rows = Sequence[Mapping[str, Any]]
 
 REFERENCE = "eager-channels-last"
-"""What speed-ups and memory are relative to: with autocast in training, as a user would run it."""
+"""What speed-ups are relative to: with autocast in training, as a user would run it."""
 
 NOTE = {"cpu": "tiny networks on a CPU: a dry run, which says nothing about a GPU"}
 GROUPS = 8
@@ -36,12 +36,11 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
     import matplotlib.pyplot as plt
 
     made = []
-    pictures: tuple[tuple[Callable[..., bool], float], ...] = (
-        (_speed, 9.0),
-        (_layers, 9.5),
-        (_memory, 9.0),
-    )
-    for name, (picture, width) in zip(PICTURES, pictures, strict=True):
+    pictures: dict[str, tuple[Callable[..., bool], float]] = {
+        SPEED: (_speed, 9.0),
+        LAYERS: (_layers, 9.5),
+    }
+    for name, (picture, width) in pictures.items():
         figure = plt.figure(figsize=(width, 5.0), layout="constrained")
         try:
             if picture(figure, results["rows"]):
@@ -68,11 +67,11 @@ def _label(case: str, mode: str, dtype: str) -> str:
 Group = tuple[str, str, str]
 
 
-def _groups(rows: Rows, key: str) -> dict[Group, dict[str, Mapping[str, Any]]]:
-    """(case, mode, dtype) -> provider -> row, of those that have ``key``; a provider's first row counts."""
+def _groups(rows: Rows) -> dict[Group, dict[str, Mapping[str, Any]]]:
+    """(case, mode, dtype) -> provider -> row, of those with a time; a provider's first row counts."""
     found: dict[Group, dict[str, Mapping[str, Any]]] = {}
     for r in rows:
-        if r["suite"] in ("model", "converted") and r["status"] == "ok" and r.get(key):
+        if r["suite"] in ("model", "converted") and r["status"] == "ok" and r.get("median_s"):
             found.setdefault((r["case"], r["mode"], r["dtype"]), {}).setdefault(r["provider"], r)
     return dict(list(found.items())[:GROUPS])
 
@@ -106,7 +105,7 @@ def _bars(
 
 def _speed(figure: Any, rows: Rows) -> bool:
     groups = {}
-    for group, found in _groups(rows, "median_s").items():
+    for group, found in _groups(rows).items():
         base = found.get(REFERENCE)
         if base is not None and len(found) > 1:
             groups[group] = {
@@ -144,33 +143,6 @@ def _same_step(rows: Rows, group: Group, base: Mapping[str, Any]) -> dict[str, M
             scale = base["median_s"] / own[r["step"]]
             found[r["provider"]] = {**r, "median_s": r["median_s"] * scale}
     return found
-
-
-MEMORY = {
-    "peak_bytes": "peak memory of a step",
-    "saved_bytes": "bytes kept for the backward pass",
-}
-"""The first that was measured is drawn: a CPU's peak is not."""
-
-
-def _memory(figure: Any, rows: Rows) -> bool:
-    training = {
-        key: {
-            group: {n: r[key] / 2**20 for n, r in found.items()}
-            for group, found in _groups(rows, key).items()
-            if group[1] == "training"
-        }
-        for key in MEMORY
-    }
-    key = next((k for k, groups in training.items() if groups), None)
-    if key is None:
-        return False
-    groups, said = training[key], MEMORY[key]
-    figure.set_figheight(_height(groups))
-    axis = figure.add_subplot()
-    _bars(axis, groups, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.1f}")
-    axis.set_xlabel(f"{said}, MiB (shorter is better)", fontsize=9)
-    return True
 
 
 def _layers(figure: Any, rows: Rows) -> bool:

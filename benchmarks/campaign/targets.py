@@ -24,7 +24,7 @@ class Target:
         least: bound, from below if ``above``, else from above.
         measured: the figure from a campaign's rows; None where a row for it is missing.
         unit: of the figure.
-        case, mode: of the row whose limiter explains a gap.
+        case, mode: of its network.
     """
 
     figure: str
@@ -53,18 +53,9 @@ def speed_up(
     """The peer's time over ours, both of one step of the campaign (they took turns there)."""
 
     def measured(rows: Rows) -> float | None:
-        theirs = find(rows, suite=suite, case=case, mode=mode, dtype=dtype, provider=peer)
-        for row in theirs:
-            ours = find(
-                rows,
-                suite=suite,
-                case=case,
-                mode=mode,
-                dtype=dtype,
-                provider=OURS,
-                step=row["step"],
-            )
-            for own in ours:
+        wanted = {"suite": suite, "case": case, "mode": mode, "dtype": dtype}
+        for row in find(rows, provider=peer, **wanted):
+            for own in find(rows, provider=OURS, step=row["step"], **wanted):
                 if row["median_s"] and own["median_s"]:
                     return float(row["median_s"] / own["median_s"])
         return None
@@ -152,39 +143,23 @@ TARGETS = (
     _of_floor(FLAT, "inference", "FiLMedUNet 2D, inference", 70),
     *_against(DEEP, "training", "FiLMedUNet 3D, training step", 2.5, 1.8),
     _of_floor(DEEP, "training", "FiLMedUNet 3D, training step", 60),
-    Target(
-        "FiLMedUNet 3D, training step",
-        400,
-        of_ours("tflops", DEEP, "training"),
-        "TFLOP/s",
-        case=DEEP,
-    ),
-    Target(
-        "nnU-Net ResidualEncoderUNet 3D, converted, against its compiled default",
-        2.0,
-        speed_up("compile-contiguous", RESENC, "training", suite="converted"),
-        case=RESENC,
-    ),
+    Target("FiLMedUNet 3D, training step", 400, of_ours("tflops", DEEP, "training"), "TFLOP/s", case=DEEP),
+    Target("nnU-Net ResidualEncoderUNet 3D, converted, against its compiled default", 2.0,
+           speed_up("compile-contiguous", RESENC, "training", suite="converted"), case=RESENC),
     *_peaks(FLAT, "2D"),
     *_peaks(DEEP, "3D"),
-    Target(
-        "FiLMedUNet 2D, training step, against the paper's form",
-        10,
-        against_the_paper(FLAT),
-        case=FLAT,
-    ),
+    Target("FiLMedUNet 2D, training step, against the paper's form", 10, against_the_paper(FLAT), case=FLAT),
     Target("apply kernel, of the copy bandwidth", 85, of_copy, "%"),
-)
+)  # fmt: skip
 """In the order of the report."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target with what was measured, and the limiter of its case by the cost model."""
+    """A target with what was measured."""
 
     target: Target
     value: float | None
-    limiter: str = ""
 
     @property
     def word(self) -> str:
@@ -196,20 +171,7 @@ class Verdict:
 
 def verdicts(rows: Rows) -> list[Verdict]:
     """Every target."""
-    return [Verdict(t, t.measured(rows), limiter(rows, t.case, t.mode)) for t in TARGETS]
-
-
-def limiter(rows: Rows, case: str, mode: str) -> str:
-    """The term that the cost model gives most of a network's time to, and its share."""
-    terms: dict[str, float] = {}
-    for row in rows:
-        if row["suite"] == "explain" and row.get("network") == case and row["mode"] == mode:
-            for name, seconds in row["terms_s"].items():
-                terms[name] = terms.get(name, 0.0) + seconds
-    if not terms:
-        return ""
-    name = max(terms, key=lambda n: terms[n])
-    return f"{name} ({100 * terms[name] / sum(terms.values()):.0f} % of the estimate)"
+    return [Verdict(t, t.measured(rows)) for t in TARGETS]
 
 
 def slower(

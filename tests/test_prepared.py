@@ -17,7 +17,9 @@ from .yardstick import relative_error
 pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
 
 PACKED = (
-    hasattr(torch.ops.mkldnn, "_convolution_pointwise") and torch.backends.mkldnn.is_available()
+    hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    and torch.backends.mkldnn.is_available()
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
 
 
@@ -26,7 +28,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights that were packed, in order."""
     shapes: list[tuple[int, ...]] = []
     if not PACKED:
-        pytest.skip("this PyTorch packs no weights")
+        pytest.skip("this PyTorch packs no bfloat16 weights on this CPU")
     reorder = torch.ops.mkldnn._reorder_convolution_weight
 
     def noted(weight: Tensor, *rest: object) -> Tensor:
@@ -115,11 +117,22 @@ def test_other_shapes_types_and_copies_are_made_anew(
     assert len(made) == 4
 
 
+@CALLS
+@pytest.mark.parametrize("dims", [2, 3])
+def test_inference_in_bfloat16_runs_on_every_cpu(call: Callable[..., Tensor], dims: int) -> None:
+    model, x = prepare(call, block(dims)), image(dims)
+    with fastfilm.backend("reference"):
+        truth = call(copy.deepcopy(model), x)
+    assert relative_error(call(model, x), truth.double()) < 1e-2
+
+
 def test_winograds_form_keeps_what_it_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastfilm import _C
     from fastfilm.ops import cpu_convolution
 
-    if not cpu_convolution._by_winograd(torch.float32, 2, (40, 36), (32, 32, 3, 3), "avx512"):
-        pytest.skip("not served")
+    shapes = (40, 36), (32, 32, 3, 3)
+    if not cpu_convolution._by_winograd(torch.float32, 2, *shapes, _C.instruction_set()):
+        pytest.skip("this processor has no AVX-512")
     made: list[tuple[int, ...]] = []
     real = cpu_convolution._transformed
 
@@ -131,10 +144,6 @@ def test_winograds_form_keeps_what_it_transforms(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     model = fastfilm.ConvNormFiLM2d(32, 32, norm="batch").eval()
     x = torch.randn(2, 32, 40, 36).contiguous(memory_format=torch.channels_last)
-    if not cpu_convolution.covers_convolution(
-        x, model.weight, ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    ):
-        pytest.skip("this processor has no AVX-512")
     with torch.no_grad():
         first, again, smaller = model(x), model(x), model(x[..., :20])
         assert made == [(32, 32, 3, 3)]

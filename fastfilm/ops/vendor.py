@@ -180,7 +180,14 @@ def _packs(v: Tensor) -> bool:
         v.dtype == torch.bfloat16
         and v.device.type == "cpu"
         and bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+        and _has_bfloat16()
     )
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 on this CPU: without AVX-512 (or AVX-NE-CONVERT) it raises."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _with_zeros(x: Tensor) -> Tensor:

@@ -228,6 +228,7 @@ class BuildExt(build_ext):
                 command = [nvcc, *CUDA_FLAGS, *code_flags(archs), "-c", source, "-o", str(partial)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode != 0:
+                    print(done.stdout, done.stderr, file=sys.stderr)
                     reason = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
                     raise RuntimeError(f"nvcc failed on {source}: {reason[0]}")
                 partial.replace(out)

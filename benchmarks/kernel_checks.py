@@ -82,10 +82,9 @@ def launchers(backend: str, library: str | None) -> Iterator[Any]:
 
         with emulation.installed(emulation.load(Path(library))) as kernels:
             yield kernels
-    elif backend == "cuda":
-        yield BACKENDS["cuda"].kernels()
-    else:
-        yield importlib.import_module("fastfilm.kernels")
+    else:  # themselves, also where FASTFILM_WITHOUT leaves some out
+        name = "fastfilm.ops.cuda" if backend == "cuda" else "fastfilm.kernels"
+        yield importlib.import_module(name)
 
 
 def check(kernels: Any, family: str, device: str, dtype: str) -> float | None:

@@ -170,3 +170,30 @@ def test_triton_is_checked_by_both_routes(
     text = capsys.readouterr().out
     assert status == 0, text
     assert {r.split()[1] for r in lines(text)} == {"fused", "composed"}
+
+
+def test_kernels_that_are_left_out_are_counted_and_not_wrong(
+    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any) -> None:
+        raise NotImplementedError("cuda:dgrad:float32 is left out by FASTFILM_WITHOUT")
+
+    monkeypatch.setattr(fastfilm.check, "_errors", refused)
+    assert main(["check", "--quick"]) == 0
+    text = capsys.readouterr().out
+    count = len(lines(text))
+    assert f"{count} checks, 0 wrong" in text and f"{count} left out by FASTFILM_WITHOUT" in text
+
+
+def test_nothing_more_is_checked_once_the_gpu_is_lost(
+    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(fastfilm.check, "_errors", lost)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert main(["check", "--quick"]) == 1
+    text = capsys.readouterr().out
+    assert len(lines(text)) == 1 and "the other rows are not checked" in text

@@ -142,12 +142,9 @@ class Campaign:
             "FASTFILM_TUNED": str(self.work / "tuned"),
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
-        if not step.checks:
-            checks = results.listed(self.work / "steps" / "smoke.json")
-            bad = [c["check"] for c in checks if c["status"] in report.BAD]
-            found["FASTFILM_WITHOUT"] = ",".join(
-                filter(None, (found.get("FASTFILM_WITHOUT"), *bad))
-            )
+        checks = results.listed(self.work / "steps" / "smoke.json")
+        bad = [c["check"] for c in checks if c["status"] in report.BAD]
+        found["FASTFILM_WITHOUT"] = ",".join(filter(None, (found.get("FASTFILM_WITHOUT"), *bad)))
         return found | {n: filled(text, self.values) for n, text in step.environment.items()}
 
     def run(self, step: Step, seconds: float) -> Done:

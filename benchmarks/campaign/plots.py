@@ -165,8 +165,11 @@ def _layers(figure: Any, rows: Rows) -> bool:
             )  # fmt: skip
         axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
-        axis.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
-        axis.minorticks_off()
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.tick_params(axis="x", labelsize=7, which="both")
+        if min(r["ratio"] for r in found) > 0.1:
+            axis.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+            axis.minorticks_off()
         axis.set_title(mode, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", linewidth=0.3)

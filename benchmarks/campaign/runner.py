@@ -34,6 +34,11 @@ GRACE = 3.0
 TRIES = 4
 """How often a suite is started whose process a faulty kernel ends."""
 
+ALONE = """import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable___fastfilm" not in str(f)]
+"""
+"""sitecustomize of the steps: an editable install lends no extension to the package that is measured."""
+
 SOURCES = ("kernels", "csrc", "fastfilm", "setup.py")
 
 
@@ -80,6 +85,8 @@ class Campaign:
         self.values = {"python": sys.executable, "work": str(work), **values}
         for name in ("logs", "steps", "tuned"):
             (work / name).mkdir(parents=True, exist_ok=True)
+        (work / "site").mkdir(exist_ok=True)
+        (work / "site" / "sitecustomize.py").write_text(ALONE)
         self.done: dict[str, Done] = {}
         self.about: dict[str, Any] = {"device": device, "runs": []}
         self.sources = fingerprint()

@@ -165,10 +165,17 @@ def _facts() -> dict[str, Any]:
     return {"values": _values(), "proof": {key: w.kernel for key, w in found.items()}}
 
 
-def _stub(folder: str) -> None:
-    """A libcuda.so.1 to link launchers with; where they are loaded, the GPU's driver has it."""
-    command = ["-shared", "-Wl,-soname,libcuda.so.1", "-xc", "/dev/null"]
-    subprocess.run(["gcc", *command, "-o", f"{folder}/libcuda.so.1"], check=True)
+def _toolchain(folder: Path) -> dict[str, str]:
+    """Environment in which Triton builds its C parts for a machine with a GPU's driver, where none is.
+
+    The libcuda.so.1 to link with is empty. So the linker is to note that it is needed, though no symbol says so.
+    """
+    stub, cc = folder / "libcuda.so.1", folder / "cc"
+    command = ["-shared", f"-Wl,-soname,{stub.name}", "-xc", "/dev/null", "-o", str(stub)]
+    subprocess.run(["gcc", *command], check=True)
+    cc.write_text('#!/bin/sh\nexec gcc -Wl,--no-as-needed "$@"\n')
+    cc.chmod(0o755)
+    return {"CC": str(cc), "TRITON_LIBCUDA_PATH": str(folder)}
 
 
 def _compile(key: str, wanted: Wanted, deadline: float) -> str:
@@ -217,8 +224,7 @@ def make(
     deadline = time.time() + 60 * minutes - (time.monotonic() - began)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        _stub(work)
-        given = {"TRITON_CACHE_DIR": f"{work}/cache", "TRITON_LIBCUDA_PATH": work}
+        given = {"TRITON_CACHE_DIR": f"{work}/cache", **_toolchain(Path(work))}
         workers = min(os.cpu_count() or 1, 1 + len(found) // 16)
         pool = ProcessPoolExecutor(workers, get_context("spawn"))
         with patch.dict(os.environ, given), pool:
@@ -246,8 +252,6 @@ def _pack(cache: Path, archive: Path) -> set[str]:
     """Writes the entries of a cache into an archive, and names them."""
     files = sorted(cache.glob("*/*"), key=lambda p: (p.suffix, p.name, p.parent.name))
     files = [p for p in files if p.suffix in NEEDED and not p.name.startswith("__grp__")]
-    # without this name in it a shared object would look for the driver in vain
-    files = [p for p in files if p.suffix != ".so" or b"libcuda.so.1\0" in p.read_bytes()]
     with tarfile.open(archive, "w:xz") as tar:
         for path in files:
             tar.add(path, str(path.relative_to(cache)))

@@ -108,10 +108,12 @@ LAYERS = (
 def _layers() -> Calls:
     """Layers in bfloat16 by each route, forward and backward."""
     for batch, layer in LAYERS:
+        n = next(n for n in NETWORKS if n.kind == "film" and n.dims == len(layer.size))
+        block = Block(layer, batch, n.norm, n.act, n.order)
         for route in ROUTES:
             for mode in ("inference", "training"):
                 scope = partial(fastfilm.backend, "triton", route)
-                yield LayerStep(Block(layer, batch), "cpu", "bfloat16", mode, scope)
+                yield LayerStep(block, "cpu", "bfloat16", mode, scope)
 
 
 def _proof() -> Calls:

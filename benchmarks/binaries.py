@@ -2,13 +2,14 @@
 
     python -m benchmarks.binaries make FOLDER [--minutes M] [--only proof,networks,layers,check]
     python -m benchmarks.binaries check FOLDER
-    python -m benchmarks.binaries install FOLDER CACHE      (only what fits, and says so)
+    python -m benchmarks.binaries install FOLDER CACHE [--minutes M] [--only networks,layers]
 
 Triton compiles a kernel at its first launch, once for every specialisation: types, constants, and which numbers
 are 1 or multiples of 16. ``make`` calls networks and layers with every launch noted and none carried out, and has
 Triton compile for sm_90 what was noted. FOLDER then holds ``entries.tar.xz``, entries of Triton's cache (machine
 code, its description, launchers in C), and ``manifest.json``, all that the entries' keys are made of. Under a key
-that differs in anything Triton finds nothing and compiles: ``check`` says which value differs.
+that differs in anything Triton finds nothing and compiles. ``check`` says which value differs, and ``install``
+compiles the workloads of ``--only`` into the cache then, on all cores at once.
 """
 
 from __future__ import annotations
@@ -200,6 +201,31 @@ def _compile(key: str, wanted: Wanted, deadline: float) -> str:
     return ""
 
 
+def _wanted(only: Iterable[str], say: Callable[[str], None]) -> dict[str, Wanted]:
+    """What the workloads of these names launch, those named first in front."""
+    from .hollow import WORKLOADS, hollow
+
+    began = time.monotonic()
+    with noted() as found, hollow():
+        for name in only:
+            before = len(found)
+            for call in WORKLOADS[name]():
+                call()
+            say(f"{name}: {len(found) - before} specialisations, {time.monotonic() - began:.0f} s")
+    return found
+
+
+def _compile_all(
+    found: dict[str, Wanted], environment: dict[str, str], deadline: float
+) -> list[str]:
+    """Compiles in processes with ``environment``; what could not be compiled, and why."""
+    workers = min(os.cpu_count() or 1, 1 + len(found) // 16)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    with patch.dict(os.environ, environment), pool:
+        jobs = [pool.submit(_compile, *item, deadline) for item in found.items()]
+        return [fault for job in jobs if (fault := job.result())]
+
+
 def make(
     folder: Path,
     minutes: float = 60.0,
@@ -212,24 +238,14 @@ def make(
         minutes: no kernel is begun after them; those of the first workloads come first.
         only: of ``hollow.WORKLOADS``; all without it.
     """
-    from .hollow import WORKLOADS, hollow
+    from .hollow import WORKLOADS
 
-    began = time.monotonic()
-    with noted() as found, hollow():
-        for name in dict.fromkeys(["proof", *(only or WORKLOADS)]):
-            before = len(found)
-            for call in WORKLOADS[name]():
-                call()
-            say(f"{name}: {len(found) - before} specialisations, {time.monotonic() - began:.0f} s")
-    deadline = time.time() + 60 * minutes - (time.monotonic() - began)
+    began, deadline = time.monotonic(), time.time() + 60 * minutes
+    found = _wanted(dict.fromkeys(["proof", *(only or WORKLOADS)]), say)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         given = {"TRITON_CACHE_DIR": f"{work}/cache", **_toolchain(Path(work))}
-        workers = min(os.cpu_count() or 1, 1 + len(found) // 16)
-        pool = ProcessPoolExecutor(workers, get_context("spawn"))
-        with patch.dict(os.environ, given), pool:
-            jobs = [pool.submit(_compile, *item, deadline) for item in found.items()]
-            faults = [fault for job in jobs if (fault := job.result())]
+        faults = _compile_all(found, given, deadline)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         packed = _pack(Path(work) / "cache", folder / ENTRIES)
     manifest = {
@@ -242,6 +258,18 @@ def make(
     size = (folder / ENTRIES).stat().st_size / 2**20
     say(f"{len(manifest['entries'])} binaries, {spent}, {size:.1f} MiB, {len(faults)} faults")
     return manifest
+
+
+def prepare_cache(folder: Path, cache: Path, minutes: float, only: Iterable[str]) -> str:
+    """Installs the binaries of ``folder`` if they fit, else compiles workloads on all cores; says which it was."""
+    there = (folder / MANIFEST).exists()
+    reason = check(folder) if there else "none were made beforehand"
+    if reason is None:
+        return f"{install(folder, cache)} binaries made beforehand are used"
+    deadline = time.time() + 60 * minutes
+    found = _wanted(only, print)
+    faults = _compile_all(found, {"TRITON_CACHE_DIR": str(cache)}, deadline)
+    return f"{len(found) - len(faults)} of {len(found)} kernels compiled here: {reason}"
 
 
 NEEDED = (".cubin", ".json", ".so")
@@ -316,8 +344,9 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name)
         if name != "facts":
             command.add_argument("folder", type=Path)
-    commands.choices["make"].add_argument("--minutes", type=float, default=60.0)
-    commands.choices["make"].add_argument("--only", type=lambda s: s.split(","), default=())
+    for name in ("make", "install"):
+        commands.choices[name].add_argument("--minutes", type=float, default=60.0)
+        commands.choices[name].add_argument("--only", type=lambda s: s.split(","), default=())
     commands.choices["install"].add_argument("cache", type=Path)
     given = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
@@ -326,10 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.command == "facts":
         print(json.dumps(_facts()))
     elif given.command == "install":
-        there = (given.folder / MANIFEST).exists()
-        reason = check(given.folder) if there else "none were made beforehand"
-        count = 0 if reason else install(given.folder, given.cache)
-        print(f"not used: {reason}" if reason else f"{count} binaries are used")
+        print(prepare_cache(given.folder, given.cache, given.minutes, given.only))
     else:
         reason = check(given.folder)
         print(reason or "the binaries fit")

@@ -27,6 +27,7 @@ from .networks import NETWORKS
 from .roofline import Layer
 from .step import Step
 from .suites.model import METADATA, twin
+from .suites.routes import CHECKED, DIRECTIONS, SUBJECTS, step_of
 
 LARGE = 1 << 16
 """Elements from which a tensor is left as it comes."""
@@ -92,28 +93,14 @@ def _networks(*routes: str | None) -> Calls:
                 )  # fmt: skip
 
 
-LAYERS = (
-    (16, Layer(64, 64, (256, 256))),
-    (16, Layer(128, 128, (128, 128))),
-    (16, Layer(1, 64, (256, 256), input_grad=False)),
-    (16, Layer(64, 1, (256, 256))),
-    (16, Layer(256, 256, (32, 32))),
-    (2, Layer(32, 32, (128, 128, 128))),
-    (2, Layer(64, 64, (64, 64, 64))),
-    (2, Layer(256, 256, (8, 16, 16))),
-)
-"""Batch and layer; those behind a concatenation are in the networks."""
-
-
 def _layers() -> Calls:
-    """Layers in bfloat16 by each route, forward and backward."""
-    for batch, layer in LAYERS:
-        n = next(n for n in NETWORKS if n.kind == "film" and n.dims == len(layer.size))
-        block = Block(layer, batch, n.norm, n.act, n.order)
-        for route in ROUTES:
-            for mode in ("inference", "training"):
-                scope = partial(fastfilm.backend, "triton", route)
-                yield LayerStep(block, "cpu", "bfloat16", mode, scope)
+    """The suite ``routes`` in bfloat16: each layer and the crop of it that is compared, in every direction."""
+    for subject in SUBJECTS:
+        for sized in (subject, subject.sized(CHECKED[subject.dims])):
+            for route in ROUTES:
+                for wanted in DIRECTIONS.values():
+                    if subject.block.layer.input_grad or "input" not in wanted or len(wanted) > 2:
+                        yield step_of(sized, "cpu", "bfloat16", f"triton/{route}", wanted)
 
 
 def _proof() -> Calls:

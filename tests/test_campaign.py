@@ -227,7 +227,7 @@ wanted = {{s.name: s for s in steps.steps("cpu") if s.name in names}}
 smoke = wanted["smoke"].command.replace("--seconds 60", "--seconds 30").replace("float32,bfloat16", "float32")
 smoke += " --only triton:dgrad,triton:wgrad,triton:moments,triton:pointwise,cuda:fprop"
 wanted["smoke"] = replace(wanted["smoke"], command=smoke)
-wanted["routes"] = replace(wanted["routes"], seconds=400, command=wanted["routes"].command + " --minutes 1")
+wanted["routes"] = replace(wanted["routes"], seconds=500, command=wanted["routes"].command + " --minutes 8")
 raise SystemExit(runner.run(Path({str(out)!r}), "cpu", 900, list(wanted.values())))
 """
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}

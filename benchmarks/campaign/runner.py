@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -233,10 +234,11 @@ def bounded(
 
 
 def last_line(log: Path) -> str:
-    """What a process said last, at most 200 characters."""
+    """What a process said last, of an error if it said of one, at most 200 characters."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    said = [line for line in lines if line]
-    return said[-1][:200] if said else ""
+    said = [line for line in lines if line][-40:]
+    errors = [line for line in said if re.search(r"\berror:|Error\b|ERROR", line)]
+    return (errors or said or [""])[-1][:200]
 
 
 def run(

@@ -105,7 +105,7 @@ def _tests(nodes: Sequence[str], gpu: bool, seconds: int) -> str:
 def _package() -> Step:
     left_out = {"FASTFILM_CPU": "0", "FASTFILM_CUDA": "0"}
     why = "the Python part, into the campaign's own folder"
-    return Step("package", why, BUILD, 15, after=(), setup=True, environment=left_out)
+    return Step("package", why, BUILD, 10, after=(), setup=True, environment=left_out)
 
 
 def _sanitizer(tool: str) -> Step:
@@ -115,7 +115,7 @@ def _sanitizer(tool: str) -> Step:
     )
     command += f" -m benchmarks.kernel_checks {checks} --few"
     why = f"compute-sanitizer {tool} on the CUDA convolutions"
-    return Step(tool, why, command, 30, after=("kernels",), checks=True)
+    return Step(tool, why, command, 25, after=("kernels",), checks=True)
 
 
 def steps(device: str) -> list[Step]:
@@ -138,19 +138,19 @@ def _cuda() -> list[Step]:
     return [
         _package(),
         Step("kernels", "the CUDA kernels for this GPU, from objects compiled beforehand where there are some",
-             BUILD, 70, setup=True, environment=kernels),
-        Step("binaries", "Triton's kernels compiled beforehand, where their keys are this machine's",
-             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton", 15, setup=True,
-             tells=True),
-        Step("smoke", "each kernel against float64, in a process of its own", SMOKE, 50, 15, checks=True),
-        _suite("ceilings", "copy, L2, launch and matrix products", 25, "--device cuda"),
-        _suite("routes", "the layers that decide, by route and direction", 75, ON_GPU, least=20),
+             BUILD, 60, setup=True, environment=kernels),
+        Step("binaries", "Triton's kernels, those compiled beforehand where their keys are this machine's",
+             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton --minutes {{minutes}}"
+             " --only networks,layers", 65, setup=True, tells=True),
+        Step("smoke", "each kernel against float64, in a process of its own", SMOKE, 45, 15, checks=True),
+        _suite("ceilings", "copy, L2, launch and matrix products", 20, "--device cuda"),
+        _suite("routes", "the layers that decide, by route and direction", 70, ON_GPU, least=20),
         _suite("model", "whole networks, also from CUDA graphs", 60, f"{alone} --graphs", least=25),
         _suite("profile", "hardware counters of the CUDA convolutions", 40, ON_GPU, after=("kernels",)),
-        Step("probes", "what wgmma reads and at what rate", f"{PROBES} --folder {BEFOREHAND}", 25, after=()),
+        Step("probes", "what wgmma reads and at what rate", f"{PROBES} --folder {BEFOREHAND}", 20, after=()),
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
-        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 40), 60, 15, checks=True),
+        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 40), 55, 15, checks=True),
         Step("check", "every backend and route against float64", "{python} -m fastfilm check --quick", 25,
              checks=True),
         Step("users-command", "python benchmarks/run.py, as in the README",

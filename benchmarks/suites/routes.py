@@ -281,7 +281,8 @@ def route_call(
 def run(session: Session) -> None:
     """Measures and prints one layer after the other, in the first of the dtypes asked for."""
     library = os.environ.get(EMULATED) if session.device == "cpu" else None
-    module = None if library is None else emulation.load(Path(library))
+    there = library is not None and Path(library).exists()
+    module = emulation.load(Path(str(library))) if there else None
     emulated = contextlib.nullcontext() if module is None else emulation.serving(module)
     dtype = session.dtypes[0]
     with emulated, float32_precision(dtype == "tf32"):

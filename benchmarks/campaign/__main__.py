@@ -13,8 +13,8 @@ from pathlib import Path
 from . import prepare, runner
 from .steps import Step, steps
 
-NEEDED = {"numpy": "numpy", "setuptools": "setuptools", "pybind11": "pybind11", "pytest": "pytest"}
-"""Module -> package, beside torch and triton."""
+NEEDED = ("numpy", "setuptools", "pybind11", "pytest", "hypothesis")
+"""Modules, and packages of the same name, beside torch and triton."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def architecture() -> str | None:
 
 def requirements() -> list[Step]:
     """A step that brings what is not installed into the campaign's own folder; none where all is there."""
-    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if not missing:
         return []
     command = f"{{python}} -m pip install --quiet --target {{work}}/libraries {' '.join(missing)}"

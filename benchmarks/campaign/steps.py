@@ -172,9 +172,9 @@ def _cpu() -> list[Step]:
     quick = "--device cpu --quick --dtype float32"
     library = "{work}/emulated/_CUDA.so"
     emulated = {**INTERPRETER, "FASTFILM_EMULATED_LIBRARY": library}
-    smoke = f"{SMOKE} --device cpu --library {library} --types float32,bfloat16 --seconds 60"
+    smoke = f"{SMOKE} --device cpu --library {library} --types bfloat16 --seconds 60"
     users = (
-        "{python} benchmarks/run.py --quick --minutes 0.25 --json {work}/steps/users-command.json"
+        "{python} benchmarks/run.py --quick --minutes 0.2 --json {work}/steps/users-command.json"
     )
     nvcc = () if shutil.which("nvcc") else ("no nvcc",)
     # on a machine that does other things too everything takes longer
@@ -186,7 +186,7 @@ def _cpu() -> list[Step]:
              environment=INTERPRETER),
         _suite("ceilings", "copy, cache, call and matrix product", 30, quick),
         _suite("routes", "tiny layers, by route and direction", 90, quick, environment=emulated),
-        _suite("model", "tiny networks", 60, f"{quick} --compile none --minutes 0.4"),
+        _suite("model", "tiny networks", 60, f"{quick} --compile none --minutes 0.2"),
         _suite("profile", "why there are no hardware counters", 30, quick),
         Step("probes", "what the probes of wgmma expect", f"{PROBES} --self-test", 90, after=nvcc),
         Step("tests", "an essential test in Triton's interpreter", _tests(ESSENTIAL_TESTS[:1], False, 60), 60,

@@ -224,7 +224,7 @@ from pathlib import Path
 from benchmarks.campaign import runner, steps
 names = ("package", "kernels", "smoke", "routes")
 wanted = {{s.name: s for s in steps.steps("cpu") if s.name in names}}
-smoke = wanted["smoke"].command.replace("--seconds 60", "--seconds 30").replace("--types bfloat16", "--types float32")
+smoke = wanted["smoke"].command.replace("--seconds 60", "--seconds 30").replace("bfloat16", "float32")
 smoke += " --only triton:dgrad,triton:wgrad,triton:moments,triton:pointwise,cuda:fprop"
 wanted["smoke"] = replace(wanted["smoke"], command=smoke)
 wanted["routes"] = replace(wanted["routes"], seconds=500, command=wanted["routes"].command + " --minutes 8")

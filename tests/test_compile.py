@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import backends
+from fastfilm.ops import backends, tables
 from tests.case import SLOW
 from tests.yardstick import relative_error
 
@@ -117,6 +118,51 @@ def test_the_graph_consists_of_our_operators() -> None:
             torch.randn(1, 1, 16, 16), torch.eye(3)[:1]
         )
     assert any("fastfilm" in name for name in recorder.operators())
+
+
+class Compiled:
+    """Stands in for the compiled CUDA kernels."""
+
+    @staticmethod
+    def why_not(dtype: torch.dtype, channels: tuple[int, int], *rest: object) -> str | None:
+        return "no tile fits" if channels[0] > 100 else None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("channels", "plan"), [(64, "cuda/fused"), (128, "reference/eager")])
+def test_choices_of_a_gpu_are_followed_in_one_graph(
+    channels: int, plan: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables in files, modules of machine code and properties of a device are none of the graph's business."""
+
+    def choice(x: Tensor) -> tuple[Tensor, str]:
+        one = (1, 1)
+        shape = {
+            "channels": tuple(weight.shape[1::-1]),
+            "output": tuple(x.shape[2:]),
+            "batch": x.shape[0],
+        }
+        request = backends.Request("cuda", torch.bfloat16, 2, (3, 3), one, one, **shape)
+        return x + 1, backends.choose(request)
+
+    weight = nn.Parameter(torch.zeros(64, channels, 3, 3))
+    cuda = replace(backends.BACKENDS["cuda"], unavailable=lambda: None)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", cuda)
+    monkeypatch.setattr(tables, "architecture", lambda: "sm_90")
+    bucket = tables.key(torch.bfloat16, 2, (channels, 64), (3, 3), (1, 1), (16, 16))
+    tables.in_force.cache_clear()
+    backends._choose.cache_clear()
+    try:
+        with (
+            backends.replaced({"cuda": Compiled()}),
+            tables.trying({bucket: tables.Entry("cuda/fused", {}, {})}),
+        ):
+            compiled = torch.compile(choice, backend="eager", fullgraph=True, dynamic=dynamic)
+            assert compiled(torch.zeros(2, 1, 16, 16))[1] == plan
+            assert compiled(torch.zeros(2, 1, 64, 64))[1] == "reference/eager"
+    finally:
+        tables.in_force.cache_clear()
+        backends._choose.cache_clear()
 
 
 def test_recompilations_are_counted_and_none_is_needless() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import environment, left_out, routing
+from . import environment, left_out, routing, spec
 
 ALL_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -96,13 +96,14 @@ def interpreting() -> bool:
     return environment.read("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+# found once: a compiler that follows the choice of a backend cannot follow a search of modules
+_FOUND = {
+    m: importlib.util.find_spec(m) is not None for m in ("triton", "fastfilm._C", "fastfilm._CUDA")
+}
 
 
 def _triton_unavailable() -> str | None:
-    if not _has("triton"):
+    if not _FOUND["triton"]:
         return "the package triton is not installed"
     if interpreting() or torch.cuda.is_available():
         return None
@@ -110,14 +111,15 @@ def _triton_unavailable() -> str | None:
 
 
 def _cpu_unavailable() -> str | None:
-    if not _has("fastfilm._C"):
+    if not _FOUND["fastfilm._C"]:
         return "the C++ extension was not built (needs a C++17 compiler at install time)"
     return None
 
 
 @functools.cache
+@spec.constant_when_compiled
 def _cuda_unavailable() -> str | None:
-    if not _has("fastfilm._CUDA"):
+    if not _FOUND["fastfilm._CUDA"]:
         return "the CUDA kernels were not built (needs nvcc at install time; FASTFILM_CUDA=1 tells why)"
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -143,9 +145,17 @@ def why_not_architecture(built: str, capability: int) -> str | None:
 
 
 def _cuda_why_not(request: Request) -> str | None:
-    """No tile may fit into a GPU's shared memory."""
-    why_not: Callable[[Request], str | None] = BACKENDS["cuda"].kernels().why_not
-    return why_not(request)
+    """A grid takes so many samples, and no tile may fit into a GPU's shared memory."""
+    r = request
+    if r.batch > 65535:
+        return f"batch must be <= 65535, got {r.batch}"
+    return _cuda_fits(r.dtype, r.channels, r.kernel, r.stride)
+
+
+@spec.constant_when_compiled
+def _cuda_fits(*shape: Any) -> str | None:
+    reason: str | None = BACKENDS["cuda"].kernels().why_not(*shape)
+    return reason
 
 
 BACKENDS = {
@@ -258,9 +268,17 @@ def forced() -> tuple[str | None, str | None, bool]:
     return _forced.backend, _forced.route, interpreting()
 
 
+def exporting() -> bool:
+    """Whether an exporter records a call.
+
+    The flag behind ``torch.compiler.is_exporting``, which is True in every ``torch.compile`` before PyTorch 2.13.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def traced() -> bool:
     """Whether a call is recorded in PyTorch's own operators: by an exporter or a ``torch.func`` transform."""
-    return torch.compiler.is_exporting() or (
+    return exporting() or (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -291,7 +309,7 @@ def choose(request: Request) -> str:
     if traced():
         if _forced.backend is None:
             return "reference/eager"
-        if _forced.backend != "reference" and not torch.compiler.is_exporting():
+        if _forced.backend != "reference" and not exporting():
             raise NotImplementedError(
                 f"backend {_forced.backend!r} cannot serve a torch.func transform;"
                 " use fastfilm.backend('reference'), or force none"

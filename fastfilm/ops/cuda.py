@@ -16,7 +16,7 @@ from fastfilm import _CUDA
 
 from . import cuda_convolution as convolutions
 from . import fallback
-from .backends import BACKENDS, Request
+from .backends import BACKENDS
 from .cuda_arguments import (
     DTYPES,
     address,
@@ -40,6 +40,7 @@ from .cuda_convolution import (
     joint_sources,
     wgrad,
     wgrad_sources,
+    why_not,
 )
 
 __all__ = [
@@ -71,13 +72,6 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__") or not (_TRITON or name in _PLAIN):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(BACKENDS["triton"].kernels(), name) if _TRITON else getattr(fallback, f"_{name}")
-
-
-def why_not(request: Request) -> str | None:
-    """Why no layout of the fused convolution fits into the current GPU for a request; None if one does."""
-    return convolutions.why_not(
-        request.dtype, request.channels, request.kernel, request.stride, request.batch
-    )
 
 
 def _call(y: Tensor, act: str) -> tuple[int, ...]:

@@ -43,7 +43,6 @@ def why_not(
     channels: tuple[int, int],
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
-    batch: int,
 ) -> str | None:
     """Why no layout of the convolution fits into the current GPU; None if one does."""
     size = (16,) * len(kernel)
@@ -61,7 +60,7 @@ def why_not(
         ).check()
     except RuntimeError as error:
         return str(error)
-    return None if batch <= 65535 else f"batch must be <= 65535, got {batch}"
+    return None
 
 
 def covers_sources(sources: Sources) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import environment
+from . import environment, spec
 
 _PASSES = {"pointwise": ("apply", "apply_backward"), "moments": ("moments", "moments_backward")}
 _CONVOLUTIONS = {"fprop": ("fprop", "fprop_apply"), "dgrad": ("dgrad",), "wgrad": ("wgrad",)}
@@ -103,6 +103,7 @@ def without(text: str) -> Iterator[None]:
         recipe.forget()
 
 
+@spec.constant_when_compiled
 def why_not(backend: str, family: str | None, dtype: torch.dtype | None) -> str | None:
     """Why a family of kernels is not to be used for a type (None: for any); None if it may be.
 

@@ -7,10 +7,22 @@ expected and what came before any kernel is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Lets ``torch.compile`` call ``function`` once, of plain numbers and strings, instead of following it.
+
+    ``torch.compiler.assume_constant_result`` sets the same mark, but imports the compiler, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 Keep = Callable[[Tensor, tuple[Any, ...], Callable[[], Tensor]], Tensor | None]
 """Where a caller keeps what is made of a weight: of the weight, the form of what is made, and the making itself.

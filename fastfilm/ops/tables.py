@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import environment
+from . import environment, spec
 
 FORMAT = 1
 FAMILIES = ("fprop", "dgrad", "wgrad")
@@ -249,6 +249,12 @@ def trying(entries: Mapping[Key, Entry]) -> Iterator[None]:
 
 def find(wanted: Key) -> Entry | None:
     """The entry of a bucket; None where nothing was measured."""
+    return _find(*wanted)
+
+
+@spec.constant_when_compiled
+def _find(*bucket: Any) -> Entry | None:
+    wanted = Key(*bucket)
     return (_tried and _tried.get(wanted)) or in_force().get(wanted)
 
 

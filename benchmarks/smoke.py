@@ -3,7 +3,7 @@
     python -m benchmarks.smoke --out ROWS.json --logs FOLDER
 
 A check that ends its process, or takes longer than the bound, is named and the checks after it go on in another
-process. On a GPU each check has a process of its own; on a CPU the types of a family share one.
+process. On a GPU each check has a process of its own; on a CPU those of a backend share one.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def keys(backends: Sequence[str], dtypes: Sequence[str] = DTYPES) -> list[str]:
 
 
 def groups(wanted: Sequence[str], device: str) -> list[list[str]]:
-    """The checks of each process."""
+    """The checks of each process, as long as nothing goes wrong in it."""
     if device == "cuda":
         return [[key] for key in wanted]
-    families = dict.fromkeys(key.rpartition(":")[0] for key in wanted)
-    return [[k for k in wanted if k.startswith(f"{f}:")] for f in families]
+    backends = dict.fromkeys(key.split(":")[0] for key in wanted)
+    return [[k for k in wanted if k.startswith(f"{b}:")] for b in backends]
 
 
 class Judge:

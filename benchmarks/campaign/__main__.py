@@ -74,7 +74,7 @@ def requirements() -> list[Step]:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if not missing:
         return []
-    command = f"{{python}} -m pip install --quiet --target {{work}}/libraries {' '.join(missing)}"
+    command = f"{{python}} -m pip install --quiet --no-compile --target {{work}}/libraries {' '.join(missing)}"
     why = f"{', '.join(missing)}, which are not installed"
     return [Step("requirements", why, command, 60, after=(), setup=True)]
 

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastfilm
 from fastfilm import check
 from fastfilm.ops import library
+from fastfilm.ops.precision import float32_products
 
-from . import providers
 from .blocks import Block
 from .layers import LayerStep
 from .networks import NETWORKS
@@ -117,7 +117,7 @@ def _check() -> Calls:
     triton = check.BACKENDS["triton"]
 
     def call(case: check.Case, route: str, dtype: torch.dtype) -> None:
-        with providers.float32_precision(allow_tf32=False):
+        with float32_products(False):
             check._run(case, 0, "triton", route, dtype, "cpu")
 
     for case in check.CASES:

@@ -156,16 +156,14 @@ def _copy_rate(device: str, size: int, clock: Clock, tries: int, calls: int = 1)
 
 
 def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int) -> float:
+    from fastfilm.ops.precision import float32_products
+
     rate = 0.0
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
+    with float32_products(dtype == "tf32"):
         for size in (8192,) if device == "cuda" else (256, 1024):
             if rate and 2 * size**3 / rate > 1.0:
                 break  # a dtype that this processor only emulates
             a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
             fastest = min(clock.time(partial(torch.matmul, a, b), 1) for _ in range(2 * tries))
             rate = max(rate, 2 * size**3 / fastest)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     return rate

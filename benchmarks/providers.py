@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -83,17 +83,6 @@ def compiled(
         if "TookTooLong" in repr(error):
             return None, f"compiling took longer than {seconds:.0f} s"
         return None, f"torch.compile failed: {one_line(error)}"
-
-
-@contextlib.contextmanager
-def float32_precision(allow_tf32: bool) -> Iterator[None]:
-    """Whether float32 convolutions and products may use tf32."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def amp(device: str, dtype: str) -> AbstractContextManager[object]:

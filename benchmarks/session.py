@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfilm.ops.precision import float32_products
+
 from .harness import (
     Budget,
     Call,
@@ -27,7 +29,7 @@ from .harness import (
     without_search,
 )
 from .journal import DeviceLost, Journal, lost
-from .providers import float32_precision, one_line
+from .providers import one_line
 from .record import (
     EAGER,
     FAILED,
@@ -234,7 +236,7 @@ class Session:
                 self.skip(case, name, reason)
             return
         self.say(str(case))
-        with float32_precision(case.dtype == "tf32"):
+        with float32_products(case.dtype == "tf32"):
             rows = self._measure(case, providers, reference, pooled)
         self.running = None
         for row in rows:

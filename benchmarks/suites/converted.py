@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
+from fastfilm.ops.precision import float32_products
 
 from .. import providers
 from ..networks import NETWORKS, Network
-from ..providers import float32_precision
 from ..record import NO_TIME
 from ..roofline import check_is_small, work
 from ..session import Case, Provider, Session
@@ -142,7 +142,7 @@ def _case(
     }
     skipped = []
     if small is None:
-        with float32_precision(dtype == "tf32"):
+        with float32_products(dtype == "tf32"):
             skipped = _compiled(session, candidates, partial(step, model, *batch), names)
     else:
         skipped.append(("compile-contiguous", "its result is not checked at this size in float32"))

@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfilm
 from fastfilm.ops import traffic
+from fastfilm.ops.precision import float32_products
 
 from .. import emulated_passes, emulation, providers
 from ..eager import DoubleConv, FilmForm
 from ..harness import TookTooLong, peak_bytes, tensor_peak_bytes, time_limit
 from ..networks import NETWORKS, Network
-from ..providers import float32_precision
 from ..record import FAILED, NO_TIME
 from ..session import Case, Session
 from ..step import Step
@@ -90,7 +90,7 @@ def run(session: Session) -> None:
             continue
         session.running = case, "all"
         try:
-            with float32_precision(False), time_limit(session.budget.left(), "counting"):
+            with float32_products(False), time_limit(session.budget.left(), "counting"):
                 count(session, limit, case)
         except TookTooLong as error:
             session.skip(case, "all", f"{NO_TIME}: {error}")

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastfilm
+from fastfilm.ops.precision import float32_products
 
 from .. import providers, volume
 from ..graphs import CaptureFailed
 from ..harness import TookTooLong, time_limit, without_search
 from ..networks import NETWORKS, Network
-from ..providers import float32_precision
 from ..record import NO_TIME
 from ..roofline import DTYPES, check_is_small, work, yardstick
 from ..session import Case, Provider, Results, Session
@@ -216,7 +216,7 @@ def _graphs(session: Session, subject: Subject, case: Case) -> None:
         session.running = case, f"{name}-graph"
         try:
             with (
-                float32_precision(case.dtype == "tf32"),
+                float32_products(case.dtype == "tf32"),
                 time_limit(session.budget.left(), "the capture"),
             ):
                 candidates[f"{name}-graph"] = step(model, *subject.batch).captured(names)
@@ -229,7 +229,7 @@ def _compiled(session: Session, subject: Subject, case: Case) -> None:
     step = partial(Step, mode=case.mode, dtype=case.dtype, layout="channels-last")
     names = [n for n, _ in subject.model.named_parameters()]
     candidates: dict[str, Provider] = {}
-    with float32_precision(case.dtype == "tf32"):
+    with float32_products(case.dtype == "tf32"):
         make = partial(step, subject.model, *subject.batch)
         skipped = compile_into(session, candidates, make, names)
     _beside(session, subject, case, candidates)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.ops import reference, spec
+from fastfilm.ops.precision import float32_products
 
 from .. import blocks, providers
 from ..blocks import Block, Tensors
-from ..providers import float32_precision
 from ..record import NO_TIME
 from ..roofline import DTYPES, Layer, work, yardstick
 from ..session import Case, Provider, Session
@@ -158,7 +158,7 @@ def _compiled(session: Session, block: Block, case: Case) -> None:
     first = partial(blocks.results, t=last, mode=case.mode)
     for name, kind in kinds.items():
         seconds = min(session.compile_seconds, session.budget.left())
-        with float32_precision(case.dtype == "tf32"):
+        with float32_products(case.dtype == "tf32"):
             function, reason = providers.compiled(
                 partial(blocks.eager, block), kind, first, seconds
             )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.ops import backends, left_out, reference
+from fastfilm.ops.precision import float32_products
 
 from .. import blocks, emulation, report
 from ..blocks import Block, Tensors
@@ -30,7 +31,7 @@ from ..harness import Effort, paired, paired_ratio, quantile
 from ..journal import DeviceLost
 from ..layers import WANTED, LayerStep, joined, steady
 from ..networks import NETWORKS
-from ..providers import float32_precision, one_line
+from ..providers import one_line
 from ..record import ERROR_FACTOR, FAILED, NO_TIME, SKIPPED, Row, relative_error
 from ..roofline import DTYPES, Ceilings, Layer, Work, flops, ulp
 from ..session import Case, Session
@@ -285,7 +286,7 @@ def run(session: Session) -> None:
     module = emulation.load(Path(str(library))) if there else None
     emulated = contextlib.nullcontext() if module is None else emulation.serving(module)
     dtype = session.dtypes[0]
-    with emulated, float32_precision(dtype == "tf32"):
+    with emulated, float32_products(dtype == "tf32"):
         usable, missing = routes(session.device, dtype)
         for route, reason in missing.items():
             case = Case("routes", "every layer", "all", dtype)

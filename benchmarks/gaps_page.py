@@ -88,10 +88,9 @@ def _targets(rows: targets.Rows) -> list[str]:
             continue
         t = v.target
         name = "" if "memory" in t.figure else _limiter(t)
-        sign = "≥" if t.above else "≤"
         value = "not measured" if v.value is None else f"{number(v.value)} {t.unit}"
         cells.append(
-            (t.figure, f"{sign} {number(t.least)} {t.unit}", value, name or "-", _next(t, name))
+            (t.figure, f"≥ {number(t.least)} {t.unit}", value, name or "-", _next(t, name))
         )
     head = ("figure", "to reach", "measured", "limiter by the cost model", "next step")
     return [

@@ -1,4 +1,4 @@
-"""Single suites of the benchmarks: counts that may not grow, layers, growth with size, folded weights."""
+"""Single suites and pages of the benchmarks: counts that may not grow, layers, growth, folded weights, gaps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import layers
+from benchmarks import gaps_page, layers
 from benchmarks.blocks import Block
+from benchmarks.campaign import targets
 from benchmarks.harness import QUICK, Budget, HostClock
 from benchmarks.record import Record
 from benchmarks.roofline import Ceilings, Layer
 from benchmarks.session import Session
 from benchmarks.suites import frozen, gate, scaling
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_growth_exponent_is_the_slope_of_logarithms() -> None:
@@ -108,3 +111,20 @@ def test_norm_and_film_fold_into_the_weights_of_one_convolution() -> None:
     one = torch.relu(torch.nn.functional.conv2d(inputs.x, weight, bias, padding=1))
     torch.testing.assert_close(one, frozen.eager(layer, inputs))
     torch.testing.assert_close(frozen.ours(layer, inputs), frozen.eager(layer, inputs))
+
+
+def test_gaps_list_what_falls_short_of_a_measurement_on_a_gpu() -> None:
+    committed = (ROOT / "benchmarks" / "results" / "GAPS.md").read_text(encoding="utf-8")
+    assert committed == gaps_page.text(None) and "no target has been measured" in committed
+    usual = {"step": "model", "suite": "model", "case": targets.FLAT, "mode": "training"}
+    usual |= {"dtype": "bfloat16", "status": "ok", "note": ""}
+    rows = [{**usual, "provider": "eager-channels-last", "median_s": 6.0}]
+    rows += [{**usual, "provider": "fastfilm", "median_s": 1.0, "fraction_of_floor": 0.5}]
+    machine = {"copy_gbps": 4000.0, "l2_gbps": 6000.0, "launch_us": 3.0, "processors": 132}
+    found = {"about": {"device": "cuda"}, "machine": machine, "rows": rows}
+    machine |= {"matrix_tflops": {"bfloat16": 700.0}}  # type: ignore[dict-item]
+    text = gaps_page.text(found)
+    reached = "FiLMedUNet 2D, training step against eager AMP channels-last"
+    assert reached not in text and "no target has been measured" not in text
+    assert "FiLMedUNet 2D, training step, of the roofline floor | ≥ 60 % | 50 % |" in text
+    assert gaps_page.text(found | {"about": {"device": "cpu"}}) == committed  # no measurement

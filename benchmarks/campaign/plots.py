@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
     import matplotlib.pyplot as plt
 
     made = []
-    pictures: dict[str, tuple[Callable[..., bool], float]] = {
-        SPEED: (_speed, 9.0),
-        LAYERS: (_layers, 9.5),
-    }
-    for name, (picture, width) in pictures.items():
-        figure = plt.figure(figsize=(width, 5.0), layout="constrained")
+    for name, picture in ((SPEED, _speed), (LAYERS, _layers)):
+        figure = plt.figure(figsize=(9.5, 5.0), layout="constrained")
         try:
             if picture(figure, results["rows"]):
                 figure.supxlabel(_under(results), fontsize=7.5, color="#444444")
@@ -76,9 +72,7 @@ def _groups(rows: Rows) -> dict[Group, dict[str, Mapping[str, Any]]]:
     return dict(list(found.items())[:GROUPS])
 
 
-def _bars(
-    axis: Any, groups: Mapping[Group, Mapping[str, float]], say: Callable[[float], str]
-) -> None:
+def _bars(axis: Any, groups: Mapping[Group, Mapping[str, float]]) -> None:
     from matplotlib import patheffects
 
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
@@ -89,7 +83,7 @@ def _bars(
         for name, value in group.items():
             bar = axis.barh(place, value, height=0.86, color=colour(name, ours))
             stroke = patheffects.withStroke(linewidth=2.5, foreground="white")
-            axis.bar_label(bar, [say(value)], padding=2, fontsize=7, path_effects=[stroke])
+            axis.bar_label(bar, [f"{value:.2f}×"], padding=2, fontsize=7, path_effects=[stroke])
             place += 1
         ticks.append((begin + place - 1) / 2)
         place += 0.8
@@ -114,16 +108,12 @@ def _speed(figure: Any, rows: Rows) -> bool:
             }
     if not groups:
         return False
-    figure.set_figheight(_height(groups))
+    figure.set_figheight(1.6 + 0.21 * sum(len(g) + 0.8 for g in groups.values()))
     axis = figure.add_subplot()
-    _bars(axis, groups, lambda v: f"{v:.2f}×")
+    _bars(axis, groups)
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlabel("times as fast as eager PyTorch, channels-last (longer is faster)", fontsize=9)
     return True
-
-
-def _height(groups: Mapping[Group, Mapping[str, float]]) -> float:
-    return 1.6 + 0.21 * sum(len(g) + 0.8 for g in groups.values())
 
 
 def _same_step(rows: Rows, group: Group, base: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -167,9 +157,6 @@ def _layers(figure: Any, rows: Rows) -> bool:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.tick_params(axis="x", labelsize=7, which="both")
-        if min(r["ratio"] for r in found) > 0.1:
-            axis.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
-            axis.minorticks_off()
         axis.set_title(mode, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", linewidth=0.3)

@@ -28,7 +28,7 @@ def text(results: Results, pictures: Sequence[str]) -> str:
     parts = ["# Campaign", "", *dry, *(f"{i}. {a}" for i, a in enumerate(answers(results), 1)), ""]
     parts += [*_steps(results), *_checks(results), *_tests(results), *_routes(rows)]
     parts += [*_profiles(rows), *_probes(results), *_targets(rows), *_slower(rows), *_speed(rows)]
-    parts += [*_tuned(results), *(line for p in pictures for line in (f"![{p}]({p})", ""))]
+    parts += [*(line for p in pictures for line in (f"![{p}]({p})", ""))]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -247,9 +247,7 @@ def _targets(rows: targets.Rows) -> list[str]:
     for v in targets.verdicts(rows):
         t = v.target
         value = "-" if v.value is None else f"{number(v.value)} {t.unit}"
-        cells.append(
-            (t.figure, f"{'≥' if t.above else '≤'} {number(t.least)} {t.unit}", value, v.word)
-        )
+        cells.append((t.figure, f"≥ {number(t.least)} {t.unit}", value, v.word))
     return ["## Targets", "", *table(("figure", "to reach", "measured", ""), cells)]
 
 
@@ -288,16 +286,6 @@ def _speed(rows: targets.Rows) -> list[str]:
         head += ("peak MiB", "error", "note")
         parts += [f"## Suite {suite}", "", *table(head, cells)] if cells else []
     return parts
-
-
-def _tuned(results: Results) -> list[str]:
-    cells = []
-    for arch, found in results["tuned"].items():
-        for key, entry in found["entries"].items():
-            times = "; ".join(f"{p} {_ms(s)}" for p, s in entry.get("seconds", {}).items())
-            cells.append((arch, key, str(entry.get("plan")), times))
-    head = ("GPU", "bucket", "fastest", "training step of the layer, ms")
-    return ["## Tuned", "", *table(head, cells)] if cells else []
 
 
 def _tests(results: Results) -> list[str]:

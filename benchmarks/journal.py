@@ -13,25 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 HUNG = 100.0
 """Seconds after which a call that does not come back ends the process."""
 
 
 class DeviceLost(RuntimeError):
     """An error after which no later call of this process can use the GPU."""
-
-
-def lost(device: str) -> bool:
-    """Whether an error has cost the process its GPU."""
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 class Journal:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfilm.machine import gpu_is_lost
 from fastfilm.ops.precision import float32_products
 
 from .harness import (
@@ -28,7 +29,7 @@ from .harness import (
     time_limit,
     without_search,
 )
-from .journal import DeviceLost, Journal, lost
+from .journal import DeviceLost, Journal
 from .providers import one_line
 from .record import (
     EAGER,
@@ -207,7 +208,7 @@ class Session:
                 if self.device == "cuda":
                     torch.cuda.synchronize()
             except Exception as error:
-                if lost(self.device):
+                if gpu_is_lost():
                     raise DeviceLost(one_line(error)) from error
                 raise
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .machine import devices, section, versions
+from .machine import devices, gpu_is_lost, section, versions
 from .ops import backends, conv_norm_film, precision
 from .ops.backends import BACKENDS, Backend
 from .ops.maps import Map, interpolate, join, max_pool
@@ -125,7 +125,7 @@ def report(quick: bool = False) -> int:
         count += 1
         left_out += row.status.startswith(LEFT_OUT)
         wrong += row.status != "ok" and not row.status.startswith(LEFT_OUT)
-        if wrong and _lost():
+        if wrong and gpu_is_lost():
             print("the GPU does nothing more for this process: the other rows are not checked")
             break
     seconds = time.perf_counter() - began
@@ -136,17 +136,6 @@ def report(quick: bool = False) -> int:
 
 
 LEFT_OUT = "left out"
-
-
-def _lost() -> bool:
-    """Whether an error has cost this process its GPU: every later row would fail for the same reason."""
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def check(quick: bool = False) -> Iterator[Row]:

@@ -71,3 +71,16 @@ def driver() -> str | None:
         return None
     lines = done.stdout.split()
     return lines[0] if done.returncode == 0 and lines else None
+
+
+def gpu_is_lost() -> bool:
+    """Whether an error has cost this process its GPU: every later call on it fails for the same reason."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

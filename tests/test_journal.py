@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import journal
 from benchmarks.campaign import runner
 from benchmarks.campaign.steps import Step
 from benchmarks.journal import DeviceLost, Journal
@@ -89,4 +88,3 @@ def test_without_a_file_nothing_is_noted() -> None:
     with silent.doing("a", "b"):
         silent.finish("a")
     assert not silent.finished("a") and silent.why_not("a", "b") is None
-    assert not journal.lost("cpu")

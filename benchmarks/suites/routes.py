@@ -27,7 +27,7 @@ from fastfilm.ops.precision import float32_products
 
 from .. import blocks, emulation, report
 from ..blocks import Block, Tensors
-from ..harness import Effort, paired, paired_ratio, quantile
+from ..harness import Effort, paired, paired_ratio, quantile, without_search
 from ..journal import DeviceLost
 from ..layers import WANTED, LayerStep, joined, steady
 from ..networks import NETWORKS
@@ -313,24 +313,13 @@ def measure(session: Session, subject: Subject, dtype: str, usable: Sequence[str
         if session.journal.finished(str(case)):
             continue
         session.say(f"routes: {subject.name}, {direction}")
-        with _unsearched():
+        with without_search():
             truth = truth or Truth(crop, session.device, dtype)
         lines.append((direction, _direction(session, case, subject, truth, usable)))
     if lines:
         seconds = time.monotonic() - begun
         print(f"\n{subject.name}, {dtype} ({seconds:.1f} s)")
         print("\n".join(table(lines, usable)), flush=True)
-
-
-@contextlib.contextmanager
-def _unsearched() -> Iterator[None]:
-    """The vendor's convolutions by its own choice: a search would take longer than a crop."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _direction(
@@ -362,7 +351,7 @@ def _direction(
                 if route == VENDOR:
                     call, row.extra["timed"] = steady(vendor_call(*arguments), session.device)
                 else:
-                    with _unsearched():
+                    with without_search():
                         row.error, row.eager_error, reason = truth.compare(route, case.mode)
                     if reason is not None:
                         row.status, row.note = FAILED, reason

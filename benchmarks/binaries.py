@@ -102,7 +102,7 @@ def unlaunched() -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from fastfilm.ops import backends, fallback
+    from fastfilm.ops import backends, fallback, vendor
 
     run = JITFunction.run
 
@@ -114,6 +114,8 @@ def unlaunched() -> Iterator[None]:
         patch.object(JITFunction, "run", no_run),
         patch.object(backends, "interpreting", lambda: True),
         patch.object(fallback, "STRICT", True),
+        # a CPU's layout of weights, which its processor decides on
+        patch.object(vendor, "_packs", lambda v: False),
     ):
         yield
 

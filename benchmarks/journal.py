@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-HUNG = 100.0
+HUNG = 45.0
 """Seconds after which a call that does not come back ends the process."""
 
 

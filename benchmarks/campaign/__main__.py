@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +81,7 @@ def requirements() -> list[Step]:
 if __name__ == "__main__":
     os.environ.pop("FASTFILM_BACKEND", None)  # a forced backend would be in every row
     os.environ.pop("FASTFILM_ROUTE", None)
-    if shutil.which("nvcc") is None and Path("/usr/local/cuda/bin/nvcc").exists():
-        os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
+    # where toolkits are installed, on the path or not
+    places = (Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*")))
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)])
     sys.exit(main())

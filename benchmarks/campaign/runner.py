@@ -174,8 +174,8 @@ class Campaign:
         return found
 
     def _once(self, step: Step, seconds: float) -> Done:
-        # a process of its own needs some seconds to start and to write what it has
-        minutes = f"{max(0.05, (0.85 * seconds - 5) / 60):.2f}"
+        # a process needs some seconds to write what it has
+        minutes = f"{max(0.05, (0.95 * seconds - 4) / 60):.2f}"
         command = step.arguments({**self.values, "minutes": minutes})
         log = self.work / "logs" / f"{step.name}.log"
         begun = time.monotonic()

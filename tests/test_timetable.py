@@ -511,7 +511,9 @@ def test_results_are_compared_on_the_small_batch_and_the_note_says_so(monkeypatc
         sizes.append(tuple(batch[0].shape))
         return whole(network, batch, *args)
 
-    volume = replace(TINY, kind="dynunet", size=(16, 16, 16), channels=4, classes=4)
+    volume = replace(
+        TINY, kind="dynunet", size=(16, 16, 16), channels=4, classes=4, widths=(4, 8, 16)
+    )
     monkeypatch.setattr(suite, "check_is_small", lambda device, dtype: True)
     monkeypatch.setattr(suite, "networks", lambda session: [TINY if suite is model else volume])
     monkeypatch.setattr(suite, "truth", truth)

@@ -27,7 +27,9 @@ def text(results: Results, pictures: Sequence[str]) -> str:
     dry = [DRY, ""] if results["about"].get("device") == "cpu" else []
     parts = ["# Campaign", "", *dry, *(f"{i}. {a}" for i, a in enumerate(answers(results), 1)), ""]
     parts += [*_steps(results), *_checks(results), *_tests(results), *_routes(rows)]
-    parts += [*_profiles(rows), *_probes(results), *_targets(rows), *_slower(rows), *_speed(rows)]
+    measured = [] if dry else rows  # a CPU says nothing about the targets
+    parts += [*_profiles(rows), *_probes(results), *_targets(measured), *_slower(measured)]
+    parts += _speed(rows)
     parts += [*(line for p in pictures for line in (f"![{p}]({p})", ""))]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -173,6 +175,8 @@ def _next(results: Results) -> str:
     failed = [n for n, s in steps.items() if s["status"] == "FAILED"]
     if failed:
         return f"read why {', '.join(failed)} FAILED."
+    if results["about"].get("device") == "cpu":
+        return "run it on a GPU; nothing here needs mending."
     left = [n for n, s in steps.items() if s["status"] in ("cut", "skipped")]
     best = _best(rows)
     slow = [r for r in sorted(best.values(), key=lambda r: r["ratio"]) if r["ratio"] < 1][:3]

@@ -27,6 +27,7 @@ from fastfilm.tuning import facts, measure
 from fastfilm.tuning.shapes import Shape
 
 from . import smoke
+from .campaign.runner import follow_parent
 
 Check = Callable[[Any, str, torch.dtype], float | None]
 """Launchers, device and type -> the largest norm-relative error; None where there is no such kernel."""
@@ -327,6 +328,7 @@ def main() -> int:
     p.add_argument("--library", help="the CUDA kernels built for a CPU (benchmarks/emulation.py)")
     p.add_argument("--few", action="store_true", help="on fewer maps")
     args = p.parse_args()
+    follow_parent()
     wrong = 0
     for row in rows(args.checks.split(","), args.device, args.library, args.few):
         print(json.dumps(row), flush=True)

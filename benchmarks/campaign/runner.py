@@ -203,8 +203,8 @@ def unfinished(journal: Path) -> bool:
         return False
 
 
-def _follow_parent() -> None:
-    """A step ends with the campaign, also where that is killed (Linux)."""
+def follow_parent() -> None:
+    """A process ends with the one that started it, also where that is killed (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -215,7 +215,7 @@ def bounded(
     """Exit status of a process, or None if it and all it started had to be ended after ``seconds``."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        start_new_session=True, preexec_fn=_follow_parent,
+        start_new_session=True, preexec_fn=follow_parent,
     )  # fmt: skip
     try:
         return process.wait(timeout=seconds)

@@ -249,11 +249,14 @@ def trying(entries: Mapping[Key, Entry]) -> Iterator[None]:
 
 def find(wanted: Key) -> Entry | None:
     """The entry of a bucket; None where nothing was measured."""
-    return _find(*wanted)
+    if torch.compiler.is_compiling():
+        return _constant(*wanted)
+    return (_tried and _tried.get(wanted)) or in_force().get(wanted)
 
 
 @spec.constant_when_compiled
-def _find(*bucket: Any) -> Entry | None:
+def _constant(*bucket: Any) -> Entry | None:
+    """``find`` as a compiler takes it, which cannot follow a table into its file."""
     wanted = Key(*bucket)
     return (_tried and _tried.get(wanted)) or in_force().get(wanted)
 

@@ -112,9 +112,6 @@ def parser() -> Parser:
     p.add_argument(
         "--journal", metavar="FILE", help="go on in its run, without what ended the process there"
     )
-    p.add_argument(
-        "--explained", metavar="FILE", help="profile: rows of --explain to take the slowest from"
-    )
     p.add_argument("--static", metavar="FILE", help="gate: rows of a run of the static suite")
     p.add_argument("--update-gate", action="store_true", help="gate: write its figures down")
     p.add_argument(
@@ -265,7 +262,6 @@ def prepare(
         ceilings=ceilings,
         volume=args.volume,
         compile_kinds=COMPILE[kinds],
-        explained=args.explained,
         static_rows=args.static,
         update_gate=args.update_gate,
         compile_seconds=120.0 if device == "cuda" else 30.0 if args.suite else 15.0,

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastfilm.ops import cost
 
-from . import explain
+from . import explain, machine
 from .campaign import targets
 from .campaign.report import number, table
 from .networks import NETWORKS
@@ -44,20 +44,12 @@ def text(results: Mapping[str, Any] | None) -> str:
         slower = [(case, peer, f"{ratio:.2f}×") for case, peer, ratio in targets.slower(rows)]
         parts += ["## Where a peer was faster", ""]
         parts += table(("case", "peer", "its time over ours"), slower) or ["Nowhere.", ""]
-    parts += [*_model(ceilings_of(results) if measured and results is not None else ASSUMED)]
+    parts += [
+        *_model(
+            machine.from_json(results["machine"]) if measured and results is not None else ASSUMED
+        )
+    ]
     return "\n".join(parts).rstrip() + "\n"
-
-
-def ceilings_of(results: Mapping[str, Any]) -> Ceilings:
-    """Those that a campaign measured."""
-    m = results["machine"]
-    return Ceilings(
-        m["copy_gbps"] * 1e9,
-        {k: v * 1e12 for k, v in m["matrix_tflops"].items()},
-        m["l2_gbps"] * 1e9,
-        m["launch_us"] / 1e6,
-        m["processors"],
-    )
 
 
 def _state(results: Mapping[str, Any] | None) -> list[str]:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,17 @@ def as_json(found: Ceilings) -> dict[str, Any]:
     }
 
 
+def from_json(then: Mapping[str, Any]) -> Ceilings:
+    """Ceilings from a run's header, as ``as_json`` writes them."""
+    return Ceilings(
+        then["copy_gbps"] * 1e9,
+        {k: v * 1e12 for k, v in then["matrix_tflops"].items()},
+        then["l2_gbps"] * 1e9,
+        then["launch_us"] / 1e6,
+        then["processors"],
+    )
+
+
 def known_ceilings(path: str | None, about: dict[str, Any], dtypes: list[str]) -> Ceilings | None:
     """Those of an earlier run; None if there is none on this device with all ``dtypes``."""
     if path is None or not Path(path).exists():
@@ -136,13 +148,7 @@ def known_ceilings(path: str | None, about: dict[str, Any], dtypes: list[str]) -
     same = all(then.get(k) == about[k] for k in ("device", "device_name", "threads", "torch"))
     if not same or not set(dtypes) <= set(then.get("matrix_tflops", {})):
         return None
-    return Ceilings(
-        then["copy_gbps"] * 1e9,
-        {k: v * 1e12 for k, v in then["matrix_tflops"].items()},
-        then["l2_gbps"] * 1e9,
-        then["launch_us"] / 1e6,
-        then["processors"],
-    )
+    return from_json(then)
 
 
 def _copy_rate(device: str, size: int, clock: Clock, tries: int, calls: int = 1) -> float:

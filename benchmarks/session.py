@@ -104,7 +104,6 @@ class Session:
         compile_kinds: compiled providers to measure; None: all.
         static_rows: file of a run of the static suite, for the gate.
         update_gate: write the gate's figures down instead of comparing with them.
-        explained: file of an earlier run with ``--explain``, for the choice of layers to profile.
     """
 
     device: str
@@ -119,7 +118,6 @@ class Session:
     compile_seconds: float = 60.0
     baseline: tuple[str, ...] = EAGER
     compile_kinds: tuple[str, ...] | None = None
-    explained: str | None = None
     static_rows: str | None = None
     update_gate: bool = False
     verbose: bool = True
@@ -286,9 +284,10 @@ class Session:
             note = "; ".join(filter(None, (provider.note, unchecked)))
             rows[name] = self.row(case, name, note=note)
             del result
-            rows[name].peak_bytes = peak_bytes(provider.memory or provider.call, self.device)
-            if provider.saved is not None:
-                rows[name].saved_bytes = provider.saved()
+            with self.noting(case, name):
+                rows[name].peak_bytes = peak_bytes(provider.memory or provider.call, self.device)
+                if provider.saved is not None:
+                    rows[name].saved_bytes = provider.saved()
         calls: dict[str, Call] = {n: providers[n].call for n in rows}
         self.running = case, "rounds"
         with self.noting(case, "rounds"):

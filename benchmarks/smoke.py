@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .campaign import bundle
+
 DTYPES = ("float32", "float16", "bfloat16")
 FAMILIES = {
     "triton": ("fprop", "dgrad", "wgrad", "pointwise", "moments", "taps", "residual", "coefficients"),
@@ -173,10 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = f" error {row['error']:.1e}" if "error" in row else ""
             print(f"{row['check']:<30} {row['status']:<8}{error} {row.get('note', '')}", flush=True)
             if args.out:
-                partial = args.out.with_name(args.out.name + ".part")
                 ordered = sorted(rows, key=lambda r: wanted.index(r["check"]))
-                partial.write_text(json.dumps(ordered, indent=1) + "\n")
-                os.replace(partial, args.out)
+                bundle.write_json(args.out, ordered)
 
     command = [sys.executable, "-m", "benchmarks.kernel_checks", "--device", args.device]
     command += ["--library", args.library] if args.library else []

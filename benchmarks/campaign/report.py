@@ -6,15 +6,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..smoke import BAD
 from . import targets
 
 DRY = (
     "**A dry run on a CPU.** It shows that every step, table and picture works. Its times are those of a CPU on"
     " tiny maps and say nothing about a GPU: no speed on a GPU is claimed."
 )
-BAD = ("WRONG", "DIED", "HUNG", "FAIL")
-"""Words of a check or probe that did not end well."""
-
 PRINTED = 11_000
 """Characters of the report that a run prints at its end."""
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import smoke
 from . import bundle, report, results
 from .steps import PREPARED, ROOT, Step, filled
 
@@ -151,8 +152,8 @@ class Campaign:
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
         checks = results.listed(self.work / "steps" / "smoke.json")
-        bad = [c["check"] for c in checks if c["status"] in report.BAD]
-        found["FASTFILM_WITHOUT"] = ",".join(filter(None, (found.get("FASTFILM_WITHOUT"), *bad)))
+        left_out = found.get("FASTFILM_WITHOUT"), smoke.without(checks)
+        found["FASTFILM_WITHOUT"] = ",".join(filter(None, left_out))
         return found | {n: filled(text, self.values) for n, text in step.environment.items()}
 
     def run(self, step: Step, seconds: float) -> Done:

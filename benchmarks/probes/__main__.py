@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import probes
+from benchmarks.campaign.bundle import write_json
 
 
 def main() -> int:
@@ -40,9 +40,7 @@ def main() -> int:
             figure = "" if row["figure"] is None else f"{row['figure']:g} {row['unit']}"
             print(f"{row['probe']:24}{row['status']:9}{figure:16}{row['note']}", flush=True)
             if args.out:
-                part = args.out.with_name(args.out.name + ".part")
-                part.write_text(json.dumps(rows, indent=1) + "\n")
-                part.replace(args.out)
+                write_json(args.out, rows)
     # a row of the name `probes` says that the program did not even list its own
     return int(all(row["status"] == "SKIPPED" or row["probe"] == "probes" for row in rows))
 

@@ -8,13 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastfilm.nn.generator import FiLMGenerator
 from fastfilm.nn.metadata import as_metadata, on_device
-from fastfilm.ops import capture
-from fastfilm.ops.library import direct
 
 Modulations = Mapping[str, tuple[Tensor, Tensor]]
 """(γ, β), each [N or 1, C], by site."""
@@ -47,12 +44,11 @@ class Film:
     direct: bool
 
 
+@dataclass(frozen=True, eq=False)
 class Given:
-    """Metadata of a ``with fastfilm.metadata(…)`` block, and what was made of them so far."""
+    """Metadata of a ``with fastfilm.metadata(…)`` block."""
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-        self.made: dict[int, tuple[Any, Modulations]] = {}
+    rows: Any
 
 
 @contextmanager
@@ -60,7 +56,8 @@ def metadata(rows: Any) -> Iterator[None]:
     """Metadata for the conditioned networks that are called without any inside this block.
 
     For training loops and inferers that call ``model(x)``. It holds for the thread that enters it (and for the
-    replicas of ``torch.nn.DataParallel``, each of which gets its samples' rows).
+    replicas of ``torch.nn.DataParallel``, each of which gets its samples' rows). Each call reads the rows and runs
+    the generator anew.
 
     Args:
         rows: [N, M] with one row for each sample of the batch, or [1, M] or [M] for any batch.
@@ -167,22 +164,6 @@ class Conditioner(nn.Module):
                 strict=True,
             )
         )
-
-    def modulations(self, metadata: Any, batch: int) -> Modulations:
-        """``forward``; for a ``with`` block made once while nothing can change them."""
-        if not isinstance(metadata, Given):
-            made: Modulations = self(metadata, batch)
-            return made
-        fixed = not torch.is_grad_enabled() and direct(self.generator.last.weight)
-        fixed = fixed and not torch.is_inference_mode_enabled() and not capture.capturing()
-        versions = (batch, [p._version for p in self.parameters()]) if fixed else None
-        kept = metadata.made.get(id(self))
-        if fixed and kept is not None and kept[0] == versions:
-            return kept[1]
-        made = self(metadata.rows, batch)
-        if fixed and not self.training:
-            metadata.made[id(self)] = (versions, made)
-        return made
 
 
 @contextmanager

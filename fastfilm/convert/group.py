@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfilm.ops import DeferredMap, block, capture, distributed, spec, vendor
 from fastfilm.ops.maps import Joined, Map, plain
+from fastfilm.ops.prepared import PreparedWeight
 from fastfilm.ops.recipe import Options
-from fastfilm.ops.remembered import Remembered
 
 from . import film as films
 from . import layers
@@ -195,10 +195,11 @@ class Group:
             conv.output_padding,
             conv.groups,
         )
-        kept = None
+        prepared = None
         if not torch.compiler.is_compiling():
-            # a compiled graph remembers nothing, and must not depend on what is remembered
-            kept = owner.__dict__["_fastfilm"].remembered.setdefault(self.name, Remembered())
+            # a compiled graph keeps nothing, and must not depend on what is kept
+            kept: dict[Path, PreparedWeight] = owner.__dict__["_fastfilm"].prepared
+            prepared = kept.setdefault(self.name, PreparedWeight())
         return block.run(
             x,
             conv.weight,
@@ -208,7 +209,7 @@ class Group:
             tensors,
             momentum,
             deferred,
-            kept,
+            prepared,
             process_group,
         )
 

@@ -22,7 +22,7 @@ def call(module: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[st
         conditioner: Any = module._modules[state.conditioner]
         assert isinstance(conditioner, Conditioner)
         batch = next((a.shape[0] for a in _tensors(args, kwargs)), 1)
-        with film.applied(conditioner.modulations(rows, batch)):
+        with film.applied(conditioner(rows, batch)):
             result = state.call(module, args, kwargs, False)
     return _as_given(result, args) if state.fused else written(result)
 
@@ -59,7 +59,8 @@ def _take_metadata(
         if len(args) > needed:
             args, rows = args[:-1], args[-1]
     if rows is None:
-        rows = state.given() or film.given()
+        given = state.given() or film.given()
+        rows = None if given is None else given.rows
     if rows is None:
         raise TypeError(
             "metadata is missing: call model(x, metadata), or model(x) inside `with fastfilm.metadata(rows):`"

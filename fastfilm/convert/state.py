@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastfilm.ops import DeferredMap
 from fastfilm.ops.maps import Joined
-from fastfilm.ops.remembered import Remembered
+from fastfilm.ops.prepared import PreparedWeight
 
 from . import film
 from .film import Film, Given, Split
@@ -43,7 +43,7 @@ class State:
         self.original = original
         self.fused, self.root, self.conditioned = True, False, False
         self.sites: dict[Path, Film] = {}
-        self.remembered: dict[Path, Remembered] = {}
+        self.prepared: dict[Path, PreparedWeight] = {}
         self.programs: dict[Any, Program | None] = {}
         self.watched: tuple[str, ...] | None = None
         self.strides: dict[str, tuple[int, ...]] = {}
@@ -151,7 +151,7 @@ class State:
     def replica(self) -> State:
         """The state of a copy of the module that runs in another thread."""
         made = copy.copy(self)
-        made.remembered = {}
+        made.prepared = {}
         rows = film.given()
         if self.conditioner is not None and rows is not None:
             if self.split is None or self.split.used or self.split.given is not rows:
@@ -201,7 +201,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(self.__dict__)
-        kept |= {"programs": {}, "remembered": {}, "split": None, "replica_index": None}
+        kept |= {"programs": {}, "prepared": {}, "split": None, "replica_index": None}
         return kept
 
 

@@ -25,11 +25,6 @@ class Converted:
         own: State = self.__dict__["_fastfilm"]
         return _empty, (own.original, own.conditioner is not None), state
 
-    def train(self, mode: bool = True) -> Any:
-        """``torch.nn.Module.train``; what was kept from earlier calls is forgotten."""
-        self.__dict__["_fastfilm"].remembered.clear()
-        return super().train(mode)  # type: ignore[misc]
-
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
         replica.__dict__["_fastfilm"] = self.__dict__["_fastfilm"].replica()

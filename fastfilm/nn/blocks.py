@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastfilm.ops import DeferredMap, block, capture, distributed, spec
 from fastfilm.ops.maps import Map
+from fastfilm.ops.prepared import PreparedWeight
 from fastfilm.ops.recipe import Options
-from fastfilm.ops.remembered import Remembered
 
 _STATISTICS = "statistics"
 _PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias", "slope")
@@ -107,7 +107,7 @@ class ConvNormFiLM(nn.Module):
             padding = [d * (k // 2) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self.padding = spec.as_tuple("padding", padding, dims)
         self._no_padding = (0,) * dims
-        self._remembered = Remembered()
+        self._prepared = PreparedWeight()
         self.sync_group = sync_group
         self.norm = spec.choice("norm", norm, spec.NORMS)
         self.activation = spec.choice("activation", activation, spec.ACTIVATIONS)
@@ -159,11 +159,6 @@ class ConvNormFiLM(nn.Module):
             self.sync_group = True if found is None else found
         else:
             super().add_module(name, module)
-
-    def train(self, mode: bool = True) -> ConvNormFiLM:
-        """``torch.nn.Module.train``; what was kept from earlier calls is forgotten."""
-        self._remembered = Remembered()
-        return super().train(mode)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as ``torch.nn.Conv2d`` does."""
@@ -222,7 +217,7 @@ class ConvNormFiLM(nn.Module):
             (norm_weight, norm_bias, running_mean, running_var, gamma, beta, mask, learned),
             self._count_batch(),
             deferred,
-            self._remembered,
+            self._prepared,
             group,
         )
 

@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import assemble, backends, conv, pointwise, prepared, prologue, recipe, reference
+from . import assemble, backends, conv, pointwise, prologue, recipe, reference
 from .assemble import Source
 from .library import direct
 from .maps import DeferredMap, Joined, Map, layout_of, readable
+from .prepared import PreparedWeight, dense
 from .recipe import Options, TailTensors
-from .remembered import Remembered
 from .tail import Tail, accumulate_dtype
 
 
@@ -30,7 +29,7 @@ def run(
     tensors: TailTensors,
     momentum: float,
     deferred: bool | str,
-    remembered: Remembered | None = None,
+    prepared: PreparedWeight | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | DeferredMap:
     """``fastfilm.conv_norm_film`` with its arguments packed.
@@ -40,16 +39,11 @@ def run(
         tensors: norm_weight, norm_bias, running_mean, running_var, gamma, beta, dropout_mask, slope.
         deferred: "always" hands the map on unwritten even where finishing it in place is the shorter way for most
             consumers: a residual addition reads it unwritten.
-        remembered: where the caller keeps coefficients that do not depend on the map.
+        prepared: where the caller keeps what inference makes of the weight.
         group: processes over which a batch norm's batch is spread.
     """
-    asked = (weight, bias, *tensors), (geometry, options)
-    if remembered is not None and deferred != "always":
-        known = remembered.again(x, *asked)
-        if known is not None:
-            return known
     sources: list[Source] | None = None
-    given = x = readable(x)
+    x = readable(x)
     if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
         sources = x.sources()
         if x._tensor is not None or not direct(sources[0].raw):
@@ -57,13 +51,13 @@ def run(
     if sources is not None:
         dtype = _autocast_dtype(sources[0].raw)
         if dtype is not None:
-            weight = _cast(weight, dtype, remembered)
+            weight = _cast(weight, dtype, prepared)
             sources = [s._replace(raw=s.raw.to(dtype)) for s in sources]
         # of the shape, type and device of what the convolution sees
         raw = sources[0].raw.new_empty(1).expand(x.shape)
     else:
         assert not isinstance(x, Joined)
-        raw, weight = _autocast(x.raw if isinstance(x, DeferredMap) else x, weight, remembered)
+        raw, weight = _autocast(x.raw if isinstance(x, DeferredMap) else x, weight, prepared)
     how = _recipe(raw, weight, bias, geometry, options, tensors)
     kind, plan, kernels, geometry = how.kind, how.plan, how.kernels, how.geometry
     tail = Tail(kind, momentum, *tensors, group=group)
@@ -100,7 +94,7 @@ def run(
         assert sources is not None
         y, _ = convolved(sources, weight, bias, None, "none", geometry, False, plan)
         return DeferredMap(y, None, "none", plan) if deferred else y
-    added, whole_bias = None, bias
+    added = None
     if bias is not None and (kind.activation_first or kind.norm == "none"):
         # added before the raw map is rounded, where a sum near 0 must keep its sign
         added = bias.to(raw.dtype)
@@ -126,14 +120,7 @@ def run(
             )
         out_coef = tail.coefficients(raw, bias, stats, kernels)
     else:
-        if remembered is None or not direct(raw):
-            out_coef = tail.coefficients(raw, bias, None, kernels)
-        else:
-            out_coef = remembered.get(
-                (kind, plan, raw.dtype),
-                (whole_bias, *tensors),
-                lambda: tail.coefficients(raw, bias, None, kernels),
-            )
+        out_coef = tail.coefficients(raw, bias, None, kernels)
         if convolved is prologue.convolved and not deferred and kind.activation == "none":
             assert sources is not None
             return prologue.finished(sources, weight, added, out_coef, "none", geometry, plan)
@@ -147,10 +134,7 @@ def run(
             if sources is not None:
                 raw = assemble.assembled(sources, plan)
             finishing = (added, coef, x_act, out_coef, kind.activation, *geometry, plan)
-            keep = None if remembered is None else remembered.weight.pack
-            if remembered is not None and raw is given and finish:
-                again = partial(conv.conv_apply, keep=keep)
-                remembered.keep(raw, *asked, lambda x: again(x, weight, *finishing))
+            keep = None if prepared is None else prepared.pack
             return conv.finished(raw, weight, *finishing, keep=keep)
         if sources is not None:
             y, _ = convolved(sources, weight, added, None, "none", geometry, False, plan)
@@ -243,16 +227,18 @@ def _autocast_dtype(raw: Tensor) -> torch.dtype | None:
     return None
 
 
-def _autocast(raw: Tensor, weight: Tensor, remembered: Remembered | None) -> tuple[Tensor, Tensor]:
+def _autocast(
+    raw: Tensor, weight: Tensor, prepared: PreparedWeight | None
+) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype where autocast is on."""
     dtype = _autocast_dtype(raw)
-    return (raw, weight) if dtype is None else (raw.to(dtype), _cast(weight, dtype, remembered))
+    return (raw, weight) if dtype is None else (raw.to(dtype), _cast(weight, dtype, prepared))
 
 
-def _cast(weight: Tensor, dtype: torch.dtype, remembered: Remembered | None) -> Tensor:
-    """``weight`` in autocast's dtype; in inference on a CPU the one that was remembered."""
-    kept = remembered is not None and not torch.is_grad_enabled() and weight.dtype != dtype
-    if kept and weight.device.type == "cpu" and direct(weight) and prepared.dense(weight):
-        assert remembered is not None
-        return remembered.weight.cast(weight, dtype)
+def _cast(weight: Tensor, dtype: torch.dtype, prepared: PreparedWeight | None) -> Tensor:
+    """``weight`` in autocast's dtype; in inference on a CPU the one that was prepared."""
+    kept = prepared is not None and not torch.is_grad_enabled() and weight.dtype != dtype
+    if kept and weight.device.type == "cpu" and direct(weight) and dense(weight):
+        assert prepared is not None
+        return prepared.cast(weight, dtype)
     return weight.to(dtype)

@@ -267,7 +267,7 @@ def convolve(
     transformed = None
     if keep is not None and run == kernels.run_winograd:
         form = "winograd", _C.instruction_set()
-        transformed = keep(weight, form, lambda: _transformed(kernels, weight))
+        transformed = keep(weight, form, lambda w: _transformed(kernels, w))
         rest = (address_of(transformed),)
     run(
         x.data_ptr(),

@@ -13,10 +13,11 @@ from .backends import BACKENDS
 
 
 class PreparedWeight:
-    """What was made of a block's weight, for as long as no value of the weight changes.
+    """What was made of a block's weight in inference, for as long as no byte of the weight changes.
 
-    Values are compared, not versions: whoever writes through ``.data`` is noticed. Comparing takes less time than
-    casting, which starts threads, and keeps a copy of the weight.
+    Each call compares the weight with a copy, from which everything here was made: whatever writes to the weight,
+    or exchanges it, is noticed. Comparing takes less time than casting, which starts threads. Copies and pickles
+    start without any.
     """
 
     def __init__(self) -> None:
@@ -39,9 +40,14 @@ class PreparedWeight:
         return made
 
     def pack(
-        self, weight: Tensor, form: tuple[Any, ...], make: Callable[[], Tensor]
+        self, weight: Tensor, form: tuple[Any, ...], make: Callable[[Tensor], Tensor]
     ) -> Tensor | None:
-        """What ``make`` makes of a weight, once for each ``form``; None where nothing can be kept."""
+        """What ``make`` makes of a weight, once for each ``form``; None where nothing can be kept.
+
+        Args:
+            make: called with the copy that later weights are compared with: another process may write to the
+                weight meanwhile.
+        """
         own = self._cast is not None and weight is self._cast[1]
         if not own and not dense(weight):
             return None
@@ -49,16 +55,20 @@ class PreparedWeight:
         # nobody writes to what came from ``cast``
         if kept and kept[1] == form and (kept[0] is weight if own else _same(kept[0], weight)):
             return kept[2]
-        made = make()
-        self._packed = weight if own else weight.detach().clone(), form, made
+        copy = weight if own else weight.detach().clone()
+        made = make(copy)
+        self._packed = copy, form, made
         return made
+
+    def __reduce__(self) -> tuple[type[PreparedWeight], tuple[()]]:
+        return PreparedWeight, ()
 
 
 def dense(weight: Tensor) -> bool:
-    """Whether a weight can be prepared: by the C++ extension, its elements without gaps."""
+    """Whether a weight can be prepared: by the C++ extension, its bytes being its values without gaps."""
     layout = spec.channels_last_format(weight.dim())
     filled = weight.is_contiguous() or weight.is_contiguous(memory_format=layout)
-    return filled and BACKENDS["cpu"].unavailable() is None
+    return filled and not weight.is_neg() and BACKENDS["cpu"].unavailable() is None
 
 
 def _same(copy: Tensor, weight: Tensor) -> bool:

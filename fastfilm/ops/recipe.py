@@ -61,7 +61,6 @@ class Recipe:
 
 _KEPT = 4096
 _recipes: dict[Any, Recipe] = {}
-_epoch = 0
 
 
 def find(key: Any) -> Recipe | None:
@@ -83,15 +82,8 @@ def keep(key: Any, recipe: Recipe) -> None:
         return
 
 
-def epoch() -> int:
-    """A number that changes whenever recipes are forgotten: what was decided before counts no more."""
-    return _epoch
-
-
 def forget() -> None:
     """Every later call is decided anew."""
-    global _epoch
-    _epoch += 1
     _recipes.clear()
 
 

@@ -24,8 +24,8 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
-Keep = Callable[[Tensor, tuple[Any, ...], Callable[[], Tensor]], Tensor | None]
-"""Where a caller keeps what is made of a weight: of the weight, the form of what is made, and the making itself.
+Keep = Callable[[Tensor, tuple[Any, ...], Callable[[Tensor], Tensor]], Tensor | None]
+"""Where a caller keeps what is made of a weight: of the weight, the form of what is made, what makes it of a copy.
 
 None where it does not keep anything of this weight."""
 

@@ -48,7 +48,7 @@ def convolution(
         form = v.shape, tuple(stride), tuple(padding), tuple(dilation), groups
         given = padding, stride, dilation, groups
         reorder = torch.ops.mkldnn._reorder_convolution_weight
-        packed = keep(weight, form, lambda: reorder(weight, *given, list(v.shape)))
+        packed = keep(weight, form, lambda w: reorder(w, *given, list(v.shape)))
         if packed is not None:
             convolve = torch.ops.mkldnn._convolution_pointwise
             y: Tensor = convolve(_input(v, False), packed, bias, *given, "none", [], "")

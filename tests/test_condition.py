@@ -282,6 +282,34 @@ def test_an_encoder_sees_the_metadata_as_they_come() -> None:
     assert model.film_generator.encoder.table.weight.grad[3].abs().sum() > 0
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose forward does more than its class's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Standardised(4, 6, 3),
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+        lambda: nn.Conv2d(4, 6, (2, 4), padding="same"),
+    ],
+)
+def test_convolutions_that_no_group_computes_run_by_themselves(
+    make: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+    plain = nn.Sequential(*first, make(), nn.BatchNorm2d(6), nn.LeakyReLU(0.1)).eval()
+    made = fastfilm.convert(plain, copy=True, verbose=False)
+    made = fastfilm.condition(made, metadata_size=2, where="all")
+    torch.testing.assert_close(made(X, ROWS), plain(X), rtol=1e-4, atol=1e-5)
+
+
 def test_threads_see_their_own_metadata() -> None:
     model = trained(small(converted=True))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every call uses the values that its tensors hold then, however they came there: PyTorch does not see most writes."""
+"""Every call uses the values that its tensors hold then, also those that came there unseen by PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Case(NamedTuple):
-    """A module, and tensors beside its own that a call of it reads; ``rows``: metadata of an open ``with`` block."""
+    """A module and what else a call of it reads; ``rows`` are metadata of an open ``with`` block."""
 
     module: nn.Module
     call: Callable[[nn.Module, Tensor, Sequence[Tensor]], Tensor]
@@ -332,6 +332,34 @@ def test_options_count_as_they_are_at_the_call() -> None:
     for name, value in changes.items():
         setattr(case.module, name, value)
         assert relative_error(case.now(), case.exact()) < 1e-5
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], int, str, Any]] = {
+    "eps": (lambda: layers()[:2], 1, "eps", 0.7),
+    "num_groups": (lambda: layers()[3:6], 1, "num_groups", 3),
+    "padding": (lambda: layers()[:3], 0, "padding", (0, 1)),
+    "padding_mode": (lambda: layers()[:3], 0, "padding_mode", "circular"),
+    "slope": (lambda: nn.Sequential(*layers()[:2], nn.LeakyReLU(0.1)), 2, "negative_slope", 0.8),
+    "alpha": (lambda: nn.Sequential(*layers()[:2], nn.ELU()), 2, "alpha", 0.3),
+    "approximate": (lambda: nn.Sequential(*layers()[:2], nn.GELU()), 2, "approximate", "tanh"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("option", LAYERS)
+def test_options_of_converted_layers_count_as_they_are_at_the_call(option: str) -> None:
+    torch.manual_seed(1)
+    make, index, name, value = LAYERS[option]
+    plain = scattered(make())
+    made: Any = fastfilm.convert(plain, copy=True, verbose=False)
+    x = torch.randn(2, plain[0].in_channels, 8, 8)  # type: ignore[index]
+    made(x)
+    before = made(x)
+    for m in (plain, made):
+        setattr(m[index], name, value)
+    exact = plain.double()(x.double())
+    assert relative_error(made(x), exact) < 1e-5
+    assert before.shape != exact.shape or relative_error(before, exact) > 1e-4
 
 
 class Counting(nn.Module):

@@ -178,10 +178,13 @@ class Finder:
             members.append(_member(node, role))
             if node.op != "call_module":
                 continue
-            path = _path(node)
-            kinds[path] = type(self.owner.get_submodule(str(node.target)))
+            path, module = _path(node), self.owner.get_submodule(str(node.target))
+            kinds[path] = type(module)
             if role == "conv":
                 conv = path
+                if "base" not in node.meta and not layers.is_plain(module):
+                    # no module is of this very class: the layer always runs by itself
+                    kinds[path] = nn.Module
             elif role == "norm":
                 norm = path
             elif role == "drop":

@@ -96,7 +96,7 @@ class Group:
     def __call__(self, owner: nn.Module, x: Map, deferred: bool = False) -> Tensor | DeferredMap:
         """The group's output for ``x`` [N, C, *S]; a map for the next layer if ``deferred``."""
         state = owner.__dict__["_fastfilm"]
-        modules, seen = watched(owner, self.kinds)
+        modules, seen = watched(owner, self.kinds, self.activation)
         order, gamma, beta = NORM_FILM_ACT, None, None
         film = None
         if state.sites:
@@ -283,12 +283,15 @@ class Group:
 
 
 def watched(
-    owner: nn.Module, kinds: Mapping[Path, type[nn.Module]]
+    owner: nn.Module, kinds: Mapping[Path, type[nn.Module]], activation: Activation
 ) -> tuple[dict[Path, Any], bool]:
-    """Modules by their paths in ``owner``, and whether somebody watches one of them (or it was replaced).
+    """Modules by their paths in ``owner``, and whether they are to run by themselves.
+
+    They are where somebody watches one of them, and where one was replaced or set to compute something else.
 
     Args:
         kinds: their classes when the program was made.
+        activation: that of the one which is an activation, then.
     """
     found: dict[Path, Any] = {}
     seen = bool(
@@ -304,6 +307,8 @@ def watched(
             if layers.hooked(m):
                 seen = True
         if type(m) is not kind and not (kind in layers.NORMS and type(m) in layers.NORMS):
+            seen = True
+        if layers.differs(m, activation):
             seen = True
         found[path] = m
     return found, seen

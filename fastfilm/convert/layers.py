@@ -119,6 +119,11 @@ def convolution_dims(module: nn.Module) -> int | None:
     return next((d for kind, d in CONVOLUTIONS.items() if isinstance(module, kind)), None)
 
 
+def is_plain(convolution: nn.Module) -> bool:
+    """Whether a convolution computes what PyTorch's of its kind does."""
+    return any(computes_as(convolution, kind) for kind in CONVOLUTIONS)
+
+
 def unfit_convolution(module: nn.Module, base: type[nn.Module] | None = None) -> str | None:
     """Why a convolution has to stay as it is; None if it can be fused.
 
@@ -126,7 +131,7 @@ def unfit_convolution(module: nn.Module, base: type[nn.Module] | None = None) ->
         base: the class whose forward is meant, where the layer's own does more.
     """
     assert isinstance(module, _ConvNd)
-    if base is None and not any(computes_as(module, kind) for kind in CONVOLUTIONS):
+    if base is None and not is_plain(module):
         return f"{type(module).__name__} computes something of its own"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrised"
@@ -174,6 +179,21 @@ def activation_of(module: nn.Module, hooked_too: bool = False) -> Activation | N
         if computes_as(module, kind):
             return read(module) if hooked_too or unfit(module) is None else None
     return None
+
+
+def differs(module: Any, activation: Activation) -> bool:
+    """Whether a layer of a group computes, as it is set now, what the group does not: an activation, or padding.
+
+    Other options of layers are read at every call.
+    """
+    read = ACTIVATIONS.get(type(module))
+    if read is not None:
+        now = read(module)
+        return (now.name, now.slope) != (activation.name, activation.slope)
+    if not isinstance(module, _ConvNd):
+        return False
+    uneven = module.padding == "same" and padding_of(module) is None
+    return uneven or module.padding_mode != "zeros"
 
 
 def unfit(module: nn.Module) -> str | None:

@@ -43,7 +43,7 @@ class Sum:
         seen = False
         if self.kind is not None:
             assert self.act is not None and self.act.path is not None
-            modules, seen = watched(owner, {self.act.path: self.kind})
+            modules, seen = watched(owner, {self.act.path: self.kind}, self.activation)
         fused = owner.__dict__["_fastfilm"].fused and not seen and _alike(x, residual)
         if not fused:
             total: Tensor = plain(x) + plain(residual)

@@ -119,57 +119,6 @@ def test_a_block_behind_views_needs_its_forward_and_its_backward_before(pretend:
         assert torch.equal(ours, theirs)
 
 
-def frozen() -> Any:
-    made = fastfilm.ConvNormFiLM2d(3, 4, norm="batch", activation="relu").eval()
-    return made, torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
-
-
-def unnoticed(made: Any) -> None:
-    """New statistics as a replayed graph writes them: no version changes."""
-    made.running_mean.data.add_(1.0)
-
-
-def true(made: nn.Module, x: Tensor) -> Tensor:
-    with fastfilm.backend("reference"):
-        found: Tensor = made(x)
-    return found
-
-
-@torch.no_grad()
-def test_a_capture_does_not_read_what_a_block_remembers(pretend: Switch) -> None:
-    made, x = frozen()
-    made(x)
-    unnoticed(made)
-    pretend(True)
-    torch.testing.assert_close(made(x), true(made, x), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_block_remembers_nothing_from_a_capture(pretend: Switch) -> None:
-    made, x = frozen()
-    pretend(True)
-    made(x)
-    pretend(False)
-    unnoticed(made)
-    torch.testing.assert_close(made(x), true(made, x), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_modulations_of_metadata_are_neither_read_nor_kept(
-    pretend: Switch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
-    model = fastfilm.condition(nn.Sequential(*layers), metadata_size=2, where="all").eval()
-    x, calls = torch.randn(1, 1, 6, 6), []
-    generator = next(m for m in model.modules() if isinstance(m, fastfilm.FiLMGenerator))
-    generator.register_forward_hook(lambda *_: calls.append(1))
-    with fastfilm.metadata(torch.rand(1, 2)):
-        for captured, expected in ((True, 1), (False, 2), (False, 2), (True, 3)):
-            pretend(captured)
-            model(x)
-            assert len(calls) == expected
-
-
 def test_constants_that_a_capture_makes_are_its_own(
     pretend: Switch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

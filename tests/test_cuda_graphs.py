@@ -88,8 +88,6 @@ def test_a_training_step_is_replayed_with_new_data_behind_emptied_caches(
     with fastfilm.backend(kernels, "fused"):
         graph, filled = captured(lambda: step(net, image, rows))
         image.copy_(torch.randn_like(image))
-        net.eval()
-        net.train()
         graph.replay()
         found = [t.clone() for t in filled]
         assert_same(found, step(net, image, rows))
@@ -111,9 +109,6 @@ def test_inference_is_replayed_with_the_parameters_of_then(kernels: str) -> None
     with fastfilm.backend(kernels, "fused"):
         patient = net.modulate(rows)
         graph, (filled,) = captured(lambda: [net(image, patient)])
-        # the blocks' own copies of the coefficients go, and what they are made of changes
-        net.train()
-        net.eval()
         for statistics in net.buffers():
             if statistics.is_floating_point():
                 statistics.add_(0.5)
@@ -121,6 +116,26 @@ def test_inference_is_replayed_with_the_parameters_of_then(kernels: str) -> None
         graph.replay()
         found = filled.clone()
         assert_same([found], [net(image, patient)])
+
+
+@torch.no_grad()
+def test_calls_behind_a_replay_use_what_it_has_written(kernels: str) -> None:
+    net, image, rows = network("batch")
+    net.eval()
+
+    def write() -> list[Tensor]:
+        return [t.mul_(0.9) for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()]
+
+    with fastfilm.backend(kernels, "fused"):
+        before = net(image, rows)
+        graph, _ = captured(write)
+        for _ in range(2):
+            graph.replay()
+            found = net(image, rows)
+            with fastfilm.backend("reference"):
+                expected = net(image, rows)
+            assert relative_error(found, expected) < 1e-4 < relative_error(before, expected)
+            before = found
 
 
 @torch.no_grad()

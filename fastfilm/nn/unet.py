@@ -79,8 +79,7 @@ class Conditioned(nn.Module):
     def modulate(self, metadata: Metadata) -> Modulation:
         """γ and β for ``metadata``, computed once for all patches of a volume.
 
-        Without gradients, blocks whose statistics are frozen keep their coefficients from call to call as
-        long as they get the same ``Modulation``. It holds until the generators' weights change.
+        They stay what they are when the generators' weights change; this is the only way to keep them.
 
         Args:
             metadata: [N, M], [1, M] or [M]; one row serves any batch size.

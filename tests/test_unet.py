@@ -14,7 +14,6 @@ from torch import Tensor
 import fastfilm
 from fastfilm.nn import FiLMedUNet, Modified3DUNet
 from fastfilm.ops import spec
-from fastfilm.ops.tail import Tail
 
 
 def small(**options: Any) -> FiLMedUNet:
@@ -272,24 +271,18 @@ def test_a_modulation_stands_for_its_metadata_and_is_computed_once() -> None:
     patches = torch.randn(3, 4, 1, 16, 16)
     row = [0.0, 1.0, 0.0]
     calls: list[str] = []
-    real = Tail.coefficients
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(
-            Tail, "coefficients", lambda self, *a: (calls.append("made"), real(self, *a))[1]
-        )
+    generators = [g for g in net.film if isinstance(g, fastfilm.FiLMGenerator)]
+    for g in generators:
+        g.register_forward_hook(lambda *_: calls.append("made"))
+    with torch.no_grad():
         patient = net.modulate(row)
-        found = []
-        counts = []
-        for p in patches:
-            found.append(net(p, patient))
-            counts.append(len(calls))
-        # frozen statistics: nothing depends on the patch
-        assert counts[0] > 0 and counts[1:] == counts[:1] * 2
+        found = [net(p, patient) for p in patches]
+        assert len(calls) == len(generators) > 0
         for p, v in zip(patches, found, strict=True):
             assert torch.equal(v, net(p, row))
 
 
-def test_kept_coefficients_follow_what_they_come_from() -> None:
+def test_the_output_follows_what_it_comes_from() -> None:
     net = fastfilm.FiLMedUNet(1, 1, depth=1, base_filters=4, metadata_size=2).eval()
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():

@@ -362,6 +362,52 @@ def test_options_of_converted_layers_count_as_they_are_at_the_call(option: str) 
     assert before.shape != exact.shape or relative_error(before, exact) > 1e-4
 
 
+class Stages(nn.Module):
+    """A forward of its own that calls ``Sequential`` children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.tail = nn.Identity(), layers(), nn.Sequential(nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.body(self.stem(x)))  # type: ignore[no-any-return]
+
+
+def _squared(*given: Any) -> Tensor:
+    return given[-1] ** 2  # type: ignore[no-any-return]
+
+
+SURGERY: dict[str, Callable[[Any], Any]] = {
+    "a layer more": lambda m: m.body.append(nn.Tanh()),
+    "a layer between": lambda m: m.body.insert(1, nn.Tanh()),
+    "a layer less": lambda m: m.body.__delitem__(2),
+    "another layer": lambda m: m.body.__setitem__(1, nn.InstanceNorm2d(6)),
+    "other layers": lambda m: setattr(m, "body", nn.Sequential(nn.Tanh())),
+    "a layer for layers": lambda m: setattr(m, "body", nn.Tanh()),
+    "a layer for none": lambda m: setattr(m, "stem", nn.Tanh()),
+    "layers for a layer": lambda m: m.tail.__setitem__(0, nn.Sequential(nn.SiLU())),
+    "a hook of a layer": lambda m: m.body[2].register_forward_hook(_squared),
+    "a hook of layers": lambda m: m.body.register_forward_hook(_squared),
+    "a layer's forward": lambda m: setattr(m.body[0], "forward", layers()[0].forward),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", SURGERY)
+def test_converted_models_that_are_rebuilt_run_as_they_are(way: str) -> None:
+    torch.manual_seed(1)
+    plain = scattered(Stages())
+    made = fastfilm.convert(plain, copy=True, verbose=False)
+    made(X)
+    before = made(X)
+    for m in (plain, made):
+        torch.manual_seed(2)
+        SURGERY[way](m)
+    exact = plain(X)
+    torch.testing.assert_close(made(X), exact, rtol=1e-4, atol=1e-5)
+    assert before.shape != exact.shape or relative_error(before, exact) > 1e-3
+
+
 class Counting(nn.Module):
     """An encoder with state of its own, which no tensor of it tells."""
 

@@ -207,7 +207,7 @@ def unfit(module: nn.Module) -> str | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody watches or changes the module's calls."""
-    return bool(
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -14,11 +14,11 @@ from fastfilm.ops import DeferredMap
 from fastfilm.ops.maps import Joined
 from fastfilm.ops.prepared import PreparedWeight
 
-from . import film
+from . import film, layers
 from .film import Film, Given, Split
 from .group import Group, Path
 from .program import Program, build, written
-from .trace import CannotTrace
+from .trace import CannotTrace, is_sequence
 
 _CONSTANTS = (bool, int, float, str, type(None))
 _SOME_MAP = torch.empty(0)
@@ -30,6 +30,8 @@ class State:
     Attributes:
         original: the module's class.
         fused: False runs the layers one by one.
+        watched: names of the module's attributes that are constants.
+        containers: paths of the modules that programs look into: the module's own, and those of its ``Sequential``.
         sites: FiLM by the path of the group that applies it.
         root: the module that ``convert`` or ``condition`` was called with.
         conditioned: FiLM was put into the model.
@@ -46,6 +48,7 @@ class State:
         self.prepared: dict[Path, PreparedWeight] = {}
         self.programs: dict[Any, Program | None] = {}
         self.watched: tuple[str, ...] | None = None
+        self.containers: tuple[Path, ...] = ()
         self.strides: dict[str, tuple[int, ...]] = {}
         self.refused: str | None = None
         self.conditioner: str | None = None
@@ -75,6 +78,7 @@ class State:
             return None
         if self.watched is None:
             self.watched = tuple(sorted(k for k, v in module.__dict__.items() if _constant(v)))
+        self.containers = tuple(_containers(module, ()))
         key = self._key(module, args, kwargs, deferred)
         try:
             constants, lists = self._bound(args, kwargs)
@@ -172,7 +176,10 @@ class State:
     def _key(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
     ) -> Any:
-        values = tuple([getattr(module, name, None) for name in self.watched or ()])
+        values = (
+            tuple([getattr(module, name, None) for name in self.watched or ()]),
+            tuple([_built(module, path) for path in self.containers]),
+        )
         if len(args) == 1 and not kwargs and isinstance(args[0], (Tensor, DeferredMap, Joined)):
             return deferred, values
         forms = tuple([_form(a) for a in args]), tuple([(k, _form(v)) for k, v in kwargs.items()])
@@ -208,6 +215,26 @@ class State:
 def is_converted(module: nn.Module) -> bool:
     """Whether a module runs a program."""
     return "_fastfilm" in module.__dict__
+
+
+def _containers(module: nn.Module, path: Path) -> list[Path]:
+    """Paths of a module and of the ``Sequential`` ones that its forward is followed into."""
+    found = [path]
+    for name, child in module._modules.items():
+        if child is not None and is_sequence(child):
+            found += _containers(child, (*path, name))
+    return found
+
+
+def _built(module: nn.Module, path: Path) -> Any:
+    """What of a container decides how its owner's forward is followed."""
+    m: Any = module
+    for name in path:
+        m = m._modules.get(name)
+        if m is None or not is_sequence(m):
+            return None
+    children = tuple([(n, type(c) is nn.Identity) for n, c in m._modules.items()])
+    return children, bool(path) and layers.hooked(m)
 
 
 def _constant(value: Any) -> bool:

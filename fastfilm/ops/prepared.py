@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spec
+from . import layout, spec
 from .backends import BACKENDS
 
 
@@ -58,7 +58,7 @@ def dense(weight: Tensor) -> bool:
     """Whether a weight can be prepared: by the C++ extension, its elements without gaps."""
     layout = spec.channels_last_format(weight.dim())
     filled = weight.is_contiguous() or weight.is_contiguous(memory_format=layout)
-    return filled and BACKENDS["cpu"].unavailable() is None
+    return filled and layout.values(weight) is weight and BACKENDS["cpu"].unavailable() is None
 
 
 def _same(copy: Tensor, weight: Tensor) -> bool:

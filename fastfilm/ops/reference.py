@@ -283,6 +283,10 @@ def _mixes(u: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     return types <= {u.dtype} or (types == {torch.float32} and u.dtype.itemsize == 2)
 
 
+def _negated(*tensors: Tensor | None) -> bool:
+    return not torch.compiler.is_compiling() and any(t is not None and t.is_neg() for t in tensors)
+
+
 def normalise(
     u: Tensor,
     norm: str,
@@ -299,10 +303,10 @@ def normalise(
     if norm == "none" or (norm == "instance" and u.shape[0] == 0):
         return u
     tensors = (weight, bias, running_mean, running_var)
-    if not _mixes(u, tensors):
-        # PyTorch refuses these types together
+    if not _mixes(u, tensors) or _negated(running_mean, running_var):
+        # PyTorch refuses these types together, and does not move statistics that it negates when it reads them
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-        w, b, mean, var = (None if t is None else t.to(wide) for t in tensors)
+        w, b, mean, var = (None if t is None else t.to(wide).resolve_neg() for t in tensors)
         v = normalise(u, norm, w, b, mean, var, num_groups, training, momentum, eps)
         for t, moved in zip(tensors[2:], (mean, var), strict=True):
             if t is not None and moved is not None and moved is not t:

@@ -20,7 +20,7 @@ _FOREIGN = 1e30
 
 
 def _around(t: Tensor, room: int) -> Tensor:
-    return torch.full((*t.shape, room), _FOREIGN, dtype=t.dtype)
+    return torch.full((*t.shape, room), _FOREIGN, dtype=t.dtype, device=t.device)
 
 
 def column(t: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def results(
     dy = given.get("dy")
     found = {"output": v.detach()}
     names = list(leaves)
-    weights = torch.cos(torch.arange(v.numel(), dtype=torch.float64)).view(v.shape).to(v.dtype)
+    weights = torch.cos(torch.arange(v.numel(), dtype=torch.float64)).view(v.shape).to(v)
     grads = torch.autograd.grad(
         v, [leaves[k] for k in names], weights if dy is None else dy, create_graph=twice
     )
@@ -178,7 +178,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
 
 def dense(t: Tensor) -> Tensor:
     """The same values, contiguous, in memory of their own."""
-    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -195,7 +195,7 @@ def upstream(given: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
     """A gradient at the output."""
     v = fastfilm.conv_norm_film(given["x"], given["weight"], **options | {"norm": None})
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(v.shape, generator=generator).to(v.dtype)
+    return torch.randn(v.shape, generator=generator).to(v)
 
 
 @pytest.mark.parametrize("layout", READ)
@@ -341,3 +341,13 @@ def test_kernels_of_the_cpu_refuse_tensors_of_other_devices() -> None:
     for given in ((y.to("meta"), coef), (y, coef.to("meta"))):
         with pytest.raises(ValueError, match="must be on the CPU, got meta"):
             fastfilm.ops.backends.BACKENDS["cpu"].kernels().apply(*given, "none")
+
+
+@pytest.mark.parametrize("layout", [column, negated, odd])
+def test_triton_kernels_take_any_layout(layout: Layout, device: str) -> None:
+    given, options = operands("one channel", torch.float32)
+    options |= {"norm": "batch", "training": True}
+    given = {k: t.to(device) for k, t in given.items()}
+    with fastfilm.backend("triton"):
+        given["dy"] = upstream(given, options)
+        compared({k: layout(t) for k, t in given.items()}, options)

@@ -51,6 +51,11 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     )
 
 
+def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """No numbers, in place of a result that is not wanted; tensor classes may redefine ``new_empty``."""
+    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
+
+
 def laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
     """A weight's gradient with the strides of ``torch.empty_like(weight)``, as the shape function promises."""
     if grad.stride() == weight.stride():
@@ -125,7 +130,7 @@ def conv_fwd(
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     y = _convolution(kernels, v, weight, bias, geometry)
-    stats = kernels.moments(y, pre, pre_act) if moments else y.new_empty(0, dtype=torch.float32)
+    stats = kernels.moments(y, pre, pre_act) if moments else absent(y, torch.float32)
     return y, stats
 
 
@@ -166,7 +171,7 @@ def conv_bwd(
         if need_weight:
             dw = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
             dweight = laid_out_like(dw, weight)
-        return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
+        return tuple(absent(x) if t is None else t for t in (dx, dweight, dcoef, dpre))
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     dv, dw = _gradients(kernels, e, v, weight, geometry, (need_input, need_weight))
@@ -179,7 +184,7 @@ def conv_bwd(
         if coef is not None:
             del v
             dx, dcoef = kernels.apply_backward(dx, x, coef, act, in_place=True)
-    return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
+    return tuple(absent(x) if t is None else t for t in (dx, dweight, dcoef, dpre))
 
 
 def _output_shape(
@@ -219,7 +224,7 @@ def _conv_fake(
     y = raw_like(
         x, _output_shape(x, weight, stride, padding, dilation, transposed, output_padding, groups)
     )
-    return y, stats_like(y) if moments else y.new_empty(0, dtype=torch.float32)
+    return y, stats_like(y) if moments else absent(y, torch.float32)
 
 
 def _conv_bwd_fake(
@@ -237,10 +242,10 @@ def _conv_bwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_input, need_weight = rest[-2:]
     return (
-        raw_like(x, x.shape) if need_input else x.new_empty(0),
-        torch.empty_like(weight) if need_weight else x.new_empty(0),
-        torch.empty_like(coef) if coef is not None and need_input else x.new_empty(0),
-        torch.empty_like(pre) if pre is not None and y is not None else x.new_empty(0),
+        raw_like(x, x.shape) if need_input else absent(x),
+        torch.empty_like(weight) if need_weight else absent(x),
+        torch.empty_like(coef) if coef is not None and need_input else absent(x),
+        torch.empty_like(pre) if pre is not None and y is not None else absent(x),
     )
 
 
@@ -365,13 +370,16 @@ _eager_conv = differentiable(conv_fwd, _setup, _backward)
 
 def conv(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """``fastfilm::conv``, by the short way where that is possible."""
-    y, stats = (_eager_conv if direct(x) else torch.ops.fastfilm.conv)(x, *rest)
+    weight, bias, coef, _, pre, *_ = rest
+    op = _eager_conv if direct(x, weight, bias, coef, pre) else torch.ops.fastfilm.conv
+    y, stats = op(x, *rest)
     return y, stats
 
 
 def finished(x: Tensor, *rest: Any, keep: spec.Keep | None = None) -> Tensor:
     """``fastfilm::conv_apply``, by the short way where that is possible."""
-    if direct(x) and not torch.is_grad_enabled():
+    weight, bias, coef, _, out_coef, *_ = rest
+    if direct(x, weight, bias, coef, out_coef) and not torch.is_grad_enabled():
         return conv_apply(x, *rest, keep=keep)  # type: ignore[misc]
     v: Tensor = torch.ops.fastfilm.conv_apply(x, *rest)
     return v

@@ -285,7 +285,7 @@ def _composed_backward(
     at_input: bool,
 ) -> tuple[Tensor, ...]:
     """dx, dweight and dcoef of a convolution whose gradient at the raw output is ``e``."""
-    head = (e, e.new_empty(0), x, weight, coef, act, None, "none", None, None)
+    head = (e, conv.absent(e), x, weight, coef, act, None, "none", None, None)
     tail = (*_geometry(stride, padding), _COMPOSED, at_input, not at_input)
     return conv.conv_bwd(*head, *tail)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import higher, layout
 from .backends import BACKENDS
-from .conv import raw_like, stats_like
+from .conv import absent, raw_like, stats_like
 from .library import define, differentiable, direct
 
 
@@ -37,7 +37,7 @@ def moments_bwd(
     """Implementation of ``fastfilm::moments_backward``: dy and dpre (empty without ``pre``)."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
     dy, dpre = kernels.moments_backward(None, dstats, layout.channels_last(y), stats, pre, pre_act)
-    return dy, y.new_empty(0) if dpre is None else dpre
+    return dy, absent(y) if dpre is None else dpre
 
 
 def _materialise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,7 +93,7 @@ define(
     moments_bwd,
     lambda dstats, y, stats, pre, pre_act, plan: (
         raw_like(y, y.shape),
-        y.new_empty(0) if pre is None else torch.empty_like(pre),
+        absent(y) if pre is None else torch.empty_like(pre),
     ),
     backward=higher.moments_backward_backward,
     setup=higher.moments_backward_setup,
@@ -105,21 +105,21 @@ _eager_moments = differentiable(moments_fwd, _moments_setup, _moments_backward)
 
 def materialise(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
     """``fastfilm::materialise``, by the short way where that is possible."""
-    op = _eager_materialise if direct(y) else torch.ops.fastfilm.materialise
+    op = _eager_materialise if direct(y, coef) else torch.ops.fastfilm.materialise
     v: Tensor = op(y, coef, act, plan)
     return v
 
 
 def moments(y: Tensor, pre: Tensor | None, pre_act: str, plan: str) -> Tensor:
     """``fastfilm::moments``, by the short way where that is possible."""
-    op = _eager_moments if direct(y) else torch.ops.fastfilm.moments
+    op = _eager_moments if direct(y, pre) else torch.ops.fastfilm.moments
     stats: Tensor = op(y, pre, pre_act, plan)
     return stats
 
 
 def finish(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
     """Materialises a raw map that nobody else holds, in place where that is possible."""
-    if not direct(y):
+    if not direct(y, coef):
         return materialise(y, coef, act, plan)
     v: Tensor = BACKENDS[plan.split("/")[0]].kernels().apply(y, coef, act, in_place=True)
     return v

@@ -98,7 +98,11 @@ def convolution_backward(
     # the weight's own layout says that nothing has to be copied
     wide = sums and weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
     plain = wide or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
-    e, v, weight = layout.vendors_map(e, plain), layout.vendors_map(v, plain), layout.vendors_weight(weight, plain)
+    e, v, weight = (
+        layout.vendors_map(e, plain),
+        layout.vendors_map(v, plain),
+        layout.vendors_weight(weight, plain),
+    )
     doubled = (
         not plain
         and not transposed

@@ -101,10 +101,8 @@ class Conditioned(nn.Module):
             and not isinstance(metadata[0], (int, float))
         ):
             rows = len(metadata)
-        return Modulation(
-            self.modulation(metadata, torch.empty(rows, dtype=weight.dtype, device=weight.device)),
-            rows,
-        )
+        like = torch.empty(rows, dtype=weight.dtype, device=weight.device)
+        return Modulation(self.modulation(metadata, like), rows)
 
     def modulation(
         self, metadata: Metadata | Modulation | None, image: Tensor

@@ -6,7 +6,6 @@ a tensor gets the tensor, written once.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,9 +33,10 @@ class _Lazy:
     def tensor(self) -> Tensor:
         """The feature map itself [N, C, *S], channels-last, in the raw map's dtype; written once."""
         if self._tensor is None:
-            with (
-                torch._C.DisableTorchFunctionSubclass() if self.origin else contextlib.nullcontext()
-            ):
+            if self.origin:
+                with subclasses.inside():
+                    self._tensor = self._write()
+            else:
                 self._tensor = self._write()
         return subclasses.given_back(self._tensor, self.origin) if self.origin else self._tensor
 
@@ -268,8 +268,8 @@ def _lazy(x: Map) -> Map:
 
 def layout_of(x: Tensor, v: Tensor) -> Tensor:
     """``v`` channels-last if ``x`` is: some of PyTorch's norms fall back to contiguous."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return v  # a batch of maps has no layout of its own
+    if reference.transformed():
+        return v
     if x.is_contiguous() or not x.is_contiguous(memory_format=spec.channels_last_format(x.dim())):
         return v
     return spec.channels_last(v)

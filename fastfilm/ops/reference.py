@@ -276,11 +276,21 @@ class _ContiguousGrad(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
 
 def _mixes(u: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Whether PyTorch's norms take these types: all that of ``u``, or all float32 beside a 16-bit ``u``."""
     types = {t.dtype for t in tensors if t is not None}
     return types <= {u.dtype} or (types == {torch.float32} and u.dtype.itemsize == 2)
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs: tensors may be batches, whose layout cannot be asked for."""
+    running = not torch.compiler.is_compiling()
+    return running and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _negated(*tensors: Tensor | None) -> bool:
@@ -320,6 +330,8 @@ def normalise(
         return _ContiguousGrad.apply(v)
     groups = 1 if norm == "layer" else num_groups
     assert groups is not None
+    if transformed():
+        u = u.contiguous()  # PyTorch's derivatives and batches of it take no other layout
     return F.group_norm(u, groups, weight, bias, eps)
 
 

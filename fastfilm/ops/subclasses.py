@@ -8,8 +8,10 @@ operators on it go through the dispatcher.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,23 @@ from torch.utils import _pytree as pytree
 
 PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 """Types of operands that are nothing else."""
+
+
+class _Thread(threading.local):
+    inside = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[None]:
+    """Results are plain tensors: whoever entered asks the classes in the end."""
+    outer, _thread.inside = _thread.inside, True
+    try:
+        yield
+    finally:
+        _thread.inside = outer
 
 
 @functools.lru_cache(maxsize=256)
@@ -37,12 +56,11 @@ def among(operands: Iterable[Any]) -> tuple[Tensor, ...]:
     """Those of transparent classes among some operands, and those that unwritten maps among them come from."""
     if torch.compiler.is_compiling():
         return ()
-    asked = torch._C._is_torch_function_enabled()
     found: list[Tensor] = []
     for operand in operands:
         if transparent(type(operand)):
             found.append(operand)
-        elif asked and not isinstance(operand, Tensor):
+        elif not _thread.inside and not isinstance(operand, Tensor):
             found += getattr(operand, "origin", ())
     return tuple(found)
 
@@ -64,7 +82,7 @@ def given_back(result: Tensor, origin: tuple[Tensor, ...]) -> Tensor:
             return asked
         return result
 
-    return fastfilm_result(*origin) if origin else result
+    return fastfilm_result(*origin) if origin and not _thread.inside else result
 
 
 def through(
@@ -77,7 +95,7 @@ def through(
         args, options: of the function; tensors in lists, tuples and dictionaries too.
     """
     args, options = pytree.tree_map(stripped, (args, options))
-    with torch._C.DisableTorchFunctionSubclass():
+    with inside():
         result = function(*args, **options)
 
     def back(value: Any) -> Any:

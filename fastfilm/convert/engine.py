@@ -104,7 +104,7 @@ def attach(model: nn.Module, fused: bool, conditioned: bool = False) -> None:
         state.fused = fused
         state.conditioned = state.conditioned or conditioned
         state.programs.clear()
-        state.refused = None
+        state.refused = state.plain = None
         try:
             program = state.build(
                 module, state.defaults(), {}, False, lambda m: m in gains or m in passing

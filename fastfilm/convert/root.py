@@ -6,6 +6,9 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastfilm.ops import subclasses
 
 from . import film
 from .film import Conditioner
@@ -15,6 +18,16 @@ from .state import State
 
 def call(module: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward of the module that ``convert`` or ``condition`` was called with."""
+    given: Any = (*args, *kwargs.values())
+    if any(isinstance(a, (list, tuple, dict)) for a in given):
+        given = pytree.tree_leaves(given)
+    origin = subclasses.among(given)
+    if origin and state.closed(module):
+        return subclasses.through(_call, origin, module, state, args, kwargs)
+    return _call(module, state, args, kwargs)
+
+
+def _call(module: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if state.conditioner is None:
         result = state.call(module, args, kwargs, False)
     else:

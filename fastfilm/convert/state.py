@@ -18,7 +18,7 @@ from . import film, layers
 from .film import Film, Given, Split
 from .group import Group, Path
 from .program import Program, build, written
-from .trace import CannotTrace, is_sequence
+from .trace import CannotTrace, is_sequence, sees_values_alone
 
 _CONSTANTS = (bool, int, float, str, type(None))
 _SOME_MAP = torch.empty(0)
@@ -38,6 +38,7 @@ class State:
         strides: of parameters before they became channels-last, by name.
         conditioner: name of the generator among the children, in the root of a conditioned model.
         split, replica_index: metadata of a batch that is spread over replicas.
+        plain: nothing in the module asks for the class of a tensor; None: not known yet.
         refused: why the forward of the usual call cannot be followed.
     """
 
@@ -51,6 +52,7 @@ class State:
         self.containers: tuple[Path, ...] = ()
         self.strides: dict[str, tuple[int, ...]] = {}
         self.refused: str | None = None
+        self.plain: bool | None = None
         self.conditioner: str | None = None
         self.split: Split | None = None
         self.replica_index: int | None = None
@@ -69,6 +71,15 @@ class State:
             )
         assert isinstance(program, Program)
         return program.run(module, module, *args, **kwargs)
+
+    def closed(self, module: nn.Module) -> bool:
+        """Whether nothing that the forward runs would notice plain tensors in place of a subclass."""
+        if self.plain is None:
+            self.plain = all(
+                sees_values_alone(m, State(original(m)).defaults()) for m in module.modules()
+            )
+        inside = (m for m in module.modules() if m is not module)
+        return self.plain and not any(layers.hooked(m) for m in inside)
 
     def prepare(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool

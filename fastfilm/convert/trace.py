@@ -183,6 +183,42 @@ def trace(
         return _trace(module, arguments, lists or {})
 
 
+_TENSORS = ("torch", "fastfilm", "monai", "timm", "segmentation_models_pytorch", "ivadomed")
+"""Packages with layers and networks of tensors of any class."""
+
+_ASKING = {"isinstance", "type", "hasattr", "getattr"}
+
+
+def sees_values_alone(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether a module's own forward reads nothing of its tensors that a plain one has not.
+
+    Args:
+        arguments: constants among the forward's arguments by name.
+    """
+    kind = original(module)
+    if kind.__module__.partition(".")[0] in _TENSORS:
+        return True
+    code = getattr(kind.forward, "__code__", None)
+    if code is None or _ASKING & set(code.co_names):
+        return False
+    try:
+        graph = trace(module, arguments)
+    except CannotTrace:
+        return False
+    return all(_plain_node(node) for node in graph.nodes)
+
+
+def _plain_node(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return hasattr(Tensor, str(node.target))
+    if node.op != "call_function":
+        return True
+    if node.target is getattr:
+        return hasattr(Tensor, node.args[1])  # type: ignore[arg-type]
+    package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return package in ("torch", "_operator", "operator", "builtins", "math")
+
+
 def _trace(
     module: nn.Module, arguments: dict[str, Any], lists: dict[str, tuple[type, int]]
 ) -> fx.Graph:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfilm.ops import subclasses
+
 from .blocks import ConvNormFiLM3d
 
 
@@ -26,6 +28,7 @@ class AttentionGate3d(nn.Module):
         self.psi = nn.Conv3d(channels, 1, 1)
         self.out = ConvNormFiLM3d(channels, channels, 1, norm="batch", activation=None)
 
+    @subclasses.unwrapping
     def forward(self, x: Tensor, gating: Tensor) -> Tensor:
         """The weighed skip, shape of ``x`` [N, C, D, H, W]; ``gating`` [N, G, D', H', W']."""
         theta = self.theta(x)

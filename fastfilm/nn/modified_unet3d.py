@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfilm.ops import conv_norm_film, maps, norm_film, spec
+from fastfilm.ops import conv_norm_film, maps, norm_film, spec, subclasses
 from fastfilm.ops.maps import Map
 
 from . import ivadomed
@@ -131,6 +131,7 @@ class Modified3DUNet(Conditioned):
             self.gates = nn.ModuleList(AttentionGate3d(w, widths[3]) for w in widths[1:4])
         self.film = generators(channels, self.film_layers, metadata_size, generator)
 
+    @subclasses.unwrapping
     def forward(self, image: Tensor, metadata: Metadata | Modulation | None = None) -> Tensor:
         """Logits or probabilities [N, out_channels, D, H, W] for ``image`` [N, in_channels, D, H, W].
 

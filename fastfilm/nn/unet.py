@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import maps, spec
+from fastfilm.ops import maps, spec, subclasses
 from fastfilm.ops.maps import Map
 
 from . import ivadomed
@@ -100,7 +100,8 @@ class Conditioned(nn.Module):
             and not isinstance(metadata[0], (int, float))
         ):
             rows = len(metadata)
-        return Modulation(self.modulation(metadata, weight.new_empty(rows)), rows)
+        like = torch.empty(rows, dtype=weight.dtype, device=weight.device)
+        return Modulation(self.modulation(metadata, like), rows)
 
     def modulation(
         self, metadata: Metadata | Modulation | None, image: Tensor
@@ -254,6 +255,7 @@ class FiLMedUNet(Conditioned):
         )
         self.upsampling = "bilinear" if spatial_dims == 2 else "trilinear"
 
+    @subclasses.unwrapping
     def forward(
         self, image: Tensor, metadata: Metadata | Modulation | None = None
     ) -> Tensor | list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import assemble, backends, conv, pointwise, prologue, recipe, reference
+from . import assemble, backends, conv, pointwise, prologue, recipe, reference, subclasses
 from .assemble import Source
 from .library import direct
 from .maps import DeferredMap, Joined, Map, layout_of, readable
@@ -42,11 +42,21 @@ def run(
         prepared: where the caller keeps what inference makes of the weight.
         group: processes over which a batch norm's batch is spread.
     """
+    given = (weight, bias, *tensors)
+    known = subclasses.PLAIN.issuperset(map(type, given))
+    if not known or type(x) is not Tensor:
+        origin = subclasses.among((x, *given))
+        if origin:
+            rest = (momentum, deferred, prepared, group)
+            given_back: Tensor | DeferredMap = subclasses.through(
+                run, origin, x, weight, bias, geometry, options, tensors, *rest
+            )
+            return given_back
     sources: list[Source] | None = None
     x = readable(x)
     if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
         sources = x.sources()
-        if x._tensor is not None or not direct(sources[0].raw):
+        if x._tensor is not None or not known or not direct(sources[0].raw):
             x, sources = x.tensor(), None
     if sources is not None:
         dtype = _autocast_dtype(sources[0].raw)
@@ -75,7 +85,7 @@ def run(
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
     finish = how.composed and not torch.is_grad_enabled() and deferred != "always"
     coef, x_act, convolved = None, "none", assemble.convolved
-    if sources is None and not how.composed and direct(raw) and prologue.kernels_of(plan):
+    if sources is None and not how.composed and known and direct(raw) and prologue.kernels_of(plan):
         coef, x_act = (x.coef, x.act) if isinstance(x, DeferredMap) else (None, "none")
         sources = [Source(raw, coef, x_act, None)]
     if sources is not None:
@@ -84,7 +94,7 @@ def run(
         elif not torch.is_grad_enabled():
             raw, sources = assemble.assembled(sources, plan, passing=True), None
     elif isinstance(x, DeferredMap):
-        if finish and direct(raw):
+        if finish and known and direct(raw):
             # written once for all its consumers, where it would be written for each
             raw = x.tensor().to(raw.dtype)
         elif x.coef is not None:
@@ -155,6 +165,14 @@ def run_on_map(
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | DeferredMap:
     """``fastfilm.norm_film`` with its arguments packed."""
+    if type(x) is not Tensor or not subclasses.PLAIN.issuperset(map(type, tensors)):
+        origin = subclasses.among((x, *tensors))
+        if origin:
+            rest = (momentum, deferred, group)
+            found: Tensor | DeferredMap = subclasses.through(
+                run_on_map, origin, x, options, tensors, *rest
+            )
+            return found
     how = _recipe(x, None, None, (), options, tensors)
     kind, plan, kernels = how.kind, how.plan, how.kernels
     tail = Tail(kind, momentum, *tensors, group=group)

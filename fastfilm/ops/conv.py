@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import higher, spec, vendor
+from . import higher, layout, spec, vendor
 from .backends import BACKENDS
 from .library import define, differentiable, direct
 from .tail import accumulate_dtype
@@ -51,6 +51,11 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     )
 
 
+def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """No numbers, in place of a result that is not wanted; tensor classes may redefine ``new_empty``."""
+    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
+
+
 def laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
     """A weight's gradient with the strides of ``torch.empty_like(weight)``, as the shape function promises."""
     if grad.stride() == weight.stride():
@@ -66,7 +71,7 @@ def _convolution(
     if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry):
         y: Tensor = kernels.convolve(v, weight, bias, geometry[1], stride=geometry[0])
         return y
-    return spec.channels_last(vendor.convolution(v, weight, bias, *geometry))
+    return layout.channels_last(vendor.convolution(v, weight, bias, *geometry))
 
 
 def _gradients(
@@ -117,7 +122,7 @@ def conv_fwd(
     """Implementation of ``fastfilm::conv``; see the module docstring."""
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
-    x = spec.channels_last(x)
+    x = layout.channels_last(x)
     if route == "fused":
         return kernels.fprop(
             x, weight, bias, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
@@ -125,7 +130,7 @@ def conv_fwd(
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     y = _convolution(kernels, v, weight, bias, geometry)
-    stats = kernels.moments(y, pre, pre_act) if moments else y.new_empty(0, dtype=torch.float32)
+    stats = kernels.moments(y, pre, pre_act) if moments else absent(y, torch.float32)
     return y, stats
 
 
@@ -156,7 +161,7 @@ def conv_bwd(
     """
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
-    x, e = spec.channels_last(x), spec.channels_last(dy)
+    x, e = layout.channels_last(x), layout.channels_last(dy)
     dx = dweight = dcoef = dpre = None
     if y is not None and stats is not None:
         e, dpre = kernels.moments_backward(e, dstats, y, stats, pre, pre_act)
@@ -166,7 +171,7 @@ def conv_bwd(
         if need_weight:
             dw = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
             dweight = laid_out_like(dw, weight)
-        return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
+        return tuple(absent(x) if t is None else t for t in (dx, dweight, dcoef, dpre))
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     dv, dw = _gradients(kernels, e, v, weight, geometry, (need_input, need_weight))
@@ -175,11 +180,11 @@ def conv_bwd(
         dweight = laid_out_like(dw, weight)
     if need_input:
         assert dv is not None
-        dx = spec.channels_last(dv)
+        dx = layout.channels_last(dv)
         if coef is not None:
             del v
             dx, dcoef = kernels.apply_backward(dx, x, coef, act, in_place=True)
-    return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight, dcoef, dpre))
+    return tuple(absent(x) if t is None else t for t in (dx, dweight, dcoef, dpre))
 
 
 def _output_shape(
@@ -219,7 +224,7 @@ def _conv_fake(
     y = raw_like(
         x, _output_shape(x, weight, stride, padding, dilation, transposed, output_padding, groups)
     )
-    return y, stats_like(y) if moments else y.new_empty(0, dtype=torch.float32)
+    return y, stats_like(y) if moments else absent(y, torch.float32)
 
 
 def _conv_bwd_fake(
@@ -237,10 +242,10 @@ def _conv_bwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_input, need_weight = rest[-2:]
     return (
-        raw_like(x, x.shape) if need_input else x.new_empty(0),
-        torch.empty_like(weight) if need_weight else x.new_empty(0),
-        torch.empty_like(coef) if coef is not None and need_input else x.new_empty(0),
-        torch.empty_like(pre) if pre is not None and y is not None else x.new_empty(0),
+        raw_like(x, x.shape) if need_input else absent(x),
+        torch.empty_like(weight) if need_weight else absent(x),
+        torch.empty_like(coef) if coef is not None and need_input else absent(x),
+        torch.empty_like(pre) if pre is not None and y is not None else absent(x),
     )
 
 
@@ -310,7 +315,7 @@ def conv_apply(
     """
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
-    x = spec.channels_last(x)
+    x = layout.channels_last(x)
     if route == "fused":
         return kernels.fprop_apply(
             x, weight, bias, coef, act, out_coef, out_act, tuple(stride), tuple(padding)
@@ -322,7 +327,7 @@ def conv_apply(
         finished: Tensor = kernels.convolve(v, weight, bias, padding, *affine, stride, keep)
         return finished
     # what the backend does not finish it does not convolve either: the rule only widens
-    y = spec.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))
+    y = layout.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))
     return kernels.apply(y, out_coef, out_act, in_place=True)
 
 
@@ -365,13 +370,16 @@ _eager_conv = differentiable(conv_fwd, _setup, _backward)
 
 def conv(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """``fastfilm::conv``, by the short way where that is possible."""
-    y, stats = (_eager_conv if direct(x) else torch.ops.fastfilm.conv)(x, *rest)
+    weight, bias, coef, _, pre, *_ = rest
+    op = _eager_conv if direct(x, weight, bias, coef, pre) else torch.ops.fastfilm.conv
+    y, stats = op(x, *rest)
     return y, stats
 
 
 def finished(x: Tensor, *rest: Any, keep: spec.Keep | None = None) -> Tensor:
     """``fastfilm::conv_apply``, by the short way where that is possible."""
-    if direct(x) and not torch.is_grad_enabled():
+    weight, bias, coef, _, out_coef, *_ = rest
+    if direct(x, weight, bias, coef, out_coef) and not torch.is_grad_enabled():
         return conv_apply(x, *rest, keep=keep)  # type: ignore[misc]
     v: Tensor = torch.ops.fastfilm.conv_apply(x, *rest)
     return v

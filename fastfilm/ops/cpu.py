@@ -203,7 +203,7 @@ def residual_backward(
     dy = torch.empty_like(y, memory_format=FORMATS[y.dim()])
     dother = torch.empty_like(dy) if at_other else None
     dcoef, dother_coef = (None if c is None else torch.empty_like(c) for c in (coef, other_coef))
-    dslope = None if slope is None else slope.new_empty(y.shape[:2])
+    dslope = None if slope is None else torch.empty(y.shape[:2], dtype=slope.dtype)
     inside, call = _side(y, act, outer)
     _C.residual_backward(
         dv.data_ptr(),

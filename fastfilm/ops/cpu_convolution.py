@@ -13,7 +13,7 @@ from torch import Tensor
 # after torch, as in ``cpu``
 from fastfilm import _C
 
-from . import vendor
+from . import layout, vendor
 from .cpu_arguments import DTYPES, FORMATS, activation_code, address_of, feature_map, numbers_of
 from .spec import Keep
 
@@ -257,10 +257,11 @@ def convolve(
     x = feature_map("x", x)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(f"weight and bias must be {x.dtype} as x, got {weight.dtype}")
+    weight = layout.values(weight)
     kernels, run, shape = _kernels_of(x, weight, weight.stride(), stride, padding)
     y = torch.empty(shape, dtype=x.dtype, memory_format=FORMATS[x.dim()])
     if bias is not None:
-        bias = bias.contiguous()
+        bias = layout.contiguous(bias)
     if coef is not None:
         coef = numbers_of("coef", coef, y, 7, *shape[:2])
     rest: tuple[int, ...] = ()
@@ -318,6 +319,7 @@ def convolve_dgrad(e: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
     e = feature_map("e", e)
     if weight.dtype != e.dtype:
         raise TypeError(f"weight must be {e.dtype} as e, got {weight.dtype}")
+    weight = layout.values(weight)
     run, shape, last = _mirrored(
         e.dtype, e.shape, weight.shape, weight.stride(), tuple(padding), _C.instruction_set()
     )

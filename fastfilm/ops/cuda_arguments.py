@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture
+from . import capture, layout
 from .spec import ACTIVATION_CODES
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
@@ -21,6 +21,7 @@ def feature_map(name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {t.dtype}")
     if t.dim() not in FORMATS:
         raise ValueError(f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {tuple(t.shape)}")
+    t = layout.values(t)
     if not t.is_contiguous(memory_format=FORMATS[t.dim()]):
         raise ValueError(
             f"{name} must be dense in channels-last order, got shape {tuple(t.shape)} with strides {t.stride()}"
@@ -36,7 +37,7 @@ def numbers(name: str, t: Tensor, *shape: int) -> Tensor:
     """``t`` float32 and contiguous; ValueError unless it has ``shape``."""
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    return t.float().contiguous()
+    return layout.contiguous(t.float())
 
 
 def code(act: str) -> int:

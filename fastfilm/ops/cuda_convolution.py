@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastfilm import _CUDA
 
-from . import precision, views
+from . import layout, precision, views
 from .cuda_arguments import (
     DTYPES,
     FORMATS,
@@ -206,7 +206,7 @@ def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
         raise ValueError(
             f"weight must be [co, {channels}, *kernel] of {x.dtype}, got {tuple(weight.shape)} of {weight.dtype}"
         )
-    return weight
+    return layout.values(weight)
 
 
 def _out_size(
@@ -237,7 +237,7 @@ def _forward(
     x = sources[0][0]
     n, co = x.shape[0], weight.shape[0]
     ci = sum(s[0].shape[1] for s in sources)
-    _weight(weight, x, ci)
+    weight = _weight(weight, x, ci)
     kept, given = _sources(sources)
     bias = None if bias is None else numbers("bias", bias, co)
     pre = None if pre is None else numbers("pre", pre, 2, co)
@@ -394,7 +394,7 @@ def dgrad_sources(
         (dx, dcoef) of each output: None where nothing is wanted, or pending.
     """
     dy = gradient.dy
-    _weight(weight, dy, sum(o.channels for o in outputs))
+    weight = _weight(weight, dy, sum(o.channels for o in outputs))
     kept, given = _gradient(gradient, *dy.shape[:2])
     conv = _of_gradient(dy, weight, size, stride, padding)
     found, described, held = _outputs(outputs, dy, size)
@@ -489,7 +489,7 @@ def wgrad_sources(
 ) -> tuple[Tensor, Tensor | None]:
     """dW, as of ``wgrad``, and with ``sums`` dpre [2, Co]: Σ e and the gradient at the slopes of ``pre``."""
     x, dy = sources[0][0], gradient.dy
-    _weight(weight, x, sum(s[0].shape[1] for s in sources))
+    weight = _weight(weight, x, sum(s[0].shape[1] for s in sources))
     kept, given = _sources(sources)
     held, gradient_numbers = _gradient(gradient, *dy.shape[:2])
     conv = _of_gradient(dy, weight, _seen_size(sources[0]), stride, padding)
@@ -552,7 +552,7 @@ def joint_sources(
     """``dgrad_sources`` and ``wgrad_sources`` by one kernel, which reads each map once."""
     dy = gradient.dy
     size = _seen_size(sources[0])
-    _weight(weight, dy, sum(o.channels for o in outputs))
+    weight = _weight(weight, dy, sum(o.channels for o in outputs))
     conv = _of_gradient(dy, weight, size, stride, padding)
     kept, given = _gradient(gradient, *dy.shape[:2])
     found, described, held = _outputs(outputs, dy, size)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, capture, conv, environment, reference, spec
+from . import backends, capture, conv, environment, layout, reference, spec
 from .higher import after_moments, pull
 from .tail import Kind, Tail
 from .tiles import TILED
@@ -83,7 +83,8 @@ def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
     def key(*args: Any, **options: Any) -> Key:
         return _key(name, signature.bind(*args, **options).arguments)
 
-    def call(*args: Any, **options: Any) -> Any:
+    def call(*given: Any, **options: Any) -> Any:
+        args = [layout.values(a) if isinstance(a, Tensor) else a for a in given]
         if not failures or key(*args, **options) not in failures:
             try:
                 launcher = getattr(importlib.import_module(_KERNELS), name)
@@ -284,7 +285,7 @@ def _composed_backward(
     at_input: bool,
 ) -> tuple[Tensor, ...]:
     """dx, dweight and dcoef of a convolution whose gradient at the raw output is ``e``."""
-    head = (e, e.new_empty(0), x, weight, coef, act, None, "none", None, None)
+    head = (e, conv.absent(e), x, weight, coef, act, None, "none", None, None)
     tail = (*_geometry(stride, padding), _COMPOSED, at_input, not at_input)
     return conv.conv_bwd(*head, *tail)
 

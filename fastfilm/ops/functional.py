@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from . import block, distributed, pointwise, recipe, reference, spec
+from . import block, distributed, pointwise, recipe, reference, spec, subclasses
 from .maps import DeferredMap, Map, layout_of, plain
 from .recipe import Options
 
@@ -24,6 +24,10 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
     Returns:
         [N, C, *S], y's dtype, channels-last.
     """
+    origin = subclasses.among((y, coef))
+    if origin:
+        found: Tensor = subclasses.through(materialise, origin, y, coef, act, plan=plan)
+        return found
     spec.check_feature_map("y", y)
     act = spec.choice("act", act, spec.ACTIVATIONS)
     if coef.shape != (spec.COEF_ROWS, *y.shape[:2]):
@@ -50,6 +54,10 @@ def moments(
     Returns:
         [2, N, C] mean and variance, float32 (float64 for a float64 map).
     """
+    origin = subclasses.among((y, pre))
+    if origin:
+        found: Tensor = subclasses.through(moments, origin, y, pre, act, plan=plan)
+        return found
     spec.check_feature_map("y", y)
     act = spec.choice("act", act, spec.ACTIVATIONS)
     if pre is not None and pre.shape != (2, y.shape[1]):

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends
+from .subclasses import PLAIN, stripped
 
 _LIBRARY = torch.library.Library("fastfilm", "DEF")
 
@@ -82,19 +83,18 @@ def _choosing(
 
 
 def recalling(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``backward`` with the choice in force that is kept as ``ctx.forced``."""
+    """``backward`` of plain tensors, with the choice in force that is kept as ``ctx.forced``."""
 
     @functools.wraps(backward)
     def recall(ctx: Any, *grads: Any) -> Any:
+        if not PLAIN.issuperset(map(type, grads)):
+            grads = tuple([stripped(g) for g in grads])
         if ctx.forced == backends.forced()[:2]:
             return backward(ctx, *grads)
         with backends.backend(*ctx.forced):
             return backward(ctx, *grads)
 
     return recall
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 _observers = 0
@@ -111,10 +111,11 @@ def observed() -> Iterator[None]:
         _observers -= 1
 
 
-def direct(x: Tensor) -> bool:
-    """Whether operators on ``x`` may be called without the dispatcher."""
+def direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether operators on ``x``, beside ``others``, may be called without the dispatcher."""
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
+        and (not others or PLAIN.issuperset(map(type, others)))
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == _observers
         and torch._C._functorch.peek_interpreter_stack() is None

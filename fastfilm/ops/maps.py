@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import assemble, pointwise, prologue, recipe, reference, spec, views
+from . import assemble, pointwise, prologue, recipe, reference, spec, subclasses, views
 from .assemble import Source
 from .forks import Fork
 from .library import direct
@@ -24,6 +24,8 @@ class _Lazy:
     """What both kinds of map share: the tensor on demand."""
 
     _tensor: Tensor | None = None
+    origin: tuple[Tensor, ...] = ()
+    """Tensors of classes of their own that the map comes from: these say what its tensor is."""
 
     def _write(self) -> Tensor:
         raise NotImplementedError
@@ -31,8 +33,12 @@ class _Lazy:
     def tensor(self) -> Tensor:
         """The feature map itself [N, C, *S], channels-last, in the raw map's dtype; written once."""
         if self._tensor is None:
-            self._tensor = self._write()
-        return self._tensor
+            if self.origin:
+                with subclasses.inside():
+                    self._tensor = self._write()
+            else:
+                self._tensor = self._write()
+        return subclasses.given_back(self._tensor, self.origin) if self.origin else self._tensor
 
     def materialise(self) -> Tensor:
         """Another name of ``tensor``."""
@@ -152,7 +158,9 @@ class DeferredMap(_Lazy):
             return None
         if self._tensor is not None or not views.covered(view, size):
             return None
-        return DeferredMap(self.raw, self.coef, self.act, self.plan, view, self._fork)
+        shown = DeferredMap(self.raw, self.coef, self.act, self.plan, view, self._fork)
+        shown.origin = self.origin
+        return shown
 
     def __repr__(self) -> str:
         return f"DeferredMap({tuple(self.shape)}, {self.dtype}, act={self.act!r}, view={self.view})"
@@ -162,7 +170,8 @@ class Joined(_Lazy):
     """Maps one behind another along the channels; nothing is written."""
 
     def __init__(self, parts: Sequence[DeferredMap | Tensor], plan: str) -> None:
-        self.parts, self.plan = list(parts), plan
+        self.origin = subclasses.among(parts)
+        self.parts, self.plan = [subclasses.stripped(p) for p in parts], plan
 
     @property
     def shape(self) -> torch.Size:
@@ -195,7 +204,7 @@ class Joined(_Lazy):
         sources = self.sources()
         if direct(sources[0].raw):
             return assemble.assembled(sources, self.plan)
-        return torch.cat([p.tensor() if isinstance(p, DeferredMap) else p for p in self.parts], 1)
+        return torch.cat([plain(p) for p in self.parts], 1)
 
     def __repr__(self) -> str:
         return f"Joined({tuple(self.shape)}, {self.dtype}, {len(self.parts)} parts)"
@@ -205,9 +214,9 @@ Map = Tensor | DeferredMap | Joined
 """What modules hand to each other."""
 
 
-def deferrable(raw: Tensor, plan: str) -> bool:
-    """Whether a view of a map may stay unwritten: eager mode, and kernels to write it later."""
-    return not plan.endswith("/eager") and raw.dim() in (4, 5) and direct(raw)
+def deferrable(raw: Tensor, plan: str, *others: Tensor) -> bool:
+    """Whether a view of a map, beside others, may stay unwritten: eager mode, and kernels to write it later."""
+    return not plan.endswith("/eager") and raw.dim() in (4, 5) and direct(raw, *others)
 
 
 def readable(x: Any) -> Any:
@@ -259,6 +268,8 @@ def _lazy(x: Map) -> Map:
 
 def layout_of(x: Tensor, v: Tensor) -> Tensor:
     """``v`` channels-last if ``x`` is: some of PyTorch's norms fall back to contiguous."""
+    if reference.transformed():
+        return v
     if x.is_contiguous() or not x.is_contiguous(memory_format=spec.channels_last_format(x.dim())):
         return v
     return spec.channels_last(v)
@@ -280,7 +291,8 @@ def _join(tensors: Sequence[Any], dim: int = 0) -> Joined | None:
             return None
         if isinstance(p, DeferredMap) and p.plan.partition("/")[0] != plan.partition("/")[0]:
             return None
-    if not deferrable(first.raw, plan):
+    written = [subclasses.stripped(p) for p in parts if isinstance(p, Tensor)]
+    if not deferrable(first.raw, plan, *written):
         return None
     # a map that was written for somebody else is read as it is
     return Joined(

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import higher, spec
+from . import higher, layout
 from .backends import BACKENDS
-from .conv import raw_like, stats_like
+from .conv import absent, raw_like, stats_like
 from .library import define, differentiable, direct
 
 
 def materialise_fwd(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
     """Implementation of ``fastfilm::materialise``: g * (act(a * (y - p) + b) - q) + s."""
-    return BACKENDS[plan.split("/")[0]].kernels().apply(spec.channels_last(y), coef, act)
+    return BACKENDS[plan.split("/")[0]].kernels().apply(layout.channels_last(y), coef, act)
 
 
 def materialise_bwd(
@@ -23,12 +23,12 @@ def materialise_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Implementation of ``fastfilm::materialise_backward``: dy and dcoef."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    return kernels.apply_backward(spec.channels_last(dv), spec.channels_last(y), coef, act)
+    return kernels.apply_backward(layout.channels_last(dv), layout.channels_last(y), coef, act)
 
 
 def moments_fwd(y: Tensor, pre: Tensor | None, pre_act: str, plan: str) -> Tensor:
     """Implementation of ``fastfilm::moments``."""
-    return BACKENDS[plan.split("/")[0]].kernels().moments(spec.channels_last(y), pre, pre_act)
+    return BACKENDS[plan.split("/")[0]].kernels().moments(layout.channels_last(y), pre, pre_act)
 
 
 def moments_bwd(
@@ -36,8 +36,8 @@ def moments_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Implementation of ``fastfilm::moments_backward``: dy and dpre (empty without ``pre``)."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    dy, dpre = kernels.moments_backward(None, dstats, spec.channels_last(y), stats, pre, pre_act)
-    return dy, y.new_empty(0) if dpre is None else dpre
+    dy, dpre = kernels.moments_backward(None, dstats, layout.channels_last(y), stats, pre, pre_act)
+    return dy, absent(y) if dpre is None else dpre
 
 
 def _materialise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,7 +93,7 @@ define(
     moments_bwd,
     lambda dstats, y, stats, pre, pre_act, plan: (
         raw_like(y, y.shape),
-        y.new_empty(0) if pre is None else torch.empty_like(pre),
+        absent(y) if pre is None else torch.empty_like(pre),
     ),
     backward=higher.moments_backward_backward,
     setup=higher.moments_backward_setup,
@@ -105,21 +105,21 @@ _eager_moments = differentiable(moments_fwd, _moments_setup, _moments_backward)
 
 def materialise(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
     """``fastfilm::materialise``, by the short way where that is possible."""
-    op = _eager_materialise if direct(y) else torch.ops.fastfilm.materialise
+    op = _eager_materialise if direct(y, coef) else torch.ops.fastfilm.materialise
     v: Tensor = op(y, coef, act, plan)
     return v
 
 
 def moments(y: Tensor, pre: Tensor | None, pre_act: str, plan: str) -> Tensor:
     """``fastfilm::moments``, by the short way where that is possible."""
-    op = _eager_moments if direct(y) else torch.ops.fastfilm.moments
+    op = _eager_moments if direct(y, pre) else torch.ops.fastfilm.moments
     stats: Tensor = op(y, pre, pre_act, plan)
     return stats
 
 
 def finish(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
     """Materialises a raw map that nobody else holds, in place where that is possible."""
-    if not direct(y):
+    if not direct(y, coef):
         return materialise(y, coef, act, plan)
     v: Tensor = BACKENDS[plan.split("/")[0]].kernels().apply(y, coef, act, in_place=True)
     return v

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spec
+from . import layout, spec
 from .backends import BACKENDS
 
 
@@ -34,8 +34,8 @@ class PreparedWeight:
         if kept is not None and kept[1].dtype == dtype and _same(kept[0], weight):
             return kept[1]
         copy = weight.detach().clone()
-        layout = spec.channels_last_format(weight.dim())
-        made = copy.to(dtype, memory_format=layout)
+        order = spec.channels_last_format(weight.dim())
+        made = copy.to(dtype, memory_format=order)
         self._cast = copy, made
         return made
 
@@ -66,9 +66,9 @@ class PreparedWeight:
 
 def dense(weight: Tensor) -> bool:
     """Whether a weight can be prepared: by the C++ extension, its bytes being its values without gaps."""
-    layout = spec.channels_last_format(weight.dim())
-    filled = weight.is_contiguous() or weight.is_contiguous(memory_format=layout)
-    return filled and not weight.is_neg() and BACKENDS["cpu"].unavailable() is None
+    order = spec.channels_last_format(weight.dim())
+    filled = weight.is_contiguous() or weight.is_contiguous(memory_format=order)
+    return filled and layout.values(weight) is weight and BACKENDS["cpu"].unavailable() is None
 
 
 def _same(copy: Tensor, weight: Tensor) -> bool:

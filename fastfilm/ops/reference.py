@@ -276,11 +276,25 @@ class _ContiguousGrad(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
 
 def _mixes(u: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Whether PyTorch's norms take these types: all that of ``u``, or all float32 beside a 16-bit ``u``."""
     types = {t.dtype for t in tensors if t is not None}
     return types <= {u.dtype} or (types == {torch.float32} and u.dtype.itemsize == 2)
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs: tensors may be batches, whose layout cannot be asked for."""
+    running = not torch.compiler.is_compiling()
+    return running and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _negated(*tensors: Tensor | None) -> bool:
+    return not torch.compiler.is_compiling() and any(t is not None and t.is_neg() for t in tensors)
 
 
 def normalise(
@@ -299,10 +313,10 @@ def normalise(
     if norm == "none" or (norm == "instance" and u.shape[0] == 0):
         return u
     tensors = (weight, bias, running_mean, running_var)
-    if not _mixes(u, tensors):
-        # PyTorch refuses these types together
+    if not _mixes(u, tensors) or _negated(running_mean, running_var):
+        # PyTorch refuses these types together, and does not move statistics that it negates when it reads them
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-        w, b, mean, var = (None if t is None else t.to(wide) for t in tensors)
+        w, b, mean, var = (None if t is None else t.to(wide).resolve_neg() for t in tensors)
         v = normalise(u, norm, w, b, mean, var, num_groups, training, momentum, eps)
         for t, moved in zip(tensors[2:], (mean, var), strict=True):
             if t is not None and moved is not None and moved is not t:
@@ -316,6 +330,8 @@ def normalise(
         return _ContiguousGrad.apply(v)
     groups = 1 if norm == "layer" else num_groups
     assert groups is not None
+    if transformed():
+        u = u.contiguous()  # PyTorch's derivatives and batches of it take no other layout
     return F.group_norm(u, groups, weight, bias, eps)
 
 

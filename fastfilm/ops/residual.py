@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import capture, higher, maps, recipe, reference, spec
+from . import capture, higher, layout, maps, recipe, reference, spec, subclasses
 from .backends import BACKENDS
-from .conv import raw_like
+from .conv import absent, raw_like
 from .library import define, differentiable, direct
 from .maps import DeferredMap, Map, plain
 from .tail import accumulate_dtype
@@ -38,7 +38,7 @@ def residual_fwd(
 ) -> Tensor:
     """Implementation of ``fastfilm::residual``; see the module docstring."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    y, other = spec.channels_last(y), spec.channels_last(other)
+    y, other = layout.channels_last(y), layout.channels_last(other)
     return kernels.residual(y, coef, act, other, other_coef, slope, outer)
 
 
@@ -56,9 +56,9 @@ def residual_bwd(
 ) -> tuple[Tensor, ...]:
     """Implementation of ``fastfilm::residual_backward``: dy, dcoef, dother, dother_coef, dslope (or empty)."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    dv, y, other = (spec.channels_last(t) for t in (dv, y, other))
+    dv, y, other = (layout.channels_last(t) for t in (dv, y, other))
     grads = kernels.residual_backward(dv, y, coef, act, other, other_coef, slope, outer, at_other)
-    return tuple(y.new_empty(0) if g is None else g for g in grads)
+    return tuple(absent(y) if g is None else g for g in grads)
 
 
 def _bwd_fake(
@@ -74,9 +74,9 @@ def _bwd_fake(
     plan: str,
 ) -> tuple[Tensor, ...]:
     def like(t: _Maybe) -> Tensor:
-        return y.new_empty(0) if t is None else torch.empty_like(t).contiguous()
+        return absent(y) if t is None else torch.empty_like(t).contiguous()
 
-    dother = raw_like(y, y.shape) if at_other else y.new_empty(0)
+    dother = raw_like(y, y.shape) if at_other else absent(y)
     return raw_like(y, y.shape), like(coef), dother, like(other_coef), like(slope)
 
 
@@ -160,6 +160,10 @@ def add_act(
         )
     if x.device != residual.device:
         raise ValueError(f"residual is on {residual.device} but x is on {x.device}")
+    origin = subclasses.among((x, residual, slope))
+    if origin:
+        found: Tensor = subclasses.through(add_act, origin, x, residual, activation, slope)
+        return found
     outer = spec.choice("activation", activation, spec.ACTIVATIONS)
     number = recipe.check_slope(outer, slope, x.shape[1])
     first, second = _summand(x), _summand(residual)
@@ -185,7 +189,8 @@ def add_act(
             parameter = slope.to(dtype).expand(raw.shape[1])
         else:
             parameter = _slope(number, raw.shape[1], dtype, raw)
-    op = _eager_residual if direct(raw) else torch.ops.fastfilm.residual
+    plain_ones = direct(raw, other, first.coef, second.coef, parameter)
+    op = _eager_residual if plain_ones else torch.ops.fastfilm.residual
     v: Tensor = op(raw, first.coef, first.act, other, second.coef, parameter, outer, plan)
     return v
 
@@ -228,6 +233,7 @@ class Sum(maps._Lazy):
 
     def __init__(self, x: DeferredMap, residual: Tensor | DeferredMap) -> None:
         self.x, self.residual = x, residual
+        self.origin = subclasses.among((x, residual))
 
     @property
     def shape(self) -> torch.Size:
@@ -245,7 +251,7 @@ class Sum(maps._Lazy):
         return self.x.device
 
     def _write(self) -> Tensor:
-        return add_act(self.x, self.residual)
+        return add_act(self.x, subclasses.stripped(self.residual))
 
     def __repr__(self) -> str:
         return f"Sum({tuple(self.shape)}, {self.dtype})"

@@ -113,30 +113,31 @@ class Tail:
             kernels: the backend's launchers; one fused call where they have it.
         """
         mask = self.dropout_mask
+        tensors = (
+            self.running_mean,
+            self.running_var,
+            stats,
+            self.norm_weight,
+            self.norm_bias,
+            bias,
+            self.gamma,
+            self.beta,
+            mask,
+            self.slope,
+        )
         if (
             kernels is not None
             and self.group is None
             and hasattr(kernels, "block_coefficients")
             and kernels.covers_block(self.kind)
-            and direct(like)
+            and direct(like, *tensors)
             and not (mask is not None and mask.requires_grad)
         ):
             return fused_coefficients.block_coefficients(
                 kernels,
                 self.kind,
                 self.momentum,
-                (
-                    self.running_mean,
-                    self.running_var,
-                    stats,
-                    self.norm_weight,
-                    self.norm_bias,
-                    bias,
-                    self.gamma,
-                    self.beta,
-                    mask,
-                    self.slope,
-                ),
+                tensors,
                 _definition,
                 like.device,
             )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference, spec
+from . import layout, reference, spec
 
 SMALL = 20480
 """Up to so many values (N·C·H·W; in 3D N·C·D·H) PyTorch convolves one float32 sample on a CPU without oneDNN."""
@@ -37,6 +37,7 @@ def convolution(
         keep: where oneDNN's form of a bfloat16 weight is kept; it is made anew for each call otherwise.
     """
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    bias = None if bias is None else layout.contiguous(bias)
     guarded = reference.guarded(convolution, v, weight, bias, *geometry, weight_gradient=False)
     if guarded is not None:
         return guarded
@@ -47,13 +48,14 @@ def convolution(
     if keep is not None and not plain and not transposed and _packs(v):
         form = v.shape, tuple(stride), tuple(padding), tuple(dilation), groups
         given = padding, stride, dilation, groups
-        reorder = torch.ops.mkldnn._reorder_convolution_weight
-        packed = keep(weight, form, lambda w: reorder(w, *given, list(v.shape)))
+        reorder, laid_out = torch.ops.mkldnn._reorder_convolution_weight, layout.vendors_weight
+        size = list(v.shape)
+        packed = keep(weight, form, lambda w: reorder(laid_out(w, False), *given, size))
         if packed is not None:
             convolve = torch.ops.mkldnn._convolution_pointwise
-            y: Tensor = convolve(_input(v, False), packed, bias, *given, "none", [], "")
+            y: Tensor = convolve(layout.vendors_map(v, False), packed, bias, *given, "none", [], "")
             return y
-    v, weight = _input(v, plain), _weight(weight, plain)
+    v, weight = layout.vendors_map(v, plain), layout.vendors_weight(weight, plain)
     if small:
         return torch.ops.aten.mkldnn_convolution.default(
             v, weight, bias, padding, stride, dilation, groups
@@ -97,7 +99,11 @@ def convolution_backward(
     # the weight's own layout says that nothing has to be copied
     wide = sums and weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
     plain = wide or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
-    e, v, weight = _input(e, plain), _input(v, plain), _weight(weight, plain)
+    e, v, weight = (
+        layout.vendors_map(e, plain),
+        layout.vendors_map(v, plain),
+        layout.vendors_weight(weight, plain),
+    )
     doubled = (
         not plain
         and not transposed
@@ -195,27 +201,3 @@ def _with_zeros(x: Tensor) -> Tensor:
     both = torch.zeros_like(x.expand(2, *x.shape[1:]), memory_format=torch.channels_last_3d)
     both[0] = x[0]
     return both
-
-
-def _weight(weight: Tensor, plain: bool) -> Tensor:
-    """``weight`` channels-last, as vendors' channels-last kernels want it (oneDNN is 1.6 times slower else)."""
-    if plain:
-        return weight.contiguous()
-    return weight.contiguous(memory_format=spec.channels_last_format(weight.dim()))
-
-
-def _input(v: Tensor, plain: bool) -> Tensor:
-    """``v`` with strides that a vendor library recognises as channels-last even if C or S is 1.
-
-    Args:
-        plain: contiguous instead, see ``reference.unsafe_channels_last``.
-    """
-    if plain:
-        return v.contiguous()
-    if v.shape[1] != 1 or not v.is_contiguous(memory_format=spec.channels_last_format(v.dim())):
-        return v
-    strides, step = [], 1
-    for size in reversed(v.shape[2:]):
-        strides.append(step)
-        step *= size
-    return v.as_strided(v.shape, (step, 1, *reversed(strides)))

@@ -94,37 +94,8 @@ def test_kernels_that_stand_in_padding(dims: int, kernel: int, transposed: bool)
     assert checked >= 10
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride", "padding", "transposed", "deep"),
-    [
-        ((2, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, True),
-        ((2, 8, 8), (3, 1, 1), (1, 1, 1), (1, 0, 0), False, True),
-        ((2, 8, 8), (3, 3, 3), (1, 2, 2), (1, 1, 1), False, True),
-        ((2, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), True, True),
-        ((4, 8, 8), (5, 5, 5), (1, 1, 1), (2, 2, 2), False, True),
-        ((2, 4, 4), (5, 5, 5), (1, 1, 1), (1, 1, 1), True, True),
-        ((2, 4, 4), (4, 4, 4), (2, 2, 2), (1, 1, 1), True, False),
-        ((3, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, False),
-        ((2, 8, 8), (1, 3, 3), (1, 1, 1), (0, 1, 1), False, False),
-        ((8, 2, 2), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, False),
-        ((2, 8), (3, 3), (1, 1), (1, 1), False, False),
-    ],
-)
-def test_16_bit_weight_gradients_of_kernels_deeper_than_the_map_are_float32(
-    size: tuple[int, ...],
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    transposed: bool,
-    deep: bool,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """oneDNN's bfloat16 kernel for AVX-512 reads one plane too far there; it needs that CPU to be seen."""
-    zero = (0,) * len(size)
-    geometry = (stride, padding, (1,) * len(size), transposed, zero, 1)
-    x, w = torch.randn(2, 8, *size).to(dtype), torch.randn(8, 8, *kernel).to(dtype)
+def _types_seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The types in which PyTorch is asked to convolve from now on."""
     seen = []
     forward, backward = torch.convolution, torch.ops.aten.convolution_backward.default
     monkeypatch.setattr(torch, "convolution", lambda *a: seen.append(a[0].dtype) or forward(*a))
@@ -133,11 +104,50 @@ def test_16_bit_weight_gradients_of_kernels_deeper_than_the_map_are_float32(
         "default",
         lambda *a: seen.append(a[0].dtype) or backward(*a),
     )
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation", "transposed", "longer"),
+    [
+        ((2, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), 1, False, True),
+        ((2, 8, 8), (3, 1, 1), (1, 1, 1), (1, 0, 0), 1, False, True),
+        ((2, 8, 8), (3, 3, 3), (1, 2, 2), (1, 1, 1), 1, False, True),
+        ((2, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), 1, True, True),
+        ((4, 8, 8), (5, 5, 5), (1, 1, 1), (2, 2, 2), 1, False, True),
+        ((4, 8, 8), (7, 3, 3), (1, 1, 1), (3, 1, 1), 1, False, True),
+        ((4, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), 2, False, True),
+        ((2, 4, 4), (5, 5, 5), (1, 1, 1), (1, 1, 1), 1, True, True),
+        ((8, 2, 2), (3, 3, 3), (1, 1, 1), (1, 1, 1), 1, False, True),
+        ((2, 8), (3, 3), (1, 1), (1, 1), 1, False, True),
+        ((2, 4, 4), (4, 4, 4), (2, 2, 2), (1, 1, 1), 1, True, False),
+        ((3, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), 1, False, False),
+        ((2, 8, 8), (1, 3, 3), (1, 1, 1), (0, 1, 1), 1, False, False),
+        ((5, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), 2, False, False),
+    ],
+)
+def test_16_bit_weight_gradients_of_kernels_longer_than_the_map_are_float32(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: int,
+    transposed: bool,
+    longer: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN's bfloat16 kernel for AVX-512 reads other planes there; it needs that CPU to be seen."""
+    zero = (0,) * len(size)
+    geometry = (stride, padding, (dilation,) * len(size), transposed, zero, 1)
+    x, w = torch.randn(2, 8, *size).to(dtype), torch.randn(8, 8, *kernel).to(dtype)
+    seen = _types_seen(monkeypatch)
     y = vendor.convolution(x, w, None, *geometry)
     vendor.convolution_backward(y, x, w, *geometry, (True, False))
     vendor.convolution_backward(y, x, w, *geometry, (True, True))
     reference.convolution(x, w, None, *geometry)
-    careful = torch.float32 if deep else dtype
+    careful = torch.float32 if longer else dtype
     assert seen == [dtype, dtype, careful, careful]
 
 

@@ -74,8 +74,8 @@ def _faults(
     transposed: bool,
     output_padding: _Sizes,
 ) -> tuple[bool, bool, bool]:
-    """Whether a kernel stands in padding, the last axis of a strided result has one position, the kernel is deeper
-    than a 3D map padded in depth."""
+    """Whether a kernel stands in padding, the last axis of a strided result has one position, and the kernel is longer
+    than the map on a padded axis."""
     out = tuple(
         spec.conv_output_size(size, kernel, stride, padding, dilation, transposed, output_padding)
     )
@@ -83,8 +83,9 @@ def _faults(
         size, out = out, size  # those of the convolution whose gradient this one is
     thin = any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True))
     stands = thin or (any(padding) and spec.has_idle_taps(size, kernel, stride, padding, dilation))
-    deep = len(size) == 3 and padding[0] > 0 and size[0] < kernel[0]
-    return stands, max(stride) > 1 and out[-1] == 1, deep
+    each = zip(size, kernel, padding, dilation, strict=True)
+    longer = any(p > 0 and n < (k - 1) * d + 1 for n, k, p, d in each)
+    return stands, max(stride) > 1 and out[-1] == 1, longer
 
 
 def precautions(
@@ -101,19 +102,22 @@ def precautions(
 
     On a CPU, in any layout, oneDNN (PyTorch 2.13) crashes now and then at padded maps one voxel thick and where
     taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that nobody wrote,
-    and also at a stride where the last axis of the result has one position. With AVX-512 its bfloat16
-    weight gradient reads one plane too far where the kernel is deeper than a 3D map that is padded in depth (two
-    planes under 3×3×3); values and gradients at the map are right there, and height and width have no such fault.
-    Sizes that are not known yet, in a graph for all of them, are taken to be others.
+    and also at a stride where the last axis of the result has one position. With AVX-512 or AMX its bfloat16
+    weight gradient reads other planes than it should, or some that nobody wrote, where the kernel (with its dilation)
+    is deeper than a 3D map that is padded in depth (two planes under 3×3×3): its loop over the depth takes the kernel
+    for reaching over one end of the map at a time. Its loops over height and width were right in all that was tried
+    with AVX-512; they are not trusted either, since such maps are too small for the time to matter.
+    A graph for all sizes, which are not known then, computes 16-bit types in float32 throughout.
 
     Args:
         weight_gradient: whether this call computes the gradient at the weight, or may be asked for it later.
     """
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return False, False
+    narrow_type = x.dtype.itemsize == 2
     if any(isinstance(n, torch.SymInt) for n in (*x.shape, *weight.shape)):
-        return False, False
-    stands, narrow, deep = _faults(
+        return narrow_type, False
+    stands, narrow, longer = _faults(
         tuple(x.shape[2:]),
         tuple(weight.shape[2:]),
         tuple(stride),
@@ -122,8 +126,8 @@ def precautions(
         transposed,
         tuple(output_padding),
     )
-    wide = stands or narrow or (deep and weight_gradient)
-    return x.dtype.itemsize == 2 and wide, stands
+    wide = stands or narrow or (longer and weight_gradient)
+    return narrow_type and wide, stands
 
 
 def padded(x: Tensor, padding: Sequence[int]) -> Tensor:

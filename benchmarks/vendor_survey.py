@@ -1,0 +1,283 @@
+"""Survey of convolutions on small maps on a CPU: the results of fastfilm's route, or PyTorch's own, against float64.
+
+    python -m benchmarks.vendor_survey --forms 30000                 # fastfilm: no form may be wrong
+    python -m benchmarks.vendor_survey --forms 30000 --route eager   # PyTorch's own faults on this CPU
+
+Draws random small forms (2D and 3D, transposed, groups, strides, dilations, paddings, layouts) and computes the values
+and both gradients of each in a process of its own, since some of PyTorch's forms end the process. Prints how many are
+wrong, by kind, with the smallest form of each, and writes all of them to a JSON file. ``ONEDNN_MAX_CPU_ISA`` limits the
+instruction set for oneDNN, ``ATEN_CPU_CAPABILITY`` for PyTorch's own kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import select
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfilm.ops import reference, spec, vendor
+
+ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-20}
+"""Largest relative error of one rounding; in float32, for which the survey does not look at rounding, of 16."""
+
+RESULTS = ("values", "gradient at the map", "gradient at the weight")
+MEMORY = {"MALLOC_PERTURB_": "128", "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+"""Lets glibc fill new memory with 0x7f, which is 3.4e38 in bfloat16: values that nobody wrote show."""
+
+SECONDS = 120.0
+"""A form that takes longer counts as one that hangs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A convolution [N, Ci, *size] -> [N, Co, *T]; ``channels_last``: of map, weight and gradient at the result."""
+
+    dtype: str
+    batch: int
+    channels: tuple[int, int]
+    groups: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    channels_last: tuple[bool, bool, bool]
+    seed: int
+
+    def geometry(self) -> tuple[Any, ...]:
+        lists = (list(self.stride), list(self.padding), list(self.dilation))
+        return *lists, self.transposed, list(self.output_padding), self.groups
+
+    def output(self) -> list[int]:
+        numbers = self.stride, self.padding, self.dilation, self.transposed, self.output_padding
+        return spec.conv_output_size(self.size, self.kernel, *numbers)
+
+    def products(self) -> int:
+        """Products of the convolution without its padding left out."""
+        sites = self.size if self.transposed else self.output()
+        pairs = self.channels[0] * self.channels[1] // self.groups
+        return self.batch * pairs * math.prod(sites) * math.prod(self.kernel)
+
+    def bound(self) -> float:
+        """Largest error of a right result, in units of sqrt(sum of squared products), a sum's standard deviation.
+
+        PyTorch's own kernels round a sum to its type after each tap of the kernel: a random walk of so many steps, each
+        of a standard deviation of 1/sqrt(3) roundings of what has been summed by then. Four of its own are 1.6
+        sqrt(taps) roundings; results of a few standard deviations take several more. A plane, row or tap that is left
+        out, read twice or read elsewhere changes sums by the root of its share of the products; memory that nobody
+        wrote is far off.
+        """
+        return ROUNDING[self.dtype] * (16 + 2 * math.sqrt(math.prod(self.kernel)))
+
+    def operands(self) -> list[Tensor]:
+        """Map, weight and gradient at the result, with random values."""
+        generator = torch.Generator().manual_seed(self.seed)
+        ci, co = self.channels
+        pair = (ci, co // self.groups) if self.transposed else (co, ci // self.groups)
+        shapes = [
+            (self.batch, ci, *self.size),
+            (*pair, *self.kernel),
+            (self.batch, co, *self.output()),
+        ]
+        last = spec.channels_last_format(len(self.size) + 2)
+        formats = [last if yes else torch.contiguous_format for yes in self.channels_last]
+        dtype = getattr(torch, self.dtype)
+        return [
+            torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+            for shape, layout in zip(shapes, formats, strict=True)
+        ]
+
+
+def draw(random_: random.Random, dtypes: list[str]) -> Form:
+    """A random small form; half of the maps have at most three positions along some axis."""
+    while True:
+        dims = random_.choice((2, 3, 3))
+        kernel = _each(random_, dims, (1, 2, 3, 3, 3, 4, 5, 7))
+        stride = _each(random_, dims, (1, 1, 1, 2, 3))
+        dilation = _each(random_, dims, (1, 1, 1, 1, 2, 3))
+        padding = tuple(random_.choice((0, k // 2, k // 2, random_.randint(0, k))) for k in kernel)
+        size = tuple(random_.choice((1, 2, 3, random_.randint(1, 9))) for _ in range(dims))
+        transposed = random_.random() < 0.25
+        ci, co, groups = random_.randint(1, 48), random_.randint(1, 48), 1
+        if random_.random() < 0.3:
+            groups = random_.choice((2, 3, 4, 8, ci))
+            ci = max(1, ci // groups) * groups
+            co = ci if groups == ci else max(1, co // groups) * groups
+        extra = tuple(
+            random_.randrange(max(s, d)) if transposed and random_.random() < 0.3 else 0
+            for s, d in zip(stride, dilation, strict=True)
+        )
+        form = Form(
+            dtype=random_.choice(dtypes),
+            batch=random_.randint(1, 3),
+            channels=(ci, co),
+            groups=groups,
+            size=size,
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            transposed=transposed,
+            output_padding=extra,
+            channels_last=tuple(random_.random() < 0.5 for _ in range(3)),  # type: ignore[arg-type]
+            seed=random_.randrange(1 << 30),
+        )
+        if min(form.output()) >= 1 and form.products() <= 1 << 21:
+            return form
+
+
+def _each(random_: random.Random, dims: int, values: tuple[int, ...]) -> tuple[int, ...]:
+    """A value for each axis, mostly the same."""
+    if random_.random() < 0.5:
+        return (random_.choice(values),) * dims
+    return tuple(random_.choice(values) for _ in range(dims))
+
+
+def results(form: Form, route: str, operands: list[Tensor]) -> Iterator[Tensor]:
+    """Values and gradients at map and weight by ``route``: fastfilm, reference or eager."""
+    x, w, e = operands
+    geometry = form.geometry()
+    if route == "reference":
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        y = reference.convolution(x, w, None, *geometry)
+        yield y.detach()
+        yield from torch.autograd.grad(y, (x, w), e)
+        return
+    if route == "fastfilm":
+        yield vendor.convolution(x, w, None, *geometry)
+        yield from vendor.convolution_backward(e, x, w, *geometry, (True, True))
+        return
+    yield torch.convolution(x, w, None, *geometry)
+    backward = torch.ops.aten.convolution_backward.default
+    yield from backward(e, x, w, None, *geometry, [True, True, False])[:2]
+
+
+def measure(form: Form, route: str, report: Callable[[float], None]) -> None:
+    """Reports each result's error, in the units of ``Form.bound``; infinite where it is not finite."""
+    operands = form.operands()
+    exact = [t.double() for t in operands]
+    truths = results(form, "eager", exact)
+    scales = results(form, "eager", [t.square() for t in exact])
+    for found, true, square in zip(results(form, route, operands), truths, scales, strict=True):
+        error = (found.double() - true).abs()
+        scale = square.clamp(min=0).sqrt()
+        relative = torch.where(error == 0, 0.0, error / scale)
+        report(float(relative.nan_to_num(math.inf, math.inf).max()))
+
+
+def isolated(form: Form, route: str) -> tuple[list[float], str]:
+    """Errors of ``measure`` in a process of its own, as many as it lived for, and how it ended ("" if well)."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reading)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            measure(form, route, lambda error: os.write(writing, f"{error!r}\n".encode()) and None)
+            os._exit(0)
+        except BaseException as error:
+            os.write(writing, f"! {type(error).__name__}: {error}\n".encode()[:400])
+            os._exit(1)
+    os.close(writing)
+    text, deadline = b"", time.monotonic() + SECONDS
+    while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        part = os.read(reading, 1 << 16)
+        if not part:
+            break
+        text += part
+    else:
+        os.kill(child, signal.SIGKILL)
+    os.close(reading)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    lines = text.decode(errors="replace").splitlines()
+    errors = [float(line) for line in lines if not line.startswith("!")]
+    raised = next((line[2:] for line in lines if line.startswith("!")), "")
+    return errors, raised or ("" if status == 0 else f"ended by signal {-status}")
+
+
+def verdicts(form: Form, route: str) -> dict[str, str]:
+    """What is wrong with each result of ``form``; empty if all are right."""
+    errors, ending = isolated(form, route)
+    wrong = {}
+    for name, error in zip(RESULTS, errors, strict=False):
+        if not math.isfinite(error):
+            wrong[name] = "not finite, or where zero is right"
+        elif error > form.bound():
+            wrong[name] = "wrong"
+    if ending:
+        wrong[RESULTS[min(len(errors), 2)]] = ending
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vendor_survey", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--forms", type=int, default=1000, metavar="N")
+    parser.add_argument("--route", choices=("fastfilm", "reference", "eager"), default="fastfilm")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(ROUNDING), default=["bfloat16"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("vendor-survey.json"))
+    given = parser.parse_args(arguments)
+    if any(os.environ.get(name) != value for name, value in MEMORY.items()):
+        command = [sys.executable, "-m", "benchmarks.vendor_survey", *(arguments or sys.argv[1:])]
+        os.execve(sys.executable, command, {**os.environ, **MEMORY})
+    # no thread of OpenMP before a fork: its pool would not survive
+    torch.set_num_threads(1)
+    random_ = random.Random(given.seed)
+    found: list[dict[str, Any]] = []
+    for done in range(1, given.forms + 1):
+        form = draw(random_, given.dtypes)
+        wrong = verdicts(form, given.route)
+        if wrong:
+            found.append({**dataclasses.asdict(form), "wrong": wrong, "products": form.products()})
+        if done % 1000 == 0 or done == given.forms:
+            print(f"{done} forms, {len(found)} wrong", flush=True)
+    kinds = Counter(_kinds(found))
+    for kind, count in kinds.most_common():
+        smallest = min((f for f in found if kind in _kinds([f])), key=lambda f: f["products"])
+        print(f"{count:5d}  {kind}; smallest: {_described(smallest)}")
+    about = {
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+        "onednn_has_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        **{name: getattr(given, name) for name in ("forms", "route", "dtypes", "seed")},
+    }
+    given.out.write_text(json.dumps({**about, "wrong": found}, indent=1) + "\n")
+    print(f"{len(found)} of {given.forms} forms wrong; {given.out}")
+    return 1 if found else 0
+
+
+def _kinds(found: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{form['dtype']} {len(form['size'])}D{' transposed' * form['transposed']}, {name}: {how}"
+        for form in found
+        for name, how in form["wrong"].items()
+    ]
+
+
+def _described(form: dict[str, Any]) -> str:
+    names = ("batch", "channels", "groups", "size", "kernel", "stride", "padding", "dilation")
+    names += ("output_padding", "channels_last")
+    return ", ".join(f"{name} {form[name]}" for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

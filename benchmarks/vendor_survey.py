@@ -1,12 +1,12 @@
-"""Survey of convolutions on small maps on a CPU: the results of fastfilm's route, or PyTorch's own, against float64.
+"""Survey of convolutions on small maps on a CPU: fastfilm's results, or PyTorch's own, against float64.
 
     python -m benchmarks.vendor_survey --forms 30000                 # fastfilm: no form may be wrong
     python -m benchmarks.vendor_survey --forms 30000 --route eager   # PyTorch's own faults on this CPU
 
-Draws random small forms (2D and 3D, transposed, groups, strides, dilations, paddings, layouts) and computes the values
-and both gradients of each in a process of its own, since some of PyTorch's forms end the process. Prints how many are
-wrong, by kind, with the smallest form of each, and writes all of them to a JSON file. ``ONEDNN_MAX_CPU_ISA`` limits the
-instruction set for oneDNN, ``ATEN_CPU_CAPABILITY`` for PyTorch's own kernels.
+Draws random small forms (2D and 3D, transposed, groups, strides, dilations, paddings, layouts) and computes the
+values and both gradients of each, in processes of their own, since some of PyTorch's forms end the process. Prints
+how many are wrong, by kind, with the smallest form of each, and writes all of them to a JSON file.
+``ONEDNN_MAX_CPU_ISA`` limits the instruction set for oneDNN, ``ATEN_CPU_CAPABILITY`` for PyTorch's own kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,30 @@ from fastfilm.ops import reference, spec, vendor
 ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-20}
 """Largest relative error of one rounding; in float32, for which the survey does not look at rounding, of 16."""
 
-RESULTS = ("values", "gradient at the map", "gradient at the weight")
+RESULTS = (
+    "values",
+    "gradient at the map",
+    "gradient at the weight",
+    "second derivative at the map",
+    "second derivative at the weight",
+    "second derivative at the gradient",
+)
 MEMORY = {"MALLOC_PERTURB_": "128", "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 """Lets glibc fill new memory with 0x7f, which is 3.4e38 in bfloat16: values that nobody wrote show."""
 
-SECONDS = 120.0
-"""A form that takes longer counts as one that hangs."""
+SECONDS = 300.0
+"""A process that takes longer counts as one that hangs."""
+
+TOGETHER = 20
+"""Forms that share a process, which takes longer to start than they take, as long as all of them are right."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A convolution [N, Ci, *size] -> [N, Co, *T]; ``channels_last``: of map, weight and gradient at the result."""
+    """A convolution [N, Ci, *size] -> [N, Co, *T].
+
+    ``channels_last``: whether map, weight and gradient at the result are.
+    """
 
     dtype: str
     batch: int
@@ -77,11 +90,11 @@ class Form:
     def bound(self) -> float:
         """Largest error of a right result, in units of sqrt(sum of squared products), a sum's standard deviation.
 
-        PyTorch's own kernels round a sum to its type after each tap of the kernel: a random walk of so many steps, each
-        of a standard deviation of 1/sqrt(3) roundings of what has been summed by then. Four of its own are 1.6
-        sqrt(taps) roundings; results of a few standard deviations take several more. A plane, row or tap that is left
-        out, read twice or read elsewhere changes sums by the root of its share of the products; memory that nobody
-        wrote is far off.
+        PyTorch's own kernels round a sum to its type after each tap of the kernel: a random walk of so many steps,
+        each of a standard deviation of 1/sqrt(3) roundings of what has been summed by then. Four of its own are
+        1.6 sqrt(taps) roundings; results of a few standard deviations take several more. A plane, row or tap that
+        is left out, read twice or read elsewhere changes sums by the root of its share of the products; memory
+        that nobody wrote is far off.
         """
         return ROUNDING[self.dtype] * (16 + 2 * math.sqrt(math.prod(self.kernel)))
 
@@ -150,14 +163,17 @@ def _each(random_: random.Random, dims: int, values: tuple[int, ...]) -> tuple[i
 
 
 def results(form: Form, route: str, operands: list[Tensor]) -> Iterator[Tensor]:
-    """Values and gradients at map and weight by ``route``: fastfilm, reference or eager."""
+    """Values and gradients at map and weight by ``route``: fastfilm, reference (which goes on to the second
+    derivatives) or eager."""
     x, w, e = operands
     geometry = form.geometry()
     if route == "reference":
-        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        x, w, e = (t.detach().requires_grad_() for t in operands)
         y = reference.convolution(x, w, None, *geometry)
         yield y.detach()
-        yield from torch.autograd.grad(y, (x, w), e)
+        first = torch.autograd.grad(y, (x, w), e, create_graph=True)
+        yield from (t.detach() for t in first)
+        yield from torch.autograd.grad(first, (x, w, e), operands[:2])
         return
     if route == "fastfilm":
         yield vendor.convolution(x, w, None, *geometry)
@@ -168,31 +184,34 @@ def results(form: Form, route: str, operands: list[Tensor]) -> Iterator[Tensor]:
     yield from backward(e, x, w, None, *geometry, [True, True, False])[:2]
 
 
-def measure(form: Form, route: str, report: Callable[[float], None]) -> None:
-    """Reports each result's error, in the units of ``Form.bound``; infinite where it is not finite."""
+def measure(form: Form, route: str) -> Iterator[float]:
+    """Each result's error, in the units of ``Form.bound``; infinite where it is not finite."""
     operands = form.operands()
     exact = [t.double() for t in operands]
-    truths = results(form, "eager", exact)
-    scales = results(form, "eager", [t.square() for t in exact])
+    true_route = "reference" if route == "reference" else "eager"
+    truths = results(form, true_route, exact)
+    scales = results(form, true_route, [t.square() for t in exact])
     for found, true, square in zip(results(form, route, operands), truths, scales, strict=True):
         error = (found.double() - true).abs()
-        scale = square.clamp(min=0).sqrt()
-        relative = torch.where(error == 0, 0.0, error / scale)
-        report(float(relative.nan_to_num(math.inf, math.inf).max()))
+        relative = torch.where(error == 0, 0.0, error / square.clamp(min=0).sqrt())
+        yield float(relative.nan_to_num(math.inf, math.inf).max())
 
 
-def isolated(form: Form, route: str) -> tuple[list[float], str]:
-    """Errors of ``measure`` in a process of its own, as many as it lived for, and how it ended ("" if well)."""
+def isolated(forms: list[Form], route: str) -> tuple[list[list[float]], str]:
+    """Errors of ``measure`` in a process of their own, as far as it lived, and how it ended ("" if well)."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        # the parent alone prints; and nothing of its exit must run here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
-            os.close(reading)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            measure(form, route, lambda error: os.write(writing, f"{error!r}\n".encode()) and None)
+            for form in forms:
+                os.write(writing, b"form\n")
+                for error in measure(form, route):
+                    os.write(writing, f"{error!r}\n".encode())
             os._exit(0)
         except BaseException as error:
-            os.write(writing, f"! {type(error).__name__}: {error}\n".encode()[:400])
+            os.write(writing, f"! {type(error).__name__}: {error}"[:400].encode())
             os._exit(1)
     os.close(writing)
     text, deadline = b"", time.monotonic() + SECONDS
@@ -205,23 +224,43 @@ def isolated(form: Form, route: str) -> tuple[list[float], str]:
         os.kill(child, signal.SIGKILL)
     os.close(reading)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    lines = text.decode(errors="replace").splitlines()
-    errors = [float(line) for line in lines if not line.startswith("!")]
-    raised = next((line[2:] for line in lines if line.startswith("!")), "")
+    said, _, raised = text.decode(errors="replace").partition("! ")
+    errors = [[float(line) for line in part.split()] for part in said.split("form\n")[1:]]
     return errors, raised or ("" if status == 0 else f"ended by signal {-status}")
 
 
-def verdicts(form: Form, route: str) -> dict[str, str]:
-    """What is wrong with each result of ``form``; empty if all are right."""
-    errors, ending = isolated(form, route)
+def verdicts(forms: list[Form], route: str) -> list[dict[str, str]]:
+    """What is wrong with each result of each form (nothing: empty).
+
+    They share a process. If one of them ends it or is wrong, each is tried again in a process of its own.
+    """
+    errors, ending = isolated(forms, route)
+    errors += [[] for _ in range(len(forms) - len(errors))]
+    found = [_wrong(form, numbers) for form, numbers in zip(forms, errors, strict=True)]
+    if not ending and not any(found):
+        return found
+    if len(forms) > 1:
+        alone = [verdicts([form], route)[0] for form in forms]
+        if any(alone):
+            return alone
+        # wrong or ended behind the others only
+        last = max(i for i, numbers in enumerate(errors) if numbers or i == 0)
+        return [
+            {**wrong, **({"behind others": ending} if i == last and ending else {})}
+            for i, wrong in enumerate(found)
+        ]
+    if ending:
+        found[0][RESULTS[len(errors[0])]] = ending
+    return found
+
+
+def _wrong(form: Form, errors: list[float]) -> dict[str, str]:
     wrong = {}
     for name, error in zip(RESULTS, errors, strict=False):
         if not math.isfinite(error):
-            wrong[name] = "not finite, or where zero is right"
+            wrong[name] = "not finite, or not zero where zero is right"
         elif error > form.bound():
             wrong[name] = "wrong"
-    if ending:
-        wrong[RESULTS[min(len(errors), 2)]] = ending
     return wrong
 
 
@@ -242,25 +281,27 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     random_ = random.Random(given.seed)
     found: list[dict[str, Any]] = []
-    for done in range(1, given.forms + 1):
-        form = draw(random_, given.dtypes)
-        wrong = verdicts(form, given.route)
-        if wrong:
-            found.append({**dataclasses.asdict(form), "wrong": wrong, "products": form.products()})
+    for start in range(0, given.forms, TOGETHER):
+        forms = [draw(random_, given.dtypes) for _ in range(min(TOGETHER, given.forms - start))]
+        for form, wrong in zip(forms, verdicts(forms, given.route), strict=True):
+            if wrong:
+                about = {"wrong": wrong, "products": form.products()}
+                found.append({**dataclasses.asdict(form), **about})
+        done = start + len(forms)
         if done % 1000 == 0 or done == given.forms:
             print(f"{done} forms, {len(found)} wrong", flush=True)
     kinds = Counter(_kinds(found))
     for kind, count in kinds.most_common():
         smallest = min((f for f in found if kind in _kinds([f])), key=lambda f: f["products"])
         print(f"{count:5d}  {kind}; smallest: {_described(smallest)}")
-    about = {
+    header = {
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "onednn_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "onednn_has_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         **{name: getattr(given, name) for name in ("forms", "route", "dtypes", "seed")},
     }
-    given.out.write_text(json.dumps({**about, "wrong": found}, indent=1) + "\n")
+    given.out.write_text(json.dumps({**header, "wrong": found}, indent=1) + "\n")
     print(f"{len(found)} of {given.forms} forms wrong; {given.out}")
     return 1 if found else 0
 

@@ -74,8 +74,8 @@ def _faults(
     transposed: bool,
     output_padding: _Sizes,
 ) -> tuple[bool, bool, bool]:
-    """Whether a kernel stands in padding, the last axis of a strided result has one position, and the kernel is longer
-    than the map on a padded axis."""
+    """Whether a kernel stands in padding, the last axis of a strided result has one position, and the kernel
+    is longer than the map on a padded axis."""
     out = tuple(
         spec.conv_output_size(size, kernel, stride, padding, dilation, transposed, output_padding)
     )
@@ -102,21 +102,21 @@ def precautions(
 
     On a CPU, in any layout, oneDNN (PyTorch 2.13) crashes now and then at padded maps one voxel thick and where
     taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that nobody wrote,
-    and also at a stride where the last axis of the result has one position. With AVX-512 or AMX its bfloat16
-    weight gradient reads other planes than it should, or some that nobody wrote, where the kernel (with its dilation)
-    is deeper than a 3D map that is padded in depth (two planes under 3×3×3): its loop over the depth takes the kernel
-    for reaching over one end of the map at a time. Its loops over height and width were right in all that was tried
-    with AVX-512; they are not trusted either, since such maps are too small for the time to matter.
-    A graph for all sizes, which are not known then, computes 16-bit types in float32 throughout.
+    and also at a stride where the last axis of the result has one position. With AVX-512 the weight gradient
+    goes wrong where the kernel (with its dilation) is deeper than a 3D map that is padded in depth, as 3×3×3 is
+    on two planes: the loop over the depth takes a kernel to reach over one end of the map at a time. In bfloat16
+    it reads other planes, some of which nobody wrote; in float32 it writes behind its buffers at a stride.
+    No form was found for which height and width do the same; such maps are too small to trust that for time.
+    A graph for all sizes, which are not known then, computes 16-bit types in float32.
 
     Args:
         weight_gradient: whether this call computes the gradient at the weight, or may be asked for it later.
     """
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return False, False
-    narrow_type = x.dtype.itemsize == 2
+    half = x.dtype.itemsize == 2
     if any(isinstance(n, torch.SymInt) for n in (*x.shape, *weight.shape)):
-        return narrow_type, False
+        return half, False
     stands, narrow, longer = _faults(
         tuple(x.shape[2:]),
         tuple(weight.shape[2:]),
@@ -126,8 +126,8 @@ def precautions(
         transposed,
         tuple(output_padding),
     )
-    wide = stands or narrow or (longer and weight_gradient)
-    return narrow_type and wide, stands
+    before = stands or (longer and weight_gradient)
+    return half and (before or narrow), before
 
 
 def padded(x: Tensor, padding: Sequence[int]) -> Tensor:

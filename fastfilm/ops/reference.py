@@ -74,8 +74,8 @@ def _faults(
     transposed: bool,
     output_padding: _Sizes,
 ) -> tuple[bool, bool, bool]:
-    """Whether a kernel stands in padding, the last axis of a strided result has one position, the kernel is deeper
-    than a 3D map padded in depth."""
+    """Whether a kernel stands in padding, the last axis of a strided result has one position, and the kernel
+    is longer than the map on a padded axis."""
     out = tuple(
         spec.conv_output_size(size, kernel, stride, padding, dilation, transposed, output_padding)
     )
@@ -83,8 +83,9 @@ def _faults(
         size, out = out, size  # those of the convolution whose gradient this one is
     thin = any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True))
     stands = thin or (any(padding) and spec.has_idle_taps(size, kernel, stride, padding, dilation))
-    deep = len(size) == 3 and padding[0] > 0 and size[0] < kernel[0]
-    return stands, max(stride) > 1 and out[-1] == 1, deep
+    each = zip(size, kernel, padding, dilation, strict=True)
+    longer = any(p > 0 and n < (k - 1) * d + 1 for n, k, p, d in each)
+    return stands, max(stride) > 1 and out[-1] == 1, longer
 
 
 def precautions(
@@ -101,19 +102,22 @@ def precautions(
 
     On a CPU, in any layout, oneDNN (PyTorch 2.13) crashes now and then at padded maps one voxel thick and where
     taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that nobody wrote,
-    and also at a stride where the last axis of the result has one position. With AVX-512 its bfloat16
-    weight gradient reads one plane too far where the kernel is deeper than a 3D map that is padded in depth (two
-    planes under 3×3×3); values and gradients at the map are right there, and height and width have no such fault.
-    Sizes that are not known yet, in a graph for all of them, are taken to be others.
+    and also at a stride where the last axis of the result has one position. With AVX-512 the weight gradient
+    goes wrong where the kernel (with its dilation) is deeper than a 3D map that is padded in depth, as 3×3×3 is
+    on two planes: the loop over the depth takes a kernel to reach over one end of the map at a time. In bfloat16
+    it reads other planes, some of which nobody wrote; in float32 it writes behind its buffers at a stride.
+    No form was found for which height and width do the same; such maps are too small to trust that for time.
+    A graph for all sizes, which are not known then, computes 16-bit types in float32.
 
     Args:
         weight_gradient: whether this call computes the gradient at the weight, or may be asked for it later.
     """
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return False, False
+    half = x.dtype.itemsize == 2
     if any(isinstance(n, torch.SymInt) for n in (*x.shape, *weight.shape)):
-        return False, False
-    stands, narrow, deep = _faults(
+        return half, False
+    stands, narrow, longer = _faults(
         tuple(x.shape[2:]),
         tuple(weight.shape[2:]),
         tuple(stride),
@@ -122,8 +126,8 @@ def precautions(
         transposed,
         tuple(output_padding),
     )
-    wide = stands or narrow or (deep and weight_gradient)
-    return x.dtype.itemsize == 2 and wide, stands
+    before = stands or (longer and weight_gradient)
+    return half and (before or narrow), before
 
 
 def padded(x: Tensor, padding: Sequence[int]) -> Tensor:

@@ -36,15 +36,9 @@ def _layer_keys(conv: str, norm: str, ours: str, layer: nn.Module) -> Keys:
     """Names of a convolution and the norm that belongs to it."""
     assert isinstance(layer, ConvNormFiLM)
     keys = {f"{conv}.{part}": f"{ours}.{part}" for part in ("weight", "bias")}
-    for part, mine in (
-        ("weight", "norm_weight"),
-        ("bias", "norm_bias"),
-        ("running_mean", "running_mean"),
-        ("running_var", "running_var"),
-        ("num_batches_tracked", "num_batches_tracked"),
-    ):
-        if getattr(layer, mine) is not None:
-            keys[f"{norm}.{part}"] = f"{ours}.{mine}"
+    inner = layer.norm_layer
+    names = inner.state_dict() if isinstance(inner, nn.Module) else ()
+    keys |= {f"{norm}.{part}": f"{ours}.norm_layer.{part}" for part in names}
     return keys
 
 

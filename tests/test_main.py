@@ -99,23 +99,14 @@ def test_module_runs_as_a_program() -> None:
     assert bad.returncode == 2 and "usage" in bad.stderr
 
 
-@pytest.mark.parametrize(
-    ("command", "status"), [("info", 0), ("--help", 0), ("plan --help", 0), ("nonsense", 2)]
-)
-def test_a_reader_that_leaves_ends_a_command_quietly_with_its_own_status(
-    command: str, status: int
-) -> None:
-    """As under ``fastfilm info | head -1``, with both streams in the pipe or one."""
-    for both in (False, True):
-        read, write = os.pipe()
-        os.close(read)
-        process = subprocess.run(
-            [sys.executable, "-m", "fastfilm", *command.split()],
-            stdout=write,
-            stderr=write if both else subprocess.PIPE,
-            text=True,
-            timeout=120,
-        )
-        os.close(write)
-        assert process.returncode == status
-        assert both or status or not process.stderr
+@pytest.mark.parametrize("command", ["info", "plan --help"])
+def test_a_reader_that_leaves_ends_a_command_quietly_with_its_own_status(command: str) -> None:
+    """As under ``fastfilm info | head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    command_line = [sys.executable, "-m", "fastfilm", *command.split()]
+    process = subprocess.run(
+        command_line, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, "")

@@ -33,7 +33,6 @@ class State:
         sites: FiLM by the path of the group that applies it.
         root: the module that ``convert`` or ``condition`` was called with.
         conditioned: FiLM was put into the model.
-        strides: of parameters before they became channels-last, by name.
         conditioner: name of the generator among the children, in the root of a conditioned model.
         split, replica_index: metadata of a batch that is spread over replicas.
         refused: why the forward of the usual call cannot be followed.
@@ -46,7 +45,6 @@ class State:
         self.remembered: dict[Path, Remembered] = {}
         self.programs: dict[Any, Program | None] = {}
         self.watched: tuple[str, ...] | None = None
-        self.strides: dict[str, tuple[int, ...]] = {}
         self.refused: str | None = None
         self.conditioner: str | None = None
         self.split: Split | None = None

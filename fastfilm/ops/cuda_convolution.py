@@ -152,7 +152,7 @@ def _tf32(x: Tensor) -> bool:
 
 
 def _strides(weight: Tensor) -> tuple[int, ...]:
-    """Of [co, ci, kd, kh, kw], whatever the weight's layout."""
+    """Of [co, ci, kd, kh, kw]."""
     s = weight.stride()
     return s if len(s) == 5 else (*s[:2], 0, *s[2:])
 
@@ -201,12 +201,17 @@ def _gradient(given: Gradient, n: int, co: int) -> tuple[list[Tensor | None], tu
     return kept, (*(address(t) for t in kept), code(given.pre_act))
 
 
-def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
+def _check_weight(weight: Tensor, x: Tensor, channels: int) -> None:
     if weight.dtype != x.dtype or weight.dim() != x.dim() or weight.shape[1] != channels:
         raise ValueError(
             f"weight must be [co, {channels}, *kernel] of {x.dtype}, got {tuple(weight.shape)} of {weight.dtype}"
         )
-    return weight
+
+
+def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
+    """``weight`` channels-last: a tile's input channels are read side by side."""
+    _check_weight(weight, x, channels)
+    return weight.contiguous(memory_format=FORMATS[weight.dim()])
 
 
 def _out_size(
@@ -237,7 +242,7 @@ def _forward(
     x = sources[0][0]
     n, co = x.shape[0], weight.shape[0]
     ci = sum(s[0].shape[1] for s in sources)
-    _weight(weight, x, ci)
+    weight = _weight(weight, x, ci)
     kept, given = _sources(sources)
     bias = None if bias is None else numbers("bias", bias, co)
     pre = None if pre is None else numbers("pre", pre, 2, co)
@@ -394,7 +399,7 @@ def dgrad_sources(
         (dx, dcoef) of each output: None where nothing is wanted, or pending.
     """
     dy = gradient.dy
-    _weight(weight, dy, sum(o.channels for o in outputs))
+    weight = _weight(weight, dy, sum(o.channels for o in outputs))
     kept, given = _gradient(gradient, *dy.shape[:2])
     conv = _of_gradient(dy, weight, size, stride, padding)
     found, described, held = _outputs(outputs, dy, size)
@@ -489,7 +494,7 @@ def wgrad_sources(
 ) -> tuple[Tensor, Tensor | None]:
     """dW, as of ``wgrad``, and with ``sums`` dpre [2, Co]: Σ e and the gradient at the slopes of ``pre``."""
     x, dy = sources[0][0], gradient.dy
-    _weight(weight, x, sum(s[0].shape[1] for s in sources))
+    _check_weight(weight, x, sum(s[0].shape[1] for s in sources))
     kept, given = _sources(sources)
     held, gradient_numbers = _gradient(gradient, *dy.shape[:2])
     conv = _of_gradient(dy, weight, _seen_size(sources[0]), stride, padding)
@@ -552,7 +557,7 @@ def joint_sources(
     """``dgrad_sources`` and ``wgrad_sources`` by one kernel, which reads each map once."""
     dy = gradient.dy
     size = _seen_size(sources[0])
-    _weight(weight, dy, sum(o.channels for o in outputs))
+    weight = _weight(weight, dy, sum(o.channels for o in outputs))
     conv = _of_gradient(dy, weight, size, stride, padding)
     kept, given = _gradient(gradient, *dy.shape[:2])
     found, described, held = _outputs(outputs, dy, size)

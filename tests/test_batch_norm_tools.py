@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -292,6 +293,37 @@ def test_a_state_dict_with_the_norms_former_names_loads(norm: str) -> None:
     twin.load_state_dict(former)
     for name, value in model.state_dict().items():
         assert torch.equal(twin.state_dict()[name], value)
+
+
+def test_training_resumes_from_a_state_with_the_norms_former_names(tmp_path: Path) -> None:
+    pytest.importorskip("pydantic", reason="the extra [segmentation] is not installed")
+    from fastfilm.segmentation.checkpoint import NAME, State
+    from fastfilm.segmentation.files import read_tensors, write_tensors
+    from fastfilm.segmentation.optimisation import Average, Progress
+
+    def state(seed: int) -> State:
+        torch.manual_seed(seed)
+        net = nn.Sequential(fastfilm.ConvNormFiLM2d(3, 4))
+        optimizer = torch.optim.AdamW(net.parameters())
+        net(image()).square().sum().backward()
+        optimizer.step()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return State(net, optimizer, Progress(), Average(net, 0.9), scaler)
+
+    old, new = state(0), state(1)
+    old.save(tmp_path, "same")
+    tensors, header = read_tensors(tmp_path / NAME)
+    former = {}
+    for name, value in tensors.items():
+        for part in ("weight", "bias"):
+            name = name.replace(f"norm_layer.{part}", f"norm_{part}")
+        former[name.replace("norm_layer.", "")] = value
+    assert len(former) == len(tensors) and not any("norm_layer" in name for name in former)
+    write_tensors(tmp_path / NAME, former, header)
+    new.load(tmp_path, "same")
+    new.save(tmp_path, "same")
+    for name, value in read_tensors(tmp_path / NAME)[0].items():
+        assert torch.equal(value, tensors[name])
 
 
 def test_dropout_and_film_stand_where_they_do_around_another_norm_layer() -> None:

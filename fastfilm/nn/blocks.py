@@ -17,15 +17,14 @@ from fastfilm.ops.remembered import Remembered
 from . import norms
 
 _PARAMETERS = ("weight", "bias", "slope")
-_OF_NORM = {
+_TENSORS = {
     "norm_weight": "weight",
     "norm_bias": "bias",
     "running_mean": "running_mean",
     "running_var": "running_var",
     "num_batches_tracked": "num_batches_tracked",
-    "momentum": "momentum",
-    "eps": "eps",
 }
+_OF_NORM = _TENSORS | {"momentum": "momentum", "eps": "eps"}
 """Attributes of a block that are its norm layer's, and their names there."""
 
 
@@ -181,9 +180,9 @@ class ConvNormFiLM(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
     ) -> None:
         """Takes the names too that the norm's tensors had before they were the norm layer's."""
-        for old, new in list(_OF_NORM.items())[:5]:
-            if f"{prefix}{old}" in state_dict:
-                state_dict[f"{prefix}norm_layer.{new}"] = state_dict.pop(f"{prefix}{old}")
+        for old, new in former_names(self, prefix).items():
+            if old in state_dict:
+                state_dict[new] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
     def train(self, mode: bool = True) -> ConvNormFiLM:
@@ -396,6 +395,16 @@ class DoubleConv(nn.Module):
             self.first(x, deferred=True), gamma, beta, deferred=deferred
         )
         return out
+
+
+def former_names(model: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Names in older state_dicts, whose norms' tensors were the blocks' own -> names in today's."""
+    names: dict[str, str] = {}
+    for path, module in model.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(module, ConvNormFiLM):
+            at = f"{path}." if path else ""
+            names |= {f"{at}{old}": f"{at}norm_layer.{new}" for old, new in _TENSORS.items()}
+    return names
 
 
 def sync_batch_norm(model: nn.Module, process_group: distributed.Group = None) -> nn.Module:

@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=command.run)
     for name, summary in cli.SUMMARIES.items():
         subparsers.add_parser(name, help=summary, add_help=False)
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        cli.outlive_readers()
     if argv and argv[0] in cli.SUMMARIES:
         return cli.run(argv[0], argv[1:])
     try:

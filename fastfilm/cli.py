@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import keyword
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 SUMMARIES = {
     "plan": "check a data set, decide preprocessing and patch size, write the splits",
@@ -22,6 +25,36 @@ SUMMARIES = {
 
 INTERRUPTED = 130
 INSTALL = 'pip install "fastfilm[segmentation]"'
+
+
+class _Pipe(io.FileIO):
+    """A standard stream whose reader may leave (``fastfilm info | head -1``): what follows goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
+def outlive_readers() -> None:
+    """Lets commands go on, and end with their own status, when the reader of their output has left."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.flush()
+        made = io.TextIOWrapper(
+            io.BufferedWriter(_Pipe(stream.fileno(), "wb", closefd=False)),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, made)
 
 
 def run(name: str, argv: Sequence[str]) -> int:

@@ -116,7 +116,7 @@ def test_restore_brings_back_classes_strides_and_bits() -> None:
     before = model(x)
     fastfilm.convert(model, verbose=False)
     assert isinstance(model.inc, DoubleConv)
-    assert [p.stride() for p in model.parameters()] != strides
+    assert [p.stride() for p in model.parameters()] == strides
     assert fastfilm.restore(model) is model
     assert [type(m) for m in model.modules()] == kinds
     assert [p.stride() for p in model.parameters()] == strides

@@ -163,7 +163,7 @@ def test_without_synchronisation_two_processes_differ() -> None:
         return trained(model := net(), model, rank)
 
     found = on_two(work)
-    means = [torch.from_numpy(f["blocks.0.running_mean"]) for f in found]
+    means = [torch.from_numpy(f["blocks.0.norm_layer.running_mean"]) for f in found]
     assert (means[0] - means[1]).abs().max() > 1e-3
 
 
@@ -183,7 +183,9 @@ def test_it_does_what_sync_batch_norm_of_pytorch_keeps_in_its_running_statistics
     norm(nn.functional.conv2d(x, block.weight, block.bias, padding=1))
     for found in on_two(work):
         for name in ("running_mean", "running_var"):
-            torch.testing.assert_close(torch.from_numpy(found[name]), getattr(norm, name))
+            torch.testing.assert_close(
+                torch.from_numpy(found[f"norm_layer.{name}"]), getattr(norm, name)
+            )
 
 
 def test_ddp_on_uneven_batches_is_one_process_on_the_whole_batch() -> None:
@@ -368,10 +370,6 @@ def test_fsdp_trains_a_network_as_one_process_does() -> None:
     def work(rank: int) -> Any:
         mesh = init_device_mesh("cpu", (2,))
         model = sync_batch_norm(unet())
-        # blocks keep their weights channels-last, which FSDP refuses to shard
-        with pytest.raises(NotImplementedError, match="non-contiguous parameters"):
-            fully_shard(copy.deepcopy(model), mesh=mesh)
-        model = model.to(memory_format=torch.contiguous_format)
         fully_shard(model, mesh=mesh)
         step(model, rank)
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -96,3 +97,16 @@ def test_module_runs_as_a_program() -> None:
     assert good.returncode == 0 and good.stdout.startswith("versions\n"), good.stderr
     bad = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert bad.returncode == 2 and "usage" in bad.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "plan --help"])
+def test_a_reader_that_leaves_ends_a_command_quietly_with_its_own_status(command: str) -> None:
+    """As under ``fastfilm info | head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    command_line = [sys.executable, "-m", "fastfilm", *command.split()]
+    process = subprocess.run(
+        command_line, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, "")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 
-import torch
 from torch import nn
-
-from fastfilm.ops import spec, vendor
 
 from .report import Report
 from .state import State, is_converted
@@ -22,7 +19,7 @@ def convert(model: nn.Module, *, copy: bool = False, verbose: bool = True) -> nn
     Parameters and buffers stay the objects that they were, so ``state_dict`` keys and values, optimisers and
     checkpoints are not affected; outputs, gradients and running statistics are the original's up to rounding.
     Groups that something prevents from running as one for the moment (hooks, a dropout of single values in
-    training) run layer by layer. Convolution weights become channels-last in memory.
+    training) run layer by layer.
 
     Args:
         model: any model; layers that are not recognised stay as they are.
@@ -48,7 +45,6 @@ def convert(model: nn.Module, *, copy: bool = False, verbose: bool = True) -> nn
     if copy:
         model = copying.deepcopy(model)
     attach(model, fused=True)
-    _channels_last(model)
     if verbose:
         print(conversion_report(model).summary())
     return model
@@ -68,9 +64,6 @@ def restore(model: nn.Module) -> nn.Module:
         state: State | None = module.__dict__.get("_fastfilm")
         if state is None:
             continue
-        for name, stride in state.strides.items():
-            _set_strides(module.get_parameter(name), stride)
-        state.strides = {}
         if state.conditioned:
             state.fused = False
         else:
@@ -126,27 +119,3 @@ def attach(model: nn.Module, fused: bool, conditioned: bool = False) -> None:
     for module in states:
         if module in gains or module is model:
             states[module].prime(module)
-
-
-def _channels_last(model: nn.Module) -> None:
-    """Weights of fused convolutions as their kernels read them."""
-    for module in model.modules():
-        state: State | None = module.__dict__.get("_fastfilm")
-        if state is None:
-            continue
-        for group in state.groups():
-            if group.conv is None or group.bare:
-                continue
-            name = ".".join((*group.conv, "weight"))
-            weight = module.get_parameter(name)
-            if weight.shape[1] == 1 or weight[0, 0].numel() == 1 or not weight.is_contiguous():
-                continue
-            if weight.device.type == "cpu" and weight.shape[1] >= vendor.WIDE:
-                continue
-            state.strides[name] = weight.stride()
-            weight.data = spec.channels_last(weight.data)
-
-
-def _set_strides(weight: nn.Parameter, stride: tuple[int, ...]) -> None:
-    same = torch.empty_strided(weight.shape, stride, dtype=weight.dtype, device=weight.device)
-    weight.data = same.copy_(weight.data)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfilm.ops import DeferredMap, block, capture, distributed, spec, vendor
+from fastfilm.nn import norms
+from fastfilm.ops import DeferredMap, block, spec, vendor
 from fastfilm.ops.maps import Joined, Map, plain
 from fastfilm.ops.prepared import PreparedWeight
 from fastfilm.ops.recipe import Options
@@ -140,24 +141,9 @@ class Group:
         deferred: bool,
     ) -> Tensor | DeferredMap:
         norm = None if self.norm is None else modules[self.norm]
-        kind, weight, bias, mean, var = "none", None, None, None, None
-        training, momentum, eps, groups, process_group = False, 0.0, 1e-5, None, None
+        read = norms.NONE
         if norm is not None:
-            kind = _norm_kind(norm, self.kinds[self.norm])  # type: ignore[index]
-            weight, bias, eps = norm.weight, norm.bias, norm.eps
-            if kind == "group":
-                groups = norm.num_groups
-            elif kind == "batch":
-                training, momentum = norm.training, _count_batch(norm)
-                if not training or norm.track_running_stats:
-                    mean, var = norm.running_mean, norm.running_var
-                training = training or norm.running_mean is None
-                if norm.training and isinstance(norm, nn.SyncBatchNorm):
-                    process_group = distributed.active(norm.process_group or True)
-            else:
-                training = norm.training or not norm.track_running_stats
-                mean, var = norm.running_mean, norm.running_var
-                momentum = 0.0 if norm.momentum is None else norm.momentum
+            read = norms.read(norm, _norm_kind(norm, self.kinds[self.norm]))  # type: ignore[index]
         activation, slope = self.activation, self.activation.slope
         learned = None if activation.path is None else modules[activation.path].weight
         conv = None if self.conv is None else modules[self.conv]
@@ -173,19 +159,20 @@ class Group:
             noise = noise.bernoulli_(keep).div_(keep)
             mask = noise if noise.dtype == torch.float64 else noise.float()
         options = Options(
-            kind,
-            groups,
-            training,
-            eps,
+            read.kind,
+            read.num_groups,
+            read.training,
+            read.eps,
             activation.name,
             slope,
             order,
             position,
-            process_group is not None,
+            read.group is not None,
         )
-        tensors = (weight, bias, mean, var, gamma, beta, mask, learned)
+        statistics = read.running_mean, read.running_var
+        tensors = (read.weight, read.bias, *statistics, gamma, beta, mask, learned)
         if conv is None:
-            return block.run_on_map(plain(x), options, tensors, momentum, deferred)
+            return block.run_on_map(plain(x), options, tensors, read.momentum, deferred)
         padding = conv.padding if isinstance(conv.padding, tuple) else layers.padding_of(conv)
         geometry = (
             conv.stride,
@@ -207,10 +194,10 @@ class Group:
             geometry,
             options,
             tensors,
-            momentum,
+            read.momentum,
             deferred,
             prepared,
-            process_group,
+            read.group,
         )
 
     def _gains_nothing(self, modules: dict[Path, Any], x: Map) -> bool:
@@ -332,14 +319,3 @@ def _norm_kind(norm: nn.Module, seen: type[nn.Module]) -> str:
     if found is None:
         found = next(name for kind, name in layers.NORMS.items() if issubclass(seen, kind))
     return found
-
-
-def _count_batch(norm: Any) -> float:
-    """Momentum of this forward of a batch norm; counts the batch as PyTorch does."""
-    if not (norm.training and norm.track_running_stats):
-        return 0.0 if norm.momentum is None else float(norm.momentum)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            return 1.0 / capture.number(norm.num_batches_tracked)
-    return 0.0 if norm.momentum is None else float(norm.momentum)

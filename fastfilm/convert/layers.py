@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fastfilm.nn.norms import NORMS, hooked
+
 CONVOLUTIONS: dict[type[nn.Module], int] = {
     nn.Conv2d: 2,
     nn.Conv3d: 3,
@@ -21,15 +23,6 @@ CONVOLUTIONS: dict[type[nn.Module], int] = {
     nn.ConvTranspose3d: 3,
 }
 """Convolutions and their spatial dimensions; subclasses count where they compute the same."""
-
-NORMS: dict[type[nn.Module], str] = {
-    nn.BatchNorm2d: "batch",
-    nn.BatchNorm3d: "batch",
-    nn.SyncBatchNorm: "batch",
-    nn.InstanceNorm2d: "instance",
-    nn.InstanceNorm3d: "instance",
-    nn.GroupNorm: "group",
-}
 
 CHANNEL_DROPOUTS = (nn.Dropout2d, nn.Dropout3d)
 
@@ -203,16 +196,6 @@ def unfit(module: nn.Module) -> str | None:
     if hooked(module):
         return "it has hooks (a weight norm, pruning or an observer)"
     return None
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody watches or changes the module's calls."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -35,7 +35,6 @@ class State:
         sites: FiLM by the path of the group that applies it.
         root: the module that ``convert`` or ``condition`` was called with.
         conditioned: FiLM was put into the model.
-        strides: of parameters before they became channels-last, by name.
         conditioner: name of the generator among the children, in the root of a conditioned model.
         split, replica_index: metadata of a batch that is spread over replicas.
         plain: nothing in the module asks for the class of a tensor; None: not known yet.
@@ -50,7 +49,6 @@ class State:
         self.programs: dict[Any, Program | None] = {}
         self.watched: tuple[str, ...] | None = None
         self.containers: tuple[Path, ...] = ()
-        self.strides: dict[str, tuple[int, ...]] = {}
         self.refused: str | None = None
         self.plain: bool | None = None
         self.conditioner: str | None = None

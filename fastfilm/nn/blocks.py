@@ -9,23 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import DeferredMap, block, capture, distributed, spec
+from fastfilm.ops import DeferredMap, block, distributed, spec
 from fastfilm.ops.maps import Map
 from fastfilm.ops.prepared import PreparedWeight
 from fastfilm.ops.recipe import Options
 
-_STATISTICS = "statistics"
-_PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias", "slope")
+from . import norms
+
+_PARAMETERS = ("weight", "bias", "slope")
+_TENSORS = {
+    "norm_weight": "weight",
+    "norm_bias": "bias",
+    "running_mean": "running_mean",
+    "running_var": "running_var",
+    "num_batches_tracked": "num_batches_tracked",
+}
+_OF_NORM = _TENSORS | {"momentum": "momentum", "eps": "eps"}
+"""Attributes of a block that are its norm layer's, and their names there."""
 
 
-class _Statistics(nn.modules.batchnorm._BatchNorm):
-    """By what ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` recognises a block; holds nothing."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, affine=False, track_running_stats=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        raise NotImplementedError("the block normalises; this module marks it for SyncBatchNorm")
+def _of_norm(name: str) -> Any:
+    """The property for one of ``_OF_NORM``; None where the norm layer has no such attribute."""
+    return property(lambda block: getattr(block.norm_layer, _OF_NORM[name], None))
 
 
 class ConvNormFiLM(nn.Module):
@@ -38,7 +43,7 @@ class ConvNormFiLM(nn.Module):
         norm: None, "batch", "instance", "group" (with ``num_groups``) or "layer".
         affine: learn the norm's weight and bias.
         track_running_stats: None means yes for batch norm and no for instance norm, as in PyTorch.
-        momentum: of the running statistics; None for a cumulative average.
+        momentum: of the running statistics; None for a cumulative average (batch norm).
         activation, slope: see ``fastfilm.conv_norm_film``; "prelu" learns one slope, or one a channel where
             ``slope`` is a sequence of ``out_channels`` start values.
         order: where activation and FiLM stand.
@@ -50,12 +55,18 @@ class ConvNormFiLM(nn.Module):
 
     Attributes:
         dropout_in_evaluation: drop channels in evaluation mode too (Monte Carlo dropout); False at first.
+        norm_layer: PyTorch's layer for the norm (``torch.nn.BatchNorm2d`` …; ``torch.nn.GroupNorm`` for "layer"
+            too), None without one. Its parameters, running statistics and modes are the block's. Another layer may
+            take its place: PyTorch's own run fused; others, and layers with hooks, run between the convolution
+            and the rest.
+        norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, momentum, eps: of ``norm_layer``.
     """
 
     spatial_dims = 2
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
+    norm_weight, norm_bias = _of_norm("norm_weight"), _of_norm("norm_bias")
+    running_mean, running_var = _of_norm("running_mean"), _of_norm("running_var")
+    num_batches_tracked = _of_norm("num_batches_tracked")
+    momentum, eps = _of_norm("momentum"), _of_norm("eps")
 
     def __init__(
         self,
@@ -121,24 +132,11 @@ class ConvNormFiLM(nn.Module):
             )
         if dropout > 0 and self.dropout_position == "norm" and self.norm == "none":
             raise ValueError("dropout_position='norm' needs a norm")
-        self.num_groups, self.momentum, self.eps, self.dropout = num_groups, momentum, eps, dropout
+        self.dropout = dropout
         self.dropout_in_evaluation = False
         shape = (out_channels, in_channels // groups, *self.kernel_size)
-        weight = torch.empty(shape)
-        if shape[1] > 1 and math.prod(self.kernel_size) > 1:
-            # channels-last, as the convolutions want it: it is not copied on every call
-            weight = spec.channels_last(weight)
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
-        affine = affine and self.norm != "none"
-        self.norm_weight = nn.Parameter(torch.ones(out_channels)) if affine else None
-        self.norm_bias = nn.Parameter(torch.zeros(out_channels)) if affine else None
-        track = self.norm == "batch" if track_running_stats is None else track_running_stats
-        track = track and self.norm in ("batch", "instance")
-        self.register_buffer("running_mean", torch.zeros(out_channels) if track else None)
-        self.register_buffer("running_var", torch.ones(out_channels) if track else None)
-        count = torch.zeros((), dtype=torch.long) if track else None
-        self.register_buffer("num_batches_tracked", count)
         self.slope: float | nn.Parameter | None
         if self.activation == "prelu":
             start = [spec.DEFAULT_SLOPE["prelu"]] if slope is None else slope
@@ -148,17 +146,44 @@ class ConvNormFiLM(nn.Module):
             raise TypeError(f"slope must be a number for {self.activation!r}, got {slope!r}")
         else:
             self.slope = slope
-        if self.norm == "batch":
-            self.add_module(_STATISTICS, _Statistics(out_channels))
+        norm_layer = norms.make(
+            dims,
+            self.norm,
+            out_channels,
+            num_groups=num_groups,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+        )
+        self.register_module("norm_layer", norm_layer)
         self.reset_parameters()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """``torch.nn.Module.add_module``; a SyncBatchNorm in place of the statistics sets ``sync_group``."""
-        if name == _STATISTICS and isinstance(module, nn.SyncBatchNorm):
+        """``torch.nn.Module.add_module``; a SyncBatchNorm made of the norm layer sets ``sync_group`` instead.
+
+        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` makes one, in which DDP would refuse CPUs.
+        """
+        if isinstance(module, nn.SyncBatchNorm) and norms.share(module, self._modules.get(name)):
             found = module.process_group
             self.sync_group = True if found is None else found
         else:
             super().add_module(name, module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_NORM:
+            setattr(self.norm_layer, _OF_NORM[name], value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        """Takes the names too that the norm's tensors had before they were the norm layer's."""
+        for old, new in former_names(self, prefix).items():
+            if old in state_dict:
+                state_dict[new] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as ``torch.nn.Conv2d`` does."""
@@ -188,15 +213,19 @@ class ConvNormFiLM(nn.Module):
             raise ValueError(
                 f"x must have {self.spatial_dims + 2} dimensions for this block, got {tuple(x.shape)}"
             )
-        training, norm = self.training, self.norm
-        mask, group = None, None
-        if self.dropout > 0 and (training or self.dropout_in_evaluation):
+        mask = None
+        if self.dropout > 0 and (self.training or self.dropout_in_evaluation):
             keep = 1 - self.dropout
             mask = torch.full((x.shape[0], self.out_channels), keep, device=x.device)
             mask = torch.bernoulli(mask).div_(keep)
-        if training and norm == "batch" and self.sync_group is not None:
-            group = distributed.active(self.sync_group)
-        weight, bias, norm_weight, norm_bias, running_mean, running_var, slope = self._tensors()
+        layer = self._modules["norm_layer"]
+        norm = norms.NONE
+        if layer is not None:
+            kind = None if norms.hooked(layer) else norms.kind_of(layer)
+            if kind is None:
+                return self._around(layer, x, gamma, beta, mask, deferred)
+            norm = norms.read(layer, kind, self.sync_group)
+        weight, bias, slope = self._tensors()
         learned = slope if isinstance(slope, Tensor) else None
         return block.run(
             x,
@@ -204,45 +233,78 @@ class ConvNormFiLM(nn.Module):
             bias,
             (self.stride, self.padding, self.dilation, False, self._no_padding, self.groups),
             Options(
-                norm,
-                self.num_groups,
-                training or (norm == "batch" and running_mean is None),
-                self.eps,
+                norm.kind,
+                norm.num_groups,
+                norm.training,
+                norm.eps,
                 self.activation,
                 slope if learned is None else None,
                 self.order,
                 self.dropout_position,
-                group is not None,
+                norm.group is not None,
             ),
-            (norm_weight, norm_bias, running_mean, running_var, gamma, beta, mask, learned),
-            self._count_batch(),
+            (
+                norm.weight,
+                norm.bias,
+                norm.running_mean,
+                norm.running_var,
+                gamma,
+                beta,
+                mask,
+                learned,
+            ),
+            norm.momentum,
             deferred,
             self._prepared,
-            group,
+            norm.group,
         )
 
+    def _around(
+        self,
+        layer: nn.Module,
+        x: Map,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mask: Tensor | None,
+        deferred: bool | str,
+    ) -> Tensor | DeferredMap:
+        """The block with its norm layer called as the module that it is."""
+        weight, bias, slope = self._tensors()
+        learned = slope if isinstance(slope, Tensor) else None
+        number = slope if learned is None else None
+        first, early = self.order == "conv-act-norm-film", self.dropout_position == "norm"
+        active = self.activation, number, "conv-norm-act-film", "end"
+        passive = "none", None, "conv-norm-act-film", "end"
+        nothing = None, None, None, None
+        y = block.run(
+            x,
+            weight,
+            bias,
+            (self.stride, self.padding, self.dilation, False, self._no_padding, self.groups),
+            Options("none", None, False, 1e-5, *(active if first else passive)),
+            (*nothing, None, None, mask if early else None, learned if first else None),
+            0.0,
+            False,
+        )
+        y = layer(y)
+        options = Options(
+            "none",
+            None,
+            False,
+            1e-5,
+            "none" if first else self.activation,
+            None if first else number,
+            self.order,
+            "end" if early else self.dropout_position,
+        )
+        rest = (*nothing, gamma, beta, None if early else mask, None if first else learned)
+        return block.run_on_map(y, options, rest, 0.0, bool(deferred))
+
     def _tensors(self) -> tuple[Any, ...]:
-        """weight, bias, norm_weight, norm_bias, running_mean, running_var, slope.
-
-        ``torch.nn.Module`` finds an attribute of these ten times slower than its dictionaries do.
-        """
-        parameters, buffers = self._parameters, self._buffers
-        found = []
-        for name in _PARAMETERS:
-            t = parameters.get(name)
-            # absent, or computed: parametrised, pruned, spread over processes
-            found.append(getattr(self, name) if t is None else t)
-        weight, bias, norm_weight, norm_bias, slope = found
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        return weight, bias, norm_weight, norm_bias, mean, var, slope
-
-    def _count_batch(self) -> float:
-        """Momentum of this forward; counts the batch as ``torch.nn.BatchNorm2d`` does."""
-        momentum, count = self.momentum, self._buffers["num_batches_tracked"]
-        if not self.training or count is None:
-            return 0.0 if momentum is None else momentum
-        count.add_(1)
-        return 1.0 / capture.number(count) if momentum is None else momentum
+        """weight, bias, slope."""
+        parameters = self._parameters
+        weight, bias, slope = [norms.held(self, parameters, name) for name in _PARAMETERS]
+        return weight, bias, slope
 
     def extra_repr(self) -> str:
         """Shapes and what the block consists of."""
@@ -328,6 +390,16 @@ class DoubleConv(nn.Module):
             self.first(x, deferred=True), gamma, beta, deferred=deferred
         )
         return out
+
+
+def former_names(model: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Names in older state_dicts, whose norms' tensors were the blocks' own -> names in today's."""
+    names: dict[str, str] = {}
+    for path, module in model.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(module, ConvNormFiLM):
+            at = f"{path}." if path else ""
+            names |= {f"{at}{old}": f"{at}norm_layer.{new}" for old, new in _TENSORS.items()}
+    return names
 
 
 def sync_batch_norm(model: nn.Module, process_group: distributed.Group = None) -> nn.Module:

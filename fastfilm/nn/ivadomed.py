@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fastfilm.ops import spec
 
 from .blocks import ConvNormFiLM, DoubleConv
 from .generator import FiLMGenerator
@@ -36,15 +40,9 @@ def _layer_keys(conv: str, norm: str, ours: str, layer: nn.Module) -> Keys:
     """Names of a convolution and the norm that belongs to it."""
     assert isinstance(layer, ConvNormFiLM)
     keys = {f"{conv}.{part}": f"{ours}.{part}" for part in ("weight", "bias")}
-    for part, mine in (
-        ("weight", "norm_weight"),
-        ("bias", "norm_bias"),
-        ("running_mean", "running_mean"),
-        ("running_var", "running_var"),
-        ("num_batches_tracked", "num_batches_tracked"),
-    ):
-        if getattr(layer, mine) is not None:
-            keys[f"{norm}.{part}"] = f"{ours}.{mine}"
+    inner = layer.norm_layer
+    names = inner.state_dict() if isinstance(inner, nn.Module) else ()
+    keys |= {f"{norm}.{part}": f"{ours}.norm_layer.{part}" for part in names}
     return keys
 
 
@@ -166,6 +164,62 @@ def read_film(state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[list[i
     keys = [f"{name}.generator.linear1.weight" for name in names]
     size = next((state[k].shape[1] for k in keys if k in state), 0)
     return [int(k in state) for k in keys], size
+
+
+class Settings(NamedTuple):
+    """Hyper-parameters of a network that its state_dict does not hold."""
+
+    dropout: float = 0.0
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    final_activation: str | None = "sigmoid"
+
+    def apply(self, model: nn.Module) -> None:
+        """Sets momentum and eps of every norm layer of ours."""
+        for block in model.modules():
+            if isinstance(block, ConvNormFiLM) and block.norm_layer is not None:
+                block.momentum, block.eps = self.momentum, self.eps
+
+
+def read_settings(source: Mapping[str, Tensor] | nn.Module, **given: Any) -> Settings:
+    """The settings of a network of ivadomed's, as far as ``given`` has no other value than ``KEPT``.
+
+    Raises:
+        ValueError: a setting that differs from layer to layer, or that our networks do not have.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(source, nn.Module):
+        modules = list(source.modules())
+        norms = [m for m in modules if isinstance(m, (_BatchNorm, _InstanceNorm, nn.GroupNorm))]
+        tracking = [m for m in norms if getattr(m, "track_running_stats", False)]
+        values: dict[str, list[Any]] = {
+            "dropout": [m.p for m in modules if isinstance(m, (nn.Dropout2d, nn.Dropout3d))],
+            "momentum": [m.momentum for m in tracking],
+            "eps": [m.eps for m in norms],
+            "final_activation": [vars(m)[FINAL] for m in modules if FINAL in vars(m)],
+        }
+        fits = [isinstance(m, _BatchNorm if m in tracking else _InstanceNorm) for m in norms]
+        if not all(fits):
+            unfit = norms[fits.index(False)]
+            raise ValueError(
+                "norms must be batch norm with running statistics or instance norm without,"
+                f" got {unfit}"
+            )
+        slopes = {m.negative_slope for m in modules if isinstance(m, nn.LeakyReLU)}
+        if slopes - {spec.DEFAULT_SLOPE["leaky_relu"]}:
+            raise ValueError(f"negative slopes must be 0.01, got {sorted(slopes)}")
+        for name, several in values.items():
+            if len(set(several)) > 1 and given[name] == KEPT:
+                raise ValueError(f"{name} must be the same in all layers, got {set(several)}")
+            if several:
+                found[name] = several[0]
+    return Settings(**(found | {k: v for k, v in given.items() if v != KEPT}))
+
+
+KEPT = "source"
+"""The value of an argument that stands for the source network's own."""
+
+FINAL = "final_activation"
 
 
 @torch.no_grad()

@@ -197,28 +197,48 @@ class Modified3DUNet(Conditioned):
     @classmethod
     def from_ivadomed(
         cls,
-        state_dict: Mapping[str, Tensor],
+        source: Mapping[str, Tensor] | nn.Module,
         *,
-        final_activation: str | None = "sigmoid",
-        dropout: float = 0.0,
+        final_activation: str | None = ivadomed.KEPT,
+        dropout: float | str = ivadomed.KEPT,
+        momentum: float | str | None = ivadomed.KEPT,
     ) -> Modified3DUNet:
-        """The network of an ivadomed ``Modified3DUNet`` state_dict, bit for bit.
+        """The network of an ivadomed ``Modified3DUNet``, or of its state_dict, bit for bit.
+
+        Args:
+            source: the network, whose hyper-parameters are kept; or its state_dict, which does not hold them.
+            final_activation, dropout, momentum: as in ``FiLMedUNet.from_ivadomed``; momentum is that of the
+                attention gates' batch norms.
 
         Raises:
-            ValueError: keys or shapes that are not such a network's.
+            ValueError: keys, shapes or hyper-parameters that are not such a network's.
         """
+        state_dict = source.state_dict() if isinstance(source, nn.Module) else source
         structure = ivadomed.read_modified(state_dict)
+        settings = ivadomed.read_settings(
+            source,
+            final_activation=final_activation,
+            dropout=dropout,
+            momentum=momentum,
+            eps=ivadomed.KEPT,
+        )
+        if settings.eps != 1e-5:
+            raise ValueError(f"eps of the norms must be 1e-5, got {settings.eps}")
         model = cls(
             **structure,
-            dropout=dropout,
-            final_activation=final_activation,
+            dropout=settings.dropout,
+            final_activation=settings.final_activation,
             drop_background=structure["out_channels"] > 1,
         )
+        settings.apply(model)
         ivadomed.load(model, state_dict, ivadomed.modified_keys(model))
         return model
 
     def to_ivadomed(self) -> dict[str, Tensor]:
-        """The state_dict under ivadomed's names (values are copies); inverse of ``from_ivadomed``."""
+        """The state_dict under ivadomed's names (values are copies); inverse of ``from_ivadomed``.
+
+        It holds no hyper-parameters: give the receiving network this one's momentum and dropout.
+        """
         return ivadomed.save(self, ivadomed.modified_keys(self))
 
 

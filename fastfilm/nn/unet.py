@@ -302,30 +302,52 @@ class FiLMedUNet(Conditioned):
     @classmethod
     def from_ivadomed(
         cls,
-        state_dict: Mapping[str, Tensor],
+        source: Mapping[str, Tensor] | nn.Module,
         *,
-        final_activation: str | None = "sigmoid",
-        dropout: float = 0.0,
+        final_activation: str | None = ivadomed.KEPT,
+        dropout: float | str = ivadomed.KEPT,
+        momentum: float | str | None = ivadomed.KEPT,
+        eps: float | str = ivadomed.KEPT,
     ) -> FiLMedUNet:
-        """The network of an ivadomed ``FiLMedUnet`` or ``Unet`` state_dict, bit for bit.
+        """The network of an ivadomed ``FiLMedUnet`` or ``Unet``, or of its state_dict, bit for bit.
 
         Dimensions, depth, filters, FiLM layers and channels are read from the state_dict. Where its FiLM
         generators' hidden weights differ, the first layer's are taken, as ivadomed's forward does. With more
         than one output channel, channel 0 is left out of the output as there.
 
+        Args:
+            source: the network, whose hyper-parameters are kept; or its state_dict, which does not hold them.
+            final_activation: "source" keeps the network's; "sigmoid" for a state_dict.
+            dropout: "source" keeps the network's; 0 for a state_dict.
+            momentum: of the running statistics; "source" keeps the network's, and is ivadomed's default, 0.1, for
+                a state_dict: give it where training goes on.
+            eps: of the norms; "source" keeps the network's; 1e-5, as always in ivadomed, for a state_dict.
+
         Raises:
-            ValueError: keys or shapes that are not such a network's.
+            ValueError: keys, shapes or hyper-parameters that are not such a network's.
         """
+        state_dict = source.state_dict() if isinstance(source, nn.Module) else source
         structure = ivadomed.read_unet(state_dict)
+        settings = ivadomed.read_settings(
+            source,
+            final_activation=final_activation,
+            dropout=dropout,
+            momentum=momentum,
+            eps=eps,
+        )
         model = cls(
             **structure,
-            dropout=dropout,
-            final_activation=final_activation,
+            dropout=settings.dropout,
+            final_activation=settings.final_activation,
             drop_background=structure["out_channels"] > 1,
         )
+        settings.apply(model)
         ivadomed.load(model, state_dict, ivadomed.unet_keys(model))
         return model
 
     def to_ivadomed(self) -> dict[str, Tensor]:
-        """The state_dict under ivadomed's names (values are copies); inverse of ``from_ivadomed``."""
+        """The state_dict under ivadomed's names (values are copies); inverse of ``from_ivadomed``.
+
+        It holds no hyper-parameters: give the receiving network this one's momentum and dropout.
+        """
         return ivadomed.save(self, ivadomed.unet_keys(self))

@@ -152,7 +152,7 @@ def _tf32(x: Tensor) -> bool:
 
 
 def _strides(weight: Tensor) -> tuple[int, ...]:
-    """Of [co, ci, kd, kh, kw], whatever the weight's layout."""
+    """Of [co, ci, kd, kh, kw]."""
     s = weight.stride()
     return s if len(s) == 5 else (*s[:2], 0, *s[2:])
 
@@ -201,12 +201,17 @@ def _gradient(given: Gradient, n: int, co: int) -> tuple[list[Tensor | None], tu
     return kept, (*(address(t) for t in kept), code(given.pre_act))
 
 
-def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
+def _check_weight(weight: Tensor, x: Tensor, channels: int) -> None:
     if weight.dtype != x.dtype or weight.dim() != x.dim() or weight.shape[1] != channels:
         raise ValueError(
             f"weight must be [co, {channels}, *kernel] of {x.dtype}, got {tuple(weight.shape)} of {weight.dtype}"
         )
-    return layout.values(weight)
+
+
+def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
+    """``weight`` channels-last: a tile's input channels are read side by side."""
+    _check_weight(weight, x, channels)
+    return layout.channels_last(weight)
 
 
 def _out_size(
@@ -489,7 +494,7 @@ def wgrad_sources(
 ) -> tuple[Tensor, Tensor | None]:
     """dW, as of ``wgrad``, and with ``sums`` dpre [2, Co]: Σ e and the gradient at the slopes of ``pre``."""
     x, dy = sources[0][0], gradient.dy
-    weight = _weight(weight, x, sum(s[0].shape[1] for s in sources))
+    _check_weight(weight, x, sum(s[0].shape[1] for s in sources))
     kept, given = _sources(sources)
     held, gradient_numbers = _gradient(gradient, *dy.shape[:2])
     conv = _of_gradient(dy, weight, _seen_size(sources[0]), stride, padding)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfilm.nn.blocks import former_names
+
 from .errors import UserError
 from .files import read_tensors, write_tensors
 from .model_folder import load_weights
@@ -56,6 +58,8 @@ class State:
         """
         path = folder / NAME
         tensors, header = read_tensors(path)
+        former = former_names(self.network)
+        tensors = {_renamed(k, former): v for k, v in tensors.items()}
         try:
             rest: dict[str, Any] = json.loads(header["state"])
             progress = Progress.from_json(rest["progress"])
@@ -73,6 +77,12 @@ class State:
         if rest["scaler"]:
             self.scaler.load_state_dict(rest["scaler"])
         self.progress = progress
+
+
+def _renamed(key: str, former: Mapping[str, str]) -> str:
+    """``network/NAME``, ``average/NAME`` or ``optimizer/NAME/ENTRY`` with the name that it has today."""
+    part, name, *entry = key.split("/")
+    return "/".join([part, former.get(name, name), *entry])
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

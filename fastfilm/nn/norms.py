@@ -1,0 +1,154 @@
+"""PyTorch's norm layers as a fused block reads them: the norm, its tensors, and how its statistics move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fastfilm.ops import capture, distributed
+
+NORMS: dict[type[nn.Module], str] = {
+    nn.BatchNorm2d: "batch",
+    nn.BatchNorm3d: "batch",
+    nn.SyncBatchNorm: "batch",
+    nn.InstanceNorm2d: "instance",
+    nn.InstanceNorm3d: "instance",
+    nn.GroupNorm: "group",
+}
+
+_FORWARDS: dict[Any, str] = {
+    _BatchNorm.forward: "batch",
+    nn.SyncBatchNorm.forward: "batch",
+    _InstanceNorm.forward: "instance",
+    nn.GroupNorm.forward: "group",
+}
+
+
+class Norm(NamedTuple):
+    """One call of a norm layer, as ``fastfilm.ops`` takes it.
+
+    Attributes:
+        kind, num_groups, eps: see ``fastfilm.conv_norm_film``.
+        training: statistics come from the map, not from the running ones.
+        momentum: of the running statistics in this call.
+        weight, bias, running_mean, running_var: [C] each, or None.
+        group: processes whose batches are normalised together.
+    """
+
+    kind: str = "none"
+    num_groups: int | None = None
+    training: bool = False
+    eps: float = 1e-5
+    momentum: float = 0.0
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    group: dist.ProcessGroup | None = None
+
+
+NONE = Norm()
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or changes the module's calls."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def share(one: nn.Module, other: nn.Module | None) -> bool:
+    """Whether two batch norms hold the same tensors."""
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return isinstance(other, _BatchNorm) and all(
+        getattr(one, n) is getattr(other, n) for n in names
+    )
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """Name of the norm that a layer computes; None for one that computes something of its own."""
+    found = NORMS.get(type(layer))
+    return _FORWARDS.get(type(layer).forward) if found is None else found
+
+
+def make(
+    dims: int,
+    kind: str,
+    channels: int,
+    *,
+    num_groups: int | None,
+    eps: float,
+    momentum: float | None,
+    affine: bool,
+    track_running_stats: bool | None,
+) -> nn.Module | None:
+    """PyTorch's layer for a norm of ``fastfilm.ops`` over maps of 2 or 3 dimensions; None for "none"."""
+    if kind == "batch":
+        track = track_running_stats is None or track_running_stats
+        batch = nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d
+        return batch(channels, eps, momentum, affine, track)
+    if kind == "instance":
+        instance = nn.InstanceNorm2d if dims == 2 else nn.InstanceNorm3d
+        # PyTorch's annotation leaves out None, which its code takes
+        return instance(channels, eps, momentum, affine, bool(track_running_stats))  # type: ignore[arg-type]
+    if kind in ("group", "layer"):
+        # a layer norm over channels and space is a group norm of one group
+        return nn.GroupNorm(
+            num_groups if num_groups and kind == "group" else 1, channels, eps, affine
+        )
+    return None
+
+
+def held(module: nn.Module, among: Mapping[str, Tensor | None], name: str) -> Any:
+    """An attribute of ``module`` that is most probably ``among`` its parameters or its buffers.
+
+    ``torch.nn.Module`` finds an attribute of these ten times slower than its dictionaries do.
+    """
+    try:
+        return among[name]
+    except KeyError:
+        # computed: parametrised, pruned, spread over processes
+        return getattr(module, name)
+
+
+def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
+    """What PyTorch's own forward of ``layer`` would do now; counts the batch as it does.
+
+    Args:
+        kind: see ``kind_of``.
+        sync_group: of a batch norm, beside that of a ``torch.nn.SyncBatchNorm``.
+    """
+    weight, bias = held(layer, layer._parameters, "weight"), held(layer, layer._parameters, "bias")
+    eps = layer.eps
+    if kind == "group":
+        return Norm(kind, layer.num_groups, eps=eps, weight=weight, bias=bias)
+    training, track, momentum = layer.training, layer.track_running_stats, layer.momentum
+    mean, group = held(layer, layer._buffers, "running_mean"), None
+    var = held(layer, layer._buffers, "running_var")
+    if kind == "instance":
+        training = training or not track
+    else:
+        if training and track and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / capture.number(layer.num_batches_tracked)
+        if training:
+            if not track:
+                mean = var = None
+            if isinstance(layer, nn.SyncBatchNorm):
+                sync_group = layer.process_group or True
+            if sync_group is not None:
+                group = distributed.active(sync_group)
+        else:
+            training = mean is None and var is None
+    momentum = 0.0 if momentum is None else float(momentum)
+    return Norm(kind, None, training, eps, momentum, weight, bias, mean, var, group)

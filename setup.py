@@ -26,6 +26,7 @@ SOURCES = [
             "driver",
             "gather",
             "residual",
+            "threads",
             "winograd",
             "baseline",
             "avx2",
@@ -41,6 +42,7 @@ DEPENDS = [
     "csrc/cpu/kernels.h",
     "csrc/cpu/pages.h",
     "csrc/cpu/residual.h",
+    "csrc/cpu/threads.h",
     "csrc/cpu/walk.h",
     "csrc/cpu/winograd.h",
     *(

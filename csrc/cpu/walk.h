@@ -8,12 +8,9 @@
 #include <numeric>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "driver.h"
 #include "pages.h"
+#include "threads.h"
 
 namespace fastfilm {
 
@@ -31,18 +28,6 @@ constexpr int64_t kMaxBlockRows = 32;
 constexpr int64_t kMaxPeriod = 4096;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class F>
-void parallel_for(int64_t tasks, int threads, const F& f) {
-#ifdef _OPENMP
-  if (threads > 1 && tasks > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < tasks; ++i) f(i, omp_get_thread_num());
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < tasks; ++i) f(i, 0);
-}
 
 // How a sample of S*C elements is walked: rows of `period` elements (whole positions, and whole vectors
 // where that is possible) sharing one expanded row of coefficients, `chunk_rows` rows to a chunk.

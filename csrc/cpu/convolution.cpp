@@ -81,7 +81,7 @@ std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const
     kernels.widen_row[conv.storage](offset(weight, -2 * ahead), widened.data(), span);
     from = widened.data() + ahead;
   }
-  parallel_ranges(conv.co * rows, conv.co * rows * length < kParallelFrom ? 1 : threads, [&](int64_t first, int64_t last) {
+  parallel_ranges(conv.co * rows, conv.co * rows * length < grain(kParallelFrom) ? 1 : threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t o = row / rows, r = row % rows;
       float* at = to.data() + (few ? (r * conv.co + o) * pitch : (o / width * rows + r) * length * width + o % width);
@@ -116,7 +116,7 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
   const Plan plan({conv.storage, act, conv.n, conv.out[2], conv.co, 1});
   std::unique_ptr<Expanded<float>> affine;
   if (coef) affine.reset(new Expanded<float>(plan, kCoefRows, conv.n, conv.co, coef));
-  if (total * conv.out[2] * conv.co * kernel_rows * length < kThreadsFrom) threads = 1;
+  if (total * conv.out[2] * conv.co * kernel_rows * length < grain(kThreadsFrom)) threads = 1;
   parallel_ranges(total, threads, [&](int64_t from, int64_t to) {
     InputRows input(conv, kernels, x);
     std::vector<const float*> rows(kernel_rows);
@@ -145,11 +145,11 @@ void convolve_kernel_gradient(const Convolution& conv, const float* x, const flo
   const int64_t lanes = kernels.vector_bytes / 4, pitch = ceil_div(conv.kernel[2] * conv.ci, lanes) * lanes;
   const int64_t total = conv.n * rows_out, size = rows * conv.co * pitch, step = conv.stride[2] * conv.ci;
   const int64_t positions = total * conv.out[2], lines = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, conv.out[2]));
-  if (positions * size < kThreadsFrom) threads = 1;
+  if (positions * size < grain(kThreadsFrom)) threads = 1;
   // the number of parts, and with it every bit of the result, follows from the form alone; blocks of channels, for each
   // of which the map is widened again, share no sums
   const int64_t most = std::max<int64_t>(1, std::min({total, kMostParts, kPartSums / std::max<int64_t>(1, size)}));
-  const int64_t parts = std::clamp<int64_t>(positions / kPartPositions, 1, most);
+  const int64_t parts = std::clamp<int64_t>(positions / grain(kPartPositions), 1, most);
   const int64_t block = threads > 1 ? ceil_div(ceil_div(conv.co, ceil_div(4 * threads, parts)), 8) * 8 : conv.co;
   const int64_t blocks = ceil_div(conv.co, std::max<int64_t>(1, block));
   std::vector<double> sums(size * parts);

@@ -120,7 +120,7 @@ bool disjoint(const Axis& axis) {
   return true;
 }
 
-int threads_for(const Map& map, int64_t elements) { return elements > kParallelFrom ? map.threads : 1; }
+int threads_for(const Map& map, int64_t elements) { return elements > grain(kParallelFrom) ? map.threads : 1; }
 
 template <class R>
 void gather_as(const Map& map, const View& view, const void* y, int64_t in_stride, const void* coef,

@@ -17,7 +17,12 @@
 #endif
 
 namespace fastfilm {
+
+std::atomic<bool> g_split_finely{false};
+
 namespace {
+
+std::atomic<int> g_most_threads{1};
 
 // A call's tasks, on the stack of the thread that called.
 struct Job {
@@ -25,6 +30,7 @@ struct Job {
   const void* context;
   int64_t tasks;
   int wanted;  // helpers
+  bool last_first;
   std::atomic<int64_t> next{0};
   std::fenv_t arithmetic{};  // rounding and denormals as in the thread that called
   // guarded by the pool's mutex
@@ -56,7 +62,9 @@ class Pool {
  private:
   void run(Job& job, int worker) {
     try {
-      for (int64_t task; (task = job.next++) < job.tasks;) job.run(job.context, task, worker);
+      for (int64_t task; (task = job.next++) < job.tasks;) {
+        job.run(job.context, job.last_first ? job.tasks - 1 - task : task, worker);
+      }
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!job.failed) job.failed = std::current_exception();
@@ -144,8 +152,15 @@ void share(int64_t tasks, int threads, Task run, const void* context) {
     for (int64_t task = 0; task < tasks; ++task) run(context, task, 0);
     return;
   }
-  Job job{run, context, tasks, helpers};
+  for (int most = g_most_threads; most < helpers + 1 && !g_most_threads.compare_exchange_weak(most, helpers + 1);) {
+  }
+  Job job{run, context, tasks, helpers, g_split_finely};
   pool().share(job);
+}
+
+int split_finely(bool on) {
+  g_split_finely = on;
+  return g_most_threads.exchange(1);
 }
 
 }  // namespace fastfilm

@@ -2,9 +2,17 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace fastfilm {
+
+// For tests: small maps are split as large ones are, and tasks are handed out last first.
+extern std::atomic<bool> g_split_finely;
+// Switches that on or off; returns the most threads that a call was given to since the last switch.
+int split_finely(bool on);
+// Elements, products or positions that are worth a thread or a chunk.
+inline int64_t grain(int64_t usual) { return g_split_finely ? usual >> 10 : usual; }
 
 using Task = void (*)(const void* context, int64_t task, int worker);
 void share(int64_t tasks, int threads, Task run, const void* context);

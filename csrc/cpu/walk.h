@@ -51,10 +51,10 @@ struct Plan {
     padded = ceil_div(period, lanes) * lanes;
     sum_block = std::clamp<int64_t>(kSumBlock / period, 8, kMaxBlockRows);
     plain_block = std::clamp<int64_t>(kPlainBlock / period, 2, 4);
-    const int64_t chunk = std::max({kChunk, 64 * map.c, ceil_div(sample, kChunksPerSample)});
+    const int64_t chunk = std::max({grain(kChunk), grain(64) * map.c, ceil_div(sample, kChunksPerSample)});
     chunk_rows = ceil_div(ceil_div(chunk, period), kMaxBlockRows) * kMaxBlockRows;
     chunks = ceil_div(sample, chunk_rows * period);
-    threads = map.n * sample > kParallelFrom ? map.threads : 1;
+    threads = map.n * sample > grain(kParallelFrom) ? map.threads : 1;
     threads = static_cast<int>(std::min<int64_t>(threads, map.n * chunks));
   }
 

@@ -68,7 +68,7 @@ void transform_winograd(const Convolution& conv, const float* weight, float* tra
   const int64_t length = conv.kernel[0] * conv.ci, width = block_width(conv), blocks = ceil_div(conv.co, width);
   const int64_t* s = conv.strides;
   // a tap takes about eight times as long as an element of a pass over a map
-  const bool few = blocks * length * width < kParallelFrom / 8;
+  const bool few = blocks * length * width < grain(kParallelFrom) / 8;
   parallel_ranges(blocks * length, few ? 1 : threads, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t block = task / length, j = task % length;

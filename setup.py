@@ -26,6 +26,7 @@ SOURCES = [
             "driver",
             "gather",
             "residual",
+            "threads",
             "winograd",
             "baseline",
             "avx2",
@@ -41,6 +42,7 @@ DEPENDS = [
     "csrc/cpu/kernels.h",
     "csrc/cpu/pages.h",
     "csrc/cpu/residual.h",
+    "csrc/cpu/threads.h",
     "csrc/cpu/walk.h",
     "csrc/cpu/winograd.h",
     *(
@@ -259,10 +261,13 @@ class BuildExt(build_ext):
         ext.extra_compile_args = [*FLAGS]
         if ext.name == "fastfilm._CUDA":
             return
+        ext.extra_compile_args.append("-pthread")
+        ext.extra_link_args = ["-pthread"]
+        # not for its threads: it knows to which processors it has bound PyTorch's
         openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }"
         if self._compile(compiler, ["-fopenmp"], openmp) is None:
             ext.extra_compile_args.append("-fopenmp")
-            ext.extra_link_args = ["-fopenmp"]
+            ext.extra_link_args.append("-fopenmp")
 
     @staticmethod
     def _compile(compiler: list[str], flags: list[str], source: str) -> str | None:

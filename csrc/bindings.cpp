@@ -17,6 +17,7 @@
 #include "cpu/driver.h"
 #include "cpu/gather.h"
 #include "cpu/residual.h"
+#include "cpu/threads.h"
 #include "cpu/winograd.h"
 
 namespace py = pybind11;
@@ -435,14 +436,6 @@ void use_instruction_set(const std::string& name) {
   }
 }
 
-bool has_openmp() {
-#ifdef _OPENMP
-  return true;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -497,5 +490,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return current_kernels().name; });
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
-  m.attr("openmp") = has_openmp();
+  m.def("split_finely", &split_finely, py::arg("on"));
 }

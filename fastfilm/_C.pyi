@@ -7,8 +7,6 @@ absent argument.
 
 from collections.abc import Sequence
 
-openmp: bool
-
 def apply(
     y: int, coef: int, v: int, dtype: int, act: int, n: int, s: int, c: int, threads: int
 ) -> None: ...
@@ -183,3 +181,8 @@ class Coefficients:
 def instruction_sets() -> tuple[str, ...]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...
+def split_finely(on: bool) -> int:
+    """For tests: small maps are split as large ones are, and tasks handed out last first.
+
+    Returns the most threads that a call was given to since the last switch.
+    """

@@ -17,8 +17,9 @@ _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built"
 from fastfilm.ops import cpu  # noqa: E402
 
 from .instruction_sets import instruction_set  # noqa: E402
+from .kernel_threads import kernel_threads  # noqa: E402
 
-__all__ = ["instruction_set"]
+__all__ = ["instruction_set", "kernel_threads"]
 
 # map, kernel, padding, output channels: one and two, part of a block, whole blocks, several of them
 CASES = (
@@ -49,6 +50,7 @@ def draw(
     return x, torch.randn(co, shape[1], *kernel).to(dtype), torch.randn(co).to(dtype)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "kernel", "padding", "co"), CASES)
 def test_the_convolution_is_as_accurate_as_eager(
@@ -75,6 +77,7 @@ def test_the_convolution_is_as_accurate_as_eager(
     assert_as_good_as_eager({"y": bare}, {"y": exact["y"] - shift}, found, dtype)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "kernel", "padding", "co"), CASES)
 def test_the_gradients_are_as_accurate_as_eagers(
@@ -117,6 +120,7 @@ STRIDED = [
 ]
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize(("shape", "kernel", "stride", "padding", "co"), STRIDED)
 def test_strided_convolutions_and_their_weights_gradients_are_as_accurate_as_eager(
     shape: tuple[int, ...],
@@ -149,6 +153,7 @@ def test_strided_convolutions_and_their_weights_gradients_are_as_accurate_as_eag
     assert_as_good_as_eager(ours, exact, found, torch.float32)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 def test_windows_that_end_before_the_map_stay_inside_of_their_rows(instruction_set: str) -> None:
     # what was behind a row must be zeros again when the row's place is used anew
     x, w, b = draw((1, 3, 40, 15), (2, 2), 5, torch.float32)
@@ -207,6 +212,7 @@ def test_every_route_rounds_as_little_as_contiguous_eager(
     assert_as_good_as_eager({"y": y, "x": dx, "weight": dw}, exact, found, torch.float32)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_reaches_the_gradients_that_it_is_part_of(
     bad: float, instruction_set: str
@@ -220,6 +226,7 @@ def test_what_is_not_finite_reaches_the_gradients_that_it_is_part_of(
     assert torch.equal(finite, expected)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("co", [1, 5, 16, 33])
@@ -343,6 +350,7 @@ def test_weights_gradients_of_any_size_are_its_own_unless_the_vendors_are_as_fas
         assert cpu.covers_gradients(x, w, geometry)[1] == expected, (ci, co)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("shape", [(2, 4, 32, 32, 32), (2, 9, 9, 21, 40), (3, 12, 60, 150)])
 def test_weights_gradients_of_large_maps_round_as_little_as_eagers_contiguous_ones(
     shape: tuple[int, ...], instruction_set: str

@@ -15,8 +15,9 @@ _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built"
 from fastfilm.ops import cpu  # noqa: E402
 
 from .instruction_sets import instruction_set  # noqa: E402
+from .kernel_threads import kernel_threads  # noqa: E402
 
-__all__ = ["instruction_set"]
+__all__ = ["instruction_set", "kernel_threads"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = (
@@ -92,6 +93,7 @@ def ulps(dtype: torch.dtype, maps: tuple[str, ...], numbers: tuple[str, ...]) ->
     return dict.fromkeys(maps, eps) | dict.fromkeys(numbers, eps_numbers)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", spec.ACTIVATIONS)
 def test_apply_is_as_accurate_as_eager(act: str, dtype: torch.dtype, instruction_set: str) -> None:
@@ -117,6 +119,7 @@ def test_apply_is_as_accurate_as_eager(act: str, dtype: torch.dtype, instruction
     errors.check(ulps(dtype, ("v", "dy"), rows))
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", spec.ACTIVATIONS)
 def test_moments_are_as_accurate_as_eager(
@@ -157,6 +160,7 @@ def test_moments_are_as_accurate_as_eager(
     errors.check(ulps(dtype, ("e", "e + dy"), ("mean", "var")))
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_variance_survives_a_mean_of_1000_sigma(dtype: torch.dtype, instruction_set: str) -> None:
     y = feature_map((2, 3, 40, 41, 43), torch.float64)
@@ -189,6 +193,7 @@ def test_bits_do_not_depend_on_threads_or_run(
         assert all(torch.equal(a, b) for a, b in zip(first, results(count), strict=True))
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ((2, 33, 5, 7), (1, 16, 8, 8), (2, 1, 3, 3, 3)), ids=str)
 def test_in_place_overwrites_its_input(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -198,6 +203,7 @@ def test_in_place_overwrites_its_input(shape: tuple[int, ...], dtype: torch.dtyp
     assert torch.equal(y, expected)
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", spec.ACTIVATIONS)
 def test_nan_and_infinity_go_where_eager_sends_them(

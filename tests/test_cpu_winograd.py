@@ -17,8 +17,9 @@ _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built"
 from fastfilm.ops import cpu, cpu_convolution  # noqa: E402
 
 from .instruction_sets import instruction_set  # noqa: E402
+from .kernel_threads import kernel_threads  # noqa: E402
 
-__all__ = ["instruction_set"]
+__all__ = ["instruction_set", "kernel_threads"]
 
 # map, depth of the kernel, padding, output channels: odd sizes, parts of vectors, several groups of tiles
 CASES = (
@@ -51,6 +52,7 @@ def winograd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cache.cache_clear()
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize(("shape", "depth", "padding", "co"), CASES)
 def test_it_is_as_accurate_as_eager(
     shape: tuple[int, ...],
@@ -78,6 +80,7 @@ def test_it_is_as_accurate_as_eager(
     assert torch.equal(cpu.convolve(x, spec.channels_last(w), b, padding), ours["y"])
 
 
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("size", [(9, 21), (5, 33), (2, 2)])
 def test_finishing_gives_the_bits_of_a_pass_of_its_own(

@@ -7,7 +7,6 @@ it the set is always the same 2,000.
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import dataclass, field
 from typing import Any
 

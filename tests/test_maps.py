@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from fastfilm.nn.blocks import ConvNormFiLM2d
 from fastfilm.ops import assemble, backends, maps, reference, spec, views
 from fastfilm.ops.assemble import Source
 from fastfilm.ops.maps import DeferredMap, Joined
+from tests.kernel_threads import splitting
 from tests.yardstick import relative_error
 
 CPU = backends.BACKENDS["cpu"]
@@ -97,7 +99,9 @@ def check_view(data: st.DataObject, plan: str, dtype: torch.dtype, longest: int)
     weights = torch.randn((n, c + 1, *out), generator=generator, dtype=torch.float64)
     wide = None if coef is None else coef.double()
     expected = run([other.double(), raw.double()], [None, wide], act, [None, view], weights, None)
-    found = run([other, raw], [None, coef], act, [None, view], weights, plan)
+    split = data.draw(st.sampled_from((1, 2, 3))) if plan == PLAN else 0
+    with splitting(split) if split else contextlib.nullcontext():
+        found = run([other, raw], [None, coef], act, [None, view], weights, plan)
     assert found[0].shape == expected[0].shape
     assert found[0].is_contiguous(memory_format=spec.channels_last_format(dims + 2))
     for a, b in zip(found, expected, strict=True):

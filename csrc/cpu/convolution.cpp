@@ -8,7 +8,10 @@
 namespace fastfilm {
 namespace {
 
-constexpr int64_t kThreadsFrom = 1 << 19;  // products: fewer take less time than to start the threads
+constexpr int64_t kThreadsFrom = 1 << 19;  // products: fewer take less time than to wake the threads
+// Parts of a map, of at least so many positions, whose shares in a weight's gradient are summed apart, and the doubles
+// that all of them have together.
+constexpr int64_t kPartPositions = 4096, kMostParts = 16, kPartSums = 1 << 22;
 
 // Rows of the input that one thread holds in float, with zeros on both sides: neighbouring rows of the result read
 // the same ones.
@@ -78,12 +81,13 @@ std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const
     kernels.widen_row[conv.storage](offset(weight, -2 * ahead), widened.data(), span);
     from = widened.data() + ahead;
   }
-  parallel_for(conv.co, conv.co * rows * length < kParallelFrom ? 1 : threads, [&](int64_t o, int) {
-    for (int64_t r = 0; r < rows; ++r) {
+  parallel_ranges(conv.co * rows, conv.co * rows * length < grain(kParallelFrom) ? 1 : threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t o = row / rows, r = row % rows;
       float* at = to.data() + (few ? (r * conv.co + o) * pitch : (o / width * rows + r) * length * width + o % width);
-      const float* row = from + o * s[0] + r / conv.kernel[1] * s[2] + r % conv.kernel[1] * s[3];
+      const float* taps = from + o * s[0] + r / conv.kernel[1] * s[2] + r % conv.kernel[1] * s[3];
       for (int64_t x = 0; x < conv.kernel[2]; ++x) {
-        for (int64_t c = 0; c < conv.ci; ++c, at += step) *at = row[x * s[4] + c * s[1]];
+        for (int64_t c = 0; c < conv.ci; ++c, at += step) *at = taps[x * s[4] + c * s[1]];
       }
     }
   });
@@ -112,12 +116,11 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
   const Plan plan({conv.storage, act, conv.n, conv.out[2], conv.co, 1});
   std::unique_ptr<Expanded<float>> affine;
   if (coef) affine.reset(new Expanded<float>(plan, kCoefRows, conv.n, conv.co, coef));
-  if (total * conv.out[2] * conv.co * kernel_rows * length < kThreadsFrom) threads = 1;
-  const int64_t each = ceil_div(total, threads);
-  parallel_for(threads, threads, [&](int64_t part, int) {
+  if (total * conv.out[2] * conv.co * kernel_rows * length < grain(kThreadsFrom)) threads = 1;
+  parallel_ranges(total, threads, [&](int64_t from, int64_t to) {
     InputRows input(conv, kernels, x);
     std::vector<const float*> rows(kernel_rows);
-    for (int64_t task = part * each; task < std::min(total, (part + 1) * each); ++task) {
+    for (int64_t task = from; task < to; ++task) {
       const int64_t i = task / rows_out, z = task % rows_out / conv.out[1], line = task % conv.out[1];
       for (int64_t r = 0; r < kernel_rows; ++r) {
         rows[r] = input.under(i, z, line, r);
@@ -141,27 +144,33 @@ void convolve_kernel_gradient(const Convolution& conv, const float* x, const flo
   const int64_t rows_out = conv.out[0] * conv.out[1], rows = conv.kernel[0] * conv.kernel[1];
   const int64_t lanes = kernels.vector_bytes / 4, pitch = ceil_div(conv.kernel[2] * conv.ci, lanes) * lanes;
   const int64_t total = conv.n * rows_out, size = rows * conv.co * pitch, step = conv.stride[2] * conv.ci;
-  if (total * conv.out[2] * size < kThreadsFrom) threads = 1;
-  const int64_t each = ceil_div(total, threads), lines = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, conv.out[2]));
-  std::vector<double> sums(size * threads);
-  parallel_for(threads, threads, [&](int64_t part, int) {
+  const int64_t positions = total * conv.out[2], lines = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, conv.out[2]));
+  if (positions * size < grain(kThreadsFrom)) threads = 1;
+  // the number of parts, and with it every bit of the result, follows from the form alone; blocks of channels, for each
+  // of which the map is widened again, share no sums
+  const int64_t most = std::max<int64_t>(1, std::min({total, kMostParts, kPartSums / std::max<int64_t>(1, size)}));
+  const int64_t parts = std::clamp<int64_t>(positions / grain(kPartPositions), 1, most);
+  const int64_t block = threads > 1 ? ceil_div(ceil_div(conv.co, ceil_div(4 * threads, parts)), 8) * 8 : conv.co;
+  const int64_t blocks = ceil_div(conv.co, std::max<int64_t>(1, block));
+  std::vector<double> sums(size * parts);
+  parallel_for(parts * blocks, threads, [&](int64_t job, int) {
+    const int64_t part = job / blocks, first = job % blocks * block, last = (part + 1) * total / parts;
     InputRows input(conv, kernels, x, lines);
     std::vector<const float*> found(lines);
-    double* own = sums.data() + part * size;
-    const int64_t last = std::min(total, (part + 1) * each);
-    for (int64_t task = part * each, count; task < last; task += count) {
+    double* own = sums.data() + part * size + first * pitch;
+    for (int64_t task = part * total / parts, count; task < last; task += count) {
       const int64_t i = task / rows_out, z = task % rows_out / conv.out[1], line = task % conv.out[1];
       count = std::min({lines, conv.out[1] - line, last - task});
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = 0; j < count; ++j) {
           found[j] = input.under(i, z, line + j, r);
         }
-        kernels.kernel_gradient_rows({found.data(), e + task * conv.out[2] * conv.co, count, conv.out[2], step,
-                                      pitch, conv.co, own + r * conv.co * pitch});
+        kernels.kernel_gradient_rows({found.data(), e + task * conv.out[2] * conv.co + first, count, conv.out[2], step,
+                                      pitch, std::min(block, conv.co - first), conv.co, own + r * conv.co * pitch});
       }
     }
   });
-  for (int part = 1; part < threads; ++part) {
+  for (int64_t part = 1; part < parts; ++part) {
     for (int64_t j = 0; j < size; ++j) sums[j] += sums[part * size + j];
   }
   const int64_t* s = conv.strides;

@@ -120,7 +120,7 @@ bool disjoint(const Axis& axis) {
   return true;
 }
 
-int threads_for(const Map& map, int64_t elements) { return elements > kParallelFrom ? map.threads : 1; }
+int threads_for(const Map& map, int64_t elements) { return elements > grain(kParallelFrom) ? map.threads : 1; }
 
 template <class R>
 void gather_as(const Map& map, const View& view, const void* y, int64_t in_stride, const void* coef,
@@ -133,15 +133,14 @@ void gather_as(const Map& map, const View& view, const void* y, int64_t in_strid
   const int threads = threads_for(map, map.n * result_rows * width.out * map.c);
   const bool same = is_same(width);
   expect_large_pages(out, map.n * result_rows * width.out * out_stride * walk.plan.itemsize);
-  // each thread takes consecutive rows, so that it finds the ones it has
-  const int64_t total = map.n * result_rows, each = ceil_div(total, threads);
-  parallel_for(threads, threads, [&](int64_t part, int) {
+  // consecutive rows, so that a thread finds the ones it has
+  parallel_ranges(map.n * result_rows, threads, [&](int64_t from, int64_t to) {
     Rows<R> rows(walk.row, walk.plan, walk.expanded.get(), y, in_stride, walk.source_rows,
                  2 * walk.rows_each);
     std::vector<const void*> found;
     std::vector<double> weight;
     std::vector<R> room(view.maximum ? 0 : width.in * map.c + walk.plan.lanes);
-    for (int64_t task = part * each; task < std::min(total, (part + 1) * each); ++task) {
+    for (int64_t task = from; task < to; ++task) {
       const int64_t i = task / result_rows, at = task % result_rows;
       walk.find(rows, i, at / height.out, at % height.out, found, weight);
       kernel({found.data(), weight.data(), static_cast<int64_t>(found.size()), in_stride, width.start,
@@ -162,14 +161,13 @@ void maximum_backward_as(const Map& map, const View& view, const void* y, const 
   const int64_t unit = disjoint(view.axis[0]) && disjoint(height) ? 1 : result_rows;
   const int64_t total = map.n * result_rows / std::max<int64_t>(unit, 1);
   const int threads = static_cast<int>(std::clamp<int64_t>(total, 1, threads_for(map, map.n * map.s * map.c)));
-  const int64_t each = ceil_div(total, threads);
-  parallel_for(threads, threads, [&](int64_t part, int) {
+  parallel_ranges(total, threads, [&](int64_t from, int64_t to) {
     Rows<R> rows(walk.row, walk.plan, walk.expanded.get(), y, map.c, walk.source_rows, 2 * walk.rows_each);
     std::vector<const void*> found;
     std::vector<double> weight;
     std::vector<int64_t> number;
     std::vector<void*> drows;
-    for (int64_t task = part * each * unit; task < std::min(total, (part + 1) * each) * unit; ++task) {
+    for (int64_t task = from * unit; task < to * unit; ++task) {
       const int64_t i = task / result_rows, at = task % result_rows;
       walk.find(rows, i, at / height.out, at % height.out, found, weight, &number);
       drows.clear();

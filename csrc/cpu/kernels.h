@@ -93,8 +93,8 @@ struct ConvolutionRow {
 // The share of one row of a map in the gradient of one row of a kernel.
 struct KernelGradientRows {
   const float* const* x;  // the map's rows from their first zero on; null ones are left out
-  const float* e;         // the gradient at as many rows of the result, [count][width][co]
-  int64_t count, width, step, pitch, co;  // floats between positions of x; KW * Ci in whole vectors
+  const float* e;         // the gradient at as many rows of the result, [count][width], co of e_step channels each
+  int64_t count, width, step, pitch, co, e_step;  // floats between positions of x; KW * Ci in whole vectors
   double* sums;                         // [co][pitch], added to
 };
 

@@ -8,12 +8,9 @@
 #include <numeric>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "driver.h"
 #include "pages.h"
+#include "threads.h"
 
 namespace fastfilm {
 
@@ -31,18 +28,6 @@ constexpr int64_t kMaxBlockRows = 32;
 constexpr int64_t kMaxPeriod = 4096;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class F>
-void parallel_for(int64_t tasks, int threads, const F& f) {
-#ifdef _OPENMP
-  if (threads > 1 && tasks > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < tasks; ++i) f(i, omp_get_thread_num());
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < tasks; ++i) f(i, 0);
-}
 
 // How a sample of S*C elements is walked: rows of `period` elements (whole positions, and whole vectors
 // where that is possible) sharing one expanded row of coefficients, `chunk_rows` rows to a chunk.
@@ -66,10 +51,10 @@ struct Plan {
     padded = ceil_div(period, lanes) * lanes;
     sum_block = std::clamp<int64_t>(kSumBlock / period, 8, kMaxBlockRows);
     plain_block = std::clamp<int64_t>(kPlainBlock / period, 2, 4);
-    const int64_t chunk = std::max({kChunk, 64 * map.c, ceil_div(sample, kChunksPerSample)});
+    const int64_t chunk = std::max({grain(kChunk), grain(64) * map.c, ceil_div(sample, kChunksPerSample)});
     chunk_rows = ceil_div(ceil_div(chunk, period), kMaxBlockRows) * kMaxBlockRows;
     chunks = ceil_div(sample, chunk_rows * period);
-    threads = map.n * sample > kParallelFrom ? map.threads : 1;
+    threads = map.n * sample > grain(kParallelFrom) ? map.threads : 1;
     threads = static_cast<int>(std::min<int64_t>(threads, map.n * chunks));
   }
 

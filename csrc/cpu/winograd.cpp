@@ -68,15 +68,17 @@ void transform_winograd(const Convolution& conv, const float* weight, float* tra
   const int64_t length = conv.kernel[0] * conv.ci, width = block_width(conv), blocks = ceil_div(conv.co, width);
   const int64_t* s = conv.strides;
   // a tap takes about eight times as long as an element of a pass over a map
-  const bool few = blocks * length * width < kParallelFrom / 8;
-  parallel_for(blocks * length, few ? 1 : threads, [&](int64_t task, int) {
-    const int64_t block = task / length, j = task % length;
-    const float* from = weight + block * width * s[0] + j / conv.ci * s[2] + j % conv.ci * s[1];
-    float taps[9 * kWidest] = {};
-    for (int64_t o = 0; o < std::min(width, conv.co - block * width); ++o) {
-      for (int t = 0; t < 9; ++t) taps[t * width + o] = from[o * s[0] + t / 3 * s[3] + t % 3 * s[4]];
+  const bool few = blocks * length * width < grain(kParallelFrom) / 8;
+  parallel_ranges(blocks * length, few ? 1 : threads, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t block = task / length, j = task % length;
+      const float* from = weight + block * width * s[0] + j / conv.ci * s[2] + j % conv.ci * s[1];
+      float taps[9 * kWidest] = {};
+      for (int64_t o = 0; o < std::min(width, conv.co - block * width); ++o) {
+        for (int t = 0; t < 9; ++t) taps[t * width + o] = from[o * s[0] + t / 3 * s[3] + t % 3 * s[4]];
+      }
+      kernels.winograd_weight(taps, width, transformed + (block * kWinograd * length + j) * width, length * width);
     }
-    kernels.winograd_weight(taps, width, transformed + (block * kWinograd * length + j) * width, length * width);
   });
 }
 
@@ -97,11 +99,10 @@ void convolve_winograd(const Convolution& conv, const float* x, const float* tra
   const int64_t most = std::clamp<int64_t>(fitting, kWinogradTiles, kMostTiles);
   // planes a whole number of pages apart would share a few lines of the first-level cache
   const int64_t in_pitch = most * length + kLine, out_pitch = most * width + kLine;
-  const int64_t groups = ceil_div(tiles.count, most), each = ceil_div(groups, threads);
-  parallel_for(threads, threads, [&](int64_t part, int) {
+  parallel_ranges(ceil_div(tiles.count, most), threads, [&](int64_t from_group, int64_t to_group) {
     std::vector<float> input(kWinograd * in_pitch), products(kWinograd * out_pitch);
     std::vector<WinogradRun> runs;
-    for (int64_t group = part * each; group < std::min(groups, (part + 1) * each); ++group) {
+    for (int64_t group = from_group; group < to_group; ++group) {
       const int64_t first = group * most, count = std::min(most, tiles.count - first);
       runs.clear();
       for (int64_t t = 0; t < count; t += runs.back().tiles) {

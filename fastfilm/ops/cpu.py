@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# after torch: the extension then finds torch's own OpenMP runtime loaded and shares its threads
+# after torch: the extension then finds torch's own OpenMP runtime loaded and asks it, not another, for its places
 from fastfilm import _C
 
 from . import views

@@ -24,23 +24,23 @@ FAULTS = (
     Fault(
         "cpu-dw-share-of-the-last-thread",
         "csrc/cpu/convolution.cpp",
-        "part = 1; part < threads; ++part",
-        "part = 1; part < threads - 1; ++part",
-        f"{CONV} -k weights_gradients",
+        "sums[j] += sums[part * size + j];",
+        "if ((part + 1) * size < static_cast<int64_t>(sums.size())) sums[j] += sums[part * size + j];",
+        f"{CONV} tests/test_cpu_threads.py -k 'weights_gradients_of_large or bits_do_not_depend'",
     ),
     Fault(
         "cpu-overlapping-windows-taken-as-disjoint",
         "csrc/cpu/gather.cpp",
         "axis.index[last - 1] >= axis.index[last]) return false;",
         "axis.index[last - 1] > axis.index[last] + 999) return false;",
-        "tests/test_maps.py -k threads",
+        "tests/test_cpu_threads.py -k bits_do_not_depend",
     ),
     Fault(
         "cpu-chunks-by-the-number-of-threads",
         "csrc/cpu/walk.h",
-        "std::max({kChunk, 64 * map.c,",
-        "std::max({kChunk / map.threads, 64 * map.c,",
-        f"{KERNELS} -k threads",
+        "ceil_div(ceil_div(chunk, period), kMaxBlockRows)",
+        "ceil_div(ceil_div(chunk / map.threads, period), kMaxBlockRows)",
+        "tests/test_cpu_threads.py -k bits_do_not_depend",
     ),
     # walks over a map
     Fault(
@@ -231,8 +231,8 @@ FAULTS = (
     Fault(
         "cpu-kernel-rows-of-depth-and-height-swapped",
         "csrc/cpu/convolution.cpp",
-        "row = from + o * s[0] + r / conv.kernel[1] * s[2] + r % conv.kernel[1] * s[3]",
-        "row = from + o * s[0] + r % conv.kernel[0] * s[2] + r / conv.kernel[0] * s[3]",
+        "from + o * s[0] + r / conv.kernel[1] * s[2] + r % conv.kernel[1] * s[3]",
+        "from + o * s[0] + r % conv.kernel[0] * s[2] + r / conv.kernel[0] * s[3]",
         VALUE,
     ),
     Fault(

@@ -34,19 +34,19 @@ CLEAN_LIMIT = 1200
 """Seconds that tests may take without a fault."""
 
 
-def unsound(workshop: Workshop, tests: str) -> str | None:
-    """Why tests say nothing of a fault: they fail without one, or none of them runs; None if they are sound."""
+def clean(workshop: Workshop, tests: str) -> float | str:
+    """Seconds that tests take without a fault; what they end with if they fail, or if none of them runs."""
     found = workshop.test(tests, CLEAN_LIMIT)
     if found.code == 0 and re.search(r"\b\d+ passed", found.output):
-        return None
+        return found.seconds
     return f"the tests {tests!r} end with {found.code} without a fault\n{found.output[-2000:]}"
 
 
-def verdict(workshop: Workshop, fault: Fault) -> tuple[str, str]:
-    """ "seen", "SURVIVES" or "STALE", and by what test, or why."""
+def verdict(workshop: Workshop, fault: Fault, limit: float) -> tuple[str, str]:
+    """Whether a fault is seen, SURVIVES or is STALE, and by what test, or why."""
     try:
         with workshop.planted(fault):
-            found = workshop.test(fault.tests, fault.limit)
+            found = workshop.test(fault.tests, limit)
     except Stale as why:
         return "STALE", str(why)
     if found.code == 0:
@@ -81,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
-        first = Workshop(ROOT, Path(folder, "0"))
+        emulated = any("cuda" in f.file + f.tests for f in faults)
+        first = Workshop(ROOT, Path(folder, "0"), emulated=emulated)
         free: queue.Queue[Workshop] = queue.Queue()
         free.put(first)
         for job in range(1, min(options.jobs, len(faults))):

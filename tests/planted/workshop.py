@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from tests.planted.fault import Fault
 
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-w"]
-CPU_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+CPU_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-pthread"]
 CUDA_FLAGS = [*FLAGS, "-DFASTFILM_EMULATED"]
 SETS = {"avx512", "avx2", "baseline"}
 """Objects of which each has the kernels of one instruction set."""
@@ -52,9 +53,12 @@ class Workshop:
 
     Args:
         like: a built workshop to take everything from.
+        emulated: the CUDA kernels are built too, on the emulation.
     """
 
-    def __init__(self, root: Path, folder: Path, like: Workshop | None = None) -> None:
+    def __init__(
+        self, root: Path, folder: Path, like: Workshop | None = None, emulated: bool = True
+    ) -> None:
         self.tree = folder / "tree"
         if like is None:
             copy_tree(root, self.tree)
@@ -83,7 +87,7 @@ class Workshop:
         }
         self.in_use = "" if like is None else like.in_use
         if like is None:
-            for extension in (self.cpu, self.cuda):
+            for extension in (self.cpu, self.cuda) if emulated else (self.cpu,):
                 self._build(extension, extension.sources, extension.objects)
             self.in_use = self._python("from fastfilm import _C; print(_C.instruction_set())")
             self._check_imports()
@@ -108,10 +112,14 @@ class Workshop:
         folder.mkdir(parents=True, exist_ok=True)
         compiler = shutil.which("c++") or "g++"
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        for source in sources:
+
+        def compiled(source: str) -> None:
             out = folder / f"{Path(source).stem}.o"
             command = [compiler, *extension.flags, *includes, "-MMD", "-x", "c++", "-c", source]
             self._compile([*command, "-o", str(out)])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compiled, sources))
         objects = []
         for source in extension.sources:
             own = folder / f"{Path(source).stem}.o"

@@ -230,6 +230,27 @@ def test_parts_absent_shared_rows_and_types(backend: str, data: st.DataObject) -
     check(case, kernels)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_as_pytorch_rounds_them(dtype: torch.dtype) -> None:
+    """Halves to even, numbers below the smallest normal one, infinities and NaN."""
+    kernels = launchers("cpu")
+    scale = torch.logspace(-9, 5, 29)
+    numbers = torch.randn(40, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    # half way between two neighbours, and a little beside it
+    between = numbers * (1 + torch.finfo(dtype).eps / 2)
+    special = torch.tensor([0.0, -0.0, 65519.9, 65520.0, 1e30, float("inf"), float("nan")])
+    x = torch.cat([numbers.outer(scale).flatten(), between, between * 2**-16, special, -special])
+    case = Case(norm="none", order="conv-norm-act-film", batch=1, channels=len(x))
+    beta = torch.zeros(1, len(x), dtype=dtype)
+    tensors = [None] * 7 + [beta, None, None]
+    dcoef = torch.zeros(7, 1, len(x))
+    dcoef[spec.S, 0] = x
+    wanted = [t is not None for t in tensors]
+    found = kernels.block_coefficients_backward(case.kind(wide=False), tensors, dcoef, wanted)[7]
+    assert torch.equal(found[0].nan_to_num(1.5), x.to(dtype).nan_to_num(1.5))
+    assert torch.equal(found[0].isnan(), x.isnan())
+
+
 @pytest.mark.parametrize("backend", FUSED)
 def test_strided_numbers_are_read_where_they_lie(
     backend: str, monkeypatch: pytest.MonkeyPatch

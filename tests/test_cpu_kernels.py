@@ -133,7 +133,7 @@ def test_moments_are_as_accurate_as_eager(
         dstats = coef[:2].contiguous()
         stats = cpu.moments(y, pre, act)
         e, dpre = cpu.moments_backward(None, dstats, y, stats, pre, act)
-        total, _ = cpu.moments_backward(dy, dstats, y, stats, pre, act)
+        total, whole = cpu.moments_backward(dy, dstats, y, stats, pre, act)
         assert (dpre is None) == (pre is None) and e.dtype == total.dtype == dtype
 
         (y64, pre64), (ye, pree) = leaves(y, pre, dtype=torch.float64), leaves(y, pre)
@@ -152,6 +152,11 @@ def test_moments_are_as_accurate_as_eager(
         if dpre is not None:
             # the gradient at the shift is a sum of terms that nearly cancel where act is linear
             size = grads64[0].abs().sum()
+            # with what reached y by other ways, it is the sum of all of e
+            at_y = grads64[0] + dy.double()
+            assert whole is not None
+            error = (whole[0] - at_y.transpose(0, 1).flatten(1).sum(1)).abs().max()
+            assert error <= 4 * torch.finfo(dpre.dtype).eps * (size + dy.double().abs().sum())
             for i, name in enumerate(("dshift", "dslope")):
                 error = (dpre[i] - grads64[1][i]).abs().max()
                 eager = (gradse[1][i] - grads64[1][i]).abs().max()
@@ -219,6 +224,14 @@ def test_nan_and_infinity_go_where_eager_sends_them(
     pre = coef[[spec.B, spec.SLOPE], 0]
     stats, truth = cpu.moments(y, pre, act), reference.moments(y, pre, act)
     assert torch.equal(stats.isnan(), truth.isnan())
+    # an infinite gradient stops at a relu that lets nothing through
+    dv = torch.ones_like(y)
+    y[0, 1, 1, 0], dv[0, 1, 1, 0] = -1.0, float("inf")
+    dy, _ = cpu.apply_backward(dv, y, coef, act)
+    leaf = y.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.materialise(leaf, coef, act), leaf, dv)
+    assert torch.equal(dy[0, 1].isnan(), expected[0, 1].isnan())
+    assert torch.equal(dy[0, 1].isinf(), expected[0, 1].isinf())
     dy, dcoef = cpu.apply_backward(y, torch.ones_like(y), coef, act)
     assert dy[0, 3, 0, 0].isnan() and dcoef[spec.S, 0, 3].isnan()
     assert dy[0, :3].isfinite().all() and dcoef[:, 0, :3].isfinite().all()

@@ -189,6 +189,17 @@ def test_a_layout_that_does_not_fit_says_so(cuda: Any, monkeypatch: pytest.Monke
         check_layer(cuda, Layer((9, 9), (64, 64)))
 
 
+@pytest.mark.parametrize(("size", "padding"), [((5, 4), (1, 1)), ((4, 4), (0, 1))])
+def test_sizes_that_do_not_fit_are_named(
+    cuda: Any, size: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    """A result larger than map and zeros allow would be read from beyond the map."""
+    x = draw(1, 8, 4, 4)
+    cuda.convolution(x, (8, 8), (4, 4), (3, 3), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match=r"out must be in \[1, "):
+        cuda.convolution(x, (8, 8), size, (3, 3), (1, 1), padding)
+
+
 def test_the_order_of_the_threads_does_not_change_a_bit(extension: ModuleType) -> None:
     layer = Layer((17, 21), (24, 24), dtype=HALF)
     x, e, weight = (

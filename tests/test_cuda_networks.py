@@ -171,6 +171,19 @@ def test_gradients_of_a_shared_map_add_up(
             torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-3)
 
 
+def test_a_pooled_nan_is_nan(emulation: ModuleType) -> None:
+    x, weight = torch.randn(1, 8, 6, 6), torch.eye(8)[:, :, None, None]
+    x[0, 3, 1, 1], x[0, 5, 2, 4] = float("nan"), float("nan")
+    found = []
+    for name, route in (("cuda", "fused"), ("reference", None)):
+        with fastfilm.backend(name, route):
+            skip: Any = fastfilm.conv_norm_film(
+                x, weight, beta=torch.ones(8), activation="relu", deferred=True
+            )
+            found.append(fastfilm.conv_norm_film(maps.max_pool(skip, 2), weight).isnan())
+    assert found[1].any() and torch.equal(*found)
+
+
 def test_the_gradient_at_a_shared_raw_map_is_whole(emulation: ModuleType) -> None:
     """Also for somebody who asks for it, twice, and for a part of the graph alone."""
     torch.manual_seed(2)

@@ -145,6 +145,70 @@ def test_padding_is_zero_after_the_affine(device: str) -> None:
         assert relative_error(value, exact) < 1e-6 + (vendors if route == "composed" else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("size", "padding", "stride"),
+    [((3, 4), (0, 1), 1), ((4, 3), (1, 0), 2), ((2, 3, 3), (1, 0, 1), 2)],
+    ids=str,
+)
+def test_padding_of_each_axis_is_its_own(
+    size: tuple[int, ...], padding: tuple[int, ...], stride: int, device: str
+) -> None:
+    from fastfilm.kernels import conv_dgrad, conv_fprop, conv_wgrad
+
+    dims = len(size)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 3, *size, generator=generator)
+    weight, coef = (
+        torch.randn(4, 3, *[3] * dims, generator=generator),
+        torch.randn(7, 1, 3, generator=generator),
+    )
+    exact = [t.double().requires_grad_() for t in (x, weight, coef)]
+    convolution = torch.nn.functional.conv2d if dims == 2 else torch.nn.functional.conv3d
+    v = reference.materialise(exact[0], exact[2], "silu")
+    y64 = convolution(v, exact[1], stride=stride, padding=padding)
+    e = torch.randn(y64.shape, generator=generator)
+    dx64, dw64, dc64 = torch.autograd.grad(y64, exact, e.double())
+    x, weight, e = (spec.channels_last(t.to(device)) for t in (x, weight, e))
+    tail = (coef.to(device), "silu", (stride,) * dims, padding)
+    none = (None, "none", *tail[2:], False)
+    y, _ = conv_fprop.fprop(x, weight, None, *tail[:2], *none)
+    dx, dcoef = conv_dgrad.dgrad(e, weight, x, *tail)
+    dw = conv_wgrad.wgrad(e, x, weight, *tail)
+    assert dcoef is not None
+    for ours, truth in ((y, y64), (dx, dx64), (dw, dw64), (dcoef, dc64)):
+        assert relative_error(ours, truth) < 2e-6
+
+
+def test_several_blocks_of_one_program_are_summed_whole(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on maps of more blocks than there are partial results."""
+    from fastfilm.kernels import pointwise, spatial_moments
+
+    monkeypatch.setattr(pointwise, "MAX_SLOTS", 1)
+    monkeypatch.setattr(pointwise, "ELEMENTS", 32)
+    generator = torch.Generator().manual_seed(5)
+    y, dv = torch.randn(2, 2, 3, 5, 7, generator=generator).unbind()
+    y = y + torch.arange(7)  # blocks of other means
+    coef, dstats = torch.randn(7, 2, 3, generator=generator), torch.randn(2, 2, 3)
+    pre = torch.stack([coef[0, 0], coef[1, 0].abs()])
+    y64, coef64, pre64 = (t.double().requires_grad_() for t in (y, coef, pre))
+    v64 = reference.materialise(y64, coef64, "elu")
+    stats64 = reference.moments(y64, pre64, "leaky_relu")
+    exact = [*torch.autograd.grad(v64, (y64, coef64), dv.double()), stats64]
+    at_y, at_pre = torch.autograd.grad(stats64, (y64, pre64), dstats.double())
+    exact += [at_y, at_pre[1]]
+
+    y, dv = (spec.channels_last(t.to(device)) for t in (y, dv))
+    coef, pre, dstats = coef.to(device), pre.to(device), dstats.to(device)
+    stats = spatial_moments.moments(y, pre, "leaky_relu")
+    e, dpre = spatial_moments.moments_backward(None, dstats, y, stats, pre, "leaky_relu")
+    assert dpre is not None
+    ours = [*pointwise.apply_backward(dv, y, coef, "elu"), stats, e, dpre[1]]
+    for value, truth in zip(ours, exact, strict=True):
+        assert relative_error(value, truth) < 2e-6
+
+
 @pytest.mark.parametrize("order", spec.ORDERS)
 def test_mean_a_thousand_times_the_deviation(order: str, device: str) -> None:
     """Moments, values and gradients keep their digits where E[x²] - E[x]² would have none."""

@@ -172,6 +172,22 @@ def test_a_maximum_of_nan_is_nan_and_its_gradient_goes_to_the_first_of_equals() 
     assert torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_maximum_compares_values_as_they_are_written(backend: str) -> None:
+    """In bfloat16 512 + 1 and 512 + 1.0078 are one number: the gradient goes to the first."""
+    own = backends.BACKENDS[backend]
+    if own.unavailable() is not None or (backend == "triton" and not backends.interpreting()):
+        pytest.skip(own.unavailable() or "the interpreter is not active")
+    raw = torch.tensor([1.0, 1.0078125, 0.0, 1.0]).reshape(1, 1, 2, 2).to(torch.bfloat16)
+    coef = torch.tensor([1.0, 512.0, 1.0, 0.0, 0.0, 0.0, 0.0]).reshape(7, 1, 1)
+    view = views.pooling("max", (2, 2), (2, 2), (2, 2), (0, 0))
+    weights = torch.ones(1, 1, 1, 1)
+    found = run([raw], [coef], "relu", [view], weights, plan=f"{backend}/composed")
+    expected = run([raw], [coef], "relu", [view], weights, plan=None)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 @needs_cpu
 def test_negative_scale_pools_the_smallest_raw_value() -> None:
     raw = torch.randn(1, 3, 6, 6)
@@ -315,6 +331,25 @@ def test_ordinary_code_gets_a_tensor_written_once() -> None:
     conv = nn.Conv2d(4, 1, 1)
     assert torch.equal(conv(v), conv(t))
     assert "DeferredMap" in repr(v)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda v: F.avg_pool2d(v, 2, ceil_mode=True),
+        lambda v: F.avg_pool2d(v, 2, divisor_override=3),
+        lambda v: F.max_pool2d(v, 2, ceil_mode=True),
+        lambda v: F.max_pool2d(v, 3, stride=1, dilation=2),
+        lambda v: F.max_pool2d(v, 2, return_indices=True)[0],
+        lambda v: F.interpolate(v, size=(4, 3), mode="bilinear", antialias=True),
+        lambda v: F.interpolate(v, scale_factor=0.7, recompute_scale_factor=True),
+        lambda v: F.interpolate(v, size=(8, 8), mode="bicubic"),
+    ],
+)
+def test_what_a_view_does_not_cover_is_pytorchs(call: Callable[[Any], Tensor]) -> None:
+    v = ConvNormFiLM2d(2, 4, norm="instance")(torch.randn(1, 2, 7, 9), deferred=True)
+    assert torch.equal(maps.plain(call(v)), call(v.tensor().clone()))
 
 
 @needs_cpu

@@ -1,0 +1,214 @@
+"""Faults in the CUDA kernels, csrc/cuda, which run on the host under csrc/emulation."""
+
+from __future__ import annotations
+
+from tests.planted.fault import Fault
+
+POINTWISE = "tests/test_cuda_emulated.py -k 'any_shape and float32'"
+PASSES = "tests/test_cuda_emulated.py -k 'any_shape or several_blocks or thousand_sigma'"
+CONVOLUTION = "tests/test_cuda_convolution.py -k 'all_three or any_channel or other_paddings'"
+SOURCES = "tests/test_cuda_convolution.py -k 'two_sources'"
+NETWORKS = "tests/test_cuda_networks.py"
+
+FAULTS = (
+    # passes over a map
+    Fault(
+        "cuda-last-block-of-a-map-dropped",
+        "csrc/cuda/pointwise.cu",
+        "blocks = (map.s + span - 1) / span;",
+        "blocks = std::max<int64_t>(1, map.s / span);",
+        PASSES,
+    ),
+    Fault(
+        "cuda-odd-channels-taken-as-aligned",
+        "csrc/cuda/pointwise.cu",
+        "if (map.c % kLanes<T>) return false;",
+        "",
+        POINTWISE,
+    ),
+    Fault(
+        "cuda-gradient-of-the-mean-not-shared-out",
+        "csrc/cuda/pointwise.cu",
+        "p.dstats[nc + i] * scale : 0.0f",
+        "p.dstats[nc + i] : 0.0f",
+        POINTWISE,
+    ),
+    Fault(
+        "cuda-chans-formula-with-one-count",
+        "csrc/cuda/affine.h",
+        "delta * delta * (count * share)",
+        "delta * delta * (other.count * share)",
+        PASSES,
+    ),
+    Fault(
+        "cuda-one-row-of-threads-not-merged",
+        "csrc/cuda/affine.h",
+        "half >= columns; half /= 2",
+        "half > columns; half /= 2",
+        POINTWISE,
+    ),
+    Fault(
+        "cuda-slope-of-elu-is-that-of-leaky-relu",
+        "csrc/cuda/affine.h",
+        "dslope = z > 0 ? 0.0f : m;",
+        "dslope = z > 0 ? 0.0f : z;",
+        "tests/test_cuda_emulated.py -k every_activation",
+    ),
+    Fault(
+        "cuda-variance-between-blocks-left-out",
+        "csrc/cuda/second_stage.cu",
+        "at[(slot * 2 + 1) * p.c] + counts[slot] * delta * delta",
+        "at[(slot * 2 + 1) * p.c]",
+        PASSES,
+    ),
+    Fault(
+        "cuda-share-of-the-first-row-of-threads-dropped",
+        "csrc/cuda/second_stage.cu",
+        "for (int r = 0; r < kRowThreads; ++r)",
+        "for (int r = 1; r < kRowThreads; ++r)",
+        POINTWISE,
+    ),
+    Fault(
+        "cuda-sign-of-the-gradient-at-q",
+        "csrc/cuda/second_stage.cu",
+        "-p.coef[kG * row + here] * sums[kSumDv]",
+        "p.coef[kG * row + here] * sums[kSumDv]",
+        POINTWISE,
+    ),
+    # convolution
+    Fault(
+        "cuda-moments-without-the-bias",
+        "csrc/cuda/fprop.cu",
+        "u[i] = v[i] + shift[i];",
+        "u[i] = v[i] - bias[i] + shift[i];",
+        CONVOLUTION,
+    ),
+    Fault(
+        "cuda-padding-behind-the-affine-is-not-zero",
+        "csrc/cuda/operands.h",
+        "if (!in_map && !view) return;",
+        "",
+        CONVOLUTION,
+    ),
+    Fault(
+        "cuda-coefficients-of-the-second-source-shifted",
+        "csrc/cuda/operands.h",
+        "if (second) channel -= in.part[0].channels;\n      const Input& part",
+        "const Input& part",
+        SOURCES,
+    ),
+    Fault(
+        "cuda-maximum-loses-nan",
+        "csrc/cuda/operands.h",
+        "values[i] > out[i] || values[i] != values[i]",
+        "values[i] > out[i]",
+        NETWORKS,
+    ),
+    Fault(
+        "cuda-gradient-of-the-variance-without-its-2",
+        "csrc/cuda/operands.h",
+        "from.dstats[variance] * (2 * in.share)",
+        "from.dstats[variance] * in.share",
+        f"{NETWORKS} -k as_good_as_eager",
+    ),
+    Fault(
+        "cuda-voxels-outside-in-depth-read",
+        "csrc/cuda/slab.h",
+        "const bool in_map = static_cast<unsigned>(at.d) < static_cast<unsigned>(map.d) &&",
+        "const bool in_map = at.d <= map.d &&",
+        f"{CONVOLUTION} -k 3d",
+    ),
+    Fault(
+        "cuda-32-bit-offsets",
+        "csrc/cuda/slab.h",
+        "const int64_t offset = voxel_of(n, voxel) * channels + channel;",
+        "const int64_t offset = static_cast<int>(voxel_of(n, voxel) * channels + channel);",
+        "tests/test_cuda_convolution.py -k two_to_the_31",
+    ),
+    Fault(
+        "cuda-last-tile-of-dw-dropped",
+        "csrc/cuda/wgrad.cu",
+        "first + plan.tiles_a_group < all ? first + plan.tiles_a_group : all;",
+        "first + plan.tiles_a_group < all ? first + plan.tiles_a_group : all - 1;",
+        CONVOLUTION,
+    ),
+    Fault(
+        "cuda-dw-taps-of-height-and-width-swapped",
+        "csrc/cuda/wgrad.cu",
+        "depth * taps + tap) * plan.ci + ci",
+        "depth * taps + tap % 3 * 3 + tap / 3) * plan.ci + ci",
+        CONVOLUTION,
+    ),
+    Fault(
+        "cuda-halo-of-the-joint-kernel-summed-twice",
+        "csrc/cuda/joint.cu",
+        "if (state && own) Output::add_to",
+        "if (state) Output::add_to",
+        f"{NETWORKS} -k batch_joint",
+    ),
+    Fault(
+        "cuda-taps-of-the-joint-kernel-turned",
+        "csrc/cuda/joint.cu",
+        "(taps - 1 - t)",
+        "t",
+        f"{NETWORKS} -k batch_joint",
+    ),
+    Fault(
+        "cuda-last-odd-column-of-a-strided-gradient",
+        "csrc/cuda/plan.cpp",
+        "up(p.out.h, s.stride), up(p.out.w, s.stride)}",
+        "up(p.out.h, s.stride), p.out.w / s.stride}",
+        CONVOLUTION,
+    ),
+    Fault(
+        "cuda-padding-of-a-strided-gradient-left-out",
+        "csrc/cuda/plan.cpp",
+        "(axis(r, i) + axis(s.padding, i) - first) / step",
+        "(axis(r, i) + 1 - first) / step",
+        CONVOLUTION,
+    ),
+    Fault(
+        "cuda-weights-not-turned-in-depth",
+        "csrc/cuda/pack.cu",
+        "taps.kernel_first.d + depth * plan.kernel_step",
+        "taps.count.d - 1 - taps.kernel_first.d - depth * plan.kernel_step",
+        f"{CONVOLUTION} -k 3d",
+    ),
+    # what becomes of the gradient at the input
+    Fault(
+        "cuda-voxels-behind-the-last-window-not-written",
+        "csrc/cuda/backward.h",
+        "return next + window > size ? size : next;",
+        "return next;",
+        NETWORKS,
+    ),
+    Fault(
+        "cuda-gradients-of-a-shared-map-not-added",
+        "csrc/cuda/backward.h",
+        "if (part.add) {",
+        "if (false) {",
+        NETWORKS,
+    ),
+    Fault(
+        "cuda-second-source-of-the-gradient-by-the-first-s-coefficients",
+        "csrc/cuda/backward.h",
+        "channel = chunk.channel - (second ? p.part[0].channels : 0);",
+        "channel = chunk.channel % p.part[0].channels;",
+        NETWORKS,
+    ),
+    # checks
+    Fault(
+        "cuda-sizes-of-the-result-unchecked",
+        "csrc/cuda/bindings.cpp",
+        "      const int step = flat ? 1 : stride;\n",
+        "      const int step = flat ? 1 : stride;\n      continue;\n",
+        "tests/test_cuda_convolution.py tests/test_cuda_emulated.py -k 'bad_arguments or sizes'",
+    ),
+    Fault(
+        "cuda-misaligned-maps-unchecked",
+        "csrc/cuda/bindings.cpp",
+        "if (address % align != 0) {",
+        "if (address % 1 != 0) {",
+        "tests/test_cuda_emulated.py -k bad_arguments",
+    ),
+)

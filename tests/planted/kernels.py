@@ -1,0 +1,191 @@
+"""Faults in the Triton kernels, kernels/, which run interpreted."""
+
+from __future__ import annotations
+
+from tests.planted.fault import Fault
+
+KERNELS = "tests/test_kernels.py"
+ORDERS = f"{KERNELS} -k 'order_and_norm and fused and interpreter'"
+COMPOSED = f"{KERNELS} -k 'order_and_norm and composed and interpreter'"
+SHAPES = f"{KERNELS} -k 'every_kernel_size and 2d and interpreter'"
+VIEWS = "tests/test_maps.py -k triton"
+NORMS = "tests/test_coefficients.py -k 'test_every_norm and triton'"
+PARTS = "tests/test_coefficients.py -k 'test_parts and triton'"
+SUMS = "tests/test_residual.py -k 'as_good_as_eagers and float32 and triton'"
+BLOCKS = f"{KERNELS} -k 'several_blocks'"
+
+FAULTS = (
+    Fault(
+        "triton-sign-of-the-gradient-at-p",
+        "kernels/common.py",
+        "(-a * db).to(tl.float32)",
+        "(a * db).to(tl.float32)",
+        f"{KERNELS} -k 'order_and_norm or rows or coefficients'",
+    ),
+    Fault(
+        "triton-gradient-at-the-slope-without-g",
+        "kernels/common.py",
+        "row_sum(dv * g[None, :] * activate_slope_grad(z, ACT))",
+        "row_sum(dv * activate_slope_grad(z, ACT))",
+        f"{KERNELS} -k 'every_activation and prelu and interpreter'",
+    ),
+    Fault(
+        "triton-variance-between-tiles-left-out",
+        "kernels/common.py",
+        "+ count[:, None] * d * d, axis=0)",
+        ", axis=0)",
+        f"{KERNELS} -k 'several_tiles or two_runs or awkward or order_and_norm'",
+    ),
+    Fault(
+        "triton-last-rows-of-a-sum-dropped",
+        "kernels/common.py",
+        "for r0 in loop(0, R, BR):",
+        "for r0 in loop(0, (R - 1) // BR * BR, BR):",
+        SHAPES,
+    ),
+    Fault(
+        "triton-derivative-of-gelu-without-the-density",
+        "kernels/common.py",
+        "z * 0.3989422804014327",
+        "0.3989422804014327",
+        f"{KERNELS} -k 'every_activation and gelu and interpreter'",
+    ),
+    # convolution
+    Fault(
+        "triton-column-behind-the-map-read",
+        "kernels/conv_fprop.py",
+        "inside = inside_h & (iw >= 0) & (iw < W)",
+        "inside = inside_h & (iw >= 0) & (iw <= W)",
+        SHAPES,
+    ),
+    Fault(
+        "triton-padding-behind-the-affine-is-not-zero",
+        "kernels/conv_fprop.py",
+        "x = tl.where(mask, v, 0.0).to(x.dtype)",
+        "x = v.to(x.dtype)",
+        f"{KERNELS} -k padding_is_zero",
+    ),
+    Fault(
+        "triton-bias-behind-the-moments",
+        "kernels/conv_fprop.py",
+        "        u = acc\n",
+        "        u = acc - (tl.load(bias_ptr + co, mask=comask, other=0.0)[None, :] if HAS_BIAS else 0.0)\n",
+        ORDERS,
+    ),
+    Fault(
+        "triton-padding-of-height-for-width",
+        "kernels/conv_dgrad.py",
+        "nw = iw + PW - kw",
+        "nw = iw + PH - kw",
+        f"{KERNELS} -k padding",
+    ),
+    Fault(
+        "triton-last-tile-of-a-strided-gradient",
+        "kernels/conv_dgrad.py",
+        "tiles_w = tl.cdiv(tl.cdiv(W, STRIDE), TW)",
+        "tiles_w = tl.cdiv(W // STRIDE, TW)",
+        f"{KERNELS} -k 'large_shapes or random or every_kernel or one_pixel'",
+    ),
+    Fault(
+        "triton-dw-of-the-last-sample-dropped",
+        "kernels/conv_wgrad.py",
+        "for sample in loop(group, N, groups):",
+        "for sample in loop(group, N - 1, groups):",
+        SHAPES,
+    ),
+    Fault(
+        "triton-dw-of-unactivated-padding",
+        "kernels/conv_wgrad.py",
+        "x = tl.where(mask, v, 0.0).to(x.dtype)",
+        "x = v.to(x.dtype)",
+        ORDERS,
+    ),
+    # passes over a map
+    Fault(
+        "triton-count-of-one-block-for-all",
+        "kernels/spatial_moments.py",
+        "seen += count",
+        "seen = count",
+        BLOCKS,
+    ),
+    Fault(
+        "triton-slope-sums-of-the-last-block-alone",
+        "kernels/pointwise.py",
+        "dslope += dslope_i",
+        "dslope = dslope_i",
+        BLOCKS,
+    ),
+    Fault(
+        "triton-gradient-of-the-variance-without-its-2",
+        "kernels/spatial_moments.py",
+        "* (2.0 * scale)",
+        "* scale",
+        COMPOSED,
+    ),
+    # gathering
+    Fault(
+        "triton-gradient-to-the-last-maximum",
+        "kernels/taps.py",
+        "larger = used & ((v > best) | (v != v))",
+        "larger = used & ((v >= best) | (v != v))",
+        f"{VIEWS} or maximum",
+    ),
+    Fault(
+        "triton-maximum-of-unrounded-values",
+        "kernels/taps.py",
+        "                    v = v.to(y_ptr.dtype.element_ty).to(tl.float32)\n",
+        "",
+        f"{VIEWS} or maximum",
+    ),
+    Fault(
+        "triton-view-read-from-the-first-channel",
+        "kernels/taps.py",
+        "at = to[:, None] * K + first + channel[None, :]",
+        "at = to[:, None] * K + channel[None, :]",
+        VIEWS,
+    ),
+    # the [N, C] algebra
+    Fault(
+        "triton-running-var-biased",
+        "kernels/coefficients.py",
+        "_move(running_var_ptr, channel, cmask, variance * unbiased, momentum)",
+        "_move(running_var_ptr, channel, cmask, variance, momentum)",
+        NORMS,
+    ),
+    Fault(
+        "triton-dropout-before-the-norm-misses-its-square",
+        "kernels/coefficients.py",
+        "variance += _row(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s + d * d",
+        "variance += _row(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s + d * d",
+        NORMS,
+    ),
+    Fault(
+        "triton-gradient-of-gamma-of-one-row-not-summed",
+        "kernels/coefficients.py",
+        "shared_gamma += dfilm",
+        "shared_gamma = dfilm",
+        PARTS,
+    ),
+    Fault(
+        "triton-gradient-of-the-variance-without-the-weight",
+        "kernels/coefficients.py",
+        "-0.5 * dfactor * factor * inverse * inverse",
+        "-0.5 * dfactor * inverse * inverse * inverse",
+        NORMS,
+    ),
+    # residual sums
+    Fault(
+        "triton-residual-gradient-at-g-without-q",
+        "kernels/residual_sum.py",
+        "(a * sum_vy + (b - q) * sum_v)",
+        "(a * sum_vy + b * sum_v)",
+        SUMS,
+    ),
+    Fault(
+        "triton-residual-without-the-others-offset",
+        "kernels/residual_sum.py",
+        "affine(y, a, b, g, s + offset2, p, q, slope, ACT)",
+        "affine(y, a, b, g, s, p, q, slope, ACT)",
+        SUMS,
+    ),
+)

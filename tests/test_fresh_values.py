@@ -408,6 +408,45 @@ def test_converted_models_that_are_rebuilt_run_as_they_are(way: str) -> None:
     assert before.shape != exact.shape or relative_error(before, exact) > 1e-3
 
 
+class Written(nn.Module):
+    """A norm of a map to which the forward writes before a convolution reads the norm's output."""
+
+    def __init__(self, write: Callable[[Tensor], Any], pooled: bool) -> None:
+        super().__init__()
+        self.write, self.pooled = write, pooled
+        self.first, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).sin()
+        y = torch.relu(self.norm(x))
+        if self.pooled:
+            y = nn.functional.max_pool2d(y, 2)
+        self.write(x)
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.mul_(2),
+        lambda x: nn.functional.threshold(x, 0.9, -1.0, inplace=True),
+        lambda x: nn.functional.threshold_(x, 0.9, -1.0),
+        lambda x: x.__setitem__(0, 3.0),
+    ],
+)
+def test_a_forward_may_write_to_a_map_that_it_has_read(
+    write: Callable[[Tensor], Any], pooled: bool, gradients: bool
+) -> None:
+    torch.manual_seed(1)
+    plain = scattered(Written(write, pooled))
+    made = fastfilm.convert(plain, copy=True, verbose=False)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(made(X), plain(X), rtol=1e-4, atol=1e-5)
+
+
 class Counting(nn.Module):
     """An encoder with state of its own, which no tensor of it tells."""
 

@@ -33,6 +33,9 @@ _VIEWS: tuple[Any, ...] = (
 )
 """Functions that take a map and give one."""
 
+_ASSIGNMENTS = ("iadd", "isub", "imul", "itruediv", "ipow", "setitem")
+"""Operators that write to their first operand."""
+
 _VIEW_MODULES = (nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample)
 
 
@@ -260,11 +263,35 @@ def _lazy(
         return views(user) and user in found
 
     found = groups | children | {n for n in graph.nodes if views(n)}
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    writes = [order[n] for n in graph.nodes if n not in groups and _writes(n, module)]
+
+    def overtaken(node: fx.Node) -> bool:
+        """Whether it may show a tensor that the forward writes to before somebody reads the map."""
+        own = node in groups and isinstance(node.target, Group) and node.target.conv is not None
+        last = max((order[u] for u in node.users), default=0)
+        return not own and any(order[node] < w < last for w in writes)
+
+    found = {n for n in found if not overtaken(n)}
     while True:
         keep = {n for n in found if all(takes(u, n) for u in n.users)}
         if keep == found:
             return found
         found = keep
+
+
+def _writes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node may write to a tensor that it is given; a converted child does not."""
+    if node.op == "call_module":
+        inner = module.get_submodule(str(node.target)).modules()
+        return any(getattr(m, "inplace", False) for m in inner)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    own = name.strip("_")
+    in_place = own in _ASSIGNMENTS or (name.endswith("_") and not name.startswith("__"))
+    asked = node.kwargs.get("inplace") is True or any(a is True for a in node.args)
+    return in_place or asked or "out" in node.kwargs
 
 
 def _plain_arguments(graph: fx.Graph, lazy: set[fx.Node], owner: fx.Node) -> None:

@@ -31,7 +31,7 @@ class State:
         original: the module's class.
         fused: False runs the layers one by one.
         watched: names of the module's attributes that are constants.
-        containers: paths of the modules that programs look into: the module's own, and those of its ``Sequential``.
+        containers: paths of the modules that programs look into: its own and those of its ``Sequential``.
         sites: FiLM by the path of the group that applies it.
         root: the module that ``convert`` or ``condition`` was called with.
         conditioned: FiLM was put into the model.

@@ -18,7 +18,7 @@ from . import film, layers
 from .film import Film, Given, Split
 from .group import Group, Path
 from .program import Program, build, written
-from .trace import CannotTrace, is_sequence, sees_values_alone
+from .trace import CannotTrace, is_sequence, original, sees_values_alone
 
 _CONSTANTS = (bool, int, float, str, type(None))
 _SOME_MAP = torch.empty(0)

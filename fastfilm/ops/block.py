@@ -47,9 +47,19 @@ def run(
     if not known or type(x) is not Tensor:
         origin = subclasses.among((x, *given))
         if origin:
-            rest = (momentum, deferred, prepared, group)
             given_back: Tensor | DeferredMap = subclasses.through(
-                run, origin, x, weight, bias, geometry, options, tensors, *rest
+                run,
+                origin,
+                x,
+                weight,
+                bias,
+                geometry,
+                options,
+                tensors,
+                momentum,
+                deferred,
+                prepared,
+                group,
             )
             return given_back
     sources: list[Source] | None = None

@@ -108,8 +108,30 @@ def pytest_collection_modifyitems() -> None:
     _C.split_finely(True)
 
 
+OVERREAD = """
+import tests.sanitize, torch
+from fastfilm import _C
+y, coef, v = torch.ones(8, 3), torch.ones(7, 3), torch.ones(9, 3)
+_C.apply(y.data_ptr(), coef.data_ptr(), v.data_ptr(), 0, 0, 1, 8, 3, 1)
+print("right")
+_C.apply(y.data_ptr(), coef.data_ptr(), v.data_ptr(), 0, 0, 1, 9, 3, 1)
+print("wrong")
+"""
+
+
 def main() -> int:
     library = os.environ.get(LIBRARY) or build(ROOT / "build/sanitized")
+    # a kernel that reads one position more than the map has must be found
+    probe = subprocess.run(
+        [sys.executable, "-c", OVERREAD],
+        env=environment(Path(library)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if probe.stdout != "right\n" or "heap-buffer-overflow" not in probe.stderr:
+        print(probe.stdout, probe.stderr, "the sanitizers do not see an overread", file=sys.stderr)
+        return 1
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     command += ["-p", "tests.sanitize"]
     command += sys.argv[1:] or [f"tests/{name}.py" for name in TESTS]

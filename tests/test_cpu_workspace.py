@@ -55,3 +55,18 @@ def test_results_and_gradients_do_not_share_it(inference: bool) -> None:
     torch.autograd.grad(net(images[1], metadata).sum(), list(net.parameters()))
     for a, b in zip(alone, torch.autograd.grad(out, list(net.parameters())), strict=True):
         assert torch.equal(a, b)
+
+
+def test_growing_it_without_memory_raises_and_the_next_call_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(size: int) -> torch.UntypedStorage:
+        raise MemoryError(size)
+
+    like = torch.empty(1)
+    cpu.workspace(like, (1, 1, 8, 8)).fill_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "UntypedStorage", full)
+        with pytest.raises(MemoryError):
+            cpu.workspace(like, (1, 16, 900, 900))
+    assert float(cpu.workspace(like, (1, 1, 8, 8)).fill_(2).sum()) == 128

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from fastfilm.ops import reference, spec, vendor
 
-ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-20}
-"""Largest relative error of one rounding; in float32, for which the survey does not look at rounding, of 16."""
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}
+"""Largest relative error of one rounding; in float32, for which the survey does not look at rounding, of 32."""
 
 RESULTS = (
     "values",
@@ -91,12 +91,12 @@ class Form:
         """Largest error of a right result, in units of sqrt(sum of squared products), a sum's standard deviation.
 
         PyTorch's own kernels round a sum to its type after each tap of the kernel: a random walk of so many steps,
-        each of a standard deviation of 1/sqrt(3) roundings of what has been summed by then. Four of its own are
-        1.6 sqrt(taps) roundings; results of a few standard deviations take several more. A plane, row or tap that
-        is left out, read twice or read elsewhere changes sums by the root of its share of the products; memory
-        that nobody wrote is far off.
+        each of 0.4 roundings (root mean square) of what has been summed by then. Four of its own standard
+        deviations are 1.1 sqrt(taps) roundings; a result of a few standard deviations takes some more. A plane,
+        row or tap that is left out, read twice or read elsewhere changes sums by the root of its share of the
+        products; memory that nobody wrote is far off.
         """
-        return ROUNDING[self.dtype] * (16 + 2 * math.sqrt(math.prod(self.kernel)))
+        return ROUNDING[self.dtype] * (8 + math.sqrt(math.prod(self.kernel)))
 
     def operands(self) -> list[Tensor]:
         """Map, weight and gradient at the result, with random values."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfilm
 from fastfilm.ops import backends, maps, spec
@@ -199,3 +200,32 @@ def test_torch_func_transforms_differentiate_twice_and_map_over_samples() -> Non
     for i in range(2):
         (alone,) = torch.autograd.grad(loss(x[i : i + 1].detach(), hidden), hidden)
         torch.testing.assert_close(per_sample[i], alone, rtol=1e-9, atol=1e-10)
+
+
+class _Convolved(TorchDispatchMode):
+    """The types in which PyTorch convolves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+        if func in names:
+            self.types.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    backends.BACKENDS["cpu"].unavailable() is not None, reason="the extension is not built"
+)
+def test_second_derivatives_of_16_bit_convolutions_are_float32_on_a_cpu() -> None:
+    """They convolve maps with maps, forms that no rule about PyTorch's faults looks at."""
+    x, w = draw(2, 4, 3, 6, 6).bfloat16(), draw(4, 4, 3, 3, 3).bfloat16()
+    with fastfilm.backend("cpu"):
+        y = fastfilm.conv_norm_film(x, w, padding=1, norm="instance")
+        first = torch.autograd.grad(y, (x, w), torch.randn_like(y), create_graph=True)
+        with _Convolved() as convolved:
+            second = torch.autograd.grad([g.square().sum() for g in first], (x, w))
+    assert convolved.types == {torch.float32}
+    assert all(g.isfinite().all() and g.dtype == torch.bfloat16 for g in second)

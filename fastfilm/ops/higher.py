@@ -37,6 +37,17 @@ def pull(
     return grads
 
 
+def convolution(v: Tensor, weight: Tensor, bias: Maybe, *geometry: Any) -> Tensor:
+    """``reference.convolution`` to be differentiated twice: of 16-bit types on a CPU in float32.
+
+    PyTorch's second derivative convolves maps with maps, forms that ``reference.precautions`` does not look at.
+    """
+    if v.device.type != "cpu" or v.dtype.itemsize != 2:
+        return reference.convolution(v, weight, bias, *geometry)
+    added = None if bias is None else bias.float()
+    return reference.convolution(v.float(), weight.float(), added, *geometry).to(v.dtype)
+
+
 def after_moments(
     dy: Tensor, dstats: Tensor, y: Tensor, pre: Maybe, pre_act: str
 ) -> tuple[Tensor, Maybe]:
@@ -80,7 +91,7 @@ def conv_backward_backward(ctx: Any, *grads: Tensor) -> tuple[Maybe, ...]:
 
         def forward(x: Tensor, weight: Tensor, coef: Maybe) -> Tensor:
             v = x if coef is None else reference.materialise(x, coef, act)
-            return reference.convolution(v, weight, None, *ctx.geometry)
+            return convolution(v, weight, None, *ctx.geometry)
 
         found = (*pull(forward, (x, weight, coef), e), dpre)
         return tuple(t for t, want in zip(found, wanted, strict=True) if want)

@@ -209,7 +209,7 @@ class _Finished(torch.autograd.Function):
                 weight: Tensor, bias: Tensor | None, coef: Tensor, *given: Tensor
             ) -> Tensor:
                 v = assemble.defined(ctx.static, given)
-                y = reference.convolution(v, weight, bias, *geometry)
+                y = higher.convolution(v, weight, bias, *geometry)
                 return reference.materialise(y, coef, "none")
 
             given = (weight, bias, out_coef, *tensors)

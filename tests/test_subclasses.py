@@ -1,10 +1,10 @@
-"""Tensor subclasses as operands: unwrapped once where they are plain tensors beneath, as eager PyTorch otherwise."""
+"""Tensor subclasses as operands: plain tensors beneath are unwrapped once, all others dispatched."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ class Dispatching(Tensor):
     """Decides itself what is done with its values; counts the operators that it sees."""
 
     inner: Tensor
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Dispatching:

@@ -43,30 +43,20 @@ def run(
         group: processes over which a batch norm's batch is spread.
     """
     given = (weight, bias, *tensors)
-    known = subclasses.PLAIN.issuperset(map(type, given))
-    if not known or type(x) is not Tensor:
+    ordinary = subclasses.PLAIN.issuperset(map(type, given))
+    if not ordinary or type(x) is not Tensor:
         origin = subclasses.among((x, *given))
         if origin:
+            others = (momentum, deferred, prepared, group)
             given_back: Tensor | DeferredMap = subclasses.through(
-                run,
-                origin,
-                x,
-                weight,
-                bias,
-                geometry,
-                options,
-                tensors,
-                momentum,
-                deferred,
-                prepared,
-                group,
+                run, origin, x, weight, bias, geometry, options, tensors, *others
             )
             return given_back
     sources: list[Source] | None = None
     x = readable(x)
     if isinstance(x, Joined) or (isinstance(x, DeferredMap) and x.view is not None):
         sources = x.sources()
-        if x._tensor is not None or not known or not direct(sources[0].raw):
+        if x._tensor is not None or not ordinary or not direct(sources[0].raw):
             x, sources = x.tensor(), None
     if sources is not None:
         dtype = _autocast_dtype(sources[0].raw)
@@ -95,7 +85,13 @@ def run(
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
     finish = how.composed and not torch.is_grad_enabled() and deferred != "always"
     coef, x_act, convolved = None, "none", assemble.convolved
-    if sources is None and not how.composed and known and direct(raw) and prologue.kernels_of(plan):
+    if (
+        sources is None
+        and not how.composed
+        and ordinary
+        and direct(raw)
+        and prologue.kernels_of(plan)
+    ):
         coef, x_act = (x.coef, x.act) if isinstance(x, DeferredMap) else (None, "none")
         sources = [Source(raw, coef, x_act, None)]
     if sources is not None:
@@ -104,7 +100,7 @@ def run(
         elif not torch.is_grad_enabled():
             raw, sources = assemble.assembled(sources, plan, passing=True), None
     elif isinstance(x, DeferredMap):
-        if finish and known and direct(raw):
+        if finish and ordinary and direct(raw):
             # written once for all its consumers, where it would be written for each
             raw = x.tensor().to(raw.dtype)
         elif x.coef is not None:

@@ -115,11 +115,11 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
     """Whether operators on ``x``, beside ``others``, may be called without the dispatcher."""
     return (
         type(x) in PLAIN
-        and (not others or PLAIN.issuperset(map(type, others)))
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == _observers
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
+        and PLAIN.issuperset(map(type, others))
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
 
@@ -41,12 +41,11 @@ def inside() -> Iterator[None]:
         _thread.inside = outer
 
 
-@functools.lru_cache(maxsize=256)
 def transparent(kind: type) -> bool:
     """Whether tensors of a class keep their values as plain ones do, and only their functions are overridden."""
     return (
-        issubclass(kind, Tensor)
-        and kind not in PLAIN
+        kind not in PLAIN
+        and issubclass(kind, Tensor)
         and not issubclass(kind, UninitializedTensorMixin)
         and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     )
@@ -55,7 +54,7 @@ def transparent(kind: type) -> bool:
 def among(operands: Iterable[Any]) -> tuple[Tensor, ...]:
     """Those of transparent classes among some operands, and those that unwritten maps among them come from."""
     if torch.compiler.is_compiling():
-        return ()
+        return tuple([t for t in operands if isinstance(t, Tensor) and transparent(type(t))])
     found: list[Tensor] = []
     for operand in operands:
         if transparent(type(operand)):
@@ -90,10 +89,14 @@ def through(
 ) -> Any:
     """``function`` of plain tensors in place of those of transparent classes, its results as these have them.
 
+    A compiler leaves such a call out of its graph: it runs as without it.
+
     Args:
         origin: ``among`` the operands.
         args, options: of the function; tensors in lists, tuples and dictionaries too.
     """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(through)(function, origin, *args, **options)
     args, options = pytree.tree_map(stripped, (args, options))
     with inside():
         result = function(*args, **options)

@@ -172,6 +172,20 @@ def test_a_maximum_of_nan_is_nan_and_its_gradient_goes_to_the_first_of_equals() 
     assert torch.equal(found[1], expected[1])
 
 
+@needs_cpu
+@pytest.mark.parametrize(
+    ("mode", "length", "out"),
+    [("nearest", 26, 22), ("nearest-exact", 26, 11), ("nearest-exact", 18, 33)],
+)
+def test_rounding_decides_on_the_border_of_two_positions_as_in_pytorch(
+    mode: str, length: int, out: int
+) -> None:
+    raw = torch.arange(3.0 * length).reshape(1, 1, 3, length)
+    view = views.resizing(mode, (3, length), (3, out), None, False)
+    ours = assemble.write([Source(raw, None, "none", view)], CPU.kernels())
+    assert torch.equal(ours, F.interpolate(raw, size=(3, out), mode=mode))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_maximum_compares_values_as_they_are_written(backend: str) -> None:
     """In bfloat16 512 + 1 and 512 + 1.0078 are one number: the gradient goes to the first."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.nn import FiLMedUNet, Modified3DUNet
+from fastfilm.nn.blocks import DoubleConv
 from fastfilm.ops import spec
 
 
@@ -137,6 +138,24 @@ def test_dropout_is_random_in_training_only() -> None:
     assert not torch.equal(net(image(), rows), net(image(), rows))
     net.eval()
     assert torch.equal(net(image(), rows), net(image(), rows))
+
+
+def test_kept_channels_are_scaled_so_that_the_mean_stays() -> None:
+    block = fastfilm.ConvNormFiLM2d(1, 64, norm=None, activation=None, dropout=0.75)
+    x = image()
+    kept = block(x) / block.eval()(x)
+    assert set(kept.detach().round().unique().tolist()) == {0.0, 4.0}
+
+
+@pytest.mark.parametrize("order", spec.ORDERS)
+def test_film_acts_behind_the_dropout_of_the_second_block(order: str) -> None:
+    options: dict[str, Any] = {"norm": "instance", "affine": False, "activation": "relu"}
+    double = DoubleConv(2, 1, 32, order=order, dropout=0.5, **options)
+    v = double(image(), torch.ones(2, 32), torch.full((2, 32), 3.0))
+    dropped = v.flatten(2).var(2) == 0
+    assert dropped.any() and not dropped.all()
+    # in front of an activation, FiLM belongs to what is dropped
+    assert (v.amax((2, 3))[dropped] == (0.0 if order == "conv-norm-film-act" else 3.0)).all()
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -17,7 +17,7 @@ VALUE = f"{CONV} -k 'test_the_convolution_is'"
 GRADIENTS = f"{CONV} -k 'test_the_gradients_are'"
 STRIDED = f"{CONV} -k test_strided"
 VIEWS = "tests/test_maps.py -k 'views_are_pytorchs or maximum'"
-SUMS = "tests/test_residual.py -k 'as_good_as_eagers and float64 and cpu'"
+SUMS = "tests/test_residual.py -k 'as_good_as_eagers and dtype0 and cpu'"
 
 FAULTS = (
     # the three that need more than one thread

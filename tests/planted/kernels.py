@@ -11,7 +11,7 @@ SHAPES = f"{KERNELS} -k 'every_kernel_size and 2d and interpreter'"
 VIEWS = "tests/test_maps.py -k triton"
 NORMS = "tests/test_coefficients.py -k 'test_every_norm and triton'"
 PARTS = "tests/test_coefficients.py -k 'test_parts and triton'"
-SUMS = "tests/test_residual.py -k 'as_good_as_eagers and float32 and triton'"
+SUMS = "tests/test_residual.py -k 'as_good_as_eagers and dtype1 and triton'"
 BLOCKS = f"{KERNELS} -k 'several_blocks'"
 
 FAULTS = (

@@ -113,10 +113,14 @@ def main(arguments: list[str] | None = None) -> int:
             wrong = [t for t in times.values() if isinstance(t, str)]
             if wrong:
                 print(*wrong, sep="\n")
+                while not free.empty():
+                    free.get().close()
                 return 1
             seconds = {k: float(t) for k, t in times.items()}
             print(f"tests pass without a fault ({time.monotonic() - start:.0f} s)", flush=True)
             found = list(pool.map(with_one(plant), faults))
+        while not free.empty():
+            free.get().close()
     missed = [f.name for f, v in zip(faults, found, strict=True) if v != "seen"]
     minutes = (time.monotonic() - start) / 60
     print(f"{len(faults) - len(missed)} of {len(faults)} faults are seen ({minutes:.0f} minutes)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +87,7 @@ class Workshop:
             "PYTHONDONTWRITEBYTECODE": "1",
             "FASTFILM_EMULATED_LIBRARY": str(self.cuda.library),
         }
+        self._server: subprocess.Popen[str] | None = None
         self.in_use = "" if like is None else like.in_use
         if like is None:
             for extension in (self.cpu, self.cuda) if emulated else (self.cpu,):
@@ -170,27 +173,35 @@ class Workshop:
 
     def test(self, tests: str, limit: float) -> Outcome:
         """Runs pytest in the copy, one process, up to the first failure."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
-        command += ["--tb=short", *shlex.split(tests)]
-        start = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=self.tree,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=limit)
-            code: int | None = process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "tests.planted.server"],
+                cwd=self.tree,
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        server, log = self._server, self.tree.parent / "log"
+        assert server.stdin is not None and server.stdout is not None
+        arguments = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=short"]
+        server.stdin.write(json.dumps([[*arguments, *shlex.split(tests)], str(log)]) + "\n")
+        server.stdin.flush()
+        fork, start = int(server.stdout.readline()), time.monotonic()
+        timer = threading.Timer(limit, os.killpg, (fork, signal.SIGKILL))
+        timer.start()
+        code: int | None = int(server.stdout.readline())
+        timer.cancel()
+        seconds = time.monotonic() - start
+        if code == -signal.SIGKILL and seconds >= limit:
             code = None
-        return Outcome(code, output, time.monotonic() - start)
+        return Outcome(code, log.read_text(encoding="utf-8", errors="replace"), seconds)
+
+    def close(self) -> None:
+        """Ends the process that runs the tests."""
+        if self._server is not None:
+            self._server.kill()
+            self._server.communicate()
 
 
 def copy_tree(root: Path, to: Path) -> None:

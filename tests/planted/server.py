@@ -1,0 +1,36 @@
+"""Runs pytest in forks of one process that has imported what takes long, though nothing of the package.
+
+Reads lines of JSON, arguments of pytest and a file for its output; writes a line with the fork's process and, when
+it has ended, a line with its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+
+import hypothesis.extra.numpy  # noqa: F401
+import pytest
+import torch.distributed
+import torch.fx  # noqa: F401
+
+import tests.conftest  # noqa: F401  (the environment that Triton reads when it is imported)
+
+with contextlib.suppress(ImportError):  # its tests skip
+    import triton.language  # noqa: F401
+
+for line in sys.stdin:
+    arguments, log = json.loads(line)
+    fork = os.fork()
+    if fork == 0:
+        os.setsid()
+        with open(log, "w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(int(code))
+    print(fork, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]), flush=True)

@@ -169,8 +169,7 @@ class Group:
             position,
             read.group is not None,
         )
-        statistics = read.running_mean, read.running_var
-        tensors = (read.weight, read.bias, *statistics, gamma, beta, mask, learned)
+        tensors = (*read.tensors, gamma, beta, mask, learned)
         if conv is None:
             return block.run_on_map(plain(x), options, tensors, read.momentum, deferred)
         padding = conv.padding if isinstance(conv.padding, tuple) else layers.padding_of(conv)

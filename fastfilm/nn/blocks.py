@@ -16,7 +16,6 @@ from fastfilm.ops.recipe import Options
 
 from . import norms
 
-_PARAMETERS = ("weight", "bias", "slope")
 _TENSORS = {
     "norm_weight": "weight",
     "norm_bias": "bias",
@@ -243,16 +242,7 @@ class ConvNormFiLM(nn.Module):
                 self.dropout_position,
                 norm.group is not None,
             ),
-            (
-                norm.weight,
-                norm.bias,
-                norm.running_mean,
-                norm.running_var,
-                gamma,
-                beta,
-                mask,
-                learned,
-            ),
+            (*norm.tensors, gamma, beta, mask, learned),
             norm.momentum,
             deferred,
             self._prepared,
@@ -303,8 +293,11 @@ class ConvNormFiLM(nn.Module):
     def _tensors(self) -> tuple[Any, ...]:
         """weight, bias, slope."""
         parameters = self._parameters
-        weight, bias, slope = [norms.held(self, parameters, name) for name in _PARAMETERS]
-        return weight, bias, slope
+        return (
+            norms.held(self, parameters, "weight"),
+            norms.held(self, parameters, "bias"),
+            norms.held(self, parameters, "slope"),
+        )
 
     def extra_repr(self) -> str:
         """Shapes and what the block consists of."""

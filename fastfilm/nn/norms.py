@@ -36,7 +36,7 @@ class Norm(NamedTuple):
         kind, num_groups, eps: see ``fastfilm.conv_norm_film``.
         training: statistics come from the map, not from the running ones.
         momentum: of the running statistics in this call.
-        weight, bias, running_mean, running_var: [C] each, or None.
+        tensors: weight, bias, running_mean, running_var: [C] each, or None.
         group: processes whose batches are normalised together.
     """
 
@@ -45,24 +45,23 @@ class Norm(NamedTuple):
     training: bool = False
     eps: float = 1e-5
     momentum: float = 0.0
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
+    tensors: tuple[Tensor | None, ...] = (None, None, None, None)
     group: dist.ProcessGroup | None = None
 
 
 NONE = Norm()
+_MISSING: Any = object()
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody watches or changes the module's calls."""
+    own = module.__dict__
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -113,11 +112,9 @@ def held(module: nn.Module, among: Mapping[str, Tensor | None], name: str) -> An
 
     ``torch.nn.Module`` finds an attribute of these ten times slower than its dictionaries do.
     """
-    try:
-        return among[name]
-    except KeyError:
-        # computed: parametrised, pruned, spread over processes
-        return getattr(module, name)
+    found = among.get(name, _MISSING)
+    # computed: parametrised, pruned, spread over processes
+    return getattr(module, name) if found is _MISSING else found
 
 
 def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
@@ -130,7 +127,7 @@ def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
     weight, bias = held(layer, layer._parameters, "weight"), held(layer, layer._parameters, "bias")
     eps = layer.eps
     if kind == "group":
-        return Norm(kind, layer.num_groups, eps=eps, weight=weight, bias=bias)
+        return Norm(kind, layer.num_groups, False, eps, 0.0, (weight, bias, None, None))
     training, track, momentum = layer.training, layer.track_running_stats, layer.momentum
     mean, group = held(layer, layer._buffers, "running_mean"), None
     var = held(layer, layer._buffers, "running_var")
@@ -151,4 +148,4 @@ def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
         else:
             training = mean is None and var is None
     momentum = 0.0 if momentum is None else float(momentum)
-    return Norm(kind, None, training, eps, momentum, weight, bias, mean, var, group)
+    return Norm(kind, None, training, eps, momentum, (weight, bias, mean, var), group)

@@ -48,6 +48,7 @@ class Case:
     slopes: int | None = None
     dtype: torch.dtype = torch.float32
     count: int = 35
+    eps: float = 1e-5
 
     def kind(self, wide: bool) -> Kind:
         needs_input = self.norm in ("group", "layer")
@@ -58,7 +59,7 @@ class Case:
             order=self.order,
             dropout_position=self.position or "end",
             groups=2 if self.norm == "group" else 1,
-            eps=1e-5,
+            eps=self.eps,
             slope=0.0 if self.slopes is not None else 0.01,
             batch=self.batch,
             channels=self.channels,
@@ -226,6 +227,7 @@ def test_parts_absent_shared_rows_and_types(backend: str, data: st.DataObject) -
         slopes=data.draw(st.sampled_from((None, 1, channels))),
         dtype=data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
         count=data.draw(st.sampled_from((2, 35))),
+        eps=data.draw(st.sampled_from((1e-5, 0.1))),
     )
     check(case, kernels)
 

@@ -193,7 +193,7 @@ class Twice(nn.Module):
         self.conv, self.norm = nn.Conv3d(c, c, 3, padding=1), nn.BatchNorm3d(c)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.conv(x)))
+        x = F.leaky_relu(self.norm(self.conv(x)), 0.3)
         return self.norm(self.conv(x)).relu()
 
 
@@ -211,7 +211,7 @@ FORMS = {
         1,
     ),
     "channel dropout between norm and elu": (
-        lambda: _sequence(nn.Conv3d(4, 6, 3, 2), nn.BatchNorm3d(6), nn.Dropout3d(0.4), nn.ELU()),
+        lambda: _sequence(nn.Conv3d(4, 6, 3, 2), nn.BatchNorm3d(6), nn.Dropout3d(0.4), nn.ELU(0.5)),
         1,
     ),
     "channel dropout in front of the norm": (
@@ -221,13 +221,13 @@ FORMS = {
         1,
     ),
     "transposed": (
-        lambda: _sequence(nn.ConvTranspose3d(4, 6, 3, 2, 1, 1), nn.BatchNorm3d(6), nn.GELU()),
+        lambda: _sequence(nn.ConvTranspose3d(4, 6, 3, 2, 1, 1), nn.BatchNorm3d(6, 0.1), nn.GELU()),
         1,
     ),
     "no norm": (lambda: _sequence(nn.Conv3d(4, 6, 3, groups=2), nn.LeakyReLU(0.3)), 1),
     "running statistics of an instance norm": (
         lambda: _sequence(
-            nn.Conv3d(4, 6, 3), nn.InstanceNorm3d(6, track_running_stats=True), nn.ReLU()
+            nn.Conv3d(4, 6, 3), nn.InstanceNorm3d(6, 0.01, 0.3, track_running_stats=True), nn.ReLU()
         ),
         1,
     ),

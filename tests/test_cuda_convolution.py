@@ -92,6 +92,7 @@ LAYERS = {
     "2d": Layer((18, 37), (16, 40)),
     "2d_more_input_channels_than_a_block": Layer((9, 8), (130, 64), batch=1),
     "2d_stride_2": Layer((9, 10), (40, 24), stride=2),
+    "2d_stride_2_a_voxel_beyond_a_tile": Layer((33, 33), (8, 8), stride=2, batch=1),
     "2d_kernel_1": Layer((9, 10), (24, 72), kernel=1, dtype=HALF),
     "2d_kernel_1_stride_2": Layer((9, 8), (8, 8), kernel=1, stride=2),
     "2d_float32": Layer((7, 20), (20, 40), dtype=SINGLE),

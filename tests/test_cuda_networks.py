@@ -131,7 +131,8 @@ class _Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.low, self.high = _block(8, 8), _block(8, 8), _block(16, 8)
+        # the second of two sources is the wider one
+        self.first, self.low, self.high = _block(8, 8), _block(8, 16), _block(24, 8)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         skip = self.first(x, deferred=True)
@@ -169,6 +170,19 @@ def test_gradients_of_a_shared_map_add_up(
         assert (mine is None) == (right is None)
         if mine is not None and right is not None:
             torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-3)
+
+
+def test_voxels_behind_the_last_window_have_a_gradient(emulation: ModuleType) -> None:
+    torch.manual_seed(3)
+    first, second = _block(8, 8), _block(8, 8)
+    x = torch.randn(1, 8, 9, 7, requires_grad=True)
+    found = []
+    for name, route in (("cuda", "fused"), ("reference", None)):
+        with fastfilm.backend(name, route):
+            v = second(maps.max_pool(first(x, deferred=True), 2))
+        found.append(torch.autograd.grad(v.square().sum(), [x, first.weight, first.norm_weight]))
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-3)
 
 
 def test_a_pooled_nan_is_nan(emulation: ModuleType) -> None:

@@ -9,6 +9,7 @@ ORDERS = f"{KERNELS} -k 'order_and_norm and fused and interpreter'"
 COMPOSED = f"{KERNELS} -k 'order_and_norm and composed and interpreter'"
 SHAPES = f"{KERNELS} -k 'every_kernel_size and 2d and interpreter'"
 VIEWS = "tests/test_maps.py -k triton"
+MAXIMA = "tests/test_maps.py -k 'maximum'"
 NORMS = "tests/test_coefficients.py -k 'test_every_norm and triton'"
 PARTS = "tests/test_coefficients.py -k 'test_parts and triton'"
 SUMS = "tests/test_residual.py -k 'as_good_as_eagers and dtype1 and triton'"
@@ -20,7 +21,7 @@ FAULTS = (
         "kernels/common.py",
         "(-a * db).to(tl.float32)",
         "(a * db).to(tl.float32)",
-        f"{KERNELS} -k 'order_and_norm or rows or coefficients'",
+        BLOCKS,
     ),
     Fault(
         "triton-gradient-at-the-slope-without-g",
@@ -128,14 +129,14 @@ FAULTS = (
         "kernels/taps.py",
         "larger = used & ((v > best) | (v != v))",
         "larger = used & ((v >= best) | (v != v))",
-        f"{VIEWS} or maximum",
+        MAXIMA,
     ),
     Fault(
         "triton-maximum-of-unrounded-values",
         "kernels/taps.py",
         "                    v = v.to(y_ptr.dtype.element_ty).to(tl.float32)\n",
         "",
-        f"{VIEWS} or maximum",
+        MAXIMA,
     ),
     Fault(
         "triton-view-read-from-the-first-channel",

@@ -276,6 +276,14 @@ def test_a_block_and_its_norm_layer_share_their_attributes() -> None:
     assert fastfilm.ConvNormFiLM2d(2, 4, norm=None).norm_layer is None
 
 
+def test_a_block_without_a_norm_takes_momentum_and_no_norms_tensors() -> None:
+    block = fastfilm.ConvNormFiLM2d(1, 2, norm=None)
+    block.momentum = 0.3
+    assert block.norm_weight is None and block.momentum is None
+    with pytest.raises(AttributeError, match="running_mean"):
+        block.running_mean = torch.zeros(2)
+
+
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
 def test_a_state_dict_with_the_norms_former_names_loads(norm: str) -> None:
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.ops import block, spec, vendor
+from fastfilm.ops.prepared import PreparedWeight
 from fastfilm.ops.residual import add_act
 from tests.test_amp_and_layouts import BACKENDS
 from tests.yardstick import relative_error
@@ -248,16 +249,16 @@ def test_inference_of_a_block_with_strange_tensors(
     for i in (0, 1, 4):
         value = geometry[i]
         geometry[i] = (value,) * dims if isinstance(value, int) else value
-    kept = block.Remembered()
+    kept = PreparedWeight()
     chosen = block.Options(None, None, False, 1e-5, "prelu", None, spec.ORDERS[0], "end")
 
-    def run(tensors: dict[str, Tensor], remembered: block.Remembered | None) -> Tensor:
+    def run(tensors: dict[str, Tensor], prepared: PreparedWeight | None) -> Tensor:
         tail = [tensors[k] for k in ("gamma", "beta", "dropout_mask", "slope")]
         with torch.no_grad():
             v = block.run(
                 *(tensors["x"], tensors["weight"], tensors["bias"], tuple(geometry), chosen),
                 (None, None, None, None, *tail),
-                *(0.0, False, remembered),
+                *(0.0, False, prepared),
             )
         assert isinstance(v, Tensor)
         return v
@@ -293,7 +294,7 @@ def test_the_packed_route_of_the_vendor_takes_any_layout(
         geometry = (ones, none, ones, False, none, groups)
         with torch.no_grad():
             y = vendor.convolution(
-                spec.channels_last(x), weight, bias, *geometry, lambda w, form, make: make()
+                spec.channels_last(x), weight, bias, *geometry, lambda w, form, make: make(w)
             )
             wide = (dense(t).double() for t in (x, weight, bias))
             assert relative_error(y, torch.convolution(*wide, *geometry)) < 1e-5

@@ -170,10 +170,13 @@ class ConvNormFiLM(nn.Module):
             super().add_module(name, module)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OF_NORM:
-            setattr(self.norm_layer, _OF_NORM[name], value)
-        else:
+        if name not in _OF_NORM:
             super().__setattr__(name, value)
+        elif self.norm_layer is not None:
+            setattr(self.norm_layer, _OF_NORM[name], value)
+        elif name in _TENSORS and value is not None:
+            # momentum and eps of no norm change nothing
+            raise AttributeError(f"a block without a norm has no {name}")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any

@@ -280,6 +280,10 @@ class _ContiguousGrad(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
+
+class _ContiguousGradForward(_ContiguousGrad):
+    """``_ContiguousGrad`` inside forward-mode differentiation; Dynamo follows no function with a ``jvp``."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)
@@ -331,7 +335,8 @@ def normalise(
     if norm == "instance":
         use_input = training or running_mean is None
         v = F.instance_norm(u, running_mean, running_var, weight, bias, use_input, momentum, eps)
-        return _ContiguousGrad.apply(v)
+        forward = torch.autograd.forward_ad._current_level >= 0
+        return (_ContiguousGradForward if forward else _ContiguousGrad).apply(v)
     groups = 1 if norm == "layer" else num_groups
     assert groups is not None
     if transformed():

@@ -97,7 +97,10 @@ class Tail:
         zero = torch.zeros(kind.channels, dtype=dtype, device=like.device)
         shift = zero if bias is None else bias.to(dtype)
         if self.slope is not None:
-            row = self.slope.to(dtype).expand(kind.channels)
+            # cast once for the coefficients too: the gradients by both ways may nearly cancel, and must not be
+            # rounded to the parameter's type before they are added
+            self.slope = self.slope.to(dtype)
+            row = self.slope.expand(kind.channels)
         else:
             row = torch.full_like(zero, kind.slope)
         return torch.stack([shift, row])

@@ -281,11 +281,4 @@ FAULTS = (
         "size = len(rows) // self.replicas",
         f"{CONDITION} -k replicas",
     ),
-    Fault(
-        "convert-beta-of-the-site-before",
-        "fastfilm/convert/film.py",
-        "zip(gamma.split(sizes, 1), beta.split(sizes, 1), strict=True)",
-        "zip(gamma.split(sizes, 1), beta.flip(1).split(sizes, 1), strict=True)",
-        CONDITION,
-    ),
 )

@@ -254,10 +254,10 @@ FAULTS = (
         CONVERT,
     ),
     Fault(
-        "convert-film-behind-the-activation",
+        "convert-film-in-front-of-the-activation",
         "fastfilm/convert/group.py",
-        'if self.activation_first or (order == NORM_FILM_ACT and "norm" in roles):',
-        "if self.activation_first:",
+        'if order == NORM_ACT_FILM and "act" in roles:',
+        'if order == NORM_ACT_FILM and "act" not in roles:',
         CONDITION,
     ),
     Fault(
@@ -280,19 +280,5 @@ FAULTS = (
         "size = -(-len(rows) // self.replicas)",
         "size = len(rows) // self.replicas",
         f"{CONDITION} -k replicas",
-    ),
-    Fault(
-        "convert-rows-that-do-not-fit-accepted",
-        "fastfilm/convert/film.py",
-        "if gamma.shape[0] not in (1, batch):",
-        "if gamma.shape[0] not in (1, batch, batch - 1):",
-        f"{CONDITION} -k 'rows_that or replicas'",
-    ),
-    Fault(
-        "convert-beta-of-the-site-before",
-        "fastfilm/convert/film.py",
-        "zip(gamma.split(sizes, 1), beta.split(sizes, 1), strict=True)",
-        "zip(gamma.split(sizes, 1), beta.flip(1).split(sizes, 1), strict=True)",
-        CONDITION,
     ),
 )

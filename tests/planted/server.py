@@ -7,19 +7,18 @@ it has ended, a line with its exit code.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
 
-import hypothesis.extra.numpy  # noqa: F401
-import pytest
-import torch.distributed
-import torch.fx  # noqa: F401
-
-import tests.conftest  # noqa: F401  (the environment that Triton reads when it is imported)
-
+# first the environment that PyTorch and Triton read when they are imported
+for name in ("tests.conftest", "torch.distributed", "torch.fx", "hypothesis.extra.numpy"):
+    importlib.import_module(name)
 with contextlib.suppress(ImportError):  # its tests skip
-    import triton.language  # noqa: F401
+    importlib.import_module("triton.language")
+
+import pytest  # noqa: E402
 
 for line in sys.stdin:
     arguments, log = json.loads(line)

@@ -50,7 +50,7 @@ def run(
             return known
     ordinary = subclasses.PLAIN.issuperset(map(type, asked[0]))
     if not ordinary or type(x) is not Tensor:
-        origin = subclasses.among((x, *asked[0]))
+        origin = subclasses.among((x,) if ordinary else (x, *asked[0]))
         if origin:
             others = (momentum, deferred, remembered, group)
             given_back: Tensor | DeferredMap = subclasses.through(

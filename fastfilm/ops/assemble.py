@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import conv, higher, layout, reference, spec, views
+from . import conv, higher, reference, spec, views
 from .backends import BACKENDS, forced
 from .forks import Ledger
 from .library import recalling
@@ -62,7 +62,7 @@ def write(sources: Sequence[Source], kernels: ModuleType, passing: bool = False)
             v = conv.raw_like(first.raw, shape)
         at = 0
         for s in sources:
-            raw = layout.channels_last(s.raw)
+            raw = spec.channels_last(s.raw)
             if hasattr(kernels, "gather"):
                 kernels.gather(raw, s.coef, s.act, s.view, v, at)
             else:
@@ -71,7 +71,7 @@ def write(sources: Sequence[Source], kernels: ModuleType, passing: bool = False)
             at += raw.shape[1]
         return v
     parts = [views.seen(_valued(s, kernels), s.view) for s in sources]
-    return layout.channels_last(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+    return spec.channels_last(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
 
 
 def write_backward(
@@ -83,7 +83,7 @@ def write_backward(
     for s, want in zip(sources, wanted, strict=True):
         channels = s.raw.shape[1]
         if want and hasattr(kernels, "gather_taps") and _taps_lead_back(s.view):
-            raw, maximum = layout.channels_last(s.raw), _is_maximum(s.view)
+            raw, maximum = spec.channels_last(s.raw), _is_maximum(s.view)
             taps = views.taps(s.view, tuple(raw.shape[2:]), not maximum, raw.device)
             grads.append(kernels.gather_taps_backward(dv, at, raw, s.coef, s.act, taps, maximum))
         elif want:
@@ -92,7 +92,7 @@ def write_backward(
                 (du, None)
                 if s.coef is None
                 else kernels.apply_backward(
-                    du, layout.channels_last(s.raw), s.coef, s.act, in_place=True
+                    du, spec.channels_last(s.raw), s.coef, s.act, in_place=True
                 )
             )
         else:
@@ -111,7 +111,7 @@ def _taps_lead_back(view: View | None) -> bool:
 
 
 def _valued(s: Source, kernels: ModuleType) -> Tensor:
-    raw = layout.channels_last(s.raw)
+    raw = spec.channels_last(s.raw)
     return raw if s.coef is None else kernels.apply(raw, s.coef, s.act)
 
 
@@ -121,7 +121,7 @@ def _view_backward(dv: Tensor, at: int, s: Source, kernels: ModuleType, alone: b
         return dv
     if hasattr(kernels, "gather"):
         du: Tensor = kernels.gather_backward(
-            dv, at, layout.channels_last(s.raw), s.coef, s.act, s.view
+            dv, at, spec.channels_last(s.raw), s.coef, s.act, s.view
         )
         return du
     part = dv[:, at : at + s.raw.shape[1]]
@@ -131,7 +131,7 @@ def _view_backward(dv: Tensor, at: int, s: Source, kernels: ModuleType, alone: b
         u = _valued(s, kernels).detach().requires_grad_()
         (du,) = torch.autograd.grad(views.seen(u, s.view), u, part)
     # in memory of its own also where the view's gradient is a view
-    return layout.channels_last(du).clone() if du._is_view() else layout.channels_last(du)
+    return spec.channels_last(du).clone() if du._is_view() else spec.channels_last(du)
 
 
 def sources_of(static: _Static, tensors: Sequence[Tensor | None]) -> list[Source]:
@@ -166,7 +166,7 @@ class _Assembled(torch.autograd.Function):
         sources = sources_of(static, ctx.saved_tensors)
         if len(static) == 1 and static[0][1] is None:
             dv = dv.clone(memory_format=spec.channels_last_format(dv.dim()))
-        grads = write_backward(layout.channels_last(dv), sources, ctx.kernels, wanted)
+        grads = write_backward(spec.channels_last(dv), sources, ctx.kernels, wanted)
         return None, None, *(g[0] for g in grads), *(g[1] for g in grads)
 
 

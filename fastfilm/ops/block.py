@@ -45,7 +45,7 @@ def run(
     given = (weight, bias, *tensors)
     ordinary = subclasses.PLAIN.issuperset(map(type, given))
     if not ordinary or type(x) is not Tensor:
-        origin = subclasses.among((x, *given))
+        origin = subclasses.among((x,) if ordinary else (x, *given))
         if origin:
             others = (momentum, deferred, prepared, group)
             given_back: Tensor | DeferredMap = subclasses.through(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import higher, layout, spec, vendor
+from . import higher, spec, vendor
 from .backends import BACKENDS
 from .library import define, differentiable, direct
 from .tail import accumulate_dtype
@@ -53,7 +53,11 @@ def raw_like(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """No numbers, in place of a result that is not wanted; tensor classes may redefine ``new_empty``."""
-    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
+    return (
+        like.new_empty(0)
+        if type(like) is Tensor and dtype is None
+        else Tensor.new_empty(like, 0, dtype=dtype)
+    )
 
 
 def laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ def _convolution(
     if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry):
         y: Tensor = kernels.convolve(v, weight, bias, geometry[1], stride=geometry[0])
         return y
-    return layout.channels_last(vendor.convolution(v, weight, bias, *geometry))
+    return spec.channels_last(vendor.convolution(v, weight, bias, *geometry))
 
 
 def _gradients(
@@ -122,7 +126,7 @@ def conv_fwd(
     """Implementation of ``fastfilm::conv``; see the module docstring."""
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
-    x = layout.channels_last(x)
+    x = spec.channels_last(x)
     if route == "fused":
         return kernels.fprop(
             x, weight, bias, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
@@ -161,7 +165,7 @@ def conv_bwd(
     """
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
-    x, e = layout.channels_last(x), layout.channels_last(dy)
+    x, e = spec.channels_last(x), spec.channels_last(dy)
     dx = dweight = dcoef = dpre = None
     if y is not None and stats is not None:
         e, dpre = kernels.moments_backward(e, dstats, y, stats, pre, pre_act)
@@ -180,7 +184,7 @@ def conv_bwd(
         dweight = laid_out_like(dw, weight)
     if need_input:
         assert dv is not None
-        dx = layout.channels_last(dv)
+        dx = spec.channels_last(dv)
         if coef is not None:
             del v
             dx, dcoef = kernels.apply_backward(dx, x, coef, act, in_place=True)
@@ -315,7 +319,7 @@ def conv_apply(
     """
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
-    x = layout.channels_last(x)
+    x = spec.channels_last(x)
     if route == "fused":
         return kernels.fprop_apply(
             x, weight, bias, coef, act, out_coef, out_act, tuple(stride), tuple(padding)
@@ -327,7 +331,7 @@ def conv_apply(
         finished: Tensor = kernels.convolve(v, weight, bias, padding, *affine, stride, keep)
         return finished
     # what the backend does not finish it does not convolve either: the rule only widens
-    y = layout.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))
+    y = spec.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))
     return kernels.apply(y, out_coef, out_act, in_place=True)
 
 

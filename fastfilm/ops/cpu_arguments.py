@@ -18,8 +18,11 @@ def feature_map(name: str, t: Tensor) -> Tensor:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     if t.dim() not in FORMATS:
         raise ValueError(f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {tuple(t.shape)}")
-    _check_device(name, t)
-    return layout.channels_last(t)
+    if not t.is_cpu:
+        raise ValueError(f"{name} must be on the CPU, got {t.device}")
+    if t.is_neg() or t._is_zerotensor():
+        t = layout.values(t)
+    return t.contiguous(memory_format=FORMATS[t.dim()])
 
 
 def map_like(name: str, t: Tensor, y: Tensor) -> Tensor:
@@ -33,14 +36,12 @@ def numbers_of(name: str, t: Tensor, y: Tensor, *shape: int) -> Tensor:
     """``t`` contiguous, float32 (float64 if ``y`` is); ValueError unless it has ``shape``."""
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    _check_device(name, t)
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    return layout.contiguous(t if t.dtype == dtype else t.to(dtype))
-
-
-def _check_device(name: str, t: Tensor) -> None:
     if not t.is_cpu:
         raise ValueError(f"{name} must be on the CPU, got {t.device}")
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    if t.is_neg() or t._is_zerotensor():
+        t = layout.values(t)
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 def activation_code(act: str) -> int:

@@ -257,7 +257,8 @@ def convolve(
     x = feature_map("x", x)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(f"weight and bias must be {x.dtype} as x, got {weight.dtype}")
-    weight = layout.values(weight)
+    if weight.is_neg() or weight._is_zerotensor():
+        weight = layout.values(weight)
     kernels, run, shape = _kernels_of(x, weight, weight.stride(), stride, padding)
     y = torch.empty(shape, dtype=x.dtype, memory_format=FORMATS[x.dim()])
     if bias is not None:
@@ -319,7 +320,8 @@ def convolve_dgrad(e: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
     e = feature_map("e", e)
     if weight.dtype != e.dtype:
         raise TypeError(f"weight must be {e.dtype} as e, got {weight.dtype}")
-    weight = layout.values(weight)
+    if weight.is_neg() or weight._is_zerotensor():
+        weight = layout.values(weight)
     run, shape, last = _mirrored(
         e.dtype, e.shape, weight.shape, weight.stride(), tuple(padding), _C.instruction_set()
     )

@@ -43,7 +43,11 @@ class _BlockCoefficients(torch.autograd.Function):
             ctx.save_for_backward(None, None, *tensors[2:])
         else:
             ctx.save_for_backward(*tensors)
-        return _coefficients(kernels, kind, momentum, tensors, device)
+        ctx.marked = any([t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors])
+        if ctx.marked:
+            return _coefficients(kernels, kind, momentum, tensors, device)
+        coef: Tensor = kernels.block_coefficients(kind, momentum, tensors, device)
+        return coef
 
     @staticmethod
     @recalling
@@ -53,13 +57,13 @@ class _BlockCoefficients(torch.autograd.Function):
             found = pull(lambda *given: ctx.definition(ctx.kind, given, dcoef), tensors, dcoef)
             grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
         else:
-            given, dcoef = _readable(tensors), layout.contiguous(dcoef)
-            grads = ctx.kernels.block_coefficients_backward(ctx.kind, given, dcoef, wanted)
+            given = (_readable(tensors) if ctx.marked else tensors), layout.values(dcoef)
+            grads = ctx.kernels.block_coefficients_backward(ctx.kind, *given, wanted)
         return None, None, None, None, None, *grads
 
 
 def _readable(tensors: Tensors) -> Tensors:
-    return tuple([None if t is None else layout.contiguous(t) for t in tensors])
+    return tuple([None if t is None else layout.values(t) for t in tensors])
 
 
 def _coefficients(

@@ -24,12 +24,16 @@ def values(t: Tensor) -> Tensor:
 
 def contiguous(t: Tensor) -> Tensor:
     """``t`` dense in the order of its dimensions."""
-    return values(t).contiguous()
+    if t.is_neg() or t._is_zerotensor():
+        t = values(t)
+    return t.contiguous()
 
 
 def channels_last(t: Tensor) -> Tensor:
     """``t`` [N, C, *S] dense in channels-last order."""
-    return values(t).contiguous(memory_format=spec.channels_last_format(t.dim()))
+    if t.is_neg() or t._is_zerotensor():
+        t = values(t)
+    return t.contiguous(memory_format=spec.channels_last_format(t.dim()))
 
 
 def vendors_map(t: Tensor, plain: bool) -> Tensor:

@@ -119,7 +119,7 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == _observers
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
-        and PLAIN.issuperset(map(type, others))
+        and (not others or PLAIN.issuperset(map(type, others)))
     )
 
 

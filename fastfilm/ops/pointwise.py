@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import higher, layout
+from . import higher, spec
 from .backends import BACKENDS
 from .conv import absent, raw_like, stats_like
 from .library import define, differentiable, direct
@@ -15,7 +15,7 @@ from .library import define, differentiable, direct
 
 def materialise_fwd(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
     """Implementation of ``fastfilm::materialise``: g * (act(a * (y - p) + b) - q) + s."""
-    return BACKENDS[plan.split("/")[0]].kernels().apply(layout.channels_last(y), coef, act)
+    return BACKENDS[plan.split("/")[0]].kernels().apply(spec.channels_last(y), coef, act)
 
 
 def materialise_bwd(
@@ -23,12 +23,12 @@ def materialise_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Implementation of ``fastfilm::materialise_backward``: dy and dcoef."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    return kernels.apply_backward(layout.channels_last(dv), layout.channels_last(y), coef, act)
+    return kernels.apply_backward(spec.channels_last(dv), spec.channels_last(y), coef, act)
 
 
 def moments_fwd(y: Tensor, pre: Tensor | None, pre_act: str, plan: str) -> Tensor:
     """Implementation of ``fastfilm::moments``."""
-    return BACKENDS[plan.split("/")[0]].kernels().moments(layout.channels_last(y), pre, pre_act)
+    return BACKENDS[plan.split("/")[0]].kernels().moments(spec.channels_last(y), pre, pre_act)
 
 
 def moments_bwd(
@@ -36,7 +36,7 @@ def moments_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Implementation of ``fastfilm::moments_backward``: dy and dpre (empty without ``pre``)."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    dy, dpre = kernels.moments_backward(None, dstats, layout.channels_last(y), stats, pre, pre_act)
+    dy, dpre = kernels.moments_backward(None, dstats, spec.channels_last(y), stats, pre, pre_act)
     return dy, absent(y) if dpre is None else dpre
 
 

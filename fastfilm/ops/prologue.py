@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import assemble, conv, higher, layout, reference, views
+from . import assemble, conv, higher, reference, spec, views
 from .assemble import Source
 from .backends import BACKENDS, forced
 from .library import recalling
@@ -39,7 +39,7 @@ def covers(sources: Sequence[Source], plan: str) -> bool:
 
 
 def _readable(sources: Sequence[Source]) -> list[Source]:
-    return [s._replace(raw=layout.channels_last(s.raw)) for s in sources]
+    return [s._replace(raw=spec.channels_last(s.raw)) for s in sources]
 
 
 def _windows(source: Source) -> bool:
@@ -148,7 +148,7 @@ class _Read(torch.autograd.Function):
         pre_act, geometry, _, plan = ctx.how
         kernels = BACKENDS[plan.split("/")[0]].kernels()
         sources, wanted = _restored(ctx, tensors, 5)
-        gradient, dpre = Gradient(layout.channels_last(dy), y, stats, dstats, pre, pre_act), None
+        gradient, dpre = Gradient(spec.channels_last(dy), y, stats, dstats, pre, pre_act), None
         if y is None:
             gradient = Gradient(gradient.dy)
         elif pre is not None and not needs[2] and (needs[3] or needs[4]):
@@ -216,7 +216,7 @@ class _Finished(torch.autograd.Function):
             return None, None, *higher.pull(defined, given, dv)
         kernels = BACKENDS[plan.split("/")[0]].kernels()
         sources, wanted = _restored(ctx, tensors, 5)
-        dv = layout.channels_last(dv)
+        dv = spec.channels_last(dv)
         dcoef = kernels.coefficients_backward(dv, y, out_coef, "none") if needs[4] else None
         scale = out_coef[0] * out_coef[2]
         gradient = Gradient(dv, scale=scale)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import capture, higher, layout, maps, recipe, reference, spec, subclasses
+from . import capture, higher, maps, recipe, reference, spec, subclasses
 from .backends import BACKENDS
 from .conv import absent, raw_like
 from .library import define, differentiable, direct
@@ -38,7 +38,7 @@ def residual_fwd(
 ) -> Tensor:
     """Implementation of ``fastfilm::residual``; see the module docstring."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    y, other = layout.channels_last(y), layout.channels_last(other)
+    y, other = spec.channels_last(y), spec.channels_last(other)
     return kernels.residual(y, coef, act, other, other_coef, slope, outer)
 
 
@@ -56,7 +56,7 @@ def residual_bwd(
 ) -> tuple[Tensor, ...]:
     """Implementation of ``fastfilm::residual_backward``: dy, dcoef, dother, dother_coef, dslope (or empty)."""
     kernels = BACKENDS[plan.split("/")[0]].kernels()
-    dv, y, other = (layout.channels_last(t) for t in (dv, y, other))
+    dv, y, other = (spec.channels_last(t) for t in (dv, y, other))
     grads = kernels.residual_backward(dv, y, coef, act, other, other_coef, slope, outer, at_other)
     return tuple(absent(y) if g is None else g for g in grads)
 

@@ -16,6 +16,7 @@ from fastfilm.ops.recipe import Options
 
 from . import norms
 
+_PARAMETERS = ("weight", "bias", "slope")
 _TENSORS = {
     "norm_weight": "weight",
     "norm_bias": "bias",
@@ -295,12 +296,9 @@ class ConvNormFiLM(nn.Module):
 
     def _tensors(self) -> tuple[Any, ...]:
         """weight, bias, slope."""
-        parameters = self._parameters
-        return (
-            norms.held(self, parameters, "weight"),
-            norms.held(self, parameters, "bias"),
-            norms.held(self, parameters, "slope"),
-        )
+        held = self._parameters
+        weight, bias, slope = [held[n] if n in held else getattr(self, n) for n in _PARAMETERS]
+        return weight, bias, slope
 
     def extra_repr(self) -> str:
         """Shapes and what the block consists of."""

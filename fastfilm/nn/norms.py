@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -50,7 +49,7 @@ class Norm(NamedTuple):
 
 
 NONE = Norm()
-_MISSING: Any = object()
+_STATISTICS = ("running_mean", "running_var")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -107,16 +106,6 @@ def make(
     return None
 
 
-def held(module: nn.Module, among: Mapping[str, Tensor | None], name: str) -> Any:
-    """An attribute of ``module`` that is most probably ``among`` its parameters or its buffers.
-
-    ``torch.nn.Module`` finds an attribute of these ten times slower than its dictionaries do.
-    """
-    found = among.get(name, _MISSING)
-    # computed: parametrised, pruned, spread over processes
-    return getattr(module, name) if found is _MISSING else found
-
-
 def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
     """What PyTorch's own forward of ``layer`` would do now; counts the batch as it does.
 
@@ -124,13 +113,15 @@ def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
         kind: see ``kind_of``.
         sync_group: of a batch norm, beside that of a ``torch.nn.SyncBatchNorm``.
     """
-    weight, bias = held(layer, layer._parameters, "weight"), held(layer, layer._parameters, "bias")
-    eps = layer.eps
+    # ``torch.nn.Module`` finds an attribute ten times slower than these dictionaries do, which lack the computed
+    # ones: parametrised, pruned, spread over processes
+    held, buffers, eps = layer._parameters, layer._buffers, layer.eps
+    weight, bias = [held[n] if n in held else getattr(layer, n) for n in ("weight", "bias")]
     if kind == "group":
         return Norm(kind, layer.num_groups, False, eps, 0.0, (weight, bias, None, None))
     training, track, momentum = layer.training, layer.track_running_stats, layer.momentum
-    mean, group = held(layer, layer._buffers, "running_mean"), None
-    var = held(layer, layer._buffers, "running_var")
+    mean, var = [buffers[n] if n in buffers else getattr(layer, n) for n in _STATISTICS]
+    group = None
     if kind == "instance":
         training = training or not track
     else:

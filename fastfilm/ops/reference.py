@@ -339,6 +339,10 @@ def normalise(
         return (_ContiguousGradForward if forward else _ContiguousGrad).apply(v)
     groups = 1 if norm == "layer" else num_groups
     assert groups is not None
+    if u.numel() == 0 and not torch.compiler.is_compiling():
+        # PyTorch 2.14 refuses maps without positions; the affine's gradients are 0
+        v = u if weight is None else u * spread(weight, u.dim()).to(u.dtype)
+        return v if bias is None else v + spread(bias, u.dim()).to(u.dtype)
     if transformed():
         u = u.contiguous()  # PyTorch's derivatives and batches of it take no other layout
     return F.group_norm(u, groups, weight, bias, eps)

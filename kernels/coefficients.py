@@ -362,6 +362,15 @@ def _constants(kind: Any) -> dict[str, Any]:
     }
 
 
+def _readable(t: torch.Tensor | None) -> torch.Tensor | None:
+    """``t`` dense with its values in its memory, which a negated view and zeros without memory have not."""
+    if t is None:
+        return None
+    if t._is_zerotensor():
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+    return t.detach().resolve_neg().contiguous()
+
+
 def block_coefficients(
     kind: Any,
     momentum: float,
@@ -376,7 +385,7 @@ def block_coefficients(
             mask [C], [1, C] or [N, C], slope [1] or [C]; None where absent.
     """
     n, c = kind.batch, kind.channels
-    plain = [None if t is None else t.detach().contiguous() for t in tensors]
+    plain = [_readable(t) for t in tensors]
     coef = torch.empty((7, n, c), dtype=torch.float32, device=device)
     values = n * kind.count if kind.norm == "batch" else kind.count
     slope = plain[9]
@@ -415,7 +424,7 @@ def block_coefficients_backward(
 ) -> list[torch.Tensor | None]:
     """Gradients of ``block_coefficients`` at the ``wanted`` of its tensors, in their dtypes."""
     n, c = kind.batch, kind.channels
-    plain = [None if t is None else t.detach().contiguous() for t in tensors]
+    plain = [_readable(t) for t in tensors]
     grads = [
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if want and t is not None else None
         for t, want in zip(tensors, wanted, strict=True)

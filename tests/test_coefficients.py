@@ -126,7 +126,7 @@ class Case:
         coef = (
             tail.defined_coefficients(like, bias, leaves["stats"])
             if kernels is None
-            else tail.coefficients(like, bias, leaves["stats"], kernels)
+            else tail.coefficients(like, bias, leaves["stats"], kernels, True)
         )
         if kernels is not None and kernels.covers_block(kind):
             assert "BlockCoefficients" in type(coef.grad_fn).__name__ or not coef.requires_grad

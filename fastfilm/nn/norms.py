@@ -49,7 +49,6 @@ class Norm(NamedTuple):
 
 
 NONE = Norm()
-_STATISTICS = ("running_mean", "running_var")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -116,19 +115,26 @@ def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
     # ``torch.nn.Module`` finds an attribute ten times slower than these dictionaries do, which lack the computed
     # ones: parametrised, pruned, spread over processes
     held, buffers, eps = layer._parameters, layer._buffers, layer.eps
-    weight, bias = [held[n] if n in held else getattr(layer, n) for n in ("weight", "bias")]
+    try:
+        weight, bias = held["weight"], held["bias"]
+    except KeyError:
+        weight, bias = layer.weight, layer.bias
     if kind == "group":
         return Norm(kind, layer.num_groups, False, eps, 0.0, (weight, bias, None, None))
+    try:
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        count = buffers["num_batches_tracked"]
+    except KeyError:
+        mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
     training, track, momentum = layer.training, layer.track_running_stats, layer.momentum
-    mean, var = [buffers[n] if n in buffers else getattr(layer, n) for n in _STATISTICS]
     group = None
     if kind == "instance":
         training = training or not track
     else:
-        if training and track and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
+        if training and track and count is not None:
+            count.add_(1)
             if momentum is None:
-                momentum = 1.0 / capture.number(layer.num_batches_tracked)
+                momentum = 1.0 / capture.number(count)
         if training:
             if not track:
                 mean = var = None

@@ -230,7 +230,7 @@ class _Convolved(torch.autograd.Function):
             *geometry,
             plan,
             any(wanted),
-            needs[2],  # type: ignore[call-arg]
+            needs[2],
         )
         del v
         grads = (

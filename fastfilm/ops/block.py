@@ -58,19 +58,18 @@ def run(
         sources = x.sources()
         if x._tensor is not None or not ordinary or not direct(sources[0].raw):
             x, sources = x.tensor(), None
+    raw = x if isinstance(x, Tensor) else x.raw if sources is None else sources[0].raw
+    dtype = _autocast_dtype(raw)
+    if dtype is not None:
+        weight, raw = _cast(weight, dtype, prepared), raw.to(dtype)
+        sources = sources and [s._replace(raw=s.raw.to(dtype)) for s in sources]
     if sources is not None:
-        dtype = _autocast_dtype(sources[0].raw)
-        if dtype is not None:
-            weight = _cast(weight, dtype, prepared)
-            sources = [s._replace(raw=s.raw.to(dtype)) for s in sources]
         # of the shape, type and device of what the convolution sees
         raw = sources[0].raw.new_empty(1).expand(x.shape)
-    else:
-        assert not isinstance(x, Joined)
-        raw, weight = _autocast(x.raw if isinstance(x, DeferredMap) else x, weight, prepared)
-    how = _recipe(raw, weight, bias, geometry, options, tensors)
+    short = ordinary and isinstance(raw, Tensor) and direct(raw)
+    how = _recipe(short, raw, weight, bias, geometry, options, tensors)
     kind, plan, kernels, geometry = how.kind, how.plan, how.kernels, how.geometry
-    tail = Tail(kind, momentum, *tensors, group=group)
+    tail = _tail(how, momentum, tensors, group)
     if kernels is None:
         v = raw if isinstance(x, Tensor) else x.tensor().to(raw.dtype)
         if v.is_contiguous():
@@ -85,13 +84,7 @@ def run(
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
     finish = how.composed and not torch.is_grad_enabled() and deferred != "always"
     coef, x_act, convolved = None, "none", assemble.convolved
-    if (
-        sources is None
-        and not how.composed
-        and ordinary
-        and direct(raw)
-        and prologue.kernels_of(plan)
-    ):
+    if sources is None and not how.composed and short and prologue.kernels_of(plan):
         coef, x_act = (x.coef, x.act) if isinstance(x, DeferredMap) else (None, "none")
         sources = [Source(raw, coef, x_act, None)]
     if sources is not None:
@@ -100,11 +93,12 @@ def run(
         elif not torch.is_grad_enabled():
             raw, sources = assemble.assembled(sources, plan, passing=True), None
     elif isinstance(x, DeferredMap):
-        if finish and ordinary and direct(raw):
+        if finish and short:
             # written once for all its consumers, where it would be written for each
             raw = x.tensor().to(raw.dtype)
         elif x.coef is not None:
             coef, x_act = x.coef, x.act
+            short = short and direct(coef)
     if convolved is prologue.convolved and kind.norm == "none" and _plain(kind.activation, tensors):
         # nothing is pending behind a convolution that adds its bias itself
         assert sources is not None
@@ -132,11 +126,12 @@ def run(
             )
         else:
             y, stats = conv.conv(
-                raw, weight, added, coef, x_act, pre, kind.pre_activation, *geometry, True, plan
+                *(raw, weight, added, coef, x_act, pre, kind.pre_activation, *geometry, True, plan),
+                short=short,
             )
-        out_coef = tail.coefficients(raw, bias, stats, kernels)
+        out_coef = tail.coefficients(raw, bias, stats, kernels, short)
     else:
-        out_coef = tail.coefficients(raw, bias, None, kernels)
+        out_coef = tail.coefficients(raw, bias, None, kernels, short)
         if convolved is prologue.convolved and not deferred and kind.activation == "none":
             assert sources is not None
             return prologue.finished(sources, weight, added, out_coef, "none", geometry, plan)
@@ -151,15 +146,19 @@ def run(
                 raw = assemble.assembled(sources, plan)
             finishing = (added, coef, x_act, out_coef, kind.activation, *geometry, plan)
             keep = None if prepared is None else prepared.pack
-            return conv.finished(raw, weight, *finishing, keep=keep)
+            return conv.finished(raw, weight, *finishing, short=short, keep=keep)
         if sources is not None:
             y, _ = convolved(sources, weight, added, None, "none", geometry, False, plan)
         else:
-            y, _ = conv.conv(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan)
+            y, _ = conv.conv(
+                *(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan),
+                short=short,
+            )
     if finish:
-        return pointwise.finish(y, out_coef, kind.activation, plan)
-    pending = DeferredMap(y, out_coef, kind.activation, plan)
-    return pending if deferred else pending.materialise()
+        return pointwise.finish(y, out_coef, kind.activation, plan, short)
+    if deferred:
+        return DeferredMap(y, out_coef, kind.activation, plan)
+    return pointwise.materialise(y, out_coef, kind.activation, plan, short)
 
 
 def run_on_map(
@@ -179,21 +178,36 @@ def run_on_map(
                 run_on_map, origin, x, options, tensors, *rest
             )
             return found
-    how = _recipe(x, None, None, (), options, tensors)
+    short = subclasses.PLAIN.issuperset(map(type, tensors)) and direct(x)
+    how = _recipe(short, x, None, None, (), options, tensors)
     kind, plan, kernels = how.kind, how.plan, how.kernels
-    tail = Tail(kind, momentum, *tensors, group=group)
+    tail = _tail(how, momentum, tensors, group)
     if kernels is None:
         v = layout_of(x, tail.eager(x))
         return _identity(v) if deferred else v
     stats = None
     if kind.uses_input:
-        stats = pointwise.moments(x, tail.pre(None, x), kind.pre_activation, plan)
-    coef = tail.coefficients(x, None, stats, kernels)
-    pending = DeferredMap(x, coef, kind.activation, plan)
-    return pending if deferred else pending.materialise()
+        stats = pointwise.moments(x, tail.pre(None, x), kind.pre_activation, plan, short)
+    coef = tail.coefficients(x, None, stats, kernels, short)
+    if deferred:
+        return DeferredMap(x, coef, kind.activation, plan)
+    return pointwise.materialise(x, coef, kind.activation, plan, short)
+
+
+def _tail(
+    how: recipe.Recipe, momentum: float, tensors: TailTensors, group: dist.ProcessGroup | None
+) -> Tail:
+    slope = tensors[7]
+    if slope is not None and how.kind.activation_first and how.kernels is not None:
+        # cast once for moments and coefficients: the gradients by both ways may nearly cancel, and must not be
+        # rounded to the parameter's type before they are added
+        slope = slope.to(torch.float64 if how.kind.wide else torch.float32)
+        tensors = (*tensors[:7], slope)
+    return Tail(how.kind, momentum, *tensors, group=group)
 
 
 def _recipe(
+    known: bool,
     raw: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -201,17 +215,10 @@ def _recipe(
     options: Options,
     tensors: TailTensors,
 ) -> recipe.Recipe:
-    """How a call is served; the checks run once for each form of call."""
-    known = isinstance(raw, Tensor) and direct(raw)
+    """How a call is served; the checks run once for each form of call whose tensors are ``direct``."""
     key = None
     if known:
-        key = (
-            geometry,
-            options,
-            backends.forced(),
-            _forms((raw, weight, bias)),
-            _forms(tensors),
-        )
+        key = geometry, options, backends.forced(), *_forms((raw, weight, bias, *tensors))
         found = recipe.find(key)
         if found is not None:
             return found
@@ -249,14 +256,6 @@ def _autocast_dtype(raw: Tensor) -> torch.dtype | None:
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None
-
-
-def _autocast(
-    raw: Tensor, weight: Tensor, prepared: PreparedWeight | None
-) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype where autocast is on."""
-    dtype = _autocast_dtype(raw)
-    return (raw, weight) if dtype is None else (raw.to(dtype), _cast(weight, dtype, prepared))
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, prepared: PreparedWeight | None) -> Tensor:

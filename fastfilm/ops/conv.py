@@ -138,7 +138,7 @@ def conv_fwd(
     return y, stats
 
 
-def conv_bwd(
+def _conv_gradients(
     dy: Tensor,
     dstats: Tensor,
     x: Tensor,
@@ -158,8 +158,8 @@ def conv_bwd(
     plan: str,
     need_input: bool,
     need_weight: bool,
-) -> tuple[Tensor, ...]:
-    """Implementation of ``fastfilm::conv_backward``: dx, dweight, dcoef, dpre (empty where not needed).
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dcoef, dpre; None where not needed.
 
     With moments and ``pre``, dpre's first row is the gradient of the bias.
     """
@@ -175,7 +175,7 @@ def conv_bwd(
         if need_weight:
             dw = kernels.wgrad(e, x, weight, coef, act, tuple(stride), tuple(padding))
             dweight = laid_out_like(dw, weight)
-        return tuple(absent(x) if t is None else t for t in (dx, dweight, dcoef, dpre))
+        return dx, dweight, dcoef, dpre
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     dv, dw = _gradients(kernels, e, v, weight, geometry, (need_input, need_weight))
@@ -188,7 +188,13 @@ def conv_bwd(
         if coef is not None:
             del v
             dx, dcoef = kernels.apply_backward(dx, x, coef, act, in_place=True)
-    return tuple(absent(x) if t is None else t for t in (dx, dweight, dcoef, dpre))
+    return dx, dweight, dcoef, dpre
+
+
+def conv_bwd(dy: Tensor, dstats: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Implementation of ``fastfilm::conv_backward``: dx, dweight, dcoef, dpre (empty where not needed)."""
+    found = _conv_gradients(dy, dstats, x, *rest)
+    return tuple([absent(x) if t is None else t for t in found])
 
 
 def _output_shape(
@@ -267,7 +273,7 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
     need_weight = ctx.needs_input_grad[1]
     # with create_graph the operator is the one that has a second derivative
     short = direct(dy) and not torch.is_grad_enabled()
-    op: Callable[..., Any] = conv_bwd if short else torch.ops.fastfilm.conv_backward
+    op: Callable[..., Any] = _conv_gradients if short else torch.ops.fastfilm.conv_backward
     dx, dweight, dcoef, dpre = op(
         dy,
         dstats,
@@ -284,13 +290,15 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
         need_input,
         need_weight,
     )
+    if dpre is not None and not dpre.numel():
+        dpre = None
     return (
         dx if ctx.needs_input_grad[0] else None,
         dweight if need_weight else None,
-        dpre[0].to(dy.dtype) if ctx.needs_input_grad[2] and dpre.numel() else None,
+        dpre[0].to(dy.dtype) if ctx.needs_input_grad[2] and dpre is not None else None,
         dcoef if ctx.needs_input_grad[3] else None,
         None,
-        dpre if ctx.needs_input_grad[5] and dpre.numel() else None,
+        dpre if ctx.needs_input_grad[5] else None,
         *(None,) * 9,
     )
 
@@ -372,18 +380,15 @@ define(
 _eager_conv = differentiable(conv_fwd, _setup, _backward)
 
 
-def conv(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """``fastfilm::conv``, by the short way where that is possible."""
-    weight, bias, coef, _, pre, *_ = rest
-    op = _eager_conv if direct(x, weight, bias, coef, pre) else torch.ops.fastfilm.conv
-    y, stats = op(x, *rest)
+def conv(*args: Any, short: bool) -> tuple[Tensor, Tensor]:
+    """``fastfilm::conv``; ``short``: all its tensors are ``direct``."""
+    y, stats = (_eager_conv if short else torch.ops.fastfilm.conv)(*args)
     return y, stats
 
 
-def finished(x: Tensor, *rest: Any, keep: spec.Keep | None = None) -> Tensor:
-    """``fastfilm::conv_apply``, by the short way where that is possible."""
-    weight, bias, coef, _, out_coef, *_ = rest
-    if direct(x, weight, bias, coef, out_coef) and not torch.is_grad_enabled():
-        return conv_apply(x, *rest, keep=keep)  # type: ignore[misc]
-    v: Tensor = torch.ops.fastfilm.conv_apply(x, *rest)
+def finished(*args: Any, short: bool, keep: spec.Keep | None = None) -> Tensor:
+    """``fastfilm::conv_apply``; ``short``: all its tensors are ``direct``."""
+    if short and not torch.is_grad_enabled():
+        return conv_apply(*args, keep=keep)  # type: ignore[misc]
+    v: Tensor = torch.ops.fastfilm.conv_apply(*args)
     return v

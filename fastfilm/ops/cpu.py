@@ -16,7 +16,7 @@ from torch import Tensor
 # after torch: the extension then finds torch's own OpenMP runtime loaded and asks it, not another, for its places
 from fastfilm import _C
 
-from . import views
+from . import layout, views
 from .cpu_arguments import DTYPES, FORMATS, address_of, call_of, feature_map, map_like, numbers_of
 from .cpu_convolution import (
     convolve,
@@ -259,9 +259,11 @@ def _algebra(kind: Any) -> _C.Coefficients:
 
 
 def _readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Contiguous, and of a type that the kernels read."""
+    """Dense, with their values in their memory."""
     return [
-        t if t is None or (t.is_contiguous() and t.dtype in DTYPES) else t.detach().contiguous()
+        t
+        if t is None or (t.is_contiguous() and not t.is_neg() and not t._is_zerotensor())
+        else layout.contiguous(t.detach())
         for t in tensors
     ]
 
@@ -318,7 +320,7 @@ def block_coefficients_backward(
         torch.empty(t.shape, dtype=t.dtype) if want and t is not None else None
         for t, want in zip(tensors, wanted, strict=True)
     ]
-    dcoef = dcoef.to(torch.float64 if kind.wide else torch.float32).contiguous()
+    dcoef = layout.contiguous(dcoef.to(torch.float64 if kind.wide else torch.float32))
     addresses = [0 if t is None else t.data_ptr() for t in grads]
     readable = _readable(tensors)  # held by name: the call gets addresses only
     _algebra(kind).backward(*_arguments(readable), dcoef.data_ptr(), addresses)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import block, distributed, pointwise, recipe, reference, spec, subclasses
+from .library import direct
 from .maps import DeferredMap, Map, layout_of, plain
 from .recipe import Options
 
@@ -38,7 +39,7 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
     plan = plan or recipe.pointwise_plan(y)
     if plan.endswith("/eager") or y.numel() == 0:
         return layout_of(y, reference.materialise(y, coef, act))
-    return pointwise.materialise(y, coef, act, plan)
+    return pointwise.materialise(y, coef, act, plan, direct(y, coef))
 
 
 def moments(
@@ -65,7 +66,7 @@ def moments(
     plan = plan or recipe.pointwise_plan(y)
     if plan.endswith("/eager") or y.numel() == 0:
         return reference.moments(y, pre, act)
-    return pointwise.moments(y, pre, act, plan)
+    return pointwise.moments(y, pre, act, plan, direct(y, pre))
 
 
 def conv_norm_film(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layout
 from .backends import forced
 from .higher import pull
 from .library import recalling
@@ -43,9 +42,6 @@ class _BlockCoefficients(torch.autograd.Function):
             ctx.save_for_backward(None, None, *tensors[2:])
         else:
             ctx.save_for_backward(*tensors)
-        ctx.marked = any([t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors])
-        if ctx.marked:
-            return _coefficients(kernels, kind, momentum, tensors, device)
         coef: Tensor = kernels.block_coefficients(kind, momentum, tensors, device)
         return coef
 
@@ -57,26 +53,8 @@ class _BlockCoefficients(torch.autograd.Function):
             found = pull(lambda *given: ctx.definition(ctx.kind, given, dcoef), tensors, dcoef)
             grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
         else:
-            given = (_readable(tensors) if ctx.marked else tensors), layout.values(dcoef)
-            grads = ctx.kernels.block_coefficients_backward(ctx.kind, *given, wanted)
+            grads = ctx.kernels.block_coefficients_backward(ctx.kind, tensors, dcoef, wanted)
         return None, None, None, None, None, *grads
-
-
-def _readable(tensors: Tensors) -> Tensors:
-    return tuple([None if t is None else layout.values(t) for t in tensors])
-
-
-def _coefficients(
-    kernels: ModuleType, kind: Any, momentum: float, tensors: Tensors, device: torch.device
-) -> Tensor:
-    """The kernel, which moves the running statistics themselves where it is given copies of them."""
-    readable = _readable(tensors)
-    coef: Tensor = kernels.block_coefficients(kind, momentum, readable, device)
-    for theirs, ours in zip(tensors[:2], readable[:2], strict=True):
-        if kind.update and theirs is not ours:
-            assert theirs is not None and ours is not None
-            theirs.copy_(ours)
-    return coef
 
 
 # callers have made sure that no functorch transform is active
@@ -103,5 +81,5 @@ def block_coefficients(
     if torch.is_grad_enabled():
         coef: Tensor = _apply(kernels, kind, momentum, definition, device, *tensors)
     else:
-        coef = _coefficients(kernels, kind, momentum, tensors, device)
+        coef = kernels.block_coefficients(kind, momentum, tensors, device)
     return coef

@@ -145,10 +145,11 @@ class DeferredMap(_Lazy):
             v = self.raw
         elif self.plan.endswith("/eager"):
             v = layout_of(self.raw, reference.materialise(self.raw, self.coef, self.act))
-        elif self.view is None or not direct(self.raw):
-            v = pointwise.materialise(self.raw, self.coef, self.act, self.plan)
         else:
-            return assemble.assembled(self.sources(), self.plan)
+            short = direct(self.raw, self.coef)
+            if self.view is not None and short:
+                return assemble.assembled(self.sources(), self.plan)
+            v = pointwise.materialise(self.raw, self.coef, self.act, self.plan, short)
         return views.seen(v, self.view)
 
     def seen(self, view: View | None) -> DeferredMap | None:

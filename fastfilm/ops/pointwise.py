@@ -103,23 +103,23 @@ _eager_materialise = differentiable(materialise_fwd, _materialise_setup, _materi
 _eager_moments = differentiable(moments_fwd, _moments_setup, _moments_backward)
 
 
-def materialise(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
-    """``fastfilm::materialise``, by the short way where that is possible."""
-    op = _eager_materialise if direct(y, coef) else torch.ops.fastfilm.materialise
+def materialise(y: Tensor, coef: Tensor, act: str, plan: str, short: bool) -> Tensor:
+    """``fastfilm::materialise``; ``short``: both tensors are ``direct``."""
+    op = _eager_materialise if short else torch.ops.fastfilm.materialise
     v: Tensor = op(y, coef, act, plan)
     return v
 
 
-def moments(y: Tensor, pre: Tensor | None, pre_act: str, plan: str) -> Tensor:
-    """``fastfilm::moments``, by the short way where that is possible."""
-    op = _eager_moments if direct(y, pre) else torch.ops.fastfilm.moments
+def moments(y: Tensor, pre: Tensor | None, pre_act: str, plan: str, short: bool) -> Tensor:
+    """``fastfilm::moments``; ``short``: both tensors are ``direct``."""
+    op = _eager_moments if short else torch.ops.fastfilm.moments
     stats: Tensor = op(y, pre, pre_act, plan)
     return stats
 
 
-def finish(y: Tensor, coef: Tensor, act: str, plan: str) -> Tensor:
+def finish(y: Tensor, coef: Tensor, act: str, plan: str, short: bool) -> Tensor:
     """Materialises a raw map that nobody else holds, in place where that is possible."""
-    if not direct(y, coef):
-        return materialise(y, coef, act, plan)
+    if not short:
+        return materialise(y, coef, act, plan, short)
     v: Tensor = BACKENDS[plan.split("/")[0]].kernels().apply(y, coef, act, in_place=True)
     return v

@@ -68,7 +68,8 @@ def channels_last_format(ndim: int) -> torch.memory_format:
 
 def channels_last(t: Tensor) -> Tensor:
     """``t`` [N, C, *S] dense in channels-last order; copies only if it is not already."""
-    return t.contiguous(memory_format=channels_last_format(t.dim()))
+    layout = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+    return t.contiguous(memory_format=layout)
 
 
 def as_tuple(name: str, value: int | Sequence[int], dims: int, minimum: int = 0) -> tuple[int, ...]:

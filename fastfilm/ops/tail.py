@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import fused_coefficients, reference
 from .coefficients import coefficients, norm_statistics
-from .library import direct
 
 
 def accumulate_dtype(t: Tensor) -> torch.dtype:
@@ -97,16 +96,18 @@ class Tail:
         zero = torch.zeros(kind.channels, dtype=dtype, device=like.device)
         shift = zero if bias is None else bias.to(dtype)
         if self.slope is not None:
-            # cast once for the coefficients too: the gradients by both ways may nearly cancel, and must not be
-            # rounded to the parameter's type before they are added
-            self.slope = self.slope.to(dtype)
-            row = self.slope.expand(kind.channels)
+            row = self.slope.to(dtype).expand(kind.channels)
         else:
             row = torch.full_like(zero, kind.slope)
         return torch.stack([shift, row])
 
     def coefficients(
-        self, like: Tensor, bias: Tensor | None, stats: Tensor | None, kernels: ModuleType | None
+        self,
+        like: Tensor,
+        bias: Tensor | None,
+        stats: Tensor | None,
+        kernels: ModuleType | None,
+        short: bool,
     ) -> Tensor:
         """Rows a, b, g, s, p, q, slope [7, N, C]; updates running statistics in training.
 
@@ -114,6 +115,7 @@ class Tail:
             bias: [C], the convolution's bias, which the raw map lacks.
             stats: [2, N, C] moments of the map if ``uses_input``, else None.
             kernels: the backend's launchers; one fused call where they have it.
+            short: all tensors are ``direct``.
         """
         mask = self.dropout_mask
         tensors = (
@@ -129,11 +131,11 @@ class Tail:
             self.slope,
         )
         if (
-            kernels is not None
+            short
+            and kernels is not None
             and self.group is None
             and hasattr(kernels, "block_coefficients")
             and kernels.covers_block(self.kind)
-            and direct(like, *tensors)
             and not (mask is not None and mask.requires_grad)
         ):
             return fused_coefficients.block_coefficients(

@@ -272,11 +272,11 @@ def error_of(value: Tensor, exact: Tensor, floor: float) -> float:
     return float((value - exact).abs().max()) / max(float(exact.abs().max()), floor)
 
 
-def is_constant(call: Call) -> bool:
+def is_constant(call: Call, few: int) -> bool:
     """Whether a norm makes the same of any values, so that gradients are 0, a difference of large numbers.
 
     It divides by the root of its eps alone for a group of one value, a map of zeros, and windows that all lie in
-    the padding; two values become 1 and -1.
+    the padding; two values become 1 and -1. Groups of so ``few`` values count.
     """
     norm, groups = call.options.get("norm"), call.options.get("num_groups")
     kept = norm == "batch" or "running_mean" in call.tensors
@@ -300,7 +300,14 @@ def is_constant(call: Call) -> bool:
     else:
         count = {"instance": values.shape[1], "layer": 1, "group": groups}[norm]
         rows = values.reshape(len(values) * count, -1)
-    return rows.shape[1] <= 2 or bool((rows.var(1, unbiased=False) < 1e-5).any())
+    return rows.shape[1] <= few or bool((rows.var(1, unbiased=False) < 1e-5).any())
+
+
+def bends_at_nothing(call: Call) -> bool:
+    """Whether an activation with two slopes meets values that are 0 but for their rounding, on either side."""
+    bends = call.options.get("activation") in ("relu", "leaky_relu", "prelu", "elu")
+    behind = not str(call.options.get("order")).startswith("conv-act")
+    return bends and behind and is_constant(call, 1)
 
 
 def assert_agrees(call: Call, ours: Any, theirs: Any) -> None:
@@ -312,7 +319,7 @@ def assert_agrees(call: Call, ours: Any, theirs: Any) -> None:
     largest = max(
         (float(t.abs().nan_to_num(0, 0, 0).max()) for t in exact.values() if t.numel()), default=0
     )
-    narrow = call.tensors["x"].dtype.itemsize == 2 and is_constant(call)
+    narrow = call.tensors["x"].dtype.itemsize == 2 and is_constant(call, 2)
     for name, value in ours.items():
         other = theirs[name]
         assert value.shape == other.shape and value.dtype == other.dtype, name
@@ -332,6 +339,8 @@ def assert_agrees(call: Call, ours: Any, theirs: Any) -> None:
         own, eager = (error_of(t, exact[name], floor) for t in (value, other))
         ulp = torch.finfo(call.tensors["x"].dtype).eps
         bound = 8 * eager + TOLERANCE[ulp] * ulp
+        if own > bound and name.startswith("gradient") and bends_at_nothing(call):
+            continue
         assert own <= bound, f"{name}: error {own:.1e}, PyTorch's {eager:.1e}, {call}"
 
 

@@ -12,6 +12,7 @@ KERNELS, CONV, COEF = (
 APPLY = f"{KERNELS} -k 'test_apply_is and float32'"
 MOMENTS = f"{KERNELS} -k 'test_moments_are and float32'"
 NORMS = f"{COEF} -k 'test_every_norm and cpu'"
+THREADS = "tests/test_cpu_threads.py"
 PARTS = f"{COEF} -k 'test_parts and cpu'"
 VALUE = f"{CONV} -k 'test_the_convolution_is'"
 GRADIENTS = f"{CONV} -k 'test_the_gradients_are'"
@@ -348,5 +349,26 @@ FAULTS = (
         "V dr = INSIDE ? dz : d;",
         "V dr = d;",
         SUMS,
+    ),
+    Fault(
+        "cpu-exception-of-a-thread-lost",
+        "csrc/cpu/threads.cpp",
+        "if (job.failed) std::rethrow_exception(job.failed);",
+        "",
+        THREADS,
+    ),
+    Fault(
+        "cpu-one-workspace-for-all-threads",
+        "csrc/cpu/threads.cpp",
+        "job.run(job.context, job.last_first ? job.tasks - 1 - task : task, worker);",
+        "job.run(job.context, job.last_first ? job.tasks - 1 - task : task, 0);",
+        THREADS,
+    ),
+    Fault(
+        "cpu-caller-does-not-wait-for-its-helpers",
+        "csrc/cpu/threads.cpp",
+        "job.idle.wait(lock, [&] { return job.busy == 0; });",
+        "",
+        THREADS,
     ),
 )

@@ -58,7 +58,11 @@ def run(
         sources = x.sources()
         if x._tensor is not None or not ordinary or not direct(sources[0].raw):
             x, sources = x.tensor(), None
-    raw = x if isinstance(x, Tensor) else x.raw if sources is None else sources[0].raw
+    if sources is not None:
+        raw = sources[0].raw
+    else:
+        assert not isinstance(x, Joined)
+        raw = x.raw if isinstance(x, DeferredMap) else x
     dtype = _autocast_dtype(raw)
     if dtype is not None:
         weight, raw = _cast(weight, dtype, prepared), raw.to(dtype)

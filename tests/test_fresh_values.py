@@ -523,8 +523,18 @@ def test_a_weight_of_other_strides_or_sign_has_other_values() -> None:
         found = prepared.pack(t, (), lambda w: w.clone())
         return found is None or torch.equal(found, t)
 
+    strides = weight.to(memory_format=torch.channels_last).stride()
+    bytes_of_it = weight.as_strided(weight.shape, strides)
     turned = weight.to(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    for t in (weight, weight.mT, turned, torch._neg_view(weight), weight.int().float(), weight[:1]):
+    for t in (
+        weight,
+        bytes_of_it,
+        weight.mT,
+        turned,
+        torch._neg_view(weight),
+        weight.int().float(),
+        weight[:1],
+    ):
         assert same(t) and same(t)
 
 

@@ -288,6 +288,11 @@ def test_gamma_zero_negative_and_different_per_sample(gamma: float | str, device
             assert relative_error(ours["v"][n : n + 1], alone) < 1e-6
 
 
+@pytest.mark.parametrize("size", [(20, 3), (3, 40)])
+def test_moments_of_several_tiles(size: tuple[int, int], device: str) -> None:
+    compare(Case(size=size, batch=1, norm="instance"), "fused", torch.float32, device)
+
+
 @pytest.mark.parametrize("route", ["fused", "composed"])
 def test_two_runs_give_the_same_bits(route: str, device: str) -> None:
     case = Case(size=(9, 17), norm="batch")

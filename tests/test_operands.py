@@ -336,6 +336,33 @@ def test_sums_norms_views_and_joints_take_any_layout(backend: str, layout: Layou
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())), i
 
 
+@pytest.mark.parametrize("order", ["contiguous", "channels last"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3), (3, 1, 3), (3, 3, 1)])
+def test_strides_of_axes_of_one_element_may_be_any_numbers_for_the_vendor(
+    kernel: tuple[int, ...], transposed: bool, order: str
+) -> None:
+    dims, groups = len(kernel), 4
+    layout = spec.channels_last_format(dims + 2)
+    if order == "contiguous":
+        layout = torch.contiguous_format
+    x, weight = torch.randn(2, 64, *[6] * dims), torch.randn(64, 16, *kernel)
+    weight = weight.contiguous(memory_format=layout)
+    strides = [s if n > 1 else 21 for n, s in zip(weight.shape, weight.stride(), strict=True)]
+    strange = torch.empty_strided(weight.shape, strides).copy_(weight)
+    one, padding = (1,) * dims, tuple(k // 2 for k in kernel)
+    geometry = one, padding, one, transposed, (0,) * dims, groups
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    y64 = torch.convolution(*exact, None, *geometry)
+    e = torch.randn(y64.shape)
+    y64.backward(e.double())
+    y = vendor.convolution(x, strange, None, *geometry)
+    dx, dw = vendor.convolution_backward(e, x, strange, *geometry, (True, True))
+    assert dx is not None and dw is not None
+    for found, truth in ((y, y64), (dx, exact[0].grad), (dw, exact[1].grad)):
+        assert truth is not None and relative_error(found, truth) < 1e-5
+
+
 def test_kernels_of_the_cpu_refuse_tensors_of_other_devices() -> None:
     """Their address would be read as one of this memory."""
     y, coef = torch.zeros(1, 2, 3, 3), torch.zeros(7, 1, 2)

@@ -315,3 +315,19 @@ def test_nan_and_inf_pass_through(kernels: str) -> None:
         with fastfilm.backend("reference"):
             theirs = block(x=x, weight=weight, padding=0, norm=norm)
         assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("call", ["conv_norm_film", "norm_film"])
+def test_gradients_of_a_slope_by_both_ways_are_added_before_they_are_rounded(call: str) -> None:
+    """An instance norm takes away the slope of values below 0, but for its eps: the two ways nearly cancel."""
+    generator = torch.Generator().manual_seed(0)
+    x = -1 - torch.rand(2, 4, 6, 6, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
+    given = (x, torch.eye(4, dtype=torch.float64)[..., None, None]) if "conv" in call else (x,)
+    found = []
+    for slope in (torch.full((4,), 0.25), torch.full((4,), 0.25, dtype=torch.float64)):
+        options: dict[str, Any] = {"norm": "instance", "order": "conv-act-norm-film"}
+        options |= {"activation": "prelu", "slope": slope.requires_grad_()}
+        (getattr(fastfilm, call)(*given, **options) * weights).sum().backward()
+        found.append(slope.grad)
+    assert torch.allclose(found[0].double(), found[1], rtol=1e-6, atol=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.nn import FiLMedUNet, Modified3DUNet
+from fastfilm.nn.attention_gate import AttentionGate3d
 from fastfilm.nn.blocks import DoubleConv
 from fastfilm.ops import spec
 
@@ -332,3 +333,17 @@ def test_a_modulation_that_does_not_fit_is_refused() -> None:
         net(torch.randn(2, 1, 8, 8), net.modulate(torch.rand(3, 2)))
     with pytest.raises(ValueError, match="metadata must have shape"):
         net.modulate([1, 0, 0])
+
+
+def test_the_weights_of_a_gate_keep_their_corners() -> None:
+    gate = AttentionGate3d(1, 1).eval()
+    with torch.no_grad():
+        for p in gate.parameters():
+            p.zero_()
+        for p in (gate.phi.weight, gate.psi.weight, gate.out.weight, gate.out.norm_weight):
+            p.fill_(1.0)
+        signal = torch.rand(1, 1, 3, 3, 3) * 5
+        found = gate(torch.ones(1, 1, 4, 4, 4), signal)
+    corners = (..., slice(None, None, 3), slice(None, None, 3), slice(None, None, 3))
+    expected = torch.sigmoid(signal[..., ::2, ::2, ::2])
+    assert torch.allclose(found[corners], expected, atol=1e-5)

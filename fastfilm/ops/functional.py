@@ -13,6 +13,7 @@ from .maps import DeferredMap, Map, layout_of, plain
 from .recipe import Options
 
 
+@subclasses.unwrapping
 def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None = None) -> Tensor:
     """v = g * (act(a * (y - p) + b; slope) - q) + s, in one pass.
 
@@ -25,10 +26,6 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
     Returns:
         [N, C, *S], y's dtype, channels-last.
     """
-    origin = subclasses.among((y, coef))
-    if origin:
-        found: Tensor = subclasses.through(materialise, origin, y, coef, act, plan=plan)
-        return found
     spec.check_feature_map("y", y)
     act = spec.choice("act", act, spec.ACTIVATIONS)
     if coef.shape != (spec.COEF_ROWS, *y.shape[:2]):
@@ -42,6 +39,7 @@ def materialise(y: Tensor, coef: Tensor, act: str = "none", *, plan: str | None 
     return pointwise.materialise(y, coef, act, plan, direct(y, coef))
 
 
+@subclasses.unwrapping
 def moments(
     y: Tensor, pre: Tensor | None = None, act: str = "none", *, plan: str | None = None
 ) -> Tensor:
@@ -55,10 +53,6 @@ def moments(
     Returns:
         [2, N, C] mean and variance, float32 (float64 for a float64 map).
     """
-    origin = subclasses.among((y, pre))
-    if origin:
-        found: Tensor = subclasses.through(moments, origin, y, pre, act, plan=plan)
-        return found
     spec.check_feature_map("y", y)
     act = spec.choice("act", act, spec.ACTIVATIONS)
     if pre is not None and pre.shape != (2, y.shape[1]):

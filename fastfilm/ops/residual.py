@@ -125,6 +125,7 @@ define(
 _eager_residual = differentiable(residual_fwd, _setup, _backward)
 
 
+@subclasses.unwrapping
 def add_act(
     x: Map,
     residual: Map,
@@ -160,10 +161,6 @@ def add_act(
         )
     if x.device != residual.device:
         raise ValueError(f"residual is on {residual.device} but x is on {x.device}")
-    origin = subclasses.among((x, residual, slope))
-    if origin:
-        found: Tensor = subclasses.through(add_act, origin, x, residual, activation, slope)
-        return found
     outer = spec.choice("activation", activation, spec.ACTIVATIONS)
     number = recipe.check_slope(outer, slope, x.shape[1])
     first, second = _summand(x), _summand(residual)

@@ -111,17 +111,17 @@ def through(
     return pytree.tree_map(back, result)
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def unwrapping(forward: Method) -> Method:
-    """A module's ``forward`` that runs on plain tensors whatever transparent classes it is given."""
+def unwrapping(function: Function) -> Function:
+    """A function, or a ``forward``, that runs on plain tensors whatever transparent classes it is given."""
 
-    @functools.wraps(forward)
-    def run(self: Any, *args: Any, **options: Any) -> Any:
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
         origin = among((*args, *options.values()))
         if origin:
-            return through(functools.partial(forward, self), origin, *args, **options)
-        return forward(self, *args, **options)
+            return through(function, origin, *args, **options)
+        return function(*args, **options)
 
     return run  # type: ignore[return-value]

@@ -43,7 +43,7 @@ def clean(workshop: Workshop, tests: str) -> float | str:
 
 
 def verdict(workshop: Workshop, fault: Fault, limit: float) -> tuple[str, str]:
-    """Whether a fault is seen, SURVIVES or is STALE, and by what test, or why."""
+    """Whether a fault is seen, SURVIVES, is STALE or has NO END in time, and by what test, or why."""
     try:
         with workshop.planted(fault):
             found = workshop.test(fault.tests, limit)
@@ -52,7 +52,7 @@ def verdict(workshop: Workshop, fault: Fault, limit: float) -> tuple[str, str]:
     if found.code == 0:
         return "SURVIVES", fault.tests
     if found.code is None:
-        return "seen", f"no end within {limit:.0f} s"
+        return "NO END", f"within {limit:.0f} s"
     if found.code < 0 or found.code > 5:
         return "seen", f"the process ended with {found.code}"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", found.output, re.MULTILINE)

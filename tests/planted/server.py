@@ -19,6 +19,11 @@ with contextlib.suppress(ImportError):  # its tests skip
     importlib.import_module("triton.language")
 
 import pytest  # noqa: E402
+from hypothesis import Phase, settings  # noqa: E402
+
+# a failure is enough, its smallest example would take minutes
+settings.register_profile("planted", phases=(Phase.explicit, Phase.generate))
+settings.load_profile("planted")
 
 for line in sys.stdin:
     arguments, log = json.loads(line)

@@ -372,6 +372,7 @@ def test_a_wrong_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     once = settings(
         max_examples=200,
         derandomize=True,
+        deadline=None,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -387,6 +388,7 @@ def test_both_ends_are_reached() -> None:
     @settings(
         max_examples=200,
         derandomize=True,
+        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

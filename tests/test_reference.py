@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -199,18 +200,33 @@ def test_coefficients_collapse_the_block(
             torch.testing.assert_close(second[name], buffer, rtol=0, atol=1e-12)
 
 
-def test_activations_equal_pytorchs() -> None:
-    x = torch.randn(2, 3, 4, 4, dtype=FLOAT64) * 3
-    pairs = {
-        "relu": F.relu(x),
-        "leaky_relu": F.leaky_relu(x, 0.1),
-        "elu": F.elu(x, 0.1),
-        "silu": F.silu(x),
-        "gelu": F.gelu(x),
-        "gelu_tanh": F.gelu(x, approximate="tanh"),
-    }
-    for name, expected in pairs.items():
-        torch.testing.assert_close(reference.activation(x, name, 0.1), expected)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+    "prelu": lambda x: F.prelu(x, x.new_tensor([0.1])),
+    "elu": lambda x: F.elu(x, 0.1),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_derivatives_equal_pytorchs(name: str) -> None:
+    def values(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        x = torch.randn(2, 3, 4, 4, dtype=FLOAT64, generator=torch.Generator().manual_seed(0)) * 3
+        x[..., 0], x[..., 1] = 0.0, -0.0
+        v = function(x.requires_grad_())
+        (first,) = torch.autograd.grad(v.sum(), x, create_graph=True)
+        second = torch.autograd.grad(first.sum(), x)[0] if first.requires_grad else first
+        return [v, first, second]
+
+    ours = values(lambda x: reference.activation(x, name, 0.1))
+    theirs = values(ACTIVATIONS[name])
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    if name not in ("relu", "leaky_relu", "prelu"):  # where they are 0, or not there
+        torch.testing.assert_close(ours[2][..., 2:], theirs[2][..., 2:])
 
 
 def test_instance_norm_of_one_sample_with_a_channels_last_gradient() -> None:

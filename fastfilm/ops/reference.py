@@ -35,7 +35,8 @@ def activation(x: Tensor, name: str, slope: Tensor | float | None = None) -> Ten
         return torch.where(x > 0, x, x * slope)
     if name == "elu":
         # exp only of the negative part: a large positive x must not turn the gradient into NaN
-        return torch.where(x > 0, x, slope * torch.expm1(x.clamp(max=0)))
+        # (``clamp`` has no gradient at its bound from PyTorch 2.14 on)
+        return torch.where(x > 0, x, slope * torch.expm1(torch.where(x > 0, 0.0, x)))
     if name == "silu":
         return F.silu(x)
     if name == "gelu":

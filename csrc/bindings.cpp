@@ -491,4 +491,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return current_kernels().name; });
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
   m.def("split_finely", &split_finely, py::arg("on"));
+  m.def("openmp", [](bool on) { return g_openmp.exchange(on); }, py::arg("on"));
 }

@@ -181,6 +181,9 @@ class Coefficients:
 def instruction_sets() -> tuple[str, ...]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...
+def openmp(on: bool) -> bool:
+    """Whether kernels may run on OpenMP's threads; returns what held before. For tests of their own threads."""
+
 def split_finely(on: bool) -> int:
     """For tests: small maps are split as large ones are, and tasks handed out last first.
 

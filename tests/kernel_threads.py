@@ -13,17 +13,20 @@ import torch
 def splitting(count: int) -> Iterator[None]:
     """Gives ``count`` threads to the kernels alone: PyTorch's own operators keep theirs.
 
-    With more than one, small maps are split and their tasks handed out last first.
+    With more than one, small maps are split and their tasks handed out last first. Three are the kernels' own, two
+    may be OpenMP's.
     """
     from fastfilm import _C
 
     before = torch.get_num_threads
     torch.get_num_threads = lambda: count
     _C.split_finely(count > 1)
+    openmp = _C.openmp(count != 3)
     try:
         yield
     finally:
         _C.split_finely(False)
+        _C.openmp(openmp)
         torch.get_num_threads = before
 
 

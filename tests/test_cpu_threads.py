@@ -153,8 +153,9 @@ def test_several_threads_of_python_call_at_once() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def run_alone(script: str, **environment: str) -> str:
-    """What a Python process of its own prints."""
+def run_alone(script: str, openmp: bool, **environment: str) -> str:
+    """What a Python process of its own prints, with OpenMP's threads or the kernels' own."""
+    environment["WITH_OPENMP"] = str(int(openmp))
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -173,6 +174,7 @@ import numpy as np
 loader = importlib.machinery.ExtensionFileLoader("_C", {_C.__file__!r})
 _C = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 loader.exec_module(_C)
+_C.openmp(os.environ["WITH_OPENMP"] == "1")
 
 def form(width, threads):
     # rows so wide that a thread's copies of them are the largest allocation
@@ -190,10 +192,10 @@ import resource
 held, forward, backward = form(1 << 19, 3)
 small, run, gradient = form(1 << 16, 3)
 forward(), backward(), run(), gradient()
-used = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) << 10
 for call in (forward, backward):
     for t in (small[2], small[4]):
         t.fill(0)
+    used = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) << 10
     # the copies of three rows take 6 MiB a thread
     resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 20), resource.RLIM_INFINITY))
     try:
@@ -211,9 +213,10 @@ assert held[2][2, 5] == 9 and held[4][1, 1] == 6 << 19
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
-def test_an_allocation_that_fails_in_a_thread_is_a_memory_error() -> None:
+@pytest.mark.parametrize("openmp", [True, False])
+def test_an_allocation_that_fails_in_a_thread_is_a_memory_error(openmp: bool) -> None:
     # large allocations are mapped, and given back when they are freed
-    found = run_alone(MEMORY, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+    found = run_alone(MEMORY, openmp, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
     assert found.split() == ["MemoryError"] * 2
 
 
@@ -235,8 +238,9 @@ print("both")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    assert run_alone(FORKED) == "both\n"
+@pytest.mark.parametrize("openmp", [True, False])
+def test_a_forked_process_has_threads_of_its_own(openmp: bool) -> None:
+    assert run_alone(FORKED, openmp) == "both\n"
 
 
 IDLE = (
@@ -253,7 +257,7 @@ print(time.process_time() - before)
 
 def test_threads_sleep_while_there_is_no_work() -> None:
     """OpenMP's, told to wait actively, would take all of that time if they were the kernels'."""
-    assert float(run_alone(IDLE, OMP_WAIT_POLICY="ACTIVE")) < 0.02
+    assert float(run_alone(IDLE, False, OMP_WAIT_POLICY="ACTIVE")) < 0.02
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs affinities of threads")
@@ -264,5 +268,5 @@ def test_threads_are_not_bound_to_the_processor_that_openmp_bound_the_caller_to(
         " len(os.sched_getaffinity(0)))"
     )
     allowed = len(os.sched_getaffinity(0))
-    widest, own = map(int, run_alone(script, OMP_PROC_BIND="true").split())
+    widest, own = map(int, run_alone(script, False, OMP_PROC_BIND="true").split())
     assert own == 1 and widest == allowed

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cfenv>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -18,11 +19,13 @@
 
 namespace fastfilm {
 
-std::atomic<bool> g_split_finely{false};
+std::atomic<bool> g_split_finely{false}, g_openmp{true};
 
 namespace {
 
 std::atomic<int> g_most_threads{1};
+
+using Clock = std::chrono::steady_clock;
 
 // A call's tasks, on the stack of the thread that called.
 struct Job {
@@ -33,17 +36,36 @@ struct Job {
   bool last_first;
   std::atomic<int64_t> next{0};
   std::fenv_t arithmetic{};  // rounding and denormals as in the thread that called
+  std::mutex mutex{};
+  std::exception_ptr failed{};  // guarded by the mutex
   // guarded by the pool's mutex
   int joined = 0, busy = 0;
-  std::exception_ptr failed{};
   std::condition_variable idle{};
   Job* behind = nullptr;
 };
 
+// Does tasks of the job until there are no more; returns the time of the longest.
+Clock::duration work(Job& job, int worker) {
+  Clock::duration longest{};
+  try {
+    Clock::time_point begin = Clock::now();
+    for (int64_t task; (task = job.next++) < job.tasks;) {
+      job.run(job.context, job.last_first ? job.tasks - 1 - task : task, worker);
+      const Clock::time_point end = Clock::now();
+      longest = std::max(longest, end - begin);
+      begin = end;
+    }
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(job.mutex);
+    if (!job.failed) job.failed = std::current_exception();
+    job.next = job.tasks;
+  }
+  return longest;
+}
+
 class Pool {
  public:
   void share(Job& job) {
-    std::fegetenv(&job.arithmetic);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       hire(job.wanted);
@@ -52,26 +74,13 @@ class Pool {
       *at = &job;
     }
     for (int i = 0; i < job.wanted; ++i) work_.notify_one();
-    run(job, 0);
+    work(job, 0);
     std::unique_lock<std::mutex> lock(mutex_);
     remove(job);
     job.idle.wait(lock, [&] { return job.busy == 0; });
-    if (job.failed) std::rethrow_exception(job.failed);
   }
 
  private:
-  void run(Job& job, int worker) {
-    try {
-      for (int64_t task; (task = job.next++) < job.tasks;) {
-        job.run(job.context, job.last_first ? job.tasks - 1 - task : task, worker);
-      }
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!job.failed) job.failed = std::current_exception();
-      job.next = job.tasks;
-    }
-  }
-
   // With the mutex held: starts threads up to `count`, or as many as the system allows.
   void hire(int count) {
     try {
@@ -92,7 +101,7 @@ class Pool {
       ++job.busy;
       lock.unlock();
       std::fesetenv(&job.arithmetic);
-      run(job, worker);
+      work(job, worker);
       lock.lock();
       // while the mutex is held, since the job ends with its caller's next step
       if (--job.busy == 0) job.idle.notify_one();
@@ -130,19 +139,64 @@ class Pool {
   int hired_ = 0;
 };
 
+// OpenMP's threads, which run PyTorch's own work. After it they wait for more at full speed for some milliseconds, so
+// that they are at hand, and keep the pool's threads from their processors meanwhile. But a region waits for each of
+// them, and where other processes want the processors they come late.
+class Team {
+ public:
+  // Does the job, unless the team is at another thread's, or was late not long ago: false then.
+  bool share(Job& job) {
+#ifdef _OPENMP
+    if (!g_openmp || taken_.test_and_set(std::memory_order_acquire)) return false;
+    Clock::time_point now = Clock::now();
+    const bool prompt = now >= late_until_;
+    if (prompt) {
+      Clock::duration longest{};
+#pragma omp parallel num_threads(job.wanted + 1)
+      {
+        if (const int worker = omp_get_thread_num()) {
+          std::fenv_t own;
+          std::fegetenv(&own);
+          std::fesetenv(&job.arithmetic);
+          work(job, worker);
+          std::fesetenv(&own);
+        } else {
+          longest = work(job, 0);
+          now = Clock::now();
+        }
+      }
+      const Clock::time_point end = Clock::now();
+      if (end - now > longest + kLate) late_until_ = end + kRest * (end - now);
+    }
+    taken_.clear(std::memory_order_release);
+    return prompt;
+#else
+    return false;
+#endif
+  }
+
+ private:
+  static constexpr Clock::duration kLate = std::chrono::microseconds(500);
+  static constexpr int kRest = 64;  // so many times what was lost by waiting
+  std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
+  Clock::time_point late_until_{};  // of who has taken it
+};
+
+Team g_team;
+
 // Never destroyed: its threads sleep in it until the process ends.
 alignas(Pool) char g_memory[sizeof(Pool)];
 
-Pool& pool() {
-  static Pool* const made = [] {
+Pool* const g_pool = [] {
 #ifdef __linux__
-    // a forked process has none of the threads, and must not wait for them
-    pthread_atfork(nullptr, nullptr, [] { new (g_memory) Pool; });
+  // a forked process has none of the threads, and must not wait for them
+  pthread_atfork(nullptr, nullptr, [] {
+    new (g_memory) Pool;
+    g_openmp = false;  // which does not notice
+  });
 #endif
-    return new (g_memory) Pool;
-  }();
-  return *made;
-}
+  return new (g_memory) Pool;
+}();
 
 }  // namespace
 
@@ -155,7 +209,9 @@ void share(int64_t tasks, int threads, Task run, const void* context) {
   for (int most = g_most_threads; most < helpers + 1 && !g_most_threads.compare_exchange_weak(most, helpers + 1);) {
   }
   Job job{run, context, tasks, helpers, g_split_finely};
-  pool().share(job);
+  std::fegetenv(&job.arithmetic);
+  if (!g_team.share(job)) g_pool->share(job);
+  if (job.failed) std::rethrow_exception(job.failed);
 }
 
 int split_finely(bool on) {

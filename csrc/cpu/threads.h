@@ -1,4 +1,4 @@
-// Threads that share the work of one call, and sleep where there is none.
+// Threads that share the work of one call: OpenMP's where they come at once, else a pool's, which sleep without work.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,8 @@ namespace fastfilm {
 extern std::atomic<bool> g_split_finely;
 // Switches that on or off; returns the most threads that a call was given to since the last switch.
 int split_finely(bool on);
+// Whether OpenMP's threads may be taken: not in forked processes, which have none of them, nor in tests of the pool.
+extern std::atomic<bool> g_openmp;
 // Elements, products or positions that are worth a thread or a chunk.
 inline int64_t grain(int64_t usual) { return g_split_finely ? usual >> 10 : usual; }
 

@@ -176,8 +176,8 @@ class Team {
   }
 
  private:
-  static constexpr Clock::duration kLate = std::chrono::microseconds(500);
-  static constexpr int kRest = 64;  // so many times what was lost by waiting
+  static constexpr Clock::duration kLate = std::chrono::milliseconds(1);
+  static constexpr int kRest = 16;  // so many times what was lost by waiting
   std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
   Clock::time_point late_until_{};  // of who has taken it
 };

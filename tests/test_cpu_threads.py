@@ -19,6 +19,7 @@ _C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built"
 from fastfilm.ops import cpu  # noqa: E402
 
 from .kernel_threads import splitting  # noqa: E402
+from .sanitize import LIBRARY  # noqa: E402
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -109,13 +110,10 @@ def test_bits_do_not_depend_on_threads_nor_on_the_order_of_tasks(
     """Of small maps that are split as large ones are, and of maps that are large."""
     if call is convolutions and dtype == torch.float64:
         pytest.skip("float64 convolutions are PyTorch's")
-    _C.split_finely(True)
-    try:
-        torch_threads = torch.get_num_threads()
+    with splitting(1):
+        _C.split_finely(True)
         alone = call(SMALL, dtype)
-    finally:
-        _C.split_finely(False)
-    assert torch_threads == 1
+        assert _C.split_finely(True) == 1
     for count in (2, 3, 7):
         with splitting(count):
             split = call(SMALL, dtype)
@@ -213,6 +211,7 @@ assert held[2][2, 5] == 9 and held[4][1, 1] == 6 << 19
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
+@pytest.mark.skipif(LIBRARY in os.environ, reason="AddressSanitizer needs memory of its own")
 @pytest.mark.parametrize("openmp", [True, False])
 def test_an_allocation_that_fails_in_a_thread_is_a_memory_error(openmp: bool) -> None:
     # large allocations are mapped, and given back when they are freed

@@ -33,7 +33,7 @@ FLAGS = (
 )
 TESTS = (
     *("test_fuzz", "test_cpu_kernels", "test_cpu_convolution", "test_cpu_winograd"),
-    *("test_cpu_workspace", "test_cpu_threads", "test_maps", "test_residual", "test_coefficients"),
+    *("test_cpu_threads", "test_maps", "test_residual", "test_coefficients"),
 )
 
 

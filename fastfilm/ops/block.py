@@ -182,7 +182,7 @@ def run_on_map(
                 run_on_map, origin, x, options, tensors, *rest
             )
             return found
-    short = subclasses.PLAIN.issuperset(map(type, tensors)) and direct(x)
+    short = direct(x, *tensors)
     how = _recipe(short, x, None, None, (), options, tensors)
     kind, plan, kernels = how.kind, how.plan, how.kernels
     tail = _tail(how, momentum, tensors, group)

@@ -141,12 +141,9 @@ def test_metadata_of_the_host_are_refused_in_a_capture(pretend: Switch) -> None:
     assert as_metadata([[1.0, 2.0]], 2, 1, CPU).shape == (1, 2)
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["block", "converted"])
-def test_a_counter_is_not_read_in_a_capture(converted: bool, pretend: Switch) -> None:
+def test_a_counter_is_not_read_in_a_capture(pretend: Switch) -> None:
+    """A converted model reads it as PyTorch's own norm does, which CUDA refuses in a capture."""
     made: nn.Module = fastfilm.ConvNormFiLM2d(1, 2, norm="batch", momentum=None)
-    if converted:
-        layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None), nn.SiLU()
-        made = fastfilm.convert(nn.Sequential(*layers), verbose=False)
     x = torch.randn(2, 1, 5, 5)
     made(x)
     pretend(True)

@@ -266,6 +266,11 @@ def assert_fresh(case: Case, change: Callable[[list[Tensor]], None]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_no_call_uses_a_value_from_before(way: str, case: str) -> None:
     torch.manual_seed(1)
+    if way == "swap_tensors" and "converted" in case:
+        # TorchDynamo holds weak references to the parameters of what it has compiled, and PyTorch says so
+        with pytest.raises(RuntimeError, match="weakref"):
+            assert_fresh(CASES[case](), WAYS[way])
+        return
     assert_fresh(CASES[case](), WAYS[way])
 
 

@@ -47,6 +47,11 @@ def moved(net: nn.Module, steps: int = 3) -> list[nn.Module]:
     return nets
 
 
+def refused(make: Any, norm: str, layout: torch.memory_format) -> bool:
+    """PyTorch's group norm takes no channels-last maps in its transforms, which see the model's own layers."""
+    return make is converted and norm == "group" and layout == torch.channels_last
+
+
 def image(layout: torch.memory_format) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(3, 2, 5, 4, generator=generator, dtype=torch.float64)
@@ -61,6 +66,8 @@ def test_vmap_of_stacked_models_gives_what_each_gives(
     make: Callable[[str], nn.Module], norm: str, training: bool, layout: torch.memory_format
 ) -> None:
     """One input for all, and one for each; running statistics of each are moved in the stack."""
+    if refused(make, norm, layout):
+        pytest.skip("PyTorch itself refuses")
     nets = [m.train(training) for m in moved(make(norm))]
     x = image(layout)
     expected = torch.stack([copy.deepcopy(m)(x) for m in nets])
@@ -86,6 +93,8 @@ def test_vmap_of_stacked_models_gives_what_each_gives(
 def test_transforms_give_the_derivatives_of_autograd(
     make: Callable[[str], nn.Module], norm: str, layout: torch.memory_format
 ) -> None:
+    if refused(make, norm, layout):
+        pytest.skip("PyTorch itself refuses")
     net, x = make(norm).eval(), image(layout)
     parameters, buffers = dict(net.named_parameters()), dict(net.named_buffers())
 

@@ -1,7 +1,7 @@
 """Existing models made faster (``convert``) and metadata-conditioned (``condition``)."""
 
 from .condition import condition, generator_parameters, parameter_groups
-from .engine import conversion_report, convert, restore
+from .conversion import conversion_report, convert, restore
 from .film import metadata
 from .report import Report
 

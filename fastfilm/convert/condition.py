@@ -11,14 +11,11 @@ from fastfilm.nn.generator import PRESETS
 from fastfilm.ops import spec
 
 from . import sites
-from .engine import attach
-from .film import Conditioner, Film
-from .group import ACT_NORM_FILM, Path
-from .state import State
-from .swap import take_metadata
+from .conditioned import NAME, take_metadata
+from .conversion import KEY
+from .film import Conditioner, FiLMHook
 
-NAME = "film_generator"
-"""The submodule that ``condition`` adds to a model."""
+_FILM_FIRST, _FILM_LAST, _ = spec.ORDERS
 
 
 def condition(
@@ -35,19 +32,18 @@ def condition(
     """Inserts FiLM into an existing model, in place: ``model(x, metadata)`` from now on.
 
     A generator (one new submodule, ``film_generator``) turns the metadata of each sample into γ and β for the
-    chosen groups of layers. With ``generator="identity"`` a network that was trained before computes what it
-    did, to the last bit, until the generator is trained. Everything else keeps its name and value in the
-    ``state_dict``. A converted model stays fused, and FiLM becomes part of its groups' coefficients; one that
-    is not converted runs its own layers, and ``fastfilm.convert`` may follow.
+    chosen layers, where forward hooks apply them. With ``generator="identity"`` a network that was trained
+    before computes what it did, to the last bit, until the generator is trained. Everything else keeps its name
+    and value in the ``state_dict``. ``fastfilm.convert``, before or after, makes FiLM a part of its blocks.
 
     Args:
-        model: any model with groups of convolution, norm and activation.
+        model: any model with norms, or with convolutions and activations.
         metadata_size: M, values per sample; or features that ``encoder`` gives.
         encoder: from the metadata that a call brings to features [N, M]; trained with the generator.
         where: "decoder", "encoder", "all" (convolutions larger than 1×1 with a norm or an activation), names of
             layers or of modules that hold them, or a function of (name, layer).
-        order: "conv-norm-film-act" or "conv-norm-act-film"; where an activation stands before its norm, FiLM
-            follows the norm.
+        order: "conv-norm-film-act", or "conv-norm-act-film" where the activation is a module of its own behind
+            its norm in a ``Sequential``; where an activation stands before its norm, FiLM follows the norm.
         generator: "identity" or "paper", see ``fastfilm.FiLMGenerator``.
         hidden: widths of the generator's hidden layers.
         example_input: an input, or a tuple of inputs, to tell the decoder of a model with unknown names by its
@@ -59,7 +55,8 @@ def condition(
 
     Raises:
         TypeError: not a module, or neither ``metadata_size`` nor ``encoder``.
-        ValueError: no such layer, unknown options, or a model that is conditioned already.
+        ValueError: no such layer, unknown options, an activation that cannot be told, or a model that is
+            conditioned already.
 
     Example:
         >>> import torch, fastfilm
@@ -72,33 +69,58 @@ def condition(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     size = _metadata_size(metadata_size, encoder)
     order = spec.choice("order", order, spec.ORDERS)
-    if order == ACT_NORM_FILM:
+    if order not in (_FILM_FIRST, _FILM_LAST):
         raise ValueError(
-            f"order must be {spec.ORDERS[0]!r} or {spec.ORDERS[1]!r}: where the activation stands before the"
-            " norm is the model's own affair"
+            f"order must be {_FILM_FIRST!r} or {_FILM_LAST!r}: where the activation stands before the norm is the"
+            " model's own affair"
         )
     generator = spec.choice("generator", generator, PRESETS)
+    compiled = model._modules.get("_orig_mod")
+    if compiled is not None:
+        # what torch.compile made of a module
+        condition(
+            compiled,
+            metadata_size,
+            encoder=encoder,
+            where=where,
+            order=order,
+            generator=generator,
+            hidden=hidden,
+            example_input=example_input,
+        )
+        return model
     if NAME in dict(model.named_children()):
         raise ValueError("model is conditioned already")
-    before: State | None = model.__dict__.get("_fastfilm")
-    attach(model, fused=before is not None and before.fused, conditioned=True)
-    if "_fastfilm" not in model.__dict__:
-        raise ValueError(f"a {type(model).__name__} cannot be conditioned as a whole")
     found = sites.find(model)
-    if not found:
+    if not found and (isinstance(where, str) or callable(where)):
         raise ValueError(
             "model has no convolution with a norm or an activation that FiLM could act in"
         )
     chosen = sites.choose(model, found, where, example_input)
+    places = {}
+    for site in chosen:
+        path, before = site.path, site.before
+        if order == _FILM_LAST:
+            path, before = sites.activation_behind(model, site), False
+        places[site.name] = path, before
     conditioner = Conditioner(
         {s.name: s.channels for s in chosen}, size, encoder, generator, tuple(hidden)
     )
-    like = next(model.parameters())
-    conditioner.to(device=like.device)
+    take_metadata(model, {name: path for name, (path, _) in places.items()})
+    for name, (path, before) in places.items():
+        layer = model.get_submodule(path)
+        hook = FiLMHook(name, before)
+        # in front of the hooks that are there, which see what the layer gives from now on
+        if before:
+            layer.register_forward_pre_hook(hook)
+        else:
+            layer.register_forward_hook(hook, prepend=True)
+    conditioner.to(device=next(model.parameters()).device)
     conditioner.train(model.training)
-    _place(model, chosen, order)
     model.add_module(NAME, conditioner)
-    take_metadata(model)
+    converted = model.__dict__.get(KEY)
+    if converted is not None:
+        converted.renew()
     return model
 
 
@@ -149,20 +171,3 @@ def _metadata_size(size: int | None, encoder: nn.Module | None) -> int:
 
 def _conditioners(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, Conditioner)]
-
-
-def _place(model: nn.Module, chosen: list[sites.Site], order: str) -> None:
-    """Tells every module that may run a chosen group, under whatever path it knows it."""
-    wanted = {id(s.layer): s for s in chosen}
-    for module in model.modules():
-        state: State | None = module.__dict__.get("_fastfilm")
-        if state is None:
-            continue
-        own = {g.name for g in state.groups()}
-        for name, layer in module.named_modules(remove_duplicate=False):
-            site = wanted.get(id(layer))
-            if site is not None and name:
-                path: Path = tuple(name.split("."))
-                roles = tuple(m.role for m in site.group.members)
-                state.sites[path] = Film(site.name, order, roles, path in own)
-    model.__dict__["_fastfilm"].conditioner = NAME

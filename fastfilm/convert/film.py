@@ -1,4 +1,4 @@
-"""γ and β on their way: from the metadata of a call, through the generator, to the groups that apply them."""
+"""γ and β on their way: from the metadata of a call, through the generator, to the hooks that apply them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,12 @@ Modulations = Mapping[str, tuple[Tensor, Tensor]]
 class _Thread(threading.local):
     """What holds in this thread. (torch.compile cannot follow context variables.)"""
 
-    modulations: Modulations | None = None
-    given: Given | None = None
+    def __init__(self) -> None:
+        self.modulations: Modulations | None = None
+        self.given: Given | None = None
 
 
 _thread = _Thread()
-
-
-@dataclass(frozen=True)
-class Film:
-    """Where a group takes its γ and β from, and where in the group they act.
-
-    Attributes:
-        site: name of the site: path of the layer that the group is known by.
-        order: of the group, if its activation does not stand before its norm.
-        roles: of the group's layers when the site was chosen.
-        direct: the module that knows the site by this path runs it itself.
-    """
-
-    site: str
-    order: str
-    roles: tuple[str, ...]
-    direct: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,20 +90,48 @@ def given() -> Given | None:
     return _thread.given
 
 
-def now(site: str, batch: int) -> tuple[Tensor, Tensor]:
-    """γ and β [N or 1, C] of a site in the forward that runs in this thread."""
-    found = _thread.modulations
-    if found is None or site not in found:
-        raise RuntimeError(
-            f"FiLM at {site!r} has no metadata: it runs outside of its conditioned network's forward"
-        )
-    gamma, beta = found[site]
-    if gamma.shape[0] not in (1, batch):
-        raise ValueError(
-            f"metadata must have 1 row or one for each of the {batch} samples of a batch,"
-            f" got {gamma.shape[0]}"
-        )
-    return gamma, beta
+class FiLMHook:
+    """γ·x + β behind a layer, or in front of it, in plain PyTorch and x's dtype; bit for bit x for γ = 1, β = 0.
+
+    Args:
+        site: whose γ and β.
+        before: it is a hook of what the layer is given.
+    """
+
+    def __init__(self, site: str, before: bool) -> None:
+        self.site, self.before = site, before
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if self.before:
+            return (self.modulated(args[0]), *args[1:])
+        return self.modulated(output)
+
+    def modulated(self, x: Tensor) -> Tensor:
+        """The map x [N, C, *S] with FiLM.
+
+        Raises:
+            RuntimeError: no conditioned network's forward runs in this thread.
+            ValueError: the metadata are not those of N samples.
+        """
+        found = _thread.modulations
+        if found is None or self.site not in found:
+            raise RuntimeError(
+                f"FiLM at {self.site!r} has no metadata: it runs outside of its conditioned network's forward"
+            )
+        gamma, beta = found[self.site]
+        if gamma.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"metadata must have 1 row or one for each of the {x.shape[0]} samples of a batch,"
+                f" got {gamma.shape[0]}"
+            )
+        shape = (*gamma.shape, *(1,) * (x.dim() - 2))
+        return x * gamma.to(x.dtype).view(shape) + beta.to(x.dtype).view(shape)
+
+    @staticmethod
+    def at(module: nn.Module, site: str) -> bool:
+        """Whether a module has the hook of a site."""
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        return any(isinstance(h, FiLMHook) and h.site == site for h in hooks)
 
 
 class Conditioner(nn.Module):
@@ -168,7 +180,7 @@ class Conditioner(nn.Module):
 
 @contextmanager
 def applied(modulations: Modulations) -> Iterator[None]:
-    """Groups that run inside find their γ and β."""
+    """Hooks that run inside find their γ and β."""
     outer = _thread.modulations
     _thread.modulations = modulations if outer is None else {**outer, **modulations}
     try:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastfilm
-families: Any = None
+from fastfilm.convert import decoders
 from tests.case import SLOW
 from tests.yardstick import relative_error
 
@@ -376,7 +376,7 @@ SIDES = {
 def test_tables_tell_decoders_from_encoders(network: Any) -> None:
     """Every path of a network with a table is on one side, and both sides have some."""
     model = build(network)
-    layout = families.layout_of(model)
+    layout = decoders.layout_of(model)
     if network.id == "torchvision-r3d_18":
         assert layout is None
         return

@@ -1,4 +1,4 @@
-"""A converted model is the same function as the unconverted one: side effects, later changes, errors and layouts too."""
+"""A converted model is the same function as before: side effects, later changes, errors and layouts too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ FLAG = False
 
 def block(ci: int = 3, co: int = 4, act: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(ci, co, 3, padding=1), nn.BatchNorm2d(co), nn.LeakyReLU(0.1) if act is None else act
+        nn.Conv2d(ci, co, 3, padding=1),
+        nn.BatchNorm2d(co),
+        nn.LeakyReLU(0.1) if act is None else act,
     )
 
 
@@ -35,8 +37,10 @@ def pair(make: Callable[[], nn.Module]) -> tuple[Any, Any]:
     return model, fastfilm.convert(model, copy=True, verbose=False)
 
 
-def compare(model: nn.Module, converted: nn.Module, *args: Any, calls: int = 1, **kwargs: Any) -> None:
-    """Outputs, gradients and buffers of some calls, one after another, in float64: they differ by rounding alone."""
+def compare(
+    model: nn.Module, converted: nn.Module, *args: Any, calls: int = 1, **kwargs: Any
+) -> None:
+    """Outputs, gradients and buffers of some calls in float64, where they differ by rounding alone."""
     model.double(), converted.double()
     for _ in range(calls):
         found = []
@@ -54,7 +58,9 @@ def compare(model: nn.Module, converted: nn.Module, *args: Any, calls: int = 1, 
                 grads += [p.grad for p in m.parameters()]
             found.append((outputs, [*flat, *grads, *m.buffers()]))
         (theirs, exact), (ours, values) = found
-        assert torch.utils._pytree.tree_structure(ours) == torch.utils._pytree.tree_structure(theirs)
+        assert torch.utils._pytree.tree_structure(ours) == torch.utils._pytree.tree_structure(
+            theirs
+        )
         assert len(values) == len(exact)
         for a, b in zip(values, exact, strict=True):
             assert (a is None) == (b is None)
@@ -176,20 +182,27 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a dictionary": lambda m: m.table.update(scale=3.0),
     "a number": lambda m: setattr(m, "alpha", 0.25),
     "a slope": lambda m: setattr(m.encoder[2], "negative_slope", 0.7),
-    "padding": lambda m: setattr(m.encoder[0], "padding_mode", "circular") or setattr(
-        m.encoder[0], "_reversed_padding_repeated_twice", [1, 1, 1, 1]
+    "padding": lambda m: (
+        setattr(m.encoder[0], "padding_mode", "circular")
+        or setattr(m.encoder[0], "_reversed_padding_repeated_twice", [1, 1, 1, 1])
     ),
     "eps": lambda m: setattr(m.encoder[1], "eps", 0.5),
     "a frozen norm": lambda m: m.decoder[1].eval() and None,
     "evaluation": lambda m: m.eval() and None,
     "a forward of a layer": _replace_forward,
     "a hook": lambda m: m.encoder[1].register_forward_hook(lambda m, i, o: o * 3) and None,
-    "a pre-hook": lambda m: m.decoder[0].register_forward_pre_hook(lambda m, i: (i[0] + 1,)) and None,
-    "a hook of the model": lambda m: m.register_forward_hook(
-        lambda m, i, o: [t - 1 for t in o] if isinstance(o, list) else o - 1
-    )
-    and None,
-    "weights": lambda m: m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}) and None,
+    "a pre-hook": lambda m: (
+        m.decoder[0].register_forward_pre_hook(lambda m, i: (i[0] + 1,)) and None
+    ),
+    "a hook of the model": lambda m: (
+        m.register_forward_hook(
+            lambda m, i, o: [t - 1 for t in o] if isinstance(o, list) else o - 1
+        )
+        and None
+    ),
+    "weights": lambda m: (
+        m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}) and None
+    ),
     "a frozen weight": lambda m: setattr(m.encoder[0].weight, "requires_grad", False),
 }
 
@@ -292,7 +305,11 @@ class Views(nn.Module):
         n, c, h, w = y.shape
         z = y.view(n, c, h * w).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
         z = self.last(z)
-        flat = z.permute(0, 2, 3, 1).view(n, -1) if z.permute(0, 2, 3, 1).is_contiguous() else z.view(n, -1)
+        flat = (
+            z.permute(0, 2, 3, 1).view(n, -1)
+            if z.permute(0, 2, 3, 1).is_contiguous()
+            else z.view(n, -1)
+        )
         return y, z, flat, y.stride()[1]
 
 
@@ -330,9 +347,15 @@ class Random(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout2d(0.3), nn.InstanceNorm2d(4), nn.ReLU())
-        self.third = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout2d(0.5), nn.SiLU(), nn.Conv2d(4, 2, 1))
+        self.first = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.ReLU()
+        )
+        self.second = nn.Sequential(
+            nn.Conv2d(4, 4, 3), nn.Dropout2d(0.3), nn.InstanceNorm2d(4), nn.ReLU()
+        )
+        self.third = nn.Sequential(
+            nn.Conv2d(4, 4, 3), nn.Dropout2d(0.5), nn.SiLU(), nn.Conv2d(4, 2, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x))
@@ -362,7 +385,10 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "reentrant checkpoints": (lambda: Checkpointed(True), (X,)),
     "random numbers": (Random, (X,)),
     "swish, gates, shifts": (Swish, (X, torch.randn(2, 4))),
-    "unbatched": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1)), (X[0],)),
+    "unbatched": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1)),
+        (X[0],),
+    ),
     "unbatched 3D": (
         lambda: nn.Sequential(nn.Conv3d(3, 4, 3), nn.InstanceNorm3d(4), nn.ReLU()),
         (torch.randn(3, 6, 6, 6),),
@@ -371,7 +397,9 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "strided": (Net, (torch.randn(2, 3, 12, 24)[..., ::2],)),
     "one voxel": (lambda: block().eval(), (torch.randn(2, 3, 1, 1),)),
     "a sum of single voxels": (
-        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Hardswish(inplace=True)),
+        lambda: nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.Hardswish(inplace=True)
+        ),
         (X,),
     ),
 }
@@ -427,7 +455,10 @@ def test_types_and_autocast_give_what_they_gave(dtype: torch.dtype) -> None:
         (Net, ()),
         (Net, (X, X)),
         (lambda: block(), (torch.randn(1, 3, 1, 1),)),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.ReLU()), (torch.randn(1, 3, 3, 3),)),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.ReLU()),
+            (torch.randn(1, 3, 3, 3),),
+        ),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 9), nn.ReLU()), (torch.randn(1, 3, 3, 3),)),
     ],
 )
@@ -491,7 +522,9 @@ def test_a_model_that_compiles_without_end_says_so(caplog: pytest.LogCaptureFixt
 # other tools
 
 
-@pytest.mark.parametrize("way", ["jit.trace", "jit.script", "export", "fx", "vmap", "functional_call", "fake"])
+@pytest.mark.parametrize(
+    "way", ["jit.trace", "jit.script", "export", "fx", "vmap", "functional_call", "fake"]
+)
 def test_tracers_and_transforms_see_the_models_own_layers(way: str) -> None:
     model, converted = pair(lambda: nn.Sequential(block(), block(4, 2)).eval())
     converted(X)
@@ -519,7 +552,9 @@ def test_tracers_and_transforms_see_the_models_own_layers(way: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("way", ["compile", "compile in place", "converted inside", "convert a compiled one"])
+@pytest.mark.parametrize(
+    "way", ["compile", "compile in place", "converted inside", "convert a compiled one"]
+)
 def test_compiled_and_converted_in_either_order(way: str) -> None:
     model, converted = pair(Net)
     if way == "compile":

@@ -325,14 +325,16 @@ def plain_net(norm: type[nn.Module]) -> nn.Module:
     return fastfilm.convert(model, verbose=False)
 
 
-def test_a_converted_network_under_sync_batch_norm_is_one_with_the_whole_batch() -> None:
-    """Without DDP, which refuses PyTorch's SyncBatchNorm on CPUs."""
+def test_a_converted_network_keeps_the_sync_batch_norm_that_is_put_in() -> None:
+    """PyTorch's own runs, as without conversion; on CPUs it refuses to."""
 
     def work(rank: int) -> Any:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(plain_net(nn.BatchNorm2d))
-        return trained(model, model, rank)
+        with pytest.raises(ValueError, match="expected input tensor to be on GPU"):
+            trained(model, model, rank)
+        return trained(model.eval(), model, rank)
 
-    whole = trained(model := plain_net(nn.BatchNorm2d), model, None)
+    whole = trained(model := plain_net(nn.BatchNorm2d).eval(), model, None)
     assert_same(on_two(work), whole)
 
 

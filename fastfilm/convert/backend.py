@@ -1,9 +1,9 @@
-"""The backend ``fastfilm`` of ``torch.compile``: groups of a TorchDynamo graph run as blocks, the rest as it is."""
+"""The backend ``fastfilm`` of ``torch.compile``: groups of a graph run as blocks, the rest as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,15 +66,13 @@ def compiled(
         for module in graph.modules():
             if isinstance(module, fx.GraphModule):
                 _keep_checkpoints(module)
-        run: Callable[..., Any] = graph.forward
-        return run
+        return graph.forward
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(options or {})
     if mode is not None:
         patches = {**torch._inductor.list_mode_options(mode), **patches}
-    made: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches or None)
-    return made
+    return cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=patches or None))
 
 
 def _keep_checkpoints(graph: fx.GraphModule) -> None:
@@ -100,9 +98,7 @@ def _keep_checkpoints(graph: fx.GraphModule) -> None:
 
 
 def _is_input(given: Any) -> bool:
-    return (
-        isinstance(given, Tensor) and given.requires_grad and not isinstance(given, nn.Parameter)
-    )
+    return isinstance(given, Tensor) and given.requires_grad and not isinstance(given, nn.Parameter)
 
 
 def check(rest: str, options: Mapping[str, Any] | None, mode: str | None) -> None:
@@ -111,4 +107,6 @@ def check(rest: str, options: Mapping[str, Any] | None, mode: str | None) -> Non
         raise ValueError(f"rest must be one of {', '.join(map(repr, RESTS))}, got {rest!r}")
     if rest == "eager" and (options or mode is not None):
         named = [*(options or {}), *([] if mode is None else ["mode"])]
-        raise ValueError(f"{', '.join(named)}: these are options of Inductor; pass rest='inductor' too")
+        raise ValueError(
+            f"{', '.join(named)}: these are options of Inductor; pass rest='inductor' too"
+        )

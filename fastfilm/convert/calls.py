@@ -1,4 +1,4 @@
-"""What a rewritten graph calls in place of groups: blocks, sums, and views of maps, with all that is known beforehand."""
+"""Calls of a rewritten graph: blocks and sums with all that is known beforehand, masks, checkpoints, layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fastfilm.ops.maps import DeferredMap, Map
 from fastfilm.ops.prepared import PreparedWeight
 from fastfilm.ops.recipe import Geometry, Options
 from fastfilm.ops.residual import add_act
-
 
 _WEIGHTS = 16
 """Weights of which one block keeps prepared forms."""
@@ -56,7 +55,7 @@ class Block:
             return block.run_on_map(
                 maps.plain(x),
                 self.options,
-                tensors,  # type: ignore[arg-type]
+                tensors,
                 momentum,
                 bool(self.deferred),
             )
@@ -70,7 +69,7 @@ class Block:
                 kept = self.prepared[id(weight)] = PreparedWeight()
         return block.run(
             *(x, weight, bias, self.geometry, self.options),
-            tensors,  # type: ignore[arg-type]
+            tensors,
             momentum,
             self.deferred,
             kept,
@@ -107,9 +106,12 @@ def draw_channel_mask(x: Map, channels: int, p: float, dtype: torch.dtype) -> Te
 
 
 def checkpointed(
-    body: Callable[..., Any], given: Sequence[Any], is_input: Sequence[bool], options: dict[str, Any]
+    body: Callable[..., Any],
+    given: Sequence[Any],
+    is_input: Sequence[bool],
+    options: dict[str, Any],
 ) -> Any:
-    """``torch.utils.checkpoint.checkpoint`` of the body that TorchDynamo made of a function and what it closes over.
+    """``torch.utils.checkpoint.checkpoint`` of a body that TorchDynamo made of a function and its closure.
 
     Args:
         given: arguments of ``body``. is_input: which of them count as inputs; the function closes over the others.

@@ -1,10 +1,9 @@
-"""Models whose own code asks nothing about the class of a tensor, and may be given plain tensors in place of others."""
+"""Models whose own code asks nothing about the class of a tensor, and may be given plain tensors for others."""
 
 from __future__ import annotations
 
 import builtins
 import types
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ _KNOWN = frozenset((*dir(Tensor), *dir(torch), *dir(F), *dir(builtins), "functio
 
 
 def is_closed(model: nn.Module) -> bool:
-    """Whether no module in a model asks for the class of a tensor, or for an attribute that only a subclass has."""
+    """Whether no module in a model asks for the class of a tensor, or for an attribute of a subclass."""
     return all(_is_closed(m) for m in model.modules())
 
 
@@ -46,5 +45,3 @@ def _names(code: types.CodeType) -> set[str]:
         if isinstance(constant, types.CodeType):
             found |= _names(constant)
     return found
-
-

@@ -107,14 +107,16 @@ def condition(
         {s.name: s.channels for s in chosen}, size, encoder, generator, tuple(hidden)
     )
     take_metadata(model, {name: path for name, (path, _) in places.items()})
+    # kept, because a handle that is pickled keeps its hook's number from being given away again
+    handles = model.__dict__["_film_handles"] = []
     for name, (path, before) in places.items():
         layer = model.get_submodule(path)
         hook = FiLMHook(name, before)
         # in front of the hooks that are there, which see what the layer gives from now on
         if before:
-            layer.register_forward_pre_hook(hook)
+            handles.append(layer.register_forward_pre_hook(hook))
         else:
-            layer.register_forward_hook(hook, prepend=True)
+            handles.append(layer.register_forward_hook(hook, prepend=True))
     conditioner.to(device=next(model.parameters()).device)
     conditioner.train(model.training)
     model.add_module(NAME, conditioner)

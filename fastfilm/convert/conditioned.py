@@ -1,4 +1,4 @@
-"""The class of a conditioned model: its original's subclass whose forward takes metadata, and which copies and pickles."""
+"""The class of a conditioned model: its original's subclass with a forward that takes metadata."""
 
 from __future__ import annotations
 

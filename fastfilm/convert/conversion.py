@@ -102,8 +102,8 @@ def conversion_report(model: nn.Module, *example: Any) -> Report:
     """What ``convert`` did with every convolution of ``model``, or would do.
 
     Args:
-        example: arguments of a call, which a copy of the model is given; without any, the calls of a converted model
-            so far count.
+        example: arguments of a call, which a copy of the model is given; without any, the calls of a converted
+            model so far count.
 
     Raises:
         TypeError: ``model`` is not a module. ValueError: it is not converted and there is no example.
@@ -114,7 +114,7 @@ def conversion_report(model: nn.Module, *example: Any) -> Report:
         twin = copying.deepcopy(model)
         convert(twin, rest="eager", verbose=False)
         twin(*copying.deepcopy(example))
-        return twin.__dict__[KEY].calls.report(twin)  # type: ignore[no-any-return]
+        return twin.__dict__[KEY].calls.report(twin)
     if made is None:
         raise ValueError("model is not converted: pass an example input, or convert it first")
     return made.calls.report(model)
@@ -199,7 +199,7 @@ class Conversion:
             return backend.compiled(graph, inputs, self.rest, watcher=self._watch)
 
         polyfills.register()
-        context = torch._dynamo.optimize(compiler)
+        context: Any = torch._dynamo.optimize(compiler)
         callback = getattr(context, "callback", None)
         if callback is not None:
             context.callback = _configured(callback)
@@ -241,7 +241,7 @@ class Replication:
 
 
 def _configured(callback: Any) -> Any:
-    """TorchDynamo's callback for what is not compiled yet, under settings of ours; costs a call nothing after that.
+    """TorchDynamo's callback for what is not compiled yet, under settings of ours.
 
     A call that cannot be compiled, because it is wrong or because TorchDynamo fails, runs as it is this time, with
     the errors that it has of its own.
@@ -276,7 +276,8 @@ def _configured(callback: Any) -> Any:
 def _own_code(module: nn.Module) -> Callable[..., Any]:
     """A function that calls ``module``, of a code object and a name of its own.
 
-    By the code object TorchDynamo keeps and counts what it compiled; by the name it remembers which numbers changed.
+    By the code object TorchDynamo keeps and counts what it compiled; by the name it remembers which numbers
+    changed.
     """
 
     def converted(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which layers of a known network lie behind its bottleneck: paths as regular expressions, by class name, as data."""
+"""Layers of known networks behind the bottleneck: paths as regular expressions, by class name, as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about a graph that decide whether calls in it may be moved: memory, writes, regions of grad mode and autocast.
+"""Facts about a graph that decide whether its calls may be moved: memory, writes, grad mode and autocast.
 
 TorchDynamo keeps for every node a fake tensor (``meta["example_value"]``): shape, strides, type and memory of
 what the node gives, as they are without conversion.
@@ -32,7 +32,7 @@ _ASSIGNMENTS = (
     operator.ixor,
     operator.setitem,
 )
-_STATISTICS = {F.batch_norm: (1, 2), F.instance_norm: (1, 2)}
+_STATISTICS: dict[Any, tuple[int, ...]] = {F.batch_norm: (1, 2), F.instance_norm: (1, 2)}
 _KNOWN = ("torch", "_operator", "math", "builtins", "einops", "fastfilm")
 
 
@@ -103,9 +103,10 @@ def writes(node: fx.Node) -> list[fx.Node]:
         return []
     if not is_known(node):
         return list(node.all_input_nodes)
-    found = [n for n in node.kwargs.get("out", ()) or () if isinstance(n, fx.Node)] if isinstance(
-        node.kwargs.get("out"), (list, tuple)
-    ) else [n for n in (node.kwargs.get("out"),) if isinstance(n, fx.Node)]
+    out = node.kwargs.get("out")
+    found = [
+        n for n in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(n, fx.Node)
+    ]
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if first is None:
         return found
@@ -115,9 +116,10 @@ def writes(node: fx.Node) -> list[fx.Node]:
     asked = node.kwargs.get("inplace", at is not None and len(node.args) > at and node.args[at])
     if own or name == "__setitem__" or asked or node.target in _ASSIGNMENTS:
         found.append(first)
-    for i in _STATISTICS.get(node.target, ()):  # type: ignore[call-overload]
-        if len(node.args) > i and isinstance(node.args[i], fx.Node):
-            found.append(node.args[i])  # type: ignore[arg-type]
+    for i in _STATISTICS.get(node.target, ()):
+        statistics = node.args[i] if len(node.args) > i else None
+        if isinstance(statistics, fx.Node):
+            found.append(statistics)
     return found
 
 

@@ -98,6 +98,9 @@ class FiLMHook:
         before: it is a hook of what the layer is given.
     """
 
+    # TorchScript asks for the name of a hook
+    __name__ = "film"
+
     def __init__(self, site: str, before: bool) -> None:
         self.site, self.before = site, before
 

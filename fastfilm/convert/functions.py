@@ -65,6 +65,9 @@ class Activation:
         return self.name in ("relu", "leaky_relu", "prelu")
 
 
+NONE = Activation("none")
+
+
 def _gelu(given: dict[str, Any]) -> Activation | None:
     names = {"none": "gelu", "tanh": "gelu_tanh"}
     name = names.get(given["approximate"])

@@ -1,4 +1,4 @@
-"""Groups: consecutive calls of a graph that one block computes, found by the order in which they follow each other."""
+"""Groups: consecutive calls of a graph that one block computes, found by their order."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Group:
     members: list[fx.Node] = field(default_factory=list)
     letters: str = ""
     norm: tuple[str, dict[str, Any]] | None = None
-    activation: Activation = Activation("none")
+    activation: Activation = functions.NONE
     gamma: fx.Node | None = None
     beta: fx.Node | None = None
     drop: tuple[fx.Node, float] | None = None

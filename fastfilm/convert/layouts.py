@@ -1,4 +1,4 @@
-"""Layouts in a rewritten graph: blocks give channels-last maps, and whatever depends on a layout gets the original's."""
+"""Layouts in a rewritten graph: blocks give channels-last maps; what depends on a layout gets the original's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from . import calls, functions
-from .effects import Effects, is_context, storages, value
+from .effects import Effects, is_context, storages, value, writes
 
 _ASKING = frozenset(("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"))
 
@@ -44,7 +44,7 @@ def restore(
             for n in touched:
                 _put_back(graph, n, node, kept, node)
             continue
-        if any(isinstance(value(node), (Tensor, list, tuple)) for _ in (0,)):
+        if isinstance(value(node), (Tensor, list, tuple)):
             other.add(node)
 
 
@@ -102,8 +102,6 @@ def _put_back(
 
 def _is_changed_later(source: fx.Node, reader: fx.Node) -> bool:
     """Whether a copy made now may differ from one made for a later reader."""
-    from .effects import writes
-
     return any(source in writes(user) for user in source.users)
 
 

@@ -35,6 +35,6 @@ def _isinstance(original: Any) -> Any:
         if isinstance(target_type, type):
             return isinstance(obj, target_type)
         # a type of the module typing
-        return beyond(obj, target_type)  # type: ignore[no-any-return]
+        return beyond(obj, target_type)
 
     return isinstance_

@@ -1,5 +1,4 @@
-"""The rewriting of one graph: a block in place of each group, and maps that are handed on unwritten where all readers
-can take them."""
+"""The rewriting of one graph: a block in place of each group, maps left unwritten where all readers take them."""
 
 from __future__ import annotations
 
@@ -9,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastfilm.ops import spec
 from fastfilm.ops.recipe import Options
 
 from . import calls, functions, layouts
-from .effects import Effects, same, shape, value
+from .effects import Effects, same, shape, value, writes
 from .functions import Activation, bind
 from .groups import Finder, Group, fit, operations
-
 
 AS_FAST = "PyTorch's own layers, which are as fast here"
 
@@ -26,8 +23,9 @@ class Found:
     """One convolution of a graph.
 
     Attributes:
-        weight: its node. roles: what it runs with; empty if it is left alone, for ``reason`` (with roles, what runs
-            them instead of a block).
+        weight: its node.
+        roles: what it runs with; empty if it is left alone.
+        reason: why it is left alone; with roles, what runs them instead of a block.
         operations: multiplications and additions of a call.
         kernel: its size.
         module: path of the module that called it, as TorchDynamo writes it.
@@ -82,10 +80,8 @@ class Rewriter:
                 new = self._replace_group(groups[node], self._how(node, lazy, sums))
             elif node in sums:
                 new = self._replace_sum(sums[node])
-            elif node in lazy:
-                self._replace_view(node)
-                continue
             else:
+                # views of maps stay: maps answer to PyTorch's functions themselves
                 continue
             new.meta["example_value"] = value(node)
             node.replace_all_uses_with(new)
@@ -155,8 +151,6 @@ class Rewriter:
         return x, residual
 
     def _writers(self, x: fx.Node) -> list[fx.Node]:
-        from .effects import writes
-
         return [u for u in x.users if x in writes(u)]
 
     # what is never written
@@ -188,11 +182,11 @@ class Rewriter:
                 still = group.conv is not None or not self.effects.written_after(group.x, node)
                 # a convolution alone has nothing to hand on but its bias, to a sum that is taken anyway
                 return still and (bool(group.letters) or all(u in added for u in node.users))
-            parts = node.args[0] if node.target in functions.JOINS else node.args[:1]
-            others = [p for p in parts if p not in found]  # type: ignore[union-attr]
-            if any(self.effects.written_after(p, node) for p in others):
+            given = node.args[0] if node.target in functions.JOINS else node.args[:1]
+            parts: list[fx.Node] = list(given)  # type: ignore[arg-type]
+            if any(self.effects.written_after(p, node) for p in parts if p not in found):
                 return False
-            return any(p in found for p in parts)  # type: ignore[union-attr]
+            return any(p in found for p in parts)
 
         while True:
             keep = {n for n in found if n.users and source(n) and all(takes(u, n) for u in n.users)}
@@ -214,9 +208,6 @@ class Rewriter:
             return False
         dims = len(shape(node))
         return dim in (1, 1 - dims) and all(len(shape(p)) == dims for p in parts)
-
-    def _replace_view(self, node: fx.Node) -> None:
-        """Nothing yet: maps answer to PyTorch's functions themselves."""
 
     def _how(self, node: fx.Node, lazy: set[fx.Node], sums: dict[fx.Node, _Sum]) -> bool | str:
         if node not in lazy:
@@ -244,7 +235,7 @@ class Rewriter:
             place,
             False,
         )
-        # in place of the last member, whose users now see the block; inputs may be groups that were replaced before
+        # in place of the last member; inputs may be groups that were replaced before
         last = group.last
         with self.graph.inserting_before(last):
             mask = self._mask(group)
@@ -362,6 +353,3 @@ def swishes(graph: fx.Graph) -> None:
             graph.erase_node(node)
             graph.erase_node(gate)
             break
-
-
-_ = spec

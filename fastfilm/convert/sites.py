@@ -1,4 +1,4 @@
-"""Where FiLM can stand in a model: one site a norm, or a convolution without one, found by how layers are registered."""
+"""Where FiLM can stand in a model: one site a norm, or a convolution without one, by how layers are registered."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ def find(model: nn.Module) -> dict[str, Site]:
 
 
 def _inside(path: str, norm: nn.Module) -> tuple[str, bool]:
-    """Where FiLM follows a norm: in front of the activation that timm's norms hold themselves, or behind the norm."""
+    """Where FiLM follows a norm: behind it, or in front of the activation that timm's norms hold themselves."""
     act = norm._modules.get("act")
     own = act is not None and not isinstance(act, nn.Identity)
     return (f"{path}.act", True) if own else (path, False)
 
 
 def _convolution_of(modules: dict[str, nn.Module], path: str, taken: set[str]) -> str | None:
-    """Path of the convolution whose output a norm normalises, by names, order and channels; None: not to be told."""
+    """Path of the convolution that a norm follows, by names, order and channels; None: not to be told."""
     parent, _, name = path.rpartition(".")
     norm = modules[path]
     while True:
@@ -134,7 +134,11 @@ def _convolution_of(modules: dict[str, nn.Module], path: str, taken: set[str]) -
         candidates = [n for n in reversed(before) if convs[n]][:1]
     for n in candidates:
         found = convs[n]
-        if found is not None and found not in taken and _channels(modules[found]) == _channels(norm):
+        if (
+            found is not None
+            and found not in taken
+            and _channels(modules[found]) == _channels(norm)
+        ):
             return found
     return None
 
@@ -195,7 +199,9 @@ def activation_behind(model: nn.Module, site: Site) -> str:
     for (_, name), parent in paths.items():
         children = list(modules[parent]._modules.items())
         at = [n for n, _ in children].index(name)
-        behind = next(((n, m) for n, m in children[at + 1 :] if m is not None and not is_idle(m)), None)
+        behind = next(
+            ((n, m) for n, m in children[at + 1 :] if m is not None and not is_idle(m)), None
+        )
         if behind is None or not is_activation(behind[1]):
             return site.path
         places = {
@@ -320,4 +326,3 @@ def _join(parent: str, name: str) -> str:
 def _listed(sites: dict[str, Site]) -> str:
     names = list(sites)
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-

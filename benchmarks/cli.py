@@ -27,6 +27,7 @@ ALONE = (
     "peers",
     "host",
     "coverage",
+    "shares",
     "converted",
     "scaling",
     "ceilings",
@@ -214,7 +215,9 @@ def finish(session: Session, args: argparse.Namespace, started: float, plot: boo
     record.machine["seconds"] = round(time.monotonic() - started, 1)
     record.machine["load_end"] = machine.load()
     record.write()
-    shown = [r for r in record.rows if r.suite not in ("explain", "gate")]  # these print their own
+    shown = [
+        r for r in record.rows if r.suite not in ("explain", "gate", "shares")
+    ]  # these print their own
     print(report.table(shown))
     wrote = f"\nwrote {args.json}"
     if plot:
@@ -240,7 +243,7 @@ def prepare(
     about: dict[str, Any] = machine.describe(device)
     suite = args.suite or "all"
     ceilings = machine.Ceilings(1.0, {d: 1.0 for d in dtypes})
-    if suite not in ("memory", "static", "gate") and args.one is None:
+    if suite not in ("memory", "static", "gate", "shares") and args.one is None:
         known = machine.known_ceilings(args.ceilings, about, dtypes)
         ceilings = known or machine.ceilings(device, dtypes, clock, args.quick)
         about |= machine.as_json(ceilings)

@@ -50,7 +50,7 @@ class Network:
         Raises:
             ImportError: the package is not installed.
         """
-        if self.package in ("segmentation_models_pytorch", "torchvision"):
+        if self.package in ("segmentation_models_pytorch", "timm", "torchvision"):
             torchvision_operators()
         importlib.import_module(self.package)
         model = self.make()
@@ -60,23 +60,37 @@ class Network:
         return model
 
     def outputs(self, model: nn.Module, x: Tensor) -> list[Tensor]:
-        """What the network gives, as a list."""
-        found = self.call(model, x)
-        return list(found) if isinstance(found, (list, tuple)) else [found]
+        """Floating-point tensors among all that the network gives, nested or not."""
+        return [t for t in _leaves(self.call(model, x)) if t.is_floating_point()]
+
+
+def _leaves(found: Any) -> list[Tensor]:
+    """Tensors in nested lists, tuples and dictionaries."""
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, (list, tuple)):
+        return [t for part in found for t in _leaves(part)]
+    return [found] if isinstance(found, Tensor) else []
 
 
 @functools.cache
 def torchvision_operators() -> Any:
     """Declares two operators of torchvision where its binary does not fit torch, so that it can be imported."""
-    if hasattr(torch.ops.torchvision, "nms"):
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
         return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
 
 
-def _of(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+def of(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    """Calls ``name`` of ``module`` with these arguments, importing it only then."""
+
     def make() -> nn.Module:
         found: nn.Module = getattr(importlib.import_module(module), name)(*args, **kwargs)
         return found
@@ -84,13 +98,22 @@ def _of(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Mo
     return make
 
 
-def _monai(name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
-    return _of("monai.networks.nets", name, *args, **kwargs)
+def monai(name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    """A class of MONAI's networks."""
+    return of("monai.networks.nets", name, *args, **kwargs)
 
 
-def _nnunet(name: str, dims: int, **kwargs: Any) -> Callable[[], nn.Module]:
+def nnunet(name: str, dims: int, **kwargs: Any) -> Callable[[], nn.Module]:
+    """A U-Net of nnU-Net with three stages; ``kwargs`` replace the usual options."""
     conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if dims == 2 else (nn.Conv3d, nn.InstanceNorm3d)
-    return _of(
+    options: dict[str, Any] = {
+        "conv_bias": True,
+        "norm_op": norm,
+        "norm_op_kwargs": {"affine": True, "eps": 1e-5},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return of(
         "dynamic_network_architectures.architectures.unet",
         name,
         1,
@@ -102,60 +125,59 @@ def _nnunet(name: str, dims: int, **kwargs: Any) -> Callable[[], nn.Module]:
         2,
         2,
         2,
-        conv_bias=True,
-        norm_op=norm,
-        norm_op_kwargs={"affine": True, "eps": 1e-5},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        **kwargs,
+        **(options | kwargs),
     )
 
 
-def _smp(name: str, encoder: str = "resnet18", **kwargs: Any) -> Callable[[], nn.Module]:
-    return _of("segmentation_models_pytorch", name, encoder, encoder_weights=None, **kwargs)
+def smp(name: str, encoder: str = "resnet18", **kwargs: Any) -> Callable[[], nn.Module]:
+    """An architecture of segmentation_models_pytorch on an encoder without weights."""
+    return of("segmentation_models_pytorch", name, encoder, encoder_weights=None, **kwargs)
 
 
-def _order(order: str, name: str = "UNet3D") -> Callable[[], nn.Module]:
-    return _of("pytorch3dunet.unet3d.model", name, 1, 2, f_maps=8, num_levels=3, layer_order=order)
+def unet3d(order: str, name: str = "UNet3D", **kwargs: Any) -> Callable[[], nn.Module]:
+    """A network of pytorch-3dunet whose blocks are built in the order of these letters."""
+    options: dict[str, Any] = {"f_maps": 8, "num_levels": 3, "layer_order": order}
+    return of("pytorch3dunet.unet3d.model", name, 1, 2, **(options | kwargs))
 
 
-def _steps(model: nn.Module, x: Tensor) -> Any:
+def with_steps(model: nn.Module, x: Tensor) -> Any:
+    """Calls a diffusion network at a time step for each image."""
     return model(x, torch.arange(x.shape[0]))
 
 
-_VOLUME, _IMAGE, _RGB = (2, 1, 16, 16, 16), (2, 1, 32, 32), (2, 3, 32, 32)
-_SHALLOW: dict[str, Any] = {"encoder_depth": 3, "decoder_channels": (32, 16, 16)}
-_DYN: dict[str, Any] = {"filters": [8, 16, 32]}
+VOLUME, IMAGE, RGB = (2, 1, 16, 16, 16), (2, 1, 32, 32), (2, 3, 32, 32)
+SHALLOW: dict[str, Any] = {"encoder_depth": 3, "decoder_channels": (32, 16, 16)}
+DYN: dict[str, Any] = {"filters": [8, 16, 32]}
 
 NETWORKS: tuple[Network, ...] = (
     Network(
-        "monai", "UNet 3D", _monai("UNet", 3, 1, 2, (8, 16, 32), (2, 2), num_res_units=2), _VOLUME
+        "monai", "UNet 3D", monai("UNet", 3, 1, 2, (8, 16, 32), (2, 2), num_res_units=2), VOLUME
     ),
     Network(
         "monai",
         "UNet 2D batch norm",
-        _monai("UNet", 2, 1, 2, (8, 16, 32), (2, 2), norm="batch", act="relu"),
-        _IMAGE,
+        monai("UNet", 2, 1, 2, (8, 16, 32), (2, 2), norm="batch", act="relu"),
+        IMAGE,
     ),
     Network(
-        "monai", "BasicUNet", _monai("BasicUNet", 3, 1, 2, (4, 4, 8, 8, 16, 4)), (2, 1, 32, 16, 16)
+        "monai", "BasicUNet", monai("BasicUNet", 3, 1, 2, (4, 4, 8, 8, 16, 4)), (2, 1, 32, 16, 16)
     ),
     Network(
         "monai",
         "BasicUNetPlusPlus",
-        _monai("BasicUNetPlusPlus", 2, 1, 2, (4, 4, 8, 8, 16, 4)),
-        _IMAGE,
+        monai("BasicUNetPlusPlus", 2, 1, 2, (4, 4, 8, 8, 16, 4)),
+        IMAGE,
     ),
     Network(
         "monai",
         "DynUNet 3D",
-        _monai("DynUNet", 3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], **_DYN),
-        _VOLUME,
+        monai("DynUNet", 3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], **DYN),
+        VOLUME,
     ),
     Network(
         "monai",
         "DynUNet 2D residual",
-        _monai(
+        monai(
             "DynUNet",
             2,
             1,
@@ -165,46 +187,44 @@ NETWORKS: tuple[Network, ...] = (
             [2, 2],
             res_block=True,
             deep_supervision=True,
-            **_DYN,
+            **DYN,
         ),
-        _IMAGE,
+        IMAGE,
     ),
-    Network("monai", "SegResNet", _monai("SegResNet", 3, 8, 1, 2), _VOLUME),
+    Network("monai", "SegResNet", monai("SegResNet", 3, 8, 1, 2), VOLUME),
     Network(
-        "monai", "SegResNetDS", _monai("SegResNetDS", 3, 8, 1, 2, blocks_down=(1, 2, 2)), _VOLUME
+        "monai", "SegResNetDS", monai("SegResNetDS", 3, 8, 1, 2, blocks_down=(1, 2, 2)), VOLUME
     ),
-    Network(
-        "monai", "AttentionUnet", _monai("AttentionUnet", 2, 1, 2, (8, 16, 32), (2, 2)), _IMAGE
-    ),
+    Network("monai", "AttentionUnet", monai("AttentionUnet", 2, 1, 2, (8, 16, 32), (2, 2)), IMAGE),
     Network(
         "monai",
         "FlexibleUNet EfficientNet",
-        _monai("FlexibleUNet", 1, 2, "efficientnet-b0", spatial_dims=2),
+        monai("FlexibleUNet", 1, 2, "efficientnet-b0", spatial_dims=2),
         (2, 1, 64, 64),
     ),
     Network(
         "monai",
         "FlexibleUNet ResNet",
-        _monai("FlexibleUNet", 1, 2, "resnet18", spatial_dims=2),
+        monai("FlexibleUNet", 1, 2, "resnet18", spatial_dims=2),
         (2, 1, 64, 64),
     ),
     Network(
         "monai",
         "SwinUNETR",
-        _monai("SwinUNETR", 1, 2, feature_size=12, spatial_dims=2),
+        monai("SwinUNETR", 1, 2, feature_size=12, spatial_dims=2),
         (2, 1, 64, 64),
     ),
     Network(
         "monai",
         "UNETR",
-        _monai("UNETR", 1, 2, (16, 16, 32), 8, 24, 48, 4),
+        monai("UNETR", 1, 2, (16, 16, 32), 8, 24, 48, 4),
         (2, 1, 16, 16, 32),
         fixed=True,
     ),
     Network(
         "monai",
         "DiffusionModelUNet",
-        _monai(
+        monai(
             "DiffusionModelUNet",
             2,
             1,
@@ -215,56 +235,54 @@ NETWORKS: tuple[Network, ...] = (
             norm_num_groups=4,
             num_head_channels=8,
         ),
-        _IMAGE,
-        _steps,
+        IMAGE,
+        with_steps,
     ),
     Network(
         "dynamic_network_architectures",
         "PlainConvUNet 3D",
-        _nnunet("PlainConvUNet", 3, deep_supervision=True),
-        _VOLUME,
+        nnunet("PlainConvUNet", 3, deep_supervision=True),
+        VOLUME,
     ),
-    Network(
-        "dynamic_network_architectures", "PlainConvUNet 2D", _nnunet("PlainConvUNet", 2), _IMAGE
-    ),
+    Network("dynamic_network_architectures", "PlainConvUNet 2D", nnunet("PlainConvUNet", 2), IMAGE),
     Network(
         "dynamic_network_architectures",
         "ResidualEncoderUNet 3D",
-        _nnunet("ResidualEncoderUNet", 3),
-        _VOLUME,
+        nnunet("ResidualEncoderUNet", 3),
+        VOLUME,
     ),
     *(
-        Network("segmentation_models_pytorch", name, _smp(name, **_SHALLOW), _RGB)
+        Network("segmentation_models_pytorch", name, smp(name, **SHALLOW), RGB)
         for name in ("Unet", "UnetPlusPlus", "MAnet")
     ),
     *(
-        Network("segmentation_models_pytorch", name, _smp(name), _RGB)
+        Network("segmentation_models_pytorch", name, smp(name), RGB)
         for name in ("FPN", "DeepLabV3Plus")
     ),
     Network(
         "segmentation_models_pytorch",
         "Unet EfficientNet",
-        _smp("Unet", "efficientnet-b0", **_SHALLOW),
-        _RGB,
+        smp("Unet", "efficientnet-b0", **SHALLOW),
+        RGB,
     ),
     Network(
         "segmentation_models_pytorch",
         "Unet RegNet timm",
-        _smp("Unet", "timm-regnetx_002", **_SHALLOW),
-        _RGB,
+        smp("Unet", "timm-regnetx_002", **SHALLOW),
+        RGB,
     ),
     Network(
         "torchvision",
         "FCN ResNet-50",
-        _of("torchvision.models.segmentation", "fcn_resnet50", weights=None, weights_backbone=None),
+        of("torchvision.models.segmentation", "fcn_resnet50", weights=None, weights_backbone=None),
         (2, 3, 32, 32),
         lambda model, x: model(x)["out"],
     ),
-    Network("torchvision", "r3d_18", _of("torchvision.models.video", "r3d_18"), (2, 3, 8, 32, 32)),
+    Network("torchvision", "r3d_18", of("torchvision.models.video", "r3d_18"), (2, 3, 8, 32, 32)),
     *(
-        Network("pytorch3dunet", f"UNet3D {order}", _order(order), _VOLUME)
+        Network("pytorch3dunet", f"UNet3D {order}", unet3d(order), VOLUME)
         for order in ("gcr", "cbr", "bcr", "cl", "crg")
     ),
-    Network("pytorch3dunet", "ResidualUNet3D", _order("gcr", "ResidualUNet3D"), _VOLUME),
+    Network("pytorch3dunet", "ResidualUNet3D", unet3d("gcr", "ResidualUNet3D"), VOLUME),
 )
 """In the order of the table."""

@@ -329,10 +329,12 @@ def test_a_converted_network_keeps_the_sync_batch_norm_that_is_put_in() -> None:
     """PyTorch's own runs, as without conversion; on CPUs it refuses to."""
 
     def work(rank: int) -> Any:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(plain_net(nn.BatchNorm2d))
+        models = [
+            nn.SyncBatchNorm.convert_sync_batchnorm(plain_net(nn.BatchNorm2d)) for _ in range(2)
+        ]
         with pytest.raises(ValueError, match="expected input tensor to be on GPU"):
-            trained(model, model, rank)
-        return trained(model.eval(), model, rank)
+            trained(models[0], models[0], rank)
+        return trained(models[1].eval(), models[1], rank)
 
     whole = trained(model := plain_net(nn.BatchNorm2d).eval(), model, None)
     assert_same(on_two(work), whole)

@@ -288,3 +288,20 @@ def test_guided_diffusions_unet_is_fused_without_condition(checkpoints: bool) ->
     # TorchDynamo cannot follow the checkpoint of its attention, and its upsampled maps are concatenated at once
     assert report.flops_share() >= 0.75, report.table()
     assert any("film" in c.group for c in report.convolutions)
+
+
+def test_networks_of_much_reshaping_are_compiled_for_each_size() -> None:
+    """A graph for any size of window attention would take TorchDynamo minutes."""
+
+    def windows(m: Any, x: Tensor) -> Tensor:
+        for _ in range(13):
+            n, c, h, w = x.shape
+            x = x.view(n, c, h * w).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return F.relu(m.conv(x))
+
+    model = Forward(windows, conv=conv())
+    converted = fastfilm.convert(model, copy=True, verbose=False)
+    for size in (6, 8, 10):
+        x = torch.randn(2, 4, size, size)
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
+    assert fastfilm.conversion_report(converted).graphs == 3

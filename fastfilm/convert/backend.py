@@ -13,8 +13,8 @@ from .effects import value
 from .rewrite import Found, Rewriter
 
 RESTS = ("eager", "inductor")
-Watcher = Callable[[dict[Any, Any], list[Found]], None]
-"""Told of the tensors of a graph by its placeholders, and of its convolutions."""
+Watcher = Callable[[fx.Graph, dict[Any, Any], list[Found]], None]
+"""Told of a graph, of its tensors by their placeholders, and of its convolutions."""
 
 
 def fastfilm(
@@ -61,7 +61,7 @@ def compiled(
                 module.recompile()
             found += rewriter.found
     if watcher is not None:
-        watcher(tensors, found)
+        watcher(graph.graph, tensors, found)
     if rest == "eager":
         for module in graph.modules():
             if isinstance(module, fx.GraphModule):

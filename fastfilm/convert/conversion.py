@@ -17,12 +17,18 @@ from torch.utils import _pytree as pytree
 
 from fastfilm.ops import fallback, subclasses
 
-from . import backend, closed, polyfills
+from . import backend, closed, functions, polyfills
 from .report import Calls, Report
 
 KEY = "_fastfilm"
 RECOMPILE_LIMIT = 64
 """Compilations of one function of a model, in all its modes and shapes, before it runs as it is."""
+
+RESHAPES = 24
+"""A graph with more changes of shape, such as one of window attention, is compiled for each size anew.
+
+For all sizes at once it would take minutes.
+"""
 
 _SETTINGS: dict[str, Any] = {
     # a hook that is registered later has to be noticed
@@ -134,6 +140,7 @@ class Conversion:
     Attributes:
         module: the converted one. rest, verbose: see ``convert``.
         calls: what its graphs held so far.
+        fixed: each size of the inputs is compiled anew.
     """
 
     def __init__(self, module: nn.Module, rest: str, verbose: bool) -> None:
@@ -143,7 +150,7 @@ class Conversion:
     def renew(self) -> None:
         """Forgets everything that was compiled."""
         self.calls = Calls()
-        self.told = False
+        self.told, self.fixed = False, False
         self.plain: bool | None = None
         self.compiled: Callable[..., Any] | None = None
 
@@ -202,12 +209,13 @@ class Conversion:
         context: Any = torch._dynamo.optimize(compiler)
         callback = getattr(context, "callback", None)
         if callback is not None:
-            context.callback = _configured(callback)
+            context.callback = _configured(callback, self)
         made: Callable[..., Any] = context(_own_code(self.module))
         return made
 
-    def _watch(self, inputs: dict[Any, Any], found: Any) -> None:
+    def _watch(self, graph: torch.fx.Graph, inputs: dict[Any, Any], found: Any) -> None:
         self.calls.add(self.module, inputs, found)
+        self.fixed |= sum(n.target in functions.RESHAPING for n in graph.nodes) > RESHAPES
 
     def _tell(self) -> None:
         self.told = True
@@ -240,7 +248,7 @@ class Replication:
         return replica
 
 
-def _configured(callback: Any) -> Any:
+def _configured(callback: Any, conversion: Conversion) -> Any:
     """TorchDynamo's callback for what is not compiled yet, under settings of ours.
 
     A call that cannot be compiled, because it is wrong or because TorchDynamo fails, runs as it is this time, with
@@ -254,7 +262,8 @@ def _configured(callback: Any) -> Any:
     @functools.wraps(callback)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            with torch._dynamo.config.patch(**_SETTINGS):
+            settings = _SETTINGS | {"automatic_dynamic_shapes": not conversion.fixed}
+            with torch._dynamo.config.patch(**settings):
                 return callback(*args, **kwargs)
         except Exception as error:
             if isinstance(error, faults):

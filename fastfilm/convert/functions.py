@@ -212,6 +212,12 @@ first argument.
 Random numbers are not among them: PyTorch draws them in the order of the memory."""
 
 
+RESHAPING: frozenset[Any] = frozenset(
+    ("view", "reshape", "permute", "transpose", torch.reshape, torch.permute, torch.transpose)
+)
+"""Functions and methods that change a map's shape; a network of attention consists of them."""
+
+
 def bind(node: fx.Node, form: Form) -> dict[str, Any] | None:
     """The arguments of a call by their names, defaults included; None where they do not fit ``form``."""
     names = [name for name, _ in form]

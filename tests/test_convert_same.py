@@ -362,6 +362,19 @@ class Random(nn.Module):
         return self.third(x + torch.rand(())) + torch.rand_like(x[:, :1, :1, :1])
 
 
+class Draw(nn.Module):
+    """Numbers drawn between a channel dropout and the end of its group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout2d(self.conv(x), 0.4, self.training)
+        drawn = torch.rand(4, 1, 1)
+        return F.relu(self.norm(y)) + drawn
+
+
 class Swish(nn.Module):
     """Swishes written out, gates of channels, and a shift between convolution and norm."""
 
@@ -384,6 +397,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "checkpoints": (lambda: Checkpointed(False), (X,)),
     "reentrant checkpoints": (lambda: Checkpointed(True), (X,)),
     "random numbers": (Random, (X,)),
+    "numbers drawn inside of a group": (Draw, (X,)),
     "swish, gates, shifts": (Swish, (X, torch.randn(2, 4))),
     "unbatched": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1)),
@@ -415,6 +429,12 @@ def test_forwards_of_every_form_compute_what_they_did(form: str, training: bool)
     compare(model, converted, *args, calls=2)
     with torch.no_grad():
         compare(model, converted, *args)
+
+
+def test_a_view_of_a_map_writes_to_the_map() -> None:
+    model, converted = pair(Alias)
+    for ours, theirs in zip(converted.eval()(X), model.eval()(X), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_forward_writes_to_its_argument_as_before() -> None:
@@ -472,6 +492,7 @@ def test_errors_are_of_the_type_that_they_were(make: Callable[[], nn.Module], ar
     assert issubclass(kinds[1], kinds[0]), kinds
     # and nothing is broken by it
     compare(model, converted, X)
+    assert fastfilm.conversion_report(converted).graphs >= 1
 
 
 class Interrupted(nn.Module):

@@ -416,13 +416,6 @@ FAULTS = (
         "tests/test_convert_same.py -k 'views or random'",
     ),
     Fault(
-        "convert-shared-memory-is-not-put-back",
-        "fastfilm/convert/layouts.py",
-        "if _is_seen_through(node, effects):",
-        "if False:",
-        "tests/test_convert_same.py -k 'alias or view_of_a_map'",
-    ),
-    Fault(
         "convert-checkpoints-draw-anew",
         "fastfilm/convert/backend.py",
         "_keep_checkpoints(module)",

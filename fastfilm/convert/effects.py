@@ -123,6 +123,11 @@ def writes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def is_written_by_a_reader(node: fx.Node) -> bool:
+    """Whether one of the calls that read a node writes to it."""
+    return any(node in writes(user) for user in node.users)
+
+
 class Effects:
     """What a graph's calls do besides giving a value, as the graph was when this was made.
 
@@ -161,11 +166,3 @@ class Effects:
         """Whether ``at`` or anything behind it writes to a node's memory."""
         start = self.order[at]
         return any(w >= start for name in storages(value(node)) for w in self.written.get(name, ()))
-
-    def is_written(self, node: fx.Node) -> bool:
-        """Whether anything in the graph writes to a node's memory."""
-        return any(self.written.get(name) for name in storages(value(node)))
-
-    def aliases(self, node: fx.Node) -> set[fx.Node]:
-        """Other nodes whose tensors lie in the same memory."""
-        return {n for name in storages(value(node)) for n in self.sharing[name]} - {node}

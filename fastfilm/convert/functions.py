@@ -128,14 +128,14 @@ CHANNEL_DROPOUTS: dict[Any, tuple[int, Form]] = {
 CASTS: tuple[Any, ...] = ("float", "half", "bfloat16", "double", "to", "type", "type_as")
 """Methods that give their tensor itself where its type is the wanted one already."""
 
-POOLS: dict[Any, tuple[str, int]] = {
-    F.max_pool2d: ("max", 2),
-    F.max_pool3d: ("max", 3),
-    torch.max_pool2d: ("max", 2),
-    torch.max_pool3d: ("max", 3),
-    F.avg_pool2d: ("avg", 2),
-    F.avg_pool3d: ("avg", 3),
-}
+POOLS: tuple[Any, ...] = (
+    F.max_pool2d,
+    F.max_pool3d,
+    torch.max_pool2d,
+    torch.max_pool3d,
+    F.avg_pool2d,
+    F.avg_pool3d,
+)
 JOINS: tuple[Any, ...] = (torch.cat, torch.concat, torch.concatenate)
 VIEWS: tuple[Any, ...] = (*POOLS, *JOINS, F.interpolate)
 """Functions that give a map which a convolution can read unwritten (see ``fastfilm.ops.views``)."""

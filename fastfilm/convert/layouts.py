@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from . import calls, functions
-from .effects import Effects, is_context, storages, value, writes
+from .effects import Effects, is_context, is_written_by_a_reader, storages, value
 
 _ASKING = frozenset(("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"))
 
@@ -92,17 +92,13 @@ def _put_back(
             else:
                 new = graph.call_function(calls.in_layout, (source, order))
         new.meta["example_value"] = found
-        if not _is_changed_later(source, reader):
+        # otherwise a copy made now may differ from one made for a later reader
+        if not is_written_by_a_reader(source):
             kept[source] = new
     if reader is source:
         source.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     else:
         reader.replace_input_with(source, new)
-
-
-def _is_changed_later(source: fx.Node, reader: fx.Node) -> bool:
-    """Whether a copy made now may differ from one made for a later reader."""
-    return any(source in writes(user) for user in source.users)
 
 
 def _order(found: Tensor) -> tuple[int, ...] | None:

@@ -74,7 +74,6 @@ class Rewriter:
             return False
         made: set[fx.Node] = set()
         self.now: dict[fx.Node, fx.Node] = {}
-        lazy_now: set[fx.Node] = set(lazy)
         for node in list(self.graph.nodes):
             if node in groups:
                 new = self._replace_group(groups[node], self._how(node, lazy, sums))
@@ -86,14 +85,13 @@ class Rewriter:
             new.meta["example_value"] = value(node)
             node.replace_all_uses_with(new)
             self.now[node] = new
-            if node in lazy:
-                lazy_now.add(new)
-            made.add(new)
+            if node not in lazy:
+                made.add(new)
             old = groups[node].members if node in groups else [sums[node].node, node]
             for dead in reversed(dict.fromkeys(old)):
                 self.graph.erase_node(dead)
         apart = {g.members[0] for g in self.finder.apart}
-        layouts.restore(self.graph, made - lazy_now, apart, self.effects)
+        layouts.restore(self.graph, made, apart, self.effects)
         return True
 
     def _worth(self, group: Group, lazy: set[fx.Node]) -> bool:
@@ -145,13 +143,10 @@ class Rewriter:
             return None
         if not any(n in groups and groups[n].letters for n in (x, residual)):
             return None
-        if node in self._writers(x) and (x not in groups or len(x.users) != 1):
+        if x in writes(node) and (x not in groups or len(x.users) != 1):
             # something else sees the map that the sum is written to
             return None
         return x, residual
-
-    def _writers(self, x: fx.Node) -> list[fx.Node]:
-        return [u for u in x.users if x in writes(u)]
 
     # what is never written
 

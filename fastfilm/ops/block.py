@@ -87,6 +87,7 @@ def run(
 
     # without gradients nobody needs the raw map, and finishing it in place beats a pass of its own later
     finish = how.composed and not torch.is_grad_enabled() and deferred != "always"
+    keep = None if prepared is None else prepared.pack
     coef, x_act, convolved = None, "none", assemble.convolved
     if sources is None and not how.composed and short and prologue.kernels_of(plan):
         coef, x_act = (x.coef, x.act) if isinstance(x, DeferredMap) else (None, "none")
@@ -132,6 +133,7 @@ def run(
             y, stats = conv.conv(
                 *(raw, weight, added, coef, x_act, pre, kind.pre_activation, *geometry, True, plan),
                 short=short,
+                keep=keep,
             )
         out_coef = tail.coefficients(raw, bias, stats, kernels, short)
     else:
@@ -149,7 +151,6 @@ def run(
             if sources is not None:
                 raw = assemble.assembled(sources, plan)
             finishing = (added, coef, x_act, out_coef, kind.activation, *geometry, plan)
-            keep = None if prepared is None else prepared.pack
             return conv.finished(raw, weight, *finishing, short=short, keep=keep)
         if sources is not None:
             y, _ = convolved(sources, weight, added, None, "none", geometry, False, plan)
@@ -157,6 +158,7 @@ def run(
             y, _ = conv.conv(
                 *(raw, weight, added, coef, x_act, None, "none", *geometry, False, plan),
                 short=short,
+                keep=keep,
             )
     if finish:
         return pointwise.finish(y, out_coef, kind.activation, plan, short)

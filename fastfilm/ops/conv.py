@@ -69,13 +69,18 @@ def laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _convolution(
-    kernels: ModuleType, v: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+    kernels: ModuleType,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    keep: spec.Keep | None = None,
 ) -> Tensor:
     """The composed route's convolution, channels-last: the backend's own where it is the faster one."""
     if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry):
-        y: Tensor = kernels.convolve(v, weight, bias, geometry[1], stride=geometry[0])
+        y: Tensor = kernels.convolve(v, weight, bias, geometry[1], stride=geometry[0], keep=keep)
         return y
-    return spec.channels_last(vendor.convolution(v, weight, bias, *geometry))
+    return spec.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))  # type: ignore[call-arg]
 
 
 def _gradients(
@@ -122,8 +127,13 @@ def conv_fwd(
     groups: int,
     moments: bool,
     plan: str,
+    keep: spec.Keep | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Implementation of ``fastfilm::conv``; see the module docstring."""
+    """Implementation of ``fastfilm::conv``; see the module docstring.
+
+    Args:
+        keep: where the vendor's form of the weight is kept, if anywhere.
+    """
     name, route = plan.split("/")
     kernels = BACKENDS[name].kernels()
     x = spec.channels_last(x)
@@ -133,7 +143,7 @@ def conv_fwd(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    y = _convolution(kernels, v, weight, bias, geometry)
+    y = _convolution(kernels, v, weight, bias, geometry, keep)
     stats = kernels.moments(y, pre, pre_act) if moments else absent(y, torch.float32)
     return y, stats
 
@@ -380,8 +390,10 @@ define(
 _eager_conv = differentiable(conv_fwd, _setup, _backward)
 
 
-def conv(*args: Any, short: bool) -> tuple[Tensor, Tensor]:
+def conv(*args: Any, short: bool, keep: spec.Keep | None = None) -> tuple[Tensor, Tensor]:
     """``fastfilm::conv``; ``short``: all its tensors are ``direct``."""
+    if short and not torch.is_grad_enabled():
+        return conv_fwd(*args, keep=keep)  # type: ignore[misc]
     y, stats = (_eager_conv if short else torch.ops.fastfilm.conv)(*args)
     return y, stats
 

@@ -17,13 +17,17 @@ from . import layout, vendor
 from .cpu_arguments import DTYPES, FORMATS, activation_code, address_of, feature_map, numbers_of
 from .spec import Keep
 
-_PRODUCTS, _NARROW_PRODUCTS, _NATIVE_PRODUCTS = 1 << 20, 1 << 18, 1 << 16
-"""Up to so many products PyTorch takes longer to set a convolution up than we take for it: float32; 16 bits; a
-single 2D float32 sample, which it convolves without oneDNN."""
+_PRODUCTS, _AVX2_PRODUCTS, _NARROW_PRODUCTS, _NATIVE_PRODUCTS = 1 << 20, 1 << 23, 1 << 18, 1 << 16
+"""Up to so many products PyTorch takes longer to set a convolution up than we take for it: float32; the same with
+AVX2; 16 bits; a single 2D float32 sample, which it convolves without oneDNN."""
 
 
 _LONG = 32
 """Input channels from which oneDNN's channels-last sums round visibly more."""
+
+_HALF_WIDE = vendor.WIDE // 2
+"""Channels that a gradient at the map sums over, from which oneDNN's contiguous form with AVX2 is faster by more
+than the copies that it needs."""
 
 _FEW_POSITIONS = 512
 """Positions of the result below which contiguous copies pay at ``vendor.WIDE`` channels."""
@@ -57,6 +61,9 @@ def covers_convolution(
     where it finishes the map (``finishing``), one of nearly whole vectors of output channels: the pass that
     finishes it falls away. In 16 bits, where oneDNN has twice the rate: small ones, and up to two output
     channels.
+
+    With AVX2 oneDNN's two forms round alike and take two thirds of our time for 16 and more channels on both
+    sides: small ones are left, up to 8 output channels, and up to 16 where it finishes the map.
     """
     form = _form(x, weight, geometry)
     return form is not None and not geometry[3] and _faster(form, finishing)
@@ -111,7 +118,9 @@ def _is_small(form: _Form, products: float) -> bool:
     dtype, x, *_ = form
     if dtype != torch.float32:
         return products <= _NARROW_PRODUCTS
-    return products <= (_NATIVE_PRODUCTS if len(x) == 4 and _is_native(form) else _PRODUCTS)
+    if len(x) == 4 and _is_native(form):
+        return products <= _NATIVE_PRODUCTS
+    return products <= (_AVX2_PRODUCTS if form[-1] == "avx2" else _PRODUCTS)
 
 
 def _is_native(form: _Form) -> bool:
@@ -123,8 +132,8 @@ def _is_native(form: _Form) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _faster(form: _Form, finishing: bool) -> bool:
-    dtype, x, weight, stride, *_ = form
+def _faster(form: _Form, finishing: bool, gradient: bool = False) -> bool:
+    dtype, x, weight, stride, *_, instructions = form
     out, narrow, (co, ci, *_) = _output(form), dtype != torch.float32, weight
     if not out:
         return False
@@ -134,8 +143,11 @@ def _faster(form: _Form, finishing: bool) -> bool:
         return co <= 2
     if co <= 8 or (len(x) == 5 and _is_native(form)):
         return True
-    if max(stride) == 1 and _by_winograd(dtype, x[0], out, weight, form[-1]):
+    if max(stride) == 1 and _by_winograd(dtype, x[0], out, weight, instructions):
         return True
+    if instructions == "avx2":
+        # the contiguous form of the gradient at the map rounds less, unlike that of the convolution
+        return _LONG <= ci < _HALF_WIDE if gradient else finishing and ci <= 16 and 15 <= co <= 16
     if ci >= _LONG:
         # to copy a few positions costs less than to pack the weights of many channels
         return ci < vendor.WIDE or x[0] * math.prod(out) >= _FEW_POSITIONS
@@ -179,7 +191,7 @@ def _faster_gradients(
     turned = (weight[1], weight[0], *kernel)
     mirrored = (dtype, (x[0], weight[0], *out), turned, stride, back, dilation, instructions)
     native = len(x) == 5 and _is_native(form) and bool(_output(mirrored))
-    return native or _faster(mirrored, False), _weight_gradient(form)
+    return native or _faster(mirrored, False, True), _weight_gradient(form)
 
 
 def _weight_gradient(form: _Form) -> bool:
@@ -193,7 +205,7 @@ def _weight_gradient(form: _Form) -> bool:
     small = _is_small(form, x[0] * math.prod(out) * math.prod(weight) / filled)
     if small or _is_native(form):
         return True
-    if row < _SHORTEST_ROW or max(ci, co) > vendor.WIDE:
+    if row < _SHORTEST_ROW or max(ci, co) >= vendor.WIDE + (instructions != "avx2"):
         return False
     return instructions != "avx512" or ci % 16 != 0 or co % 16 != 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def convolution(
     """``torch.convolution`` of a map [N, Ci, *S]; [N, Co, *T].
 
     Args:
-        keep: where oneDNN's form of a bfloat16 weight is kept; it is made anew for each call otherwise.
+        keep: where oneDNN's form of the weight is kept; it is made anew for each call otherwise.
     """
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     bias = None if bias is None else layout.contiguous(bias)
@@ -45,7 +46,7 @@ def convolution(
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     small = small and (weight.shape[1] < WIDE // 4 or _sums_in_parts())
     plain = unsafe or (not transposed and long_sums(v, weight, small))
-    if keep is not None and not plain and not transposed and _packs(v):
+    if keep is not None and not plain and not transposed and _packs(v, weight, bias, geometry):
         form = v.shape, tuple(stride), tuple(padding), tuple(dilation), groups
         given = padding, stride, dilation, groups
         reorder, laid_out = torch.ops.mkldnn._reorder_convolution_weight, layout.vendors_weight
@@ -93,11 +94,8 @@ def convolution_backward(
             return convolution_backward(e, v, weight, stride, none, *rest)
         dv, dw = convolution_backward(e, reference.padded(v, padding), weight, stride, none, *rest)
         return reference.cropped(dv, padding) if needs[0] else dv, dw
-    # the gradient at a map of unit stride is a convolution, which sums over the other channels
-    summed = weight.shape[1] if transposed else weight.shape[0] // groups
-    sums = needs[0] and (transposed or max(stride) == 1) and summed >= WIDE
-    # the weight's own layout says that nothing has to be copied
-    wide = sums and weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
+    wide = weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
+    wide = wide and _prefers_contiguous(v, weight, stride, transposed, groups, needs)
     plain = wide or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
     plain = plain or _sums_by_groups(v, weight, groups, True)
     e, v = layout.vendors_map(e, plain), layout.vendors_map(v, plain)
@@ -150,8 +148,44 @@ def long_sums(v: Tensor, weight: Tensor, small: bool = False) -> bool:
         return False
     if small:
         return True
+    if not _sums_in_parts() and not _avoids_onednn(v, weight, 1):
+        # with AVX2 only products of matrices, which 1×1 convolutions are, round differently, and less so
+        pointwise = max(weight.shape[2:]) == 1
+        return weight.is_contiguous() and (
+            _is_heavy(v, weight) or (pointwise and width >= 2 * WIDE)
+        )
     few = v.shape[0] * math.prod(v.shape[2:]) < 256
     return width >= WIDE and (weight.is_contiguous() or not few)
+
+
+def _is_heavy(v: Tensor, weight: Tensor) -> bool:
+    """Whether a weight has so many values that copying a map twice takes less time than copying the weight."""
+    return weight.numel() >= v.numel()
+
+
+def _prefers_contiguous(
+    v: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    transposed: bool,
+    groups: int,
+    needs: tuple[bool, bool],
+) -> bool:
+    """Whether gradients of float32 maps on a CPU are taken contiguously, to round less or to be faster.
+
+    The gradient at a map of unit stride is a convolution that sums over the other channels: see ``long_sums``.
+    With AVX2 its channels-last form rounds visibly more from 32 channels on (1×1: from 128), and the weight's
+    takes 1.3 to 3.5 times as long for wide maps, but in 3D at unit stride.
+    """
+    if not _sums_in_parts() and _is_heavy(v, weight):
+        return True
+    spatial = not _sums_in_parts() and max(weight.shape[2:]) > 1
+    summed = weight.shape[1] if transposed else weight.shape[0] // groups
+    unit = max(stride) == 1
+    if needs[0] and (transposed or unit) and summed >= (WIDE // 4 if spatial else WIDE):
+        return True
+    slow = spatial and not (v.dim() == 5 and unit) and max(weight.shape[:2]) >= WIDE // 2
+    return slow and needs[1] and groups == 1
 
 
 def _sums_by_groups(v: Tensor, weight: Tensor, groups: int, gradient: bool) -> bool:
@@ -199,14 +233,16 @@ def _sums_in_parts() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def _packs(v: Tensor) -> bool:
-    """Whether oneDNN takes weights in a layout of its own for such a map."""
-    return (
-        v.dtype == torch.bfloat16
-        and v.device.type == "cpu"
-        and bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
-        and _has_bfloat16()
-    )
+def _packs(v: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> bool:
+    """Whether such a convolution is oneDNN's, which takes weights in a layout of its own."""
+    if v.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not torch.backends.mkldnn.enabled:
+        return False
+    if v.dtype == torch.float32:
+        shown = layout.vendors_map(v, False), weight, bias, *geometry, None
+        return bool(torch._C._select_conv_backend(*shown).name == "Mkldnn")
+    return v.dtype == torch.bfloat16 and _has_bfloat16()
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def unlaunched() -> Iterator[None]:
         patch.object(backends, "interpreting", lambda: True),
         patch.object(fallback, "STRICT", True),
         # a CPU's layout of weights, which its processor decides on
-        patch.object(vendor, "_packs", lambda v: False),
+        patch.object(vendor, "_packs", lambda *given: False),
     ):
         yield
 

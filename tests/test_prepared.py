@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_the_weight_itself(
     model, x = prepare(call, block(dims)), image(dims)
     found = [call(model, x) for _ in range(3)]
     assert made == [(32, 24, *(3,) * dims)]
-    monkeypatch.setattr(vendor, "_packs", lambda v: False)
+    monkeypatch.setattr(vendor, "_packs", lambda *given: False)
     for out in found:
         assert torch.equal(out, call(copy.deepcopy(model), x))
 
@@ -159,5 +159,36 @@ def test_gradients_and_other_types_use_the_weight_itself(made: list[tuple[int, .
         model(x).float().sum().backward()
     assert model.weight.grad is not None and model.weight.grad.any()
     with torch.no_grad():
-        model(x)
+        model.double()(x.double())
     assert not made
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="needs oneDNN")
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_inference_packs_float32_weights_of_the_vendors_convolutions(
+    dims: int, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+
+    def noted(weight: Tensor, *rest: object) -> Tensor:
+        made.append(tuple(weight.shape))
+        packed: Tensor = reorder(weight, *rest)
+        return packed
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", noted)
+    torch.manual_seed(0)
+    cls = fastfilm.ConvNormFiLM2d if dims == 2 else fastfilm.ConvNormFiLM3d
+    # no kernel of the extension takes a dilation
+    model, x = cls(24, 32, norm=norm, dilation=2, padding=2).eval(), image(dims)
+    with torch.no_grad():
+        first, again = model(x), model(x)
+        assert made == [(32, 24, *(3,) * dims)]
+        model.weight.data[3, 5, 1, 1] += 1
+        changed = model(x)
+        assert len(made) == 2
+        with fastfilm.backend("reference"):
+            truth = copy.deepcopy(model).double()(x.double())
+    assert torch.equal(first, again)
+    assert relative_error(changed, truth) < 2e-6 < relative_error(first, truth)

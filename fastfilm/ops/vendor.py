@@ -158,9 +158,13 @@ def long_sums(v: Tensor, weight: Tensor, small: bool = False) -> bool:
     return width >= WIDE and (weight.is_contiguous() or not few)
 
 
+_HEAVY = 1 << 16
+"""Values of a weight below which copying it takes no longer than the call does."""
+
+
 def _is_heavy(v: Tensor, weight: Tensor) -> bool:
     """Whether a weight has so many values that copying a map twice takes less time than copying the weight."""
-    return weight.numel() >= v.numel()
+    return weight.numel() >= max(v.numel(), _HEAVY)
 
 
 def _prefers_contiguous(

@@ -16,19 +16,17 @@ from .yardstick import relative_error
 
 pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
 
-PACKED = (
-    hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    and torch.backends.mkldnn.is_available()
-    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+ONEDNN = (
+    hasattr(torch.ops.mkldnn, "_convolution_pointwise") and torch.backends.mkldnn.is_available()
 )
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights that were packed, in order."""
     shapes: list[tuple[int, ...]] = []
-    if not PACKED:
-        pytest.skip("this PyTorch packs no bfloat16 weights on this CPU")
+    if not ONEDNN:
+        pytest.skip("this PyTorch packs no weights")
     reorder = torch.ops.mkldnn._reorder_convolution_weight
 
     def noted(weight: Tensor, *rest: object) -> Tensor:
@@ -38,6 +36,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", noted)
     return shapes
+
+
+@pytest.fixture
+def made(packed: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """``packed``, where bfloat16 weights are."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this PyTorch packs no bfloat16 weights on this CPU")
+    return packed
 
 
 def block(dims: int = 2) -> nn.Module:
@@ -163,31 +169,21 @@ def test_gradients_and_other_types_use_the_weight_itself(made: list[tuple[int, .
     assert not made
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="needs oneDNN")
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_inference_packs_float32_weights_of_the_vendors_convolutions(
-    dims: int, norm: str, monkeypatch: pytest.MonkeyPatch
+    dims: int, norm: str, packed: list[tuple[int, ...]]
 ) -> None:
-    made = []
-    reorder = torch.ops.mkldnn._reorder_convolution_weight
-
-    def noted(weight: Tensor, *rest: object) -> Tensor:
-        made.append(tuple(weight.shape))
-        packed: Tensor = reorder(weight, *rest)
-        return packed
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", noted)
     torch.manual_seed(0)
     cls = fastfilm.ConvNormFiLM2d if dims == 2 else fastfilm.ConvNormFiLM3d
     # no kernel of the extension takes a dilation
     model, x = cls(24, 32, norm=norm, dilation=2, padding=2).eval(), image(dims)
     with torch.no_grad():
         first, again = model(x), model(x)
-        assert made == [(32, 24, *(3,) * dims)]
+        assert packed == [(32, 24, *(3,) * dims)]
         model.weight.data[3, 5, 1, 1] += 1
         changed = model(x)
-        assert len(made) == 2
+        assert len(packed) == 2
         with fastfilm.backend("reference"):
             truth = copy.deepcopy(model).double()(x.double())
     assert torch.equal(first, again)

@@ -181,9 +181,10 @@ def _prefers_contiguous(
     With AVX2 its channels-last form rounds visibly more from 32 channels on (1×1: from 128), and the weight's
     takes 1.3 to 3.5 times as long for wide maps, but in 3D at unit stride.
     """
-    if not _sums_in_parts() and _is_heavy(v, weight):
+    alike = not _sums_in_parts()  # both layouts of a convolution round alike
+    if alike and _is_heavy(v, weight):
         return True
-    spatial = not _sums_in_parts() and max(weight.shape[2:]) > 1
+    spatial = alike and max(weight.shape[2:]) > 1
     summed = weight.shape[1] if transposed else weight.shape[0] // groups
     unit = max(stride) == 1
     if needs[0] and (transposed or unit) and summed >= (WIDE // 4 if spatial else WIDE):

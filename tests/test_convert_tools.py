@@ -6,11 +6,12 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastfilm
 
@@ -111,3 +112,85 @@ def test_many_models_of_a_class_do_not_share_what_is_compiled() -> None:
         converted = fastfilm.convert(model, copy=True, verbose=False)
         torch.testing.assert_close(converted(X), model(X), rtol=1e-4, atol=1e-5)
         assert fastfilm.conversion_report(converted).graphs == 1
+
+
+QUESTIONS: dict[str, Callable[[], bool]] = {
+    "compiler": lambda: torch.compiler.is_compiling(),
+    "dynamo": lambda: torch.compiler.is_dynamo_compiling(),
+    "deprecated": lambda: torch._dynamo.is_compiling(),
+}
+
+
+class Checking(nn.Module):
+    """Checks its input and output only where no compiler follows it, as smp's and MONAI's networks do."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        super().__init__()
+        self.layers, self.asked, self.checks = block(), asked, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.asked():
+            self.checks += 1
+            if x.shape[-1] % 2:
+                raise RuntimeError("an odd width")
+        y: Tensor = self.layers(x)
+        if not self.asked() and not bool(y.isfinite().all()):
+            raise ValueError("not finite")
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*is_compiling.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_model_that_asks_is_not_compiled(question: str) -> None:
+    model, converted = pair(lambda: Checking(QUESTIONS[question]))
+    for calls in (1, 2):
+        torch.testing.assert_close(converted(X), model(X), rtol=1e-4, atol=1e-5)
+        assert converted.checks == calls
+    with pytest.raises(RuntimeError, match="an odd width"):
+        converted(X[..., :-1])
+    with pytest.raises(ValueError, match="not finite"):
+        converted(X * float("nan"))
+    # errors do not leave the forward unconverted
+    converted(X)
+    again = fastfilm.convert(model, copy=True, verbose=False)
+    again(X)
+    for made in (converted, again):
+        assert len(fastfilm.conversion_report(made).fused) == 1
+    # a compiler that the user chose is still noticed
+    compiled = torch.compile(converted, backend="eager")
+    compiled(X[..., :-1])
+
+
+class WithoutAnnotations(nn.Module):
+    """``torch.jit.script`` takes the annotations of ``nn.Module`` for those of a class that has none."""
+
+    def __init__(self):  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.layers = block()
+        self.unknown_to_scripts = object()
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("own", ["none", "of the class", "of the module"])
+def test_scripts_leave_out_what_a_conversion_adds(own: str) -> None:
+    name, names = "__jit_ignored_attributes__", ["unknown_to_scripts"]
+    kind = type("Kind", (WithoutAnnotations,), {name: names} if own == "of the class" else {})
+
+    def make() -> nn.Module:
+        module: nn.Module = kind()
+        if own == "of the module":
+            module.__dict__[name] = names
+        return module.eval()
+
+    model, converted = pair(make)
+    fastfilm.convert(fastfilm.convert(converted, verbose=False), verbose=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(X)
+        torch.testing.assert_close(torch.jit.script(copy.deepcopy(converted))(X), expected)
+    torch.testing.assert_close(converted(X), expected, rtol=1e-4, atol=1e-5)
+    fastfilm.restore(converted)
+    assert vars(converted).keys() == vars(model).keys()
+    assert vars(converted).get(name) == vars(model).get(name)

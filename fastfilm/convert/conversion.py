@@ -21,6 +21,9 @@ from . import backend, closed, functions, polyfills
 from .report import Calls, Report
 
 KEY = "_fastfilm"
+IGNORED = "__jit_ignored_attributes__"
+"""Names of attributes that ``torch.jit.script`` leaves out."""
+
 RECOMPILE_LIMIT = 64
 """Compilations of one function of a model, in all its modes and shapes, before it runs as it is."""
 
@@ -42,6 +45,9 @@ _SETTINGS: dict[str, Any] = {
 
 _SIMPLE = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 """Types of arguments in which there is no tensor of a class of its own."""
+
+_ATTRIBUTES = (KEY, "_compiled_call_impl", "_replicate_for_data_parallel")
+"""What a converted module has of a conversion, and a restored one does not."""
 
 _numbers = itertools.count()
 
@@ -141,6 +147,7 @@ class Conversion:
         module: the converted one. rest, verbose: see ``convert``.
         calls: what its graphs held so far.
         fixed: each size of the inputs is compiled anew.
+        skipped: what TorchDynamo gave up in the present call, by its code: what not to compile from then on.
     """
 
     def __init__(self, module: nn.Module, rest: str, verbose: bool) -> None:
@@ -150,19 +157,22 @@ class Conversion:
     def renew(self) -> None:
         """Forgets everything that was compiled."""
         self.calls = Calls()
+        self.skipped: dict[types.CodeType, Any] = {}
         self.told, self.fixed = False, False
         self.plain: bool | None = None
         self.compiled: Callable[..., Any] | None = None
 
     def install(self) -> None:
         """Puts the conversion in front of the module's own call."""
-        self.module.__dict__["_compiled_call_impl"] = self
-        self.module.__dict__["_replicate_for_data_parallel"] = Replication(self.module)
+        kept = self.module.__dict__
+        kept["_compiled_call_impl"] = self
+        kept["_replicate_for_data_parallel"] = Replication(self.module)
+        ignored = getattr(self.module, IGNORED, ())
+        kept[IGNORED] = [*ignored, *(n for n in _ATTRIBUTES if n not in ignored)]
 
     def remove(self) -> None:
         """Takes the conversion away."""
-        for name in (KEY, "_compiled_call_impl", "_replicate_for_data_parallel"):
-            self.module.__dict__.pop(name, None)
+        _clean(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -177,7 +187,19 @@ class Conversion:
             given = pytree.tree_leaves((args, kwargs))
             if any(isinstance(t, Tensor) and type(t) not in subclasses.PLAIN for t in given):
                 return self._of_subclasses(call, given, args, kwargs)
-        result = call(*args, **kwargs)
+        return self._run(call, *args, **kwargs)
+
+    def _run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = call(*args, **kwargs)
+        except BaseException:
+            # an error of this call is no reason to leave later ones unconverted
+            self.skipped.clear()
+            raise
+        if self.skipped:
+            for code, strategy in self.skipped.items():
+                torch._C._dynamo.eval_frame.set_code_exec_strategy(code, strategy)
+            self.skipped.clear()
         if not self.told:
             self._tell()
         return result
@@ -196,10 +218,7 @@ class Conversion:
             self.plain = closed.is_closed(self.module)
         if len(origin) != len(others) or not self.plain or closed.is_watched(self.module):
             return self.module._call_impl(*args, **kwargs)
-        result = subclasses.through(call, origin, *args, **kwargs)
-        if not self.told:
-            self._tell()
-        return result
+        return self._run(subclasses.through, call, origin, *args, **kwargs)
 
     def _compile(self) -> Callable[..., Any]:
         def compiler(graph: Any, inputs: Any) -> Any:
@@ -243,28 +262,42 @@ class Replication:
 
     def __call__(self) -> Any:
         replica: Any = type(self.module)._replicate_for_data_parallel(self.module)
-        for name in (KEY, "_compiled_call_impl", "_replicate_for_data_parallel"):
-            replica.__dict__.pop(name, None)
+        _clean(replica)
         return replica
+
+
+def _clean(module: nn.Module) -> None:
+    """Takes away from ``module`` what a conversion put there."""
+    kept = module.__dict__
+    for name in _ATTRIBUTES:
+        kept.pop(name, None)
+    ignored = [n for n in kept.pop(IGNORED, ()) if n not in _ATTRIBUTES]
+    if ignored != list(getattr(module, IGNORED, ())):
+        kept[IGNORED] = ignored
 
 
 def _configured(callback: Any, conversion: Conversion) -> Any:
     """TorchDynamo's callback for what is not compiled yet, under settings of ours.
 
     A call that cannot be compiled, because it is wrong or because TorchDynamo fails, runs as it is this time, with
-    the errors that it has of its own.
+    the errors that it has of its own. Code that TorchDynamo gives up is skipped from the end of the call on.
     """
-    from torch._dynamo import exc
+    from torch._dynamo import exc, trace_rules
     from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
     faults = (exc.BackendCompilerFailed, exc.InternalTorchDynamoError)
 
     @functools.wraps(callback)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(frame: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             settings = _SETTINGS | {"automatic_dynamic_shapes": not conversion.fixed}
-            with torch._dynamo.config.patch(**settings):
-                return callback(*args, **kwargs)
+            with torch._dynamo.config.patch(**settings), polyfills.unnoticed():
+                found = callback(frame, *args, **kwargs)
+            given_up = found.guarded_code is None and found.apply_to_code
+            if given_up and not trace_rules.check(frame.f_code):
+                conversion.skipped[frame.f_code] = found.frame_exec_strategy
+                found.apply_to_code = False
+            return found
         except Exception as error:
             if isinstance(error, faults):
                 if fallback.STRICT:

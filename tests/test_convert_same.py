@@ -276,6 +276,20 @@ class Alias(nn.Module):
         return y, other
 
 
+class WrittenThroughView(nn.Module):
+    """A map that is written to through a view of another shape, before it is read for itself."""
+
+    def __init__(self, write: Callable[[Tensor], Any], read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.write, self.read = block(), write, read
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.block(x)
+        shown = y.view(y.shape[0], -1)
+        self.write(shown)
+        return self.read(y), shown
+
+
 class OnesOwnInput(nn.Module):
     """A forward that writes to its argument."""
 
@@ -430,6 +444,25 @@ def test_forwards_of_every_form_compute_what_they_did(form: str, training: bool)
 def test_a_view_of_a_map_writes_to_the_map() -> None:
     model, converted = pair(Alias)
     for ours, theirs in zip(converted.eval()(X), model.eval()(X), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("written", ["whole", "a part"])
+@pytest.mark.parametrize("read", ["sigmoid", "convolution"])
+def test_a_map_is_read_after_a_view_of_another_shape_was_written(written: str, read: str) -> None:
+    def write(shown: Tensor) -> None:
+        (shown if written == "whole" else shown[:, :3]).mul_(2)
+
+    def make() -> nn.Module:
+        reader: Callable[[Tensor], Tensor] = torch.sigmoid
+        if read == "convolution":
+            reader = nn.Conv2d(4, 4, 3, padding=1)
+        return WrittenThroughView(write, reader)
+
+    model, converted = pair(make)
+    for m in (model, converted):
+        m.eval()
+    for ours, theirs in zip(converted(X), model(X), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -194,3 +196,25 @@ def test_scripts_leave_out_what_a_conversion_adds(own: str) -> None:
     fastfilm.restore(converted)
     assert vars(converted).keys() == vars(model).keys()
     assert vars(converted).get(name) == vars(model).get(name)
+
+
+@pytest.mark.parametrize("way", ["training", "inference", "in parts", "restored", "copied"])
+def test_a_model_that_nobody_has_is_freed(way: str) -> None:
+    """TorchDynamo and our own memories hold neither a model nor what it was given."""
+    model: Any = Checking(torch.compiler.is_compiling) if way == "in parts" else Net()
+    converted: Any = fastfilm.convert(model.train(way != "inference"), verbose=False)
+    x = X.clone()
+    if way == "inference":
+        with torch.no_grad():
+            converted(x)
+    else:
+        converted(x).sum().backward()
+    if way == "copied":
+        copy.deepcopy(converted)(x).sum().backward()
+    fastfilm.conversion_report(converted)
+    if way == "restored":
+        fastfilm.restore(converted)
+    held = [weakref.ref(t) for t in (*converted.parameters(), *converted.modules(), x)]
+    del model, converted, x
+    gc.collect()
+    assert not [r() for r in held if r() is not None]

@@ -7,6 +7,7 @@ import functools
 import itertools
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -221,8 +222,11 @@ class Conversion:
         return self._run(subclasses.through, call, origin, *args, **kwargs)
 
     def _compile(self) -> Callable[..., Any]:
+        # TorchDynamo keeps the compiler for ever, and would keep the model with it
+        rest, watch = self.rest, weakref.WeakMethod(self._watch)
+
         def compiler(graph: Any, inputs: Any) -> Any:
-            return backend.compiled(graph, inputs, self.rest, watcher=self._watch)
+            return backend.compiled(graph, inputs, rest, watcher=watch())
 
         polyfills.register()
         context: Any = torch._dynamo.optimize(compiler)

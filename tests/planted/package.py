@@ -437,6 +437,13 @@ FAULTS = (
         "tests/test_convert_tools.py -k asks",
     ),
     Fault(
+        "convert-models-are-kept-for-ever",
+        "fastfilm/convert/conversion.py",
+        "weakref.WeakMethod(self._watch)",
+        "(lambda found=self._watch: found)",
+        "tests/test_convert_tools.py -k freed",
+    ),
+    Fault(
         "convert-checkpoints-draw-anew",
         "fastfilm/convert/backend.py",
         "_keep_checkpoints(module)",

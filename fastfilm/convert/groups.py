@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Group:
     dtype: torch.dtype
     conv: dict[str, Any] | None = None
     transposed: bool = False
-    members: list[fx.Node] = field(default_factory=list)
+    members: tuple[fx.Node, ...] = ()
     letters: str = ""
     norm: tuple[str, dict[str, Any]] | None = None
     activation: Activation = functions.NONE
@@ -172,7 +172,7 @@ class Finder:
             return "padding='same' is not symmetric for its kernel", None
         given["padding"] = padding
         channels = own.shape[1] * given["groups"] if transposed else own.shape[0]
-        return "", Group(x, dims, channels, out.dtype, given, transposed, [node])
+        return "", Group(x, dims, channels, out.dtype, given, transposed, (node,))
 
     def _norm(self, node: fx.Node) -> Group | None:
         return self._of_map(node) if node.target in functions.NORMS else None
@@ -203,11 +203,11 @@ class Finder:
 
     def _extend(self, group: Group) -> None:
         """Takes in what follows, as long as one block computes it and its value has the raw map's type."""
-        kept = self._state(group)
+        kept = vars(group).copy()
         while group.members:
             node = group.last
             if value(node).dtype == group.dtype or self._only_convolved(node):
-                kept = self._state(group)
+                kept = vars(group).copy()
             users = list(node.users)
             if len(users) != 1 or users[0] in self.taken or users[0].op == "output":
                 break
@@ -215,15 +215,7 @@ class Finder:
                 break
             if not self._take(group, node, users[0]):
                 break
-        members, group.letters, group.norm, activation, group.gamma, group.beta, group.drop = kept
-        group.members, group.activation = list(members), activation
-
-    @staticmethod
-    def _state(group: Group) -> tuple[Any, ...]:
-        return (
-            *(tuple(group.members), group.letters, group.norm),
-            *(group.activation, group.gamma, group.beta, group.drop),
-        )
+        vars(group).update(kept)
 
     def _only_convolved(self, node: fx.Node) -> bool:
         """Whether all that reads a map casts it anyway: convolutions under autocast."""
@@ -235,11 +227,11 @@ class Finder:
         """Adds ``user``, which reads ``node``, to a group if it can be its next step."""
         if list(user.all_input_nodes).count(node) != 1 or value(user) is None:
             return False
-        before = self._state(group)
+        before = vars(group).copy()
         letter = self._step(group, node, user)
         if letter is None:
             return False
-        group.members.append(user)
+        group.members += (user,)
         if letter and not (letter == "f" and group.letters.endswith("f")):
             group.letters += letter
         inside = {self.effects.order[m] for m in group.members}
@@ -248,9 +240,7 @@ class Finder:
             group.inputs(), first, user, inside
         ):
             return True
-        members, group.letters, group.norm, group.activation, *rest = before
-        group.gamma, group.beta, group.drop = rest
-        group.members = list(members)
+        vars(group).update(before)
         return False
 
     def _step(self, group: Group, node: fx.Node, user: fx.Node) -> str | None:
@@ -262,7 +252,7 @@ class Finder:
         activation = functions.activation_of(user)
         if activation is not None and activation[1] is node and "a" not in group.letters:
             group.activation = activation[0]
-            return "a" if self._fits_slope(group) else None
+            return "a" if fits_slope(group.activation, group.channels) else None
         if user.target in functions.CHANNEL_DROPOUTS and "d" not in group.letters:
             dims, form = functions.CHANNEL_DROPOUTS[user.target]
             given = bind(user, form)
@@ -324,13 +314,6 @@ class Finder:
         fits = not batch or same(batch[0], 1) or same(batch[0], shape(group.x)[0])
         return alone and fits and same(channels, group.channels)
 
-    def _fits_slope(self, group: Group) -> bool:
-        slope = group.activation.slope
-        if isinstance(slope, fx.Node):
-            size = shape(slope)
-            return len(size) == 1 and size[0] in (1, group.channels)
-        return slope is None or isinstance(slope, (int, float))
-
     @staticmethod
     def _is_idle_cast(group: Group, node: fx.Node, user: fx.Node) -> bool:
         """Whether a call gives the map's values in a type that holds them all."""
@@ -361,6 +344,14 @@ class Finder:
             return False
         weight = value(group.conv["weight"])
         return weight.shape[1] >= vendor.WIDE and weight.is_contiguous()
+
+
+def fits_slope(activation: Activation, channels: Any) -> bool:
+    """Whether the slope of an activation is none, a number, or one number of each channel or of all."""
+    if isinstance(activation.slope, fx.Node):
+        size = shape(activation.slope)
+        return len(size) == 1 and size[0] in (1, channels)
+    return activation.slope is None or isinstance(activation.slope, (int, float))
 
 
 def _padding(given: dict[str, Any], kernel: Iterable[int]) -> Any:

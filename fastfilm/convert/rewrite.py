@@ -13,7 +13,7 @@ from fastfilm.ops.recipe import Options
 from . import calls, functions, layouts
 from .effects import Effects, same, shape, value, writes
 from .functions import Activation, bind
-from .groups import Finder, Group, fit, operations
+from .groups import Finder, Group, fit, fits_slope, operations
 
 AS_FAST = "PyTorch's own layers, which are as fast here"
 
@@ -113,10 +113,7 @@ class Rewriter:
             users = list(node.users)
             acts = functions.activation_of(users[0]) if len(users) == 1 else None
             if acts is not None and acts[1] is node and users[0] not in self.finder.taken:
-                slope = acts[0].slope
-                size = shape(slope)
-                number = slope is None or isinstance(slope, (int, float))
-                fits = number or (len(size) == 1 and size[0] in (1, shape(node)[1]))
+                fits = fits_slope(acts[0], shape(node)[1])
                 near = self.effects.region[users[0]] == self.effects.region[node]
                 inside = [self.effects.order[users[0]]]
                 if fits and near and self.effects.untouched(operands, node, users[0], inside):

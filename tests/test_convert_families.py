@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import itertools
@@ -127,38 +128,45 @@ def test_errors_are_at_most_one_and_a_half_times_eagers(network: Any, form: str)
         m = copy.deepcopy(m)
         return training(network, m, x) | evaluation(network, m, x)
 
-    def pair(x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return run(model, x), run(copy.deepcopy(model).double(), x.double())
-
     x = drawn(0)
-    exact, ours = run(copy.deepcopy(model).double(), x.double()), run(converted, x)
-    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    eager = [
-        (run(model, x), exact),
-        (run(copy.deepcopy(model).to(memory_format=last), x.contiguous(memory_format=last)), exact),
-        pair(drawn(3)),
-    ]
-    with torch.backends.mkldnn.flags(enabled=False):
-        eager.append((run(model, x), exact))
+    double, last = copy.deepcopy(model).double(), copy.deepcopy(model)
+    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    last.to(memory_format=layout)
+    try:
+        eager = run(model, x)
+    except NotImplementedError:
+        # a type that PyTorch does not have for one of the layers
+        with pytest.raises(NotImplementedError):
+            run(converted, x)
+        return
+    exact, ours = run(double, x.double()), run(converted, x)
+    draws = [(eager, exact), (run(last, x.contiguous(memory_format=layout)), exact)]
+    with torch.backends.mkldnn.flags(enabled=False), contextlib.suppress(NotImplementedError):
+        draws.append((run(model, x), exact))
     assert ours.keys() == exact.keys()
     # an unlucky sum gets more draws of eager's error
-    for seed in range(4, 8):
-        bad = too_large(ours, exact, eager, torch.finfo(dtype).eps)
+    for seed in range(3, 12):
+        x = drawn(seed)
+        exact_of_x = run(double, x.double())
+        draws.append((run(model, x), exact_of_x))
+        bad = too_large(ours, exact, draws, torch.finfo(dtype).eps)
         if not bad:
             break
-        eager.append(pair(drawn(seed)))
+        draws.append((run(last, x.contiguous(memory_format=layout)), exact_of_x))
     assert not bad, bad
 
 
 def odd(network: Any, model: nn.Module) -> tuple[int, ...]:
-    """The shape of one sample, of odd sizes if the network takes them."""
+    """The shape of one sample, of odd sizes if the network takes them; of two where a norm needs them."""
     channels, *sizes = network.shape[1:]
-    shape = (1, channels, *(s - 3 - s % 2 for s in sizes))
-    try:
-        training(network, copy.deepcopy(model), torch.zeros(shape))
-    except Exception:
-        return (1, channels, *sizes)
-    return shape
+    for batch, less in itertools.product((1, 2), (3, 0)):
+        shape = (batch, channels, *(s - less for s in sizes))
+        try:
+            training(network, copy.deepcopy(model), torch.zeros(shape))
+        except Exception:
+            continue
+        return shape
+    raise AssertionError(f"{network.id} takes none of these shapes")
 
 
 def too_large(
@@ -178,8 +186,9 @@ def too_large(
         # a bias in front of a norm has no gradient but rounding
         dead = float(exact[name].norm()) < 1e-9 * largest
         small = dead and float((value.double() - exact[name]).norm()) < 80 * eps * largest
-        # the error of one number is one throw of dice
-        factor = 4.0 if value.numel() == 1 else 1.5
+        # the error of one number is one throw of dice; so is that of a sum of which 16 bits keep no digit
+        lost = eps > 1e-3 and theirs > 0.5
+        factor = 4.0 if value.numel() == 1 or lost else 1.5
         if not small and own > factor * theirs + 2 * eps:
             bad.append(f"{name}: {own:.2e}, eager's {theirs:.2e}")
     return bad

@@ -163,6 +163,45 @@ def test_a_model_that_asks_is_not_compiled(question: str) -> None:
     compiled(X[..., :-1])
 
 
+class Repeated(nn.Module):
+    """Blocks of one class that TorchDynamo gives up: it cannot go on behind a break inside of a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block(3, 3) for _ in range(2))
+        self.times = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = self.step(x)
+        return x
+
+    def step(self, x: Tensor) -> Tensor:
+        for layers in self.blocks:
+            x = layers(x)
+            if not bool(x.isfinite().all()):
+                raise ValueError("not finite")
+        return x
+
+
+def test_what_cannot_be_compiled_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import convert_frame
+
+    tried: list[str] = []
+    original = convert_frame._compile
+    monkeypatch.setattr(
+        convert_frame,
+        "_compile",
+        lambda code, *args, **kwargs: (tried.append(code.co_name), original(code, *args, **kwargs))[
+            1
+        ],
+    )
+    model, converted = pair(Repeated)
+    for _ in range(3):
+        torch.testing.assert_close(converted(X), model(X), rtol=1e-4, atol=1e-5)
+    assert tried.count("step") == 1, tried
+
+
 class WithoutAnnotations(nn.Module):
     """``torch.jit.script`` takes the annotations of ``nn.Module`` for those of a class that has none."""
 

@@ -198,7 +198,7 @@ class Conversion:
             self.skipped.clear()
             raise
         if self.skipped:
-            for code, strategy in self.skipped.items():
+            for code, strategy in list(self.skipped.items()):
                 torch._C._dynamo.eval_frame.set_code_exec_strategy(code, strategy)
             self.skipped.clear()
         if not self.told:
@@ -293,6 +293,9 @@ def _configured(callback: Any, conversion: Conversion) -> Any:
 
     @functools.wraps(callback)
     def run(frame: Any, *args: Any, **kwargs: Any) -> Any:
+        strategy = conversion.skipped.get(frame.f_code)
+        if strategy is not None:
+            return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
         try:
             settings = _SETTINGS | {"automatic_dynamic_shapes": not conversion.fixed}
             with torch._dynamo.config.patch(**settings), polyfills.unnoticed():

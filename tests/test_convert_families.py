@@ -112,8 +112,8 @@ def test_errors_are_at_most_one_and_a_half_times_eagers(network: Any, form: str)
 
     Eager's error is the largest of four draws: two inputs, and one of them with channels-last maps and without
     oneDNN. A short sum may come out nearly exact in all of them, so that no tensor is held to less than what
-    eager reaches in nine tenths of the network's. The form "odd" is one sample of odd sizes, or one of the usual
-    size for a network that refuses those.
+    eager reaches in nine tenths of the network's. The form "odd" is what the function of
+    that name gives.
     """
     dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
     model = build(network).to(dtype)
@@ -144,20 +144,22 @@ def test_errors_are_at_most_one_and_a_half_times_eagers(network: Any, form: str)
     with torch.backends.mkldnn.flags(enabled=False), contextlib.suppress(NotImplementedError):
         draws.append((run(model, x), exact))
     assert ours.keys() == exact.keys()
-    # an unlucky sum gets more draws of eager's error
-    for seed in range(3, 12):
+    # an unlucky sum gets more draws of eager's error; with few digits or few summands there are more of those
+    hard = form != "float32"
+    for seed in range(3, 12 if hard else 7):
         x = drawn(seed)
         exact_of_x = run(double, x.double())
         draws.append((run(model, x), exact_of_x))
         bad = too_large(ours, exact, draws, torch.finfo(dtype).eps)
         if not bad:
             break
-        draws.append((run(last, x.contiguous(memory_format=layout)), exact_of_x))
+        if hard:
+            draws.append((run(last, x.contiguous(memory_format=layout)), exact_of_x))
     assert not bad, bad
 
 
 def odd(network: Any, model: nn.Module) -> tuple[int, ...]:
-    """The shape of one sample, of odd sizes if the network takes them; of two where a norm needs them."""
+    """The shape of one sample, or of two where a norm needs them, of odd sizes if the network takes such."""
     channels, *sizes = network.shape[1:]
     for batch, less in itertools.product((1, 2), (3, 0)):
         shape = (batch, channels, *(s - less for s in sizes))

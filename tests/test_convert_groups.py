@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastfilm
 from fastfilm.convert.groups import fit
+from fastfilm.convert.rewrite import AS_FAST
 
 from .guided_diffusion import exact, small, stirred
 from .test_convert_same import compare
@@ -285,9 +286,56 @@ def test_guided_diffusions_unet_is_fused_without_condition(checkpoints: bool) ->
     fastfilm.convert(single := copy.deepcopy(plain), verbose=False)
     torch.testing.assert_close(single(x, steps), plain(x, steps), rtol=1e-4, atol=1e-4)
     report = fastfilm.conversion_report(single)
-    # TorchDynamo cannot follow the checkpoint of its attention, and its upsampled maps are concatenated at once
+    # in training, the convolutions of its upsampled maps are left alone
     assert report.flops_share() >= 0.75, report.table()
     assert any("film" in c.group for c in report.convolutions)
+    fastfilm.convert(still := copy.deepcopy(plain), verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(still(x, steps), plain(x, steps), rtol=1e-4, atol=1e-4)
+    assert fastfilm.conversion_report(still).flops_share() >= 0.9
+
+
+ENLARGED: dict[str, Callable[[Any, Tensor], Any]] = {
+    "nearest": lambda m, x: m.conv(F.interpolate(x, scale_factor=2)),
+    "of a sum": lambda m, x: m.conv(F.interpolate(x + x.roll(1, 2), (21, 17))),
+    "bilinear, read twice": lambda m, x: [
+        (up := F.interpolate(x, scale_factor=1.5, mode="bilinear")),
+        m.conv(up),
+    ],
+    "in front of two": lambda m, x: [
+        m.conv(up := F.interpolate(x, scale_factor=2)),
+        F.relu(m.norm(m.last(up))),
+    ],
+    "written to afterwards": lambda m, x: [
+        m.conv(F.interpolate(y := x * 2, scale_factor=2)),
+        y.add_(1),
+    ],
+    "written to before it is read": lambda m, x: [
+        up := F.interpolate(y := x * 2, scale_factor=2),
+        y.add_(1),
+        m.conv(up),
+    ],
+    "channels-last": lambda m, x: m.conv(
+        F.interpolate(x.contiguous(memory_format=torch.channels_last), scale_factor=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("form", ENLARGED)
+def test_enlarged_maps_in_front_of_convolutions(form: str, grad: bool) -> None:
+    """In inference the convolution reads the small map."""
+    torch.manual_seed(0)
+    layers = {"conv": conv(), "last": conv(), "norm": nn.BatchNorm2d(4)}
+    model = Forward(ENLARGED[form], **layers).double().eval()
+    converted = fastfilm.convert(model, copy=True, verbose=False)
+    x = X.double()
+    with torch.set_grad_enabled(grad):
+        ours, theirs = converted(x), model(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    first = fastfilm.conversion_report(converted).convolutions[0].group
+    kept = grad or "twice" in form or form.startswith("written")
+    assert first == (() if kept else ("pending", "conv")), first
 
 
 def test_networks_of_much_reshaping_are_compiled_for_each_size() -> None:
@@ -305,3 +353,16 @@ def test_networks_of_much_reshaping_are_compiled_for_each_size() -> None:
         x = torch.randn(2, 4, size, size)
         torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
     assert fastfilm.conversion_report(converted).graphs == 3
+
+
+def test_wide_layers_are_pytorchs_own_in_training_and_blocks_in_inference() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(128, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 128, 6, 6)
+    for grad in (True, False):
+        converted = fastfilm.convert(model, copy=True, verbose=False)
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
+        (found,) = fastfilm.conversion_report(converted).convolutions
+        assert found.group == ("conv", "norm", "act")
+        assert found.reason == (AS_FAST if grad else "")

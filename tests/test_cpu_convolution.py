@@ -10,6 +10,7 @@ from torch import Tensor
 import fastfilm
 from fastfilm.ops import conv as composed
 from fastfilm.ops import spec, vendor
+from fastfilm.ops.prepared import PreparedWeight
 
 from .yardstick import assert_as_good_as_eager, assert_threads_do_not_change_bits
 
@@ -178,6 +179,13 @@ AUDIT = [
     ((1, 64, 12, 12, 12), 4, 3, 2, True),
     ((2, 160, 8, 8, 8), 160, 3, 1, False),
     ((1, 128, 12, 9), 256, 3, 1, False),
+    # weights of more values than the map
+    ((2, 128, 4, 4), 128, 3, 1, False),
+    ((2, 256, 2, 2, 2), 192, 3, 1, False),
+    # products of matrices
+    ((2, 512, 12, 10), 64, 1, 1, False),
+    ((1, 1024, 9, 9), 300, 1, 1, False),
+    ((2, 300, 4, 5, 6), 130, 1, 1, False),
 ]
 
 
@@ -207,6 +215,8 @@ def test_every_route_rounds_as_little_as_contiguous_eager(
         found.append((eager(x, w, e), exact))
     xc, ec = spec.channels_last(x), spec.channels_last(e)
     y = composed._convolution(cpu, xc, w, None, geometry)
+    kept = composed._convolution(cpu, xc, w, None, geometry, PreparedWeight().pack)
+    assert_as_good_as_eager({"y": kept}, exact, found, torch.float32)
     dx, dw = composed._gradients(cpu, ec, xc, w, geometry, (True, True))
     assert dx is not None and dw is not None
     assert_as_good_as_eager({"y": y, "x": dx, "weight": dw}, exact, found, torch.float32)
@@ -326,6 +336,20 @@ def test_small_convolutions_are_its_own_and_large_ones_the_vendors(dtype: torch.
     assert cpu.covers_gradients(x, w, geometry)[0] == single
     x, w, _ = draw((2, 80, 64, 64), (3, 3), 80, dtype)
     assert cpu.covers_gradients(x, w, geometry)[0] == (single and vectors)
+
+
+@pytest.mark.skipif(_C.instruction_set() != "avx2", reason="measured with AVX2")
+def test_convolutions_of_many_weights_are_the_vendors() -> None:
+    geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    x, w, _ = draw((2, 128, 4, 4), (3, 3), 128, torch.float32)
+    assert not cpu.covers_convolution(x, w, geometry)
+    assert cpu.covers_gradients(x, w, geometry) == (False, False)
+    x, w, _ = draw((2, 64, 4, 4), (3, 3), 64, torch.float32)
+    assert cpu.covers_convolution(x, w, geometry)
+    # fewer, where the vendor has them in its own layout
+    assert not cpu.covers_convolution(x, w, geometry, True, packed=True)
+    x, w, _ = draw((2, 32, 4, 4), (3, 3), 32, torch.float32)
+    assert cpu.covers_convolution(x, w, geometry, True, packed=True)
 
 
 @pytest.mark.skipif(_C.instruction_set() == "baseline", reason="needs wide vectors")

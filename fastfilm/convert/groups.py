@@ -342,6 +342,9 @@ class Finder:
             return False
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
+        if not torch.is_grad_enabled():
+            # here ours keep the weight in oneDNN's layout
+            return False
         weight = value(group.conv["weight"])
         return weight.shape[1] >= vendor.WIDE and weight.is_contiguous()
 
@@ -371,9 +374,9 @@ def operations(node: fx.Node, given: dict[str, Any], transposed: bool) -> int:
     """Multiplications and additions of one call of a convolution."""
     out, x, weight = shape(node), shape(given["input"]), shape(given["weight"])
     places = x if transposed else out
-    return 2 * math.prod(map(_number, (places[0], *places[2:], *weight)))
+    return 2 * math.prod(map(number, (places[0], *places[2:], *weight)))
 
 
-def _number(size: Any) -> int:
+def number(size: Any) -> int:
     """A size, or what it was when the graph was made; asking adds no condition to the compiled code."""
     return size if isinstance(size, int) else int(size.node.hint or 0)

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastfilm.ops import maps
+
 from . import calls, functions
 from .effects import Effects, is_context, is_written_by_a_reader, storages, value
 
+_OURS = (calls.draw_channel_mask, maps.unwritten)
 _ASKING = frozenset(("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"))
 
 
@@ -51,7 +54,7 @@ def restore(
 def _is_free(node: fx.Node) -> bool:
     """Whether a call gives the same values for every layout of its maps."""
     target = node.target
-    if isinstance(target, (calls.Block, calls.Sum)) or target is calls.draw_channel_mask:
+    if isinstance(target, (calls.Block, calls.Sum)) or target in _OURS:
         return True
     if target is getattr:
         return node.args[1] in _ASKING

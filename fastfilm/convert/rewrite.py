@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fastfilm.ops import maps
 from fastfilm.ops.recipe import Options
 
 from . import calls, functions, layouts
 from .effects import Effects, same, shape, value, writes
 from .functions import Activation, bind
-from .groups import Finder, Group, fit, fits_slope, operations
+from .groups import Finder, Group, fit, fits_slope, number, operations
 
 AS_FAST = "PyTorch's own layers, which are as fast here"
 
@@ -72,6 +75,7 @@ class Rewriter:
         groups = {n: g for n, g in groups.items() if self._worth(g, lazy)}
         if not groups:
             return False
+        self._hand_on(lazy)
         made: set[fx.Node] = set()
         self.now: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
@@ -178,7 +182,7 @@ class Rewriter:
             parts: list[fx.Node] = list(given)  # type: ignore[arg-type]
             if any(self.effects.written_after(p, node) for p in parts if p not in found):
                 return False
-            return any(p in found for p in parts)
+            return any(p in found for p in parts) or _enlarges(node)
 
         while True:
             keep = {n for n in found if n.users and source(n) and all(takes(u, n) for u in n.users)}
@@ -200,6 +204,16 @@ class Rewriter:
             return False
         dims = len(shape(node))
         return dim in (1, 1 - dims) and all(len(shape(p)) == dims for p in parts)
+
+    def _hand_on(self, lazy: set[fx.Node]) -> None:
+        """Puts a call in front of enlarged tensors that makes of them maps which have views."""
+        for node in list(self.graph.nodes):
+            if node in lazy and _enlarges(node) and node.args[0] not in lazy:
+                x = node.args[0]
+                with self.graph.inserting_before(node):
+                    new = self.graph.call_function(maps.unwritten, (x,))
+                new.meta["example_value"] = value(x)
+                node.replace_input_with(x, new)
 
     def _how(self, node: fx.Node, lazy: set[fx.Node], sums: dict[fx.Node, _Sum]) -> bool | str:
         if node not in lazy:
@@ -324,6 +338,19 @@ def _geometry(own: dict[str, Any], group: Group) -> Any:
         each("output_padding"),
         own["groups"],
     )
+
+
+def _enlarges(node: fx.Node) -> bool:
+    """Whether a call enlarges a tensor that may as well stay small until a convolution reads it.
+
+    In training it is faster to keep the enlarged one than to make it twice.
+    """
+    if node.target is not F.interpolate or len(shape(node)) not in (4, 5):
+        return False
+    if torch.is_grad_enabled() or value(node).device.type != "cpu":
+        return False
+    before, after = shape(node.args[0])[2:], shape(node)[2:]
+    return math.prod(map(number, after)) > math.prod(map(number, before))
 
 
 def swishes(graph: fx.Graph) -> None:

@@ -77,7 +77,9 @@ def _convolution(
     keep: spec.Keep | None = None,
 ) -> Tensor:
     """The composed route's convolution, channels-last: the backend's own where it is the faster one."""
-    if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry):
+    if hasattr(kernels, "convolve") and kernels.covers_convolution(
+        v, weight, geometry, packed=keep is not None
+    ):
         y: Tensor = kernels.convolve(v, weight, bias, geometry[1], stride=geometry[0], keep=keep)
         return y
     return spec.channels_last(vendor.convolution(v, weight, bias, *geometry, keep))  # type: ignore[call-arg]
@@ -344,7 +346,9 @@ def conv_apply(
         )
     v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    if hasattr(kernels, "convolve") and kernels.covers_convolution(v, weight, geometry, True):
+    if hasattr(kernels, "convolve") and kernels.covers_convolution(
+        v, weight, geometry, True, keep is not None
+    ):
         affine = out_coef, out_act
         finished: Tensor = kernels.convolve(v, weight, bias, padding, *affine, stride, keep)
         return finished

@@ -22,6 +22,11 @@ _PRODUCTS, _AVX2_PRODUCTS, _NARROW_PRODUCTS, _NATIVE_PRODUCTS = 1 << 20, 1 << 23
 AVX2; 16 bits; a single 2D float32 sample, which it convolves without oneDNN."""
 
 
+_WEIGHTS, _PACKED_WEIGHTS = 1 << 13, 1 << 11
+"""Up to so many pairs of channels this holds for float32 with AVX2; beyond, most of our time is the reading of the
+weight. The second number is for weights that are kept in oneDNN's own layout."""
+
+
 _LONG = 32
 """Input channels from which oneDNN's channels-last sums round visibly more."""
 
@@ -50,7 +55,11 @@ _Form = tuple[Any, ...]
 
 
 def covers_convolution(
-    x: Tensor, weight: Tensor, geometry: tuple[Any, ...], finishing: bool = False
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[Any, ...],
+    finishing: bool = False,
+    packed: bool = False,
 ) -> bool:
     """Whether ``convolve`` is to be taken rather than PyTorch's convolution, as measured.
 
@@ -64,9 +73,12 @@ def covers_convolution(
 
     With AVX2 oneDNN's two forms round alike and take two thirds of our time for 16 and more channels on both
     sides: small ones are left, up to 8 output channels, and up to 16 where it finishes the map.
+
+    Args:
+        finishing: the map is finished too. packed: PyTorch's has the weight in oneDNN's own layout.
     """
     form = _form(x, weight, geometry)
-    return form is not None and not geometry[3] and _faster(form, finishing)
+    return form is not None and not geometry[3] and _faster(form, finishing, packed=packed)
 
 
 def covers_gradients(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> tuple[bool, bool]:
@@ -113,11 +125,13 @@ def _sizes(
     return [max(0, (s + 2 * p - k) // t + 1) for s, k, t, p in each]
 
 
-def _is_small(form: _Form, products: float) -> bool:
+def _is_small(form: _Form, products: float, packed: bool = False) -> bool:
     """Whether so many products take less time than PyTorch's call."""
-    dtype, x, *_ = form
+    dtype, x, (co, ci, *_), *_ = form
     if dtype != torch.float32:
         return products <= _NARROW_PRODUCTS
+    if form[-1] == "avx2" and co * ci > (_PACKED_WEIGHTS if packed else _WEIGHTS):
+        return False
     if len(x) == 4 and _is_native(form):
         return products <= _NATIVE_PRODUCTS
     return products <= (_AVX2_PRODUCTS if form[-1] == "avx2" else _PRODUCTS)
@@ -132,12 +146,12 @@ def _is_native(form: _Form) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _faster(form: _Form, finishing: bool, gradient: bool = False) -> bool:
+def _faster(form: _Form, finishing: bool, gradient: bool = False, packed: bool = False) -> bool:
     dtype, x, weight, stride, *_, instructions = form
     out, narrow, (co, ci, *_) = _output(form), dtype != torch.float32, weight
     if not out:
         return False
-    if _is_small(form, x[0] * math.prod(out) * math.prod(weight)):
+    if _is_small(form, x[0] * math.prod(out) * math.prod(weight), packed):
         return True
     if narrow:
         return co <= 2

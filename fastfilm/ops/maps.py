@@ -244,7 +244,7 @@ def join(parts: Sequence[Map]) -> Map:
 def max_pool(x: Map, kernel_size: int) -> Map:
     """``torch.nn.functional.max_pool2d`` or ``3d``, unwritten where that is possible."""
     dims = len(x.shape) - 2
-    found = _max_pool(dims)(_lazy(x), kernel_size)
+    found = _max_pool(dims)(unwritten(x), kernel_size)
     if found is not None:
         return found
     pool = F.max_pool2d if dims == 2 else F.max_pool3d
@@ -254,11 +254,11 @@ def max_pool(x: Map, kernel_size: int) -> Map:
 
 def interpolate(x: Map, **options: Any) -> Map:
     """``torch.nn.functional.interpolate``, unwritten where that is possible."""
-    found = _interpolate(_lazy(x), **options)
+    found = _interpolate(unwritten(x), **options)
     return F.interpolate(plain(x), **options) if found is None else found
 
 
-def _lazy(x: Map) -> Map:
+def unwritten(x: Map) -> Map:
     """A tensor as a map with nothing pending where no gradient is asked for and kernels can show it."""
     if not isinstance(x, Tensor) or torch.is_grad_enabled() or not direct(x) or x.numel() == 0:
         return x

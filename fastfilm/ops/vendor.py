@@ -45,7 +45,7 @@ def convolution(
     unsafe = reference.unsafe_channels_last(v) or _sums_by_groups(v, weight, groups, transposed)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     small = small and (weight.shape[1] < WIDE // 4 or _sums_in_parts())
-    plain = unsafe or (not transposed and long_sums(v, weight, small))
+    plain = unsafe or (not transposed and long_sums(v, weight, small, keep is not None))
     if keep is not None and not plain and not transposed and _packs(v, weight, bias, geometry):
         form = v.shape, tuple(stride), tuple(padding), tuple(dilation), groups
         given = padding, stride, dilation, groups
@@ -56,12 +56,39 @@ def convolution(
             convolve = torch.ops.mkldnn._convolution_pointwise
             y: Tensor = convolve(layout.vendors_map(v, False), packed, bias, *given, "none", [], "")
             return y
+    if plain and not unsafe and not small and _multiplies(v, weight, geometry):
+        return _product(v, weight, bias)
     v, weight = layout.vendors_map(v, plain), layout.vendors_weight(weight, plain)
     if small:
         return torch.ops.aten.mkldnn_convolution.default(
             v, weight, bias, padding, stride, dilation, groups
         )
     return torch.convolution(v, weight, bias, *geometry)
+
+
+def _multiplies(v: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> bool:
+    """Whether a convolution is one product of matrices: 1×1, without stride and padding."""
+    stride, padding, *_, groups = geometry
+    return (
+        weight[0, 0].numel() == 1 == max(stride) == groups
+        and not any(padding)
+        and v.dtype == torch.float32
+        and v.device.type == "cpu"
+    )
+
+
+def _product(v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution of a channels-last map as a product, which needs no copies and rounds as contiguous."""
+    n, ci, *size = v.shape
+    co, order = weight.shape[0], spec.channels_last_format(v.dim())
+    rows, columns = layout.vendors_map(v, False).movedim(1, -1), weight.reshape(co, ci).t()
+    y = torch.empty((n, co, *size), dtype=v.dtype, memory_format=order)
+    into, rows = y.movedim(1, -1).view(-1, co), rows.reshape(-1, ci)
+    if bias is None:
+        torch.mm(rows, columns, out=into)
+    else:
+        torch.addmm(bias, rows, columns, out=into)
+    return y
 
 
 def convolution_backward(
@@ -135,7 +162,7 @@ WIDE = 128
 """Input channels (of a group) from which float32 sums on a CPU are taken in the form that rounds less."""
 
 
-def long_sums(v: Tensor, weight: Tensor, small: bool = False) -> bool:
+def long_sums(v: Tensor, weight: Tensor, small: bool = False, packed: bool = False) -> bool:
     """Whether a channels-last convolution would round visibly more than a contiguous one.
 
     On a CPU oneDNN adds up all of a channels-last float32 sum in one register, so that its error grows with
@@ -151,9 +178,8 @@ def long_sums(v: Tensor, weight: Tensor, small: bool = False) -> bool:
     if not _sums_in_parts() and not _avoids_onednn(v, weight, 1):
         # with AVX2 only products of matrices, which 1×1 convolutions are, round differently, and less so
         pointwise = max(weight.shape[2:]) == 1
-        return weight.is_contiguous() and (
-            _is_heavy(v, weight) or (pointwise and width >= 2 * WIDE)
-        )
+        heavy = not packed and _is_heavy(v, weight)
+        return weight.is_contiguous() and (heavy or (pointwise and width >= 2 * WIDE))
     few = v.shape[0] * math.prod(v.shape[2:]) < 256
     return width >= WIDE and (weight.is_contiguous() or not few)
 

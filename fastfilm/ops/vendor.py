@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,31 +39,81 @@ def convolution(
     """
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     bias = None if bias is None else layout.contiguous(bias)
-    guarded = reference.guarded(convolution, v, weight, bias, *geometry, weight_gradient=False)
-    if guarded is not None:
+    kept = keep is not None
+    form = _form(v, weight, geometry, kept)
+    route = _routes.get(form) or _remember(form, _route(v, weight, geometry, kept))
+    if route.guarded:
+        guarded = reference.guarded(convolution, v, weight, bias, *geometry, weight_gradient=False)
+        assert guarded is not None
         return guarded
-    unsafe = reference.unsafe_channels_last(v) or _sums_by_groups(v, weight, groups, transposed)
-    small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
-    small = small and (weight.shape[1] < WIDE // 4 or _sums_in_parts())
-    plain = unsafe or (not transposed and long_sums(v, weight, small, keep is not None))
-    if keep is not None and not plain and not transposed and _packs(v, weight, bias, geometry):
-        form = v.shape, tuple(stride), tuple(padding), tuple(dilation), groups
+    if keep is not None and route.may_pack and _packs(v, weight, bias, geometry, form):
+        own = v.shape, tuple(stride), tuple(padding), tuple(dilation), groups
         given = padding, stride, dilation, groups
         reorder, laid_out = torch.ops.mkldnn._reorder_convolution_weight, layout.vendors_weight
         size = list(v.shape)
-        packed = keep(weight, form, lambda w: reorder(laid_out(w, False), *given, size))
+        packed = keep(weight, own, lambda w: reorder(laid_out(w, False), *given, size))
         if packed is not None:
             convolve = torch.ops.mkldnn._convolution_pointwise
             y: Tensor = convolve(layout.vendors_map(v, False), packed, bias, *given, "none", [], "")
             return y
-    if plain and not unsafe and not small and _multiplies(v, weight, geometry):
+    if route.product:
         return _product(v, weight, bias)
-    v, weight = layout.vendors_map(v, plain), layout.vendors_weight(weight, plain)
-    if small:
+    v, weight = layout.vendors_map(v, route.plain), layout.vendors_weight(weight, route.plain)
+    if route.small:
         return torch.ops.aten.mkldnn_convolution.default(
             v, weight, bias, padding, stride, dilation, groups
         )
     return torch.convolution(v, weight, bias, *geometry)
+
+
+class _Route(NamedTuple):
+    """How one form of convolution runs.
+
+    Attributes:
+        guarded: with the precautions of ``reference.precautions``.
+        plain: contiguous. small: by oneDNN, which PyTorch would not take. product: as a product of matrices.
+        may_pack: with a weight in oneDNN's layout, if it takes one.
+    """
+
+    guarded: bool
+    plain: bool = False
+    small: bool = False
+    product: bool = False
+    may_pack: bool = False
+
+
+_KEPT = 4096
+_routes: dict[Any, Any] = {}
+"""What was decided for each form of call, since to decide takes as long as a small convolution."""
+
+
+def _remember(form: Any, decided: Any) -> Any:
+    if len(_routes) >= _KEPT:
+        _routes.clear()
+    _routes[form] = decided
+    return decided
+
+
+def _form(v: Tensor, weight: Tensor, geometry: tuple[Any, ...], *more: Any) -> tuple[Any, ...]:
+    """All that a route depends on."""
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    return (
+        *(v.shape, v.dtype, v.device.type, weight.shape, weight.is_contiguous()),
+        *(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding)),
+        *(groups, torch.backends.mkldnn.enabled, more),
+    )
+
+
+def _route(v: Tensor, weight: Tensor, geometry: tuple[Any, ...], kept: bool) -> _Route:
+    *_, transposed, _, groups = geometry
+    if any(reference.precautions(v, weight, *geometry[:5], weight_gradient=False)):
+        return _Route(True)
+    unsafe = reference.unsafe_channels_last(v) or _sums_by_groups(v, weight, groups, transposed)
+    small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
+    small = small and (weight.shape[1] < WIDE // 4 or _sums_in_parts())
+    long = not unsafe and not transposed and long_sums(v, weight, small, kept)
+    product = long and not small and _multiplies(v, weight, geometry)
+    return _Route(False, unsafe or long, small, product, not (unsafe or long or transposed))
 
 
 def _multiplies(v: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> bool:
@@ -109,7 +159,10 @@ def convolution_backward(
         e: gradient at the output [N, Co, *T].
     """
     geometry = (stride, padding, dilation, transposed, output_padding)
-    wide, before = reference.precautions(v, weight, *geometry, weight_gradient=needs[1])
+    form = _form(v, weight, (*geometry, groups), "backward", needs)
+    wide, before, plain, doubled = _routes.get(form) or _remember(
+        form, _route_backward(v, weight, (*geometry, groups), needs)
+    )
     rest = dilation, transposed, output_padding, groups, needs
     if wide:
         dv, dw = convolution_backward(e.float(), v.float(), weight.float(), stride, padding, *rest)
@@ -121,20 +174,8 @@ def convolution_backward(
             return convolution_backward(e, v, weight, stride, none, *rest)
         dv, dw = convolution_backward(e, reference.padded(v, padding), weight, stride, none, *rest)
         return reference.cropped(dv, padding) if needs[0] else dv, dw
-    wide = weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
-    wide = wide and _prefers_contiguous(v, weight, stride, transposed, groups, needs)
-    plain = wide or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
-    plain = plain or _sums_by_groups(v, weight, groups, True)
     e, v = layout.vendors_map(e, plain), layout.vendors_map(v, plain)
     weight = layout.vendors_weight(weight, plain)
-    doubled = (
-        not plain
-        and not transposed
-        and not needs[1]
-        and max(stride) > 1
-        and weight.shape[0] <= _DOUBLED
-        and _avoids_onednn(v, weight, groups)
-    )
     if doubled:
         e, v = _with_zeros(e), _with_zeros(v)
     dv, dw, _ = torch.ops.aten.convolution_backward.default(
@@ -147,6 +188,27 @@ def convolution_backward(
         [*needs, False],
     )
     return dv[:1] if doubled else dv, dw
+
+
+def _route_backward(
+    v: Tensor, weight: Tensor, geometry: tuple[Any, ...], needs: tuple[bool, bool]
+) -> tuple[bool, bool, bool, bool]:
+    """Whether gradients are taken in float32, of a padded map, contiguously, and beside a sample of zeros."""
+    stride, _, _, transposed, _, groups = geometry
+    wide, before = reference.precautions(v, weight, *geometry[:5], weight_gradient=needs[1])
+    plain = weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
+    plain = plain and _prefers_contiguous(v, weight, stride, transposed, groups, needs)
+    plain = plain or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
+    plain = plain or _sums_by_groups(v, weight, groups, True)
+    doubled = (
+        not plain
+        and not transposed
+        and not needs[1]
+        and max(stride) > 1
+        and weight.shape[0] <= _DOUBLED
+        and _avoids_onednn(v, weight, groups)
+    )
+    return wide, before, plain, doubled
 
 
 def _overruns(v: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
@@ -264,8 +326,18 @@ def _sums_in_parts() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def _packs(v: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> bool:
+def _packs(
+    v: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], form: Any
+) -> bool:
     """Whether such a convolution is oneDNN's, which takes weights in a layout of its own."""
+    key = "packs", bias is None, form
+    found = _routes.get(key)
+    if found is None:
+        found = _remember(key, _is_onednns(v, weight, bias, geometry))
+    return bool(found)
+
+
+def _is_onednns(v: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> bool:
     if v.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not torch.backends.mkldnn.enabled:

@@ -105,8 +105,9 @@ def _form(v: Tensor, weight: Tensor, geometry: tuple[Any, ...], *more: Any) -> t
 
 
 def _route(v: Tensor, weight: Tensor, geometry: tuple[Any, ...], kept: bool) -> _Route:
-    *_, transposed, _, groups = geometry
-    if any(reference.precautions(v, weight, *geometry[:5], False)):
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    rest = padding, dilation, transposed, output_padding
+    if any(reference.precautions(v, weight, stride, *rest, weight_gradient=False)):
         return _Route(True)
     unsafe = reference.unsafe_channels_last(v) or _sums_by_groups(v, weight, groups, transposed)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
@@ -194,8 +195,9 @@ def _route_backward(
     v: Tensor, weight: Tensor, geometry: tuple[Any, ...], needs: tuple[bool, bool]
 ) -> tuple[bool, bool, bool, bool]:
     """Whether gradients are taken in float32, of a padded map, contiguously, and beside a sample of zeros."""
-    stride, _, _, transposed, _, groups = geometry
-    wide, before = reference.precautions(v, weight, *geometry[:5], needs[1])
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    rest = padding, dilation, transposed, output_padding
+    wide, before = reference.precautions(v, weight, stride, *rest, weight_gradient=needs[1])
     plain = weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
     plain = plain and _prefers_contiguous(v, weight, stride, transposed, groups, needs)
     plain = plain or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)

@@ -181,6 +181,7 @@ AUDIT = [
     ((1, 128, 12, 9), 256, 3, 1, False),
     # weights of more values than the map
     ((2, 128, 4, 4), 128, 3, 1, False),
+    ((2, 256, 4, 4), 128, 3, 1, False),
     ((2, 256, 2, 2, 2), 192, 3, 1, False),
     # products of matrices
     ((2, 512, 12, 10), 64, 1, 1, False),
@@ -341,7 +342,7 @@ def test_small_convolutions_are_its_own_and_large_ones_the_vendors(dtype: torch.
 @pytest.mark.skipif(_C.instruction_set() != "avx2", reason="measured with AVX2")
 def test_convolutions_of_many_weights_are_the_vendors() -> None:
     geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    x, w, _ = draw((2, 128, 4, 4), (3, 3), 128, torch.float32)
+    x, w, _ = draw((2, 256, 2, 2), (3, 3), 128, torch.float32)
     assert not cpu.covers_convolution(x, w, geometry)
     assert cpu.covers_gradients(x, w, geometry) == (False, False)
     x, w, _ = draw((2, 64, 4, 4), (3, 3), 64, torch.float32)

@@ -22,7 +22,7 @@ _PRODUCTS, _AVX2_PRODUCTS, _NARROW_PRODUCTS, _NATIVE_PRODUCTS = 1 << 20, 1 << 23
 AVX2; 16 bits; a single 2D float32 sample, which it convolves without oneDNN."""
 
 
-_WEIGHTS, _PACKED_WEIGHTS = 1 << 13, 1 << 11
+_WEIGHTS, _PACKED_WEIGHTS = 1 << 14, 1 << 11
 """Up to so many pairs of channels this holds for float32 with AVX2; beyond, most of our time is the reading of the
 weight. The second number is for weights that are kept in oneDNN's own layout."""
 

@@ -282,3 +282,30 @@ def test_strided_pointwise_convolutions_do_not_damage_the_heap() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_what_is_remembered_holds_for_one_form_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight gradient needs a padded map here, and the gradient at the map alone does not."""
+    monkeypatch.setattr(vendor, "_routes", {})
+    padded, pad = [], reference.padded
+
+    def note(x: Tensor, padding: list[int]) -> Tensor:
+        padded.append(True)
+        return pad(x, padding)
+
+    monkeypatch.setattr(reference, "padded", note)
+    torch.manual_seed(0)
+    x, w, e = torch.randn(2, 4, 2, 6, 6), torch.randn(4, 4, 3, 3, 3), torch.randn(2, 4, 2, 6, 6)
+    one, none = [1, 1, 1], [0, 0, 0]
+    for needs in ((True, False), (True, True), (True, False)):
+        padded.clear()
+        vendor.convolution_backward(e, x, w, one, one, one, False, none, 1, needs)
+        assert bool(padded) == needs[1], needs
+    # and as many routes as there are forms, each found again
+    forms = len(vendor._routes)
+    for size in (6, 7, 6):
+        y = torch.randn(1, 4, size, size)
+        vendor.convolution(
+            y, torch.ones(4, 4, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+        )
+    assert len(vendor._routes) == forms + 2

@@ -260,6 +260,13 @@ FAULTS = (
         "tests/test_vendor.py -k grouped",
     ),
     Fault(
+        "ops-route-of-another-gradient",
+        "fastfilm/ops/vendor.py",
+        'form = _form(v, weight, (*geometry, groups), "backward", needs)',
+        'form = _form(v, weight, (*geometry, groups), "backward")',
+        "tests/test_vendor.py -k remembered",
+    ),
+    Fault(
         "ops-slope-cast-twice",
         "fastfilm/ops/block.py",
         "tensors = (*tensors[:7], slope)",
@@ -400,6 +407,13 @@ FAULTS = (
         "if any(a < at < b and at not in inside for at in self.written.get(name, ())):",
         "if False:",
         "tests/test_convert_groups.py",
+    ),
+    Fault(
+        "convert-enlarges-what-is-written",
+        "fastfilm/convert/rewrite.py",
+        "if any(self.effects.written_after(p, node) for p in parts if p not in found):",
+        "if False:",
+        "tests/test_convert_groups.py -k enlarged",
     ),
     Fault(
         "convert-across-grad-modes",

@@ -113,7 +113,8 @@ def _route(v: Tensor, weight: Tensor, geometry: tuple[Any, ...], kept: bool) -> 
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     small = small and (weight.shape[1] < WIDE // 4 or _sums_in_parts())
     long = not unsafe and not transposed and long_sums(v, weight, small, kept)
-    product = long and not small and _multiplies(v, weight, geometry)
+    # with AVX-512 the contiguous form rounds less, and the product was not measured
+    product = long and not small and not _sums_in_parts() and _multiplies(v, weight, geometry)
     return _Route(False, unsafe or long, small, product, not (unsafe or long or transposed))
 
 
@@ -340,6 +341,7 @@ def _packs(
 
 
 def _is_onednns(v: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> bool:
+    """``_packs`` as it is decided once for each form."""
     if v.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not torch.backends.mkldnn.enabled:

@@ -99,6 +99,20 @@ time.sleep(90)
     assert not any(alive(int(pid)) for pid in pids.read_text().split())
 
 
+def test_steps_that_time_nothing_run_beside_each_other(tmp_path: Path) -> None:
+    there = """
+import pathlib, time
+pathlib.Path(sys.argv[1], sys.argv[0][-4]).touch()
+while not pathlib.Path(sys.argv[1], {other!r}).exists():
+    time.sleep(0.01)
+"""
+    pair = [script(n, "import sys\n" + there.format(other=o), beside=True) for n, o in ("ab", "ba")]
+    wanted = [*pair, script("c", "", after=("a",), beside=True)]
+    assert [[s.name for s in g] for g in runner.together(wanted)] == [["a", "b"], ["c"]]
+    assert run(tmp_path / "out", wanted) == 0  # each of the two waits for the other
+    assert state(tmp_path / "out") == {"a": "ok", "b": "ok", "c": "ok"}
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and waits for its parent does not."""
     try:
@@ -272,7 +286,8 @@ def test_steps_need_only_earlier_ones_and_fit_into_their_time(device: str) -> No
         seen.append(step.name)
     if device == "cuda":
         essential = steps.steps(device)[: seen.index("users-command")]
-        assert sum(s.seconds for s in essential) + runner.RESERVED <= steps.ESSENTIAL
+        at_most = sum(max(s.seconds for s in group) for group in runner.together(essential))
+        assert at_most + runner.RESERVED <= steps.ESSENTIAL
 
 
 def test_the_essential_tests_exist() -> None:

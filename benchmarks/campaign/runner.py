@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -290,24 +291,49 @@ def run(
 def _steps(
     campaign: Campaign, wanted: Sequence[Step], only: Sequence[str], end: float, clock: Any
 ) -> None:
-    for step in campaign.order(wanted, only):
+    for group in together(campaign.order(wanted, only)):
         left = end - clock() - RESERVED
-        reason = campaign.why_not(step, left)
-        if reason is not None:
+        begun = []
+        for step in group:
+            reason = campaign.why_not(step, left)
+            if reason is None:
+                print(f"{step.name}: {step.why} …", flush=True)
+                begun.append(step)
+                continue
             if step.setup or step.name not in campaign.done:
                 campaign.done[step.name] = Done(SKIPPED, note=reason)
             print(f"{step.name}: not started, {reason}", flush=True)
-        else:
-            print(f"{step.name}: {step.why} …", end="", flush=True)
-            # what was cut short gets all the time that there is
-            cut = step.name in campaign.done and campaign.done[step.name].status == CUT
-            found = campaign.run(step, left if cut else min(step.seconds, left))
+        # what was cut short gets all the time that there is
+        cut = {n for n, d in campaign.done.items() if d.status == CUT}
+        bounds = [left if s.name in cut else min(s.seconds, left) for s in begun]
+        for step, found in zip(begun, _run(campaign, begun, bounds), strict=True):
             campaign.done[step.name] = found
-            print(f" {found.status}, {found.seconds:.0f} s {found.note}".rstrip(), flush=True)
+            said = f"{step.name}: {found.status}, {found.seconds:.0f} s {found.note}"
+            print(said.rstrip(), flush=True)
             if step.setup and found.status in (FAILED, CUT):
                 log = (campaign.work / "logs" / f"{step.name}.log").read_text(errors="replace")
                 print("\n".join(log.splitlines()[-25:]), flush=True)
         campaign.publish(wanted)
+
+
+def _run(campaign: Campaign, steps: Sequence[Step], bounds: Sequence[float]) -> list[Done]:
+    """What became of steps that are begun at the same time."""
+    if len(steps) < 2:  # in this thread, where an interrupt ends it
+        return list(map(campaign.run, steps, bounds))
+    with ThreadPoolExecutor(len(steps)) as pool:
+        return list(pool.map(campaign.run, steps, bounds))
+
+
+def together(ordered: Sequence[Step]) -> list[list[Step]]:
+    """Steps that follow one another and may run beside each other, as one group; every other one alone."""
+    groups: list[list[Step]] = []
+    for step in ordered:
+        free = groups and not {s.name for s in groups[-1]} & set(step.after)
+        if free and step.beside and groups[-1][-1].beside:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
 
 
 def draw(campaign: Campaign) -> None:

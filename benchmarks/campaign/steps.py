@@ -46,6 +46,7 @@ class Step:
         setup: makes what the others need, so that a campaign that goes on does it again.
         tells: the last line that it prints belongs into the report.
         checks: its result holds for the sources that it saw, so that it is done again where they have changed.
+        beside: it times nothing, so that those that follow one another run at the same time.
         environment: variables of its own.
     """
 
@@ -59,6 +60,7 @@ class Step:
     setup: bool = False
     tells: bool = False
     checks: bool = False
+    beside: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, values: Mapping[str, str]) -> list[str]:
@@ -115,7 +117,7 @@ def _sanitizer(tool: str) -> Step:
     )
     command += f" -m benchmarks.kernel_checks {checks} --few"
     why = f"compute-sanitizer {tool} on the CUDA convolutions"
-    return Step(tool, why, command, 25, after=("kernels",), checks=True)
+    return Step(tool, why, command, 90, after=("kernels",), checks=True, beside=True)
 
 
 def steps(device: str) -> list[Step]:
@@ -142,7 +144,8 @@ def _cuda() -> list[Step]:
         Step("binaries", "Triton's kernels, those compiled beforehand where their keys are this machine's",
              f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton --minutes {{minutes}}"
              " --only networks,layers", 65, setup=True, tells=True),
-        Step("smoke", "each kernel against float64, in a process of its own", SMOKE, 45, 15, checks=True),
+        Step("smoke", "each kernel against float64, in a process of its own", f"{SMOKE} --seconds 45", 90, 15,
+             checks=True),
         _suite("ceilings", "copy, L2, launch and matrix products", 20, "--device cuda"),
         _suite("routes", "the layers that decide, by route and direction", 70, ON_GPU, least=20),
         _suite("model", "whole networks, also from CUDA graphs", 60, f"{alone} --graphs", least=25),
@@ -150,9 +153,10 @@ def _cuda() -> list[Step]:
         Step("probes", "what wgmma reads and at what rate", f"{PROBES} --folder {BEFOREHAND}", 20, after=()),
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
-        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 40), 55, 15, checks=True),
-        Step("check", "every backend and route against float64", "{python} -m fastfilm check --quick", 25,
-             checks=True),
+        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 60), 90, 15, checks=True,
+             beside=True),
+        Step("check", "every backend and route against float64", "{python} -m fastfilm check --quick", 90,
+             checks=True, beside=True),
         Step("users-command", "python benchmarks/run.py, as in the README",
              f"{users} --plot {{work}}/steps/users-command.png", 180, 60, rows=True),
         Step("tune-2d", "tiles and plans of the 2D network's costliest shapes", TUNE, 75, 25),

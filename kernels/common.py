@@ -21,13 +21,16 @@ ACT_CODES = {
     "gelu_tanh": 6,
 }
 
+COLUMNS, WARPS = 8, 8
+"""Channels (32 bytes of a row) and warps of a program that adds up partial results."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 ADDS_IN_ROWS = tl.constexpr(INTERPRETED)
 """Whether ``tl.sum`` adds row after row (numpy, interpreted) and not as a tree (a GPU)."""
 
 
-def _interpreted_loop(*bounds: Any) -> range:
+def _interpreted_loop(*bounds: Any, num_stages: int = 1) -> range:
     """``range`` over scalars of Triton's interpreter, which holds them as arrays [1].
 
     Triton 3.6 makes an index of one by ``int(array)``, which NumPy refuses from 2.4 on.
@@ -159,6 +162,24 @@ def activate_slope_grad(z, ACT: tl.constexpr):
 
 
 @triton.jit
+def dithered(x, at, dtype: tl.constexpr):
+    """x in a 16-bit type: the value above or below, each with the probability that keeps the mean.
+
+    ``at``, a number of each element's own, takes the place of chance. To the nearest, the sum of a value of this
+    type and of less than half its last place would always be the value itself: a small gradient that all places
+    of a map have in common would vanish, though the sum over the map is made of it.
+    """
+    if (dtype == tl.bfloat16) or (dtype == tl.float16):
+        LOST: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+        h = at.to(tl.uint32) * 0x9E3779B1
+        h = (h ^ (h >> 15)) * 0x2C1B3C6D
+        bits = x.to(tl.uint32, bitcast=True) + (h >> (32 - LOST))
+        found = ((bits >> LOST) << LOST).to(tl.float32, bitcast=True)
+        x = tl.where(x != x, x, found)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_coef(coef_ptr, n, channel, mask, N, C):
     """Rows a, b, g, s, p, q, slope [BC] of sample n."""
     base = coef_ptr + n * C + channel
@@ -181,18 +202,58 @@ def affine(y, a, b, g, s, p, q, slope, ACT: tl.constexpr):
 
 
 @triton.jit
+def add_affine_grad(dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT: tl.constexpr):
+    """Gradient at y [R, BC], and the terms of five sums over rows added to ``dg`` … ``dslope`` [R, BC].
+
+    To add rows up takes far longer than the rest, so a kernel does it once, by ``sum_affine_grad``. Without an
+    activation two of the sums tell the others.
+    """
+    centred = y - p[None, :]
+    ds += dv
+    if ACT == 0:
+        da += dv * centred
+        dy = dv * g[None, :] * a[None, :]
+    else:
+        z = a[None, :] * centred + b[None, :]
+        dz = dv * g[None, :] * activate_grad(z, slope[None, :], ACT)
+        dg += dv * (activate(z, slope[None, :], ACT) - q[None, :])
+        da += dz * centred
+        db += dz
+        if (ACT == 2) or (ACT == 3):
+            dslope += dv * g[None, :] * activate_slope_grad(z, ACT)
+        dy = dz * a[None, :]
+    return dy, dg, ds, da, db, dslope
+
+
+@triton.jit
+def sum_affine_grad(a, b, g, q, dg, ds, da, db, dslope, ACT: tl.constexpr):
+    """What ``add_affine_grad`` has added up, over rows: of dv(h - q), dv, dz(y - p), dz, dslope."""
+    ds_all = row_sum(ds)
+    da_all = row_sum(da)
+    if ACT == 0:
+        dg_all = a * da_all + (b - q) * ds_all
+        da_all = g * da_all
+        db_all = g * ds_all
+    else:
+        dg_all = row_sum(dg)
+        db_all = row_sum(db)
+    dslope_all = ds_all * 0.0
+    if (ACT == 2) or (ACT == 3):
+        dslope_all = row_sum(dslope)
+    return dg_all, ds_all, da_all, db_all, dslope_all
+
+
+@triton.jit
 def affine_grad(dv, y, a, b, g, p, q, slope, ACT: tl.constexpr):
     """Gradient at y and the five sums over rows: of dv(h - q), dv, dz(y - p), dz, dslope."""
-    centred = y - p[None, :]
-    z = a[None, :] * centred + b[None, :]
-    h = activate(z, slope[None, :], ACT) - q[None, :]
-    dz = dv * g[None, :] * activate_grad(z, slope[None, :], ACT)
-    dg = row_sum(dv * h)
-    ds = row_sum(dv)
-    da = row_sum(dz * centred)
-    db = row_sum(dz)
-    dslope = row_sum(dv * g[None, :] * activate_slope_grad(z, ACT))
-    return dz * a[None, :], dg, ds, da, db, dslope
+    none = tl.zeros_like(dv)
+    dy, dg, ds, da, db, dslope = add_affine_grad(
+        dv, y, a, b, g, p, q, slope, none, none, none, none, none, ACT
+    )
+    dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
+        a, b, g, q, dg, ds, da, db, dslope, ACT
+    )
+    return dy, dg_all, ds_all, da_all, db_all, dslope_all
 
 
 @triton.jit
@@ -244,10 +305,10 @@ def coef_grad(partials: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
     """dcoef [7, N, C] from partial sums [N, T, 5, C]."""
     n, tiles, _, channels = partials.shape
     out = torch.empty_like(coef)
-    block = power_of_two(channels, 1, 32)
-    coef_grad_kernel[(n, triton.cdiv(channels, block))](
-        partials, coef, out, tiles, n, channels, BT=64, BC=block
-    )
+    coef_grad_kernel[(n, triton.cdiv(channels, COLUMNS))](
+        partials, coef, out, tiles, n, channels, BT=power_of_two(tiles, 1, 256), BC=COLUMNS,
+        num_warps=WARPS,
+    )  # fmt: skip
     return out
 
 
@@ -268,10 +329,10 @@ def sum_rows_kernel(part_ptr, out_ptr, R, W, BR: tl.constexpr, BW: tl.constexpr)
 def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Sums float32 ``partials`` [R, W] over R into ``out`` (W values, any float dtype)."""
     rows, width = partials.shape
-    block = power_of_two(width, 1, 128)
-    block_rows = power_of_two(rows, 1, 32)
+    block = power_of_two(width // 128, COLUMNS, 128)
+    block_rows = power_of_two(rows, 1, 4096 // block)
     sum_rows_kernel[(triton.cdiv(width, block),)](
-        partials, out, rows, width, BR=block_rows, BW=block
+        partials, out, rows, width, BR=block_rows, BW=block, num_warps=WARPS
     )
     return out
 
@@ -330,8 +391,8 @@ def finish_moments(partials: torch.Tensor, counts: torch.Tensor, total: int) -> 
     """Mean and variance [2, N, C] from partials [N, T, 2, C] and counts [N, T]."""
     n, tiles, _, channels = partials.shape
     out = torch.empty((2, n, channels), dtype=torch.float32, device=partials.device)
-    block = power_of_two(channels, 1, 16)
-    finish_moments_kernel[(n, triton.cdiv(channels, block))](
-        partials, counts, out, tiles, n, channels, float(total), BT=128, BC=block
-    )
+    finish_moments_kernel[(n, triton.cdiv(channels, COLUMNS))](
+        partials, counts, out, tiles, n, channels, float(total),
+        BT=power_of_two(tiles, 1, 512), BC=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
     return out

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from .common import (
     ACT_CODES,
+    add_affine_grad,
     affine,
-    affine_grad,
     channels_last,
     coef_grad,
     guard,
@@ -20,6 +20,7 @@ from .common import (
     loop,
     power_of_two,
     store_partials,
+    sum_affine_grad,
 )
 
 ELEMENTS = 4096
@@ -27,7 +28,7 @@ ELEMENTS = 4096
 
 NUM_WARPS = 4
 
-MAX_SLOTS = 4096
+MAX_SLOTS = 2048
 """Partial results over all samples; a longer map gives each program several blocks."""
 
 
@@ -76,12 +77,9 @@ def apply_backward_kernel(
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     cmask = channel < C
     a, b, g, _s, p, q, slope = load_coef(coef_ptr, n, channel, cmask, N, C)
-    dg = tl.zeros((BC,), tl.float32)
-    ds = tl.zeros((BC,), tl.float32)
-    da = tl.zeros((BC,), tl.float32)
-    db = tl.zeros((BC,), tl.float32)
-    dslope = tl.zeros((BC,), tl.float32)
-    for i in loop(iters):
+    dg = tl.zeros((BS, BC), tl.float32)
+    ds, da, db, dslope = dg, dg, dg, dg
+    for i in loop(0, iters, num_stages=3):  # the next blocks on their way
         voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         at = (n * S + voxel)[:, None] * C + channel[None, :]
         mask = (voxel < S)[:, None] & cmask[None, :]
@@ -89,15 +87,15 @@ def apply_backward_kernel(
         y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
         y = tl.where(mask, y, p[None, :])
         dv = tl.load(dv_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dy, dg_i, ds_i, da_i, db_i, dslope_i = affine_grad(dv, y, a, b, g, p, q, slope, ACT)
+        dy, dg, ds, da, db, dslope = add_affine_grad(
+            dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT
+        )
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
-        dg += dg_i
-        ds += ds_i
-        da += da_i
-        db += db_i
-        dslope += dslope_i
+    dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
+        a, b, g, q, dg, ds, da, db, dslope, ACT
+    )
     slot = n * tl.num_programs(0) + t
-    store_partials(part_ptr, slot, channel, cmask, C, dg, ds, da, db, dslope)
+    store_partials(part_ptr, slot, channel, cmask, C, dg_all, ds_all, da_all, db_all, dslope_all)
 
 
 def apply(y: torch.Tensor, coef: torch.Tensor, act: str, in_place: bool = False) -> torch.Tensor:

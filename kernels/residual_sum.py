@@ -16,14 +16,15 @@ from .common import (
     activate,
     activate_grad,
     activate_slope_grad,
+    add_affine_grad,
     affine,
-    affine_grad,
     channels_last,
     guard,
     load_coef,
     loop,
     power_of_two,
     row_sum,
+    sum_affine_grad,
 )
 from .pointwise import NUM_WARPS, blocks
 
@@ -120,12 +121,8 @@ def residual_backward_kernel(
         slope = _row(slope_ptr, channel, cmask)
     else:
         a, b, g, _s, p, q, slope = load_coef(coef_ptr, n, channel, cmask, N, C)
-    dg = tl.zeros((BC,), tl.float32)
-    ds = tl.zeros((BC,), tl.float32)
-    da = tl.zeros((BC,), tl.float32)
-    db = tl.zeros((BC,), tl.float32)
-    dslope = tl.zeros((BC,), tl.float32)
-    da2 = tl.zeros((BC,), tl.float32)
+    dg = tl.zeros((BS, BC), tl.float32)
+    ds, da, db, dslope, da2 = dg, dg, dg, dg, dg
     for i in loop(iters):
         voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         at = (n * S + voxel)[:, None] * C + channel[None, :]
@@ -140,29 +137,33 @@ def residual_backward_kernel(
             z = a[None, :] * centred + b[None, :] + scale2[None, :] * centred2
             dr = dv * activate_grad(z, slope[None, :], ACT)
             dy = dr * a[None, :]
-            da += row_sum(dr * centred)
-            db += row_sum(dr)
-            dslope += row_sum(dv * activate_slope_grad(z, ACT))
+            da += dr * centred
+            db += dr
+            dslope += dv * activate_slope_grad(z, ACT)
         else:
             dr = dv
-            dy, dg_i, ds_i, da_i, db_i, dslope_i = affine_grad(dv, y, a, b, g, p, q, slope, ACT)
-            dg += dg_i
-            ds += ds_i
-            da += da_i
-            db += db_i
-            dslope += dslope_i
-        da2 += row_sum(dr * centred2)
+            dy, dg, ds, da, db, dslope = add_affine_grad(
+                dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT
+            )
+        da2 += dr * centred2
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
         if dother_ptr is not None:
             dother = (dr * scale2[None, :]).to(dother_ptr.dtype.element_ty)
             tl.store(dother_ptr + at, dother, mask=mask)
+    if INSIDE:
+        da_all, db_all, dslope_all = row_sum(da), row_sum(db), row_sum(dslope)
+        dg_all, ds_all = tl.zeros_like(da_all), tl.zeros_like(da_all)
+    else:
+        dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
+            a, b, g, q, dg, ds, da, db, dslope, ACT
+        )
     base = part_ptr + (n * tl.num_programs(0) + t) * SUMS * C + channel
-    tl.store(base, dg, mask=cmask)
-    tl.store(base + C, ds, mask=cmask)
-    tl.store(base + 2 * C, da, mask=cmask)
-    tl.store(base + 3 * C, db, mask=cmask)
-    tl.store(base + 4 * C, dslope, mask=cmask)
-    tl.store(base + 5 * C, da2, mask=cmask)
+    tl.store(base, dg_all, mask=cmask)
+    tl.store(base + C, ds_all, mask=cmask)
+    tl.store(base + 2 * C, da_all, mask=cmask)
+    tl.store(base + 3 * C, db_all, mask=cmask)
+    tl.store(base + 4 * C, dslope_all, mask=cmask)
+    tl.store(base + 5 * C, row_sum(da2), mask=cmask)
 
 
 @triton.jit

@@ -15,13 +15,13 @@ from .common import (
     activate_grad,
     activate_slope_grad,
     channels_last,
+    dithered,
     finish_moments,
     guard,
     loop,
     row_sum,
     store_moments,
     sum_rows,
-    tile_moments,
 )
 from .pointwise import NUM_WARPS, blocks
 
@@ -36,6 +36,19 @@ def load_pre(pre_ptr, channel, mask, C, HAS_PRE: tl.constexpr):
         shift = tl.zeros_like(channel).to(tl.float32)
         slope = shift
     return shift, slope
+
+
+@triton.jit
+def _block(
+    y_ptr, n, start, channel, cmask, shift, slope, S, C, ACT: tl.constexpr, BS: tl.constexpr
+):
+    """act(y + shift) [BS, BC] of the voxels from ``start`` on, zero beyond the map, and which there are."""
+    voxel = start + tl.arange(0, BS)
+    valid = voxel < S
+    at = (n * S + voxel)[:, None] * C + channel[None, :]
+    y = tl.load(y_ptr + at, mask=valid[:, None] & cmask[None, :], other=0.0).to(tl.float32)
+    u = activate(y + shift[None, :], slope[None, :], ACT)
+    return tl.where(valid[:, None], u, 0.0), valid
 
 
 @triton.jit
@@ -57,26 +70,24 @@ def moments_kernel(
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     cmask = channel < C
     shift, slope = load_pre(pre_ptr, channel, cmask, C, HAS_PRE)
-    mean = tl.zeros((BC,), tl.float32)
-    m2 = tl.zeros((BC,), tl.float32)
-    seen = 0.0
-    for i in loop(iters):
-        start = (t.to(tl.int64) * iters + i) * BS
-        voxel = start + tl.arange(0, BS)
-        valid = voxel < S
-        at = (n * S + voxel)[:, None] * C + channel[None, :]
-        y = tl.load(y_ptr + at, mask=valid[:, None] & cmask[None, :], other=0.0).to(tl.float32)
-        u = activate(y + shift[None, :], slope[None, :], ACT)
-        count = tl.sum(valid.to(tl.float32), axis=0)
-        mean_i, m2_i = tile_moments(u, valid, tl.maximum(count, 1.0))
-        total = tl.maximum(seen + count, 1.0)
-        delta = mean_i - mean
-        share = count / total
-        mean += delta * share
-        m2 += m2_i + delta * delta * (seen * share)
-        seen += count
+    first = t.to(tl.int64) * iters * BS
+    # sums of deviations from the first block's mean: the variance is at least that between this block and the
+    # rest, so that taking one sum from the other costs at most log2(iters) bits
+    u, valid = _block(y_ptr, n, first, channel, cmask, shift, slope, S, C, ACT, BS)
+    near = row_sum(u) / tl.maximum(tl.sum(valid.to(tl.float32), axis=0), 1.0)
+    total = tl.zeros((BS, BC), tl.float32)
+    squares = tl.zeros((BS, BC), tl.float32)
+    for i in loop(0, iters, num_stages=3):  # the next blocks on their way
+        u, valid = _block(y_ptr, n, first + i * BS, channel, cmask, shift, slope, S, C, ACT, BS)
+        d = tl.where(valid[:, None], u - near[None, :], 0.0)
+        total += d
+        squares += d * d
+    seen = (tl.minimum(first + iters * BS, S) - tl.minimum(first, S)).to(tl.float32)
+    rest = row_sum(total) / tl.maximum(seen, 1.0)
+    m2 = row_sum(squares) - seen * rest * rest
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # NaN stays
     slot = n * tl.num_programs(0) + t
-    store_moments(part_ptr, count_ptr, slot, channel, cmask, C, mean, m2, seen)
+    store_moments(part_ptr, count_ptr, slot, channel, cmask, C, near + rest, m2, seen)
 
 
 @triton.jit
@@ -108,9 +119,9 @@ def moments_backward_kernel(
     dmean = tl.load(dstats_ptr + at_nc, mask=cmask, other=0.0) * scale
     dvar = tl.load(dstats_ptr + N * C + at_nc, mask=cmask, other=0.0) * (2.0 * scale)
     mean = tl.load(stats_ptr + at_nc, mask=cmask, other=0.0)
-    dshift = tl.zeros((BC,), tl.float32)
-    dslope = tl.zeros((BC,), tl.float32)
-    for i in loop(iters):
+    dshift = tl.zeros((BS, BC), tl.float32)
+    dslope = dshift
+    for i in loop(0, iters, num_stages=3):  # the next blocks on their way
         voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         mask = (voxel < S)[:, None] & cmask[None, :]
         at = (n * S + voxel)[:, None] * C + channel[None, :]
@@ -122,13 +133,14 @@ def moments_backward_kernel(
             dz += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_PRE:
             # of the whole gradient: taken apart, the two halves of it nearly cancel
-            dshift += row_sum(tl.where(mask, dz, 0.0))
-            dslope += row_sum(tl.where(mask, du * activate_slope_grad(z, ACT), 0.0))
-        tl.store(e_ptr + at, dz.to(e_ptr.dtype.element_ty), mask=mask)
+            dshift += tl.where(mask, dz, 0.0)
+            if (ACT == 2) or (ACT == 3):
+                dslope += tl.where(mask, du * activate_slope_grad(z, ACT), 0.0)
+        tl.store(e_ptr + at, dithered(dz, at, e_ptr.dtype.element_ty), mask=mask)
     if HAS_PRE:
         base = part_ptr + (n * tl.num_programs(0) + t) * 2 * C + channel
-        tl.store(base, dshift, mask=cmask)
-        tl.store(base + C, dslope, mask=cmask)
+        tl.store(base, row_sum(dshift), mask=cmask)
+        tl.store(base + C, row_sum(dslope), mask=cmask)
 
 
 def moments(y: torch.Tensor, pre: torch.Tensor | None, act: str) -> torch.Tensor:

@@ -3,10 +3,13 @@
 Along each axis a position of the result has up to T taps: an index into the map and a weight, padded with weight
 0. The result is the weighted sum, or the maximum, over all combinations. The gradient comes back in one pass as
 well, through the affine and with its sums: by the transposed taps, or to the first of a window's largest elements.
+
+A block of positions lies in one line of the map, so that the taps of depth and height are the same for all of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +19,18 @@ import triton.language as tl
 
 from .common import (
     ACT_CODES,
+    add_affine_grad,
     affine,
-    affine_grad,
     channels_last,
     coef_grad,
     guard,
     load_coef,
     loop,
+    power_of_two,
     store_partials,
+    sum_affine_grad,
 )
-from .pointwise import NUM_WARPS, blocks
+from .pointwise import MAX_SLOTS, NUM_WARPS
 
 Taps = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Per axis (depth, height, width; one position deep in 2D): index int32 and weight float32, [positions, T]."""
@@ -51,11 +56,21 @@ def _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF: tl.constexpr):
 
 @triton.jit
 def _tap(index_ptr, weight_ptr, position, t, inside, T: tl.constexpr):
+    """Index and weight of tap ``t`` of positions, or of one position."""
     at = position * T + t
     return (
         tl.load(index_ptr + at, mask=inside, other=0),
         tl.load(weight_ptr + at, mask=inside, other=0.0),
     )
+
+
+@triton.jit
+def _line(number, lines, width, BS: tl.constexpr):
+    """Of block ``number``: its line, its columns, and which of these there are."""
+    across = tl.cdiv(width, BS)
+    line = number // across
+    column = (number % across) * BS + tl.arange(0, BS)
+    return line, column, column < tl.where(line < lines, width, 0)
 
 
 @triton.jit
@@ -82,6 +97,9 @@ def gather_kernel(
     TZ: tl.constexpr,
     TY: tl.constexpr,
     TX: tl.constexpr,
+    UZ: tl.constexpr,
+    UY: tl.constexpr,
+    UX: tl.constexpr,
     MAXIMUM: tl.constexpr,
     HAS_COEF: tl.constexpr,
     ACT: tl.constexpr,
@@ -93,33 +111,48 @@ def gather_kernel(
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     cmask = channel < C
     coefs = _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF)
-    voxel = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
-    inside = voxel < SO
-    z, rest = voxel // (HO * WO), voxel % (HO * WO)
-    row, column = rest // WO, rest % WO
+    a, b, g, s, p, q, _slope = coefs
+    line, column, inside = _line(tl.program_id(0), SO // WO, WO, BS)
+    there = line < SO // WO
+    z, row = line // HO, line % HO
+    # behind a sum, an affine alone is applied once: it needs the sum of the weights
+    ONCE: tl.constexpr = HAS_COEF and (ACT == 0) and not MAXIMUM
     found = tl.zeros((BS, BC), tl.float32)
+    weights = tl.zeros((BS,), tl.float32)
     if MAXIMUM:
         found = found - float("inf")
-    for tz in range(TZ):
-        az, vz = _tap(iz_ptr, wz_ptr, z, tz, inside, TZ)
-        for ty in range(TY):
-            ay, vy = _tap(iy_ptr, wy_ptr, row, ty, inside, TY)
-            for tx in range(TX):
-                ax, vx = _tap(ix_ptr, wx_ptr, column, tx, inside, TX)
-                weight = vz * vy * vx
-                at = (n * S + (az.to(tl.int64) * H + ay) * W + ax)[:, None] * C + channel[None, :]
-                used = (inside & (weight != 0.0))[:, None] & cmask[None, :]
-                y = tl.load(y_ptr + at, mask=used, other=0.0).to(tl.float32)
-                v = _affine_of(y, coefs, ACT, HAS_COEF)
-                # the value that a written map would hold
-                v = v.to(out_ptr.dtype.element_ty).to(tl.float32)
-                if MAXIMUM:
-                    found = tl.where(used & ((v > found) | (v != v)), v, found)
+    for tx in tl.range(0, TX, loop_unroll_factor=UX):
+        ax, vx = _tap(ix_ptr, wx_ptr, column, tx, inside, TX)
+        part = tl.zeros((BS, BC), tl.float32)
+        weight = 0.0
+        for tz in tl.range(0, TZ, loop_unroll_factor=UZ):
+            az, vz = _tap(iz_ptr, wz_ptr, z, tz, there, TZ)
+            for ty in tl.range(0, TY, loop_unroll_factor=UY):
+                ay, vy = _tap(iy_ptr, wy_ptr, row, ty, there, TY)
+                used = (inside & (vz * vy * vx != 0.0))[:, None] & cmask[None, :]
+                start = (n * S + (az * H + ay).to(tl.int64) * W) * C
+                at = ax[:, None] * C + channel[None, :]
+                y = tl.load(y_ptr + start + at, mask=used, other=0.0).to(tl.float32)
+                if ONCE:
+                    part += vz * vy * (y - p[None, :])
+                    weight += vz * vy
                 else:
-                    found += tl.where(used, weight[:, None] * v, 0.0)
-    at = (n * SO + voxel)[:, None] * K + first + channel[None, :]
+                    v = _affine_of(y, coefs, ACT, HAS_COEF)
+                    # the value that a written map would hold
+                    v = v.to(out_ptr.dtype.element_ty).to(tl.float32)
+                    if MAXIMUM:
+                        found = tl.where(used & ((v > found) | (v != v)), v, found)
+                    else:
+                        part += tl.where(used, vz * vy * v, 0.0)
+        found += vx[:, None] * part
+        weights += vx * weight
+    if ONCE:
+        offset = (g * (b - q) + s)[None, :] * weights[:, None]
+        found = (g * a)[None, :] * found + offset
+    start = (n * SO + line.to(tl.int64) * WO) * K + first
     mask = inside[:, None] & cmask[None, :]
-    tl.store(out_ptr + at, found.to(out_ptr.dtype.element_ty), mask=mask)
+    out = out_ptr + start + (column[:, None] * K + channel[None, :])
+    tl.store(out, found.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -149,6 +182,9 @@ def gather_backward_kernel(
     TZ: tl.constexpr,
     TY: tl.constexpr,
     TX: tl.constexpr,
+    UZ: tl.constexpr,
+    UY: tl.constexpr,
+    UX: tl.constexpr,
     HAS_COEF: tl.constexpr,
     ACT: tl.constexpr,
     BS: tl.constexpr,
@@ -160,45 +196,45 @@ def gather_backward_kernel(
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     cmask = channel < C
     a, b, g, _s, p, q, slope = _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF)
-    dg = tl.zeros((BC,), tl.float32)
-    ds = tl.zeros((BC,), tl.float32)
-    da = tl.zeros((BC,), tl.float32)
-    db = tl.zeros((BC,), tl.float32)
-    dslope = tl.zeros((BC,), tl.float32)
+    dg = tl.zeros((BS, BC), tl.float32)
+    ds, da, db, dslope = dg, dg, dg, dg
     for i in loop(iters):
-        voxel = (program.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
-        inside = voxel < S
-        z, rest = voxel // (H * W), voxel % (H * W)
-        row, column = rest // W, rest % W
+        line, column, inside = _line(program * iters + i, S // W, W, BS)
+        there = line < S // W
+        z, row = line // H, line % H
         dv = tl.zeros((BS, BC), tl.float32)
-        for tz in range(TZ):
-            az, vz = _tap(iz_ptr, wz_ptr, z, tz, inside, TZ)
-            for ty in range(TY):
-                ay, vy = _tap(iy_ptr, wy_ptr, row, ty, inside, TY)
-                for tx in range(TX):
-                    ax, vx = _tap(ix_ptr, wx_ptr, column, tx, inside, TX)
-                    weight = vz * vy * vx
-                    to = n * SO + (az.to(tl.int64) * HO + ay) * WO + ax
-                    used = (inside & (weight != 0.0))[:, None] & cmask[None, :]
-                    at = to[:, None] * K + first + channel[None, :]
-                    d = tl.load(dout_ptr + at, mask=used, other=0.0).to(tl.float32)
-                    dv += tl.where(used, weight[:, None] * d, 0.0)
-        at = (n * S + voxel)[:, None] * C + channel[None, :]
+        for tx in tl.range(0, TX, loop_unroll_factor=UX):
+            ax, vx = _tap(ix_ptr, wx_ptr, column, tx, inside, TX)
+            part = tl.zeros((BS, BC), tl.float32)
+            for tz in tl.range(0, TZ, loop_unroll_factor=UZ):
+                az, vz = _tap(iz_ptr, wz_ptr, z, tz, there, TZ)
+                for ty in tl.range(0, TY, loop_unroll_factor=UY):
+                    ay, vy = _tap(iy_ptr, wy_ptr, row, ty, there, TY)
+                    used = (inside & (vz * vy * vx != 0.0))[:, None] & cmask[None, :]
+                    start = (n * SO + (az * HO + ay).to(tl.int64) * WO) * K + first
+                    at = ax[:, None] * K + channel[None, :]
+                    d = tl.load(dout_ptr + start + at, mask=used, other=0.0)
+                    part += vz * vy * d.to(tl.float32)
+            dv += vx[:, None] * part
+        start = (n * S + line.to(tl.int64) * W) * C
+        at = column[:, None] * C + channel[None, :]
         mask = inside[:, None] & cmask[None, :]
         dy = dv
         if HAS_COEF:
-            y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
             y = tl.where(mask, y, p[None, :])
-            dy, dg_i, ds_i, da_i, db_i, dslope_i = affine_grad(dv, y, a, b, g, p, q, slope, ACT)
-            dg += dg_i
-            ds += ds_i
-            da += da_i
-            db += db_i
-            dslope += dslope_i
-        tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+            dy, dg, ds, da, db, dslope = add_affine_grad(
+                dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT
+            )
+        tl.store(dy_ptr + start + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
     if HAS_COEF:
+        dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
+            a, b, g, q, dg, ds, da, db, dslope, ACT
+        )
         slot = n * tl.num_programs(0) + program
-        store_partials(part_ptr, slot, channel, cmask, C, dg, ds, da, db, dslope)
+        store_partials(
+            part_ptr, slot, channel, cmask, C, dg_all, ds_all, da_all, db_all, dslope_all
+        )
 
 
 @triton.jit
@@ -228,6 +264,9 @@ def maximum_backward_kernel(
     TZ: tl.constexpr,
     TY: tl.constexpr,
     TX: tl.constexpr,
+    UZ: tl.constexpr,
+    UY: tl.constexpr,
+    UX: tl.constexpr,
     HAS_COEF: tl.constexpr,
     ACT: tl.constexpr,
     BS: tl.constexpr,
@@ -240,64 +279,59 @@ def maximum_backward_kernel(
     cmask = channel < C
     coefs = _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF)
     a, b, g, _s, p, q, slope = coefs
-    dg = tl.zeros((BC,), tl.float32)
-    ds = tl.zeros((BC,), tl.float32)
-    da = tl.zeros((BC,), tl.float32)
-    db = tl.zeros((BC,), tl.float32)
-    dslope = tl.zeros((BC,), tl.float32)
+    dg = tl.zeros((BS, BC), tl.float32)
+    ds, da, db, dslope = dg, dg, dg, dg
     for i in loop(iters):
-        voxel = (program.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
-        inside = voxel < SO
-        z, rest = voxel // (HO * WO), voxel % (HO * WO)
-        row, column = rest // WO, rest % WO
+        line, column, inside = _line(program * iters + i, SO // WO, WO, BS)
+        there = line < SO // WO
+        z, row = line // HO, line % HO
         best = tl.zeros((BS, BC), tl.float32) - float("inf")
         where = tl.zeros((BS, BC), tl.int32)
-        for tz in range(TZ):
-            az, vz = _tap(iz_ptr, wz_ptr, z, tz, inside, TZ)
-            for ty in range(TY):
-                ay, vy = _tap(iy_ptr, wy_ptr, row, ty, inside, TY)
-                for tx in range(TX):
+        for tz in tl.range(0, TZ, loop_unroll_factor=UZ):
+            az, vz = _tap(iz_ptr, wz_ptr, z, tz, there, TZ)
+            for ty in tl.range(0, TY, loop_unroll_factor=UY):
+                ay, vy = _tap(iy_ptr, wy_ptr, row, ty, there, TY)
+                start = (n * S + (az * H + ay).to(tl.int64) * W) * C
+                for tx in tl.range(0, TX, loop_unroll_factor=UX):
                     ax, vx = _tap(ix_ptr, wx_ptr, column, tx, inside, TX)
-                    at = (n * S + (az.to(tl.int64) * H + ay) * W + ax)[:, None] * C + channel[
-                        None, :
-                    ]
                     used = (inside & (vz * vy * vx != 0.0))[:, None] & cmask[None, :]
-                    y = tl.load(y_ptr + at, mask=used, other=0.0).to(tl.float32)
+                    at = ax[:, None] * C + channel[None, :]
+                    y = tl.load(y_ptr + start + at, mask=used, other=0.0).to(tl.float32)
                     v = _affine_of(y, coefs, ACT, HAS_COEF)
                     v = v.to(y_ptr.dtype.element_ty).to(tl.float32)
                     larger = used & ((v > best) | (v != v))
                     best = tl.where(larger, v, best)
                     where = tl.where(larger, (tz * TY + ty) * TX + tx, where)
-        at = (n * SO + voxel)[:, None] * K + first + channel[None, :]
+        start = (n * SO + line.to(tl.int64) * WO) * K + first
         mask = inside[:, None] & cmask[None, :]
-        d = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        for tz in range(TZ):
-            az, vz = _tap(iz_ptr, wz_ptr, z, tz, inside, TZ)
-            for ty in range(TY):
-                ay, vy = _tap(iy_ptr, wy_ptr, row, ty, inside, TY)
-                for tx in range(TX):
+        at = column[:, None] * K + channel[None, :]
+        d = tl.load(dout_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        for tz in tl.range(0, TZ, loop_unroll_factor=UZ):
+            az, vz = _tap(iz_ptr, wz_ptr, z, tz, there, TZ)
+            for ty in tl.range(0, TY, loop_unroll_factor=UY):
+                ay, vy = _tap(iy_ptr, wy_ptr, row, ty, there, TY)
+                start = (n * S + (az * H + ay).to(tl.int64) * W) * C
+                for tx in tl.range(0, TX, loop_unroll_factor=UX):
                     ax, vx = _tap(ix_ptr, wx_ptr, column, tx, inside, TX)
-                    at = (n * S + (az.to(tl.int64) * H + ay) * W + ax)[:, None] * C + channel[
-                        None, :
-                    ]
                     used = (inside & (vz * vy * vx != 0.0))[:, None] & cmask[None, :]
+                    at = ax[:, None] * C + channel[None, :]
                     dv = tl.where(used & (where == (tz * TY + ty) * TX + tx), d, 0.0)
                     dy = dv
                     if HAS_COEF:
-                        y = tl.load(y_ptr + at, mask=used, other=0.0).to(tl.float32)
+                        y = tl.load(y_ptr + start + at, mask=used, other=0.0).to(tl.float32)
                         y = tl.where(used, y, p[None, :])
-                        dy, dg_i, ds_i, da_i, db_i, dslope_i = affine_grad(
-                            dv, y, a, b, g, p, q, slope, ACT
+                        dy, dg, ds, da, db, dslope = add_affine_grad(
+                            dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT
                         )
-                        dg += dg_i
-                        ds += ds_i
-                        da += da_i
-                        db += db_i
-                        dslope += dslope_i
-                    tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=used)
+                    tl.store(dy_ptr + start + at, dy.to(dy_ptr.dtype.element_ty), mask=used)
     if HAS_COEF:
+        dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
+            a, b, g, q, dg, ds, da, db, dslope, ACT
+        )
         slot = n * tl.num_programs(0) + program
-        store_partials(part_ptr, slot, channel, cmask, C, dg, ds, da, db, dslope)
+        store_partials(
+            part_ptr, slot, channel, cmask, C, dg_all, ds_all, da_all, db_all, dslope_all
+        )
 
 
 def _arguments(
@@ -306,18 +340,40 @@ def _arguments(
     """Tap tensors, sizes, and constants of a launch; ``size`` is the result's."""
     *_, h, w = y.shape
     *_, ho, wo = size
-    space, out = y[0, 0].numel(), 1
-    for s in size:
-        out *= s
+    space, out = y[0, 0].numel(), math.prod(size)
     numbers = [space, h, w, out, ho, wo, y.shape[0], y.shape[1], wide]
     constants = {f"T{axis}": taps[i][0].shape[1] for i, axis in enumerate("ZYX")}
+    constants |= _unrolled(constants["TZ"], constants["TY"], constants["TX"])
     constants |= {"HAS_COEF": coef is not None, "ACT": ACT_CODES[act]}
     return [t for pair in taps for t in pair], numbers, constants
 
 
-def tile(space: int, channels: int, batch: int) -> tuple[int, int]:
-    """(BS, BC) of ``gather_kernel``: that of a kernel that reduces, since taps want registers too."""
-    return blocks(space, channels, batch, reduces=True)[:2]
+ELEMENTS = 2048
+"""Elements of one block [BS, BC]."""
+
+LOADS = 8
+"""Taps of a position that are read at the same time; more would not fit into registers."""
+
+
+def _unrolled(tz: int, ty: int, tx: int) -> dict[str, int]:
+    """How often the loop over each axis' taps is unrolled: the inner ones first."""
+    left, found = LOADS, {}
+    for name, taps in (("UY", ty), ("UZ", tz), ("UX", tx)):
+        found[name] = taps if taps <= left else 1
+        left = left // taps if taps <= left else 1
+    return found
+
+
+def blocks(
+    size: Sequence[int], channels: int, batch: int, most: int = ELEMENTS
+) -> tuple[int, int, int, int]:
+    """(BS, BC, blocks per program, programs per sample) for positions ``size``, a block in one line."""
+    width, lines = size[-1], math.prod(size[:-1])
+    bc = power_of_two(channels, 1, 128)
+    bs = power_of_two(width, 1, most // bc)
+    total = lines * triton.cdiv(width, bs)
+    iters = max(1, triton.cdiv(total * batch, MAX_SLOTS))
+    return bs, bc, iters, triton.cdiv(total, iters)
 
 
 def gather_taps(
@@ -338,10 +394,11 @@ def gather_taps(
     """
     tensors, numbers, constants = _arguments(y, coef, act, taps, out.shape[2:], out.shape[1])
     n, c = y.shape[:2]
-    space = out[0, 0].numel()
-    bs, bc = tile(space, c, n)
+    size = out.shape[2:]
+    bs, bc, *_ = blocks(size, c, n)
+    programs = math.prod(size[:-1]) * triton.cdiv(size[-1], bs)
     with guard(y):
-        gather_kernel[(triton.cdiv(space, bs), triton.cdiv(c, bc), n)](
+        gather_kernel[(programs, triton.cdiv(c, bc), n)](
             y,
             y if coef is None else coef.contiguous(),
             out,
@@ -376,8 +433,10 @@ def gather_taps_backward(
     dy = channels_last(tuple(y.shape), y)
     if maximum:
         dy.zero_()  # a window does not reach everywhere
-    space = dout[0, 0].numel() if maximum else y[0, 0].numel()
-    bs, bc, iters, programs = blocks(space, c, n, reduces=True)
+    # the elements of a window want registers too
+    most = ELEMENTS // 2 if maximum else ELEMENTS
+    size = dout.shape[2:] if maximum else y.shape[2:]
+    bs, bc, iters, programs = blocks(size, c, n, most)
     plain = None if coef is None else coef.contiguous()
     partials = torch.empty(
         (n, programs, 5, c if coef is not None else 0), dtype=torch.float32, device=y.device
@@ -396,7 +455,7 @@ def gather_taps_backward(
             iters,
             BS=bs,
             BC=bc,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS if maximum else 2 * NUM_WARPS,
             **constants,
         )
         return dy, None if plain is None else coef_grad(partials, plain)

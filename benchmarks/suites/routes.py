@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, left_out, reference
+from fastfilm.ops import backends, conv, left_out, reference
 from fastfilm.ops.precision import float32_products
 
 from .. import blocks, emulation, report
@@ -196,8 +196,12 @@ class Truth:
         v = y = step.output()
         if isinstance(v, fastfilm.DeferredMap):
             # by its definition: the layer itself leaves the output pending
-            y, coef = v.raw, v.coef
-            v = y if coef is None else reference.materialise(y, coef, v.act)
+            raw, coef = v.raw, v.coef
+            biased, act = conv.adds_bias(v.plan), v.act
+            v = raw if coef is None else reference.materialise(raw, coef, act)
+            y = raw
+            if not biased and step.t.bias is not None:
+                y = raw.double() + reference.spread(step.t.bias, raw.dim()).double()
         assert isinstance(v, Tensor) and isinstance(y, Tensor)
         leaves = _named(step.raws, step.coefs, step.t) if direction != "forward" else {}
         with step.scope():

@@ -260,8 +260,9 @@ struct BasicRawGradient {
             const float du = dmean[i] + (u - mean[i]) * dvariance[i];
             e[i] += du * slope_z;
             at_slope[i] = du * slope_s;
+            y[i] = dithered<T>(e[i], offset + w + i);
           }
-          write_shared<T>(to, e);
+          write_shared<T>(to, y);
         } else if (in.given.scale) {
           load_row(constants + (kScale * kBlock + thread_index() % Box::kChunks * kV + w) * 4, shift);
 #pragma unroll

@@ -272,6 +272,7 @@ struct MomentsBackward {
           // of the whole gradient: taken apart, the two halves of it nearly cancel
           sums.row[0][i] += e[i];
           sums.row[1][i] += du * slope_s;
+          e[i] = dithered<T>(e[i], here.at[j] + i);
         }
         store_chunk(p.e + here.at[j], at.valid, p.aligned, e);
       }

@@ -250,6 +250,19 @@ FF_DEVICE Word16 pack16(const float (&v)[kLanes<T>]) {
   return word;
 }
 
+// v between the values of a 16-bit type: the one above or below, each with the probability that keeps the mean, where
+// `at`, a number of each element's own, takes the place of chance. To the nearest, the sum of a value of such a type and
+// of less than half its last place is always the value: what all places of a map have in common would be lost.
+template <class T>
+FF_DEVICE float dithered(float v, int64_t at) {
+  if constexpr (sizeof(T) == 4) return v;
+  constexpr int kLost = std::is_same_v<T, BFloat16> ? 16 : 13;
+  uint32_t h = static_cast<uint32_t>(at) * 0x9e3779b1u;
+  h = (h ^ (h >> 15)) * 0x2c1b3c6du;
+  const uint32_t bits = float_to_bits(v) + (h >> (32 - kLost));
+  return v == v ? bits_to_float(bits >> kLost << kLost) : v;
+}
+
 // What `launch` returned, with the kernel's name in front; empty if the launch was accepted.
 inline std::string launched(const char* kernel, const char* reason) {
   return reason ? std::string("the kernel ") + kernel + " failed: " + reason : std::string();

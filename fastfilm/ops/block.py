@@ -110,7 +110,11 @@ def run(
         y, _ = convolved(sources, weight, bias, None, "none", geometry, False, plan)
         return DeferredMap(y, None, "none", plan) if deferred else y
     added = None
-    if bias is not None and (kind.activation_first or kind.norm == "none"):
+    if bias is not None and not conv.adds_bias(plan):
+        if kind.activation_first and kind.uses_input:
+            # the op gives its gradient, which is that of the raw map
+            added, bias = bias.to(raw.dtype), bias.detach()
+    elif bias is not None and (kind.activation_first or kind.norm == "none"):
         # added before the raw map is rounded, where a sum near 0 must keep its sign
         added = bias.to(raw.dtype)
         if kind.uses_input:

@@ -3,8 +3,8 @@
     y, stats = conv(x, weight, bias, coef, act, pre, pre_act, …)
 
 x is the producer's raw map; coef and act say what is pending on it (None: nothing). bias is added
-before y is rounded to its dtype; it has a gradient where there are moments with ``pre`` (whose shift is then
-a constant), and is a constant otherwise. Only x, y and
+before y is rounded to its dtype, by the plans of which ``adds_bias`` says so; it has a gradient where there are
+moments with ``pre`` (whose shift is then a constant), and is a constant otherwise. Only x, y and
 [N, C]-sized numbers are kept for backward; the activated input is recomputed. In backward
 
     e   = dy + du/dy · (dmean + 2 (u - mean) dvar) / |S|      gradient at the raw output
@@ -33,6 +33,14 @@ _CONV = (
     "Tensor weight, Tensor? bias, Tensor? coef, str act, Tensor? pre, str pre_act, int[] stride, int[] padding,"
     " int[] dilation, bool transposed, int[] output_padding, int groups, bool moments, str plan"
 )
+
+
+def adds_bias(plan: str) -> bool:
+    """Whether a plan's convolution adds its bias; elsewhere y lacks it, and it is pending behind y.
+
+    A GPU's vendor would add it in a pass of its own, over the rounded map, and our passes read that map anyway.
+    """
+    return not plan.endswith("/composed") or plan.startswith("cpu/")
 
 
 def stats_like(y: Tensor) -> Tensor:
@@ -143,8 +151,26 @@ def conv_fwd(
         return kernels.fprop(
             x, weight, bias, coef, act, pre, pre_act, tuple(stride), tuple(padding), moments
         )
-    v = x if coef is None else kernels.apply(x, coef, act)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    added = bias if adds_bias(plan) else None
+    return composed(kernels, x, weight, added, coef, act, pre, pre_act, geometry, moments, keep)
+
+
+def composed(
+    kernels: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor | None,
+    act: str,
+    pre: Tensor | None,
+    pre_act: str,
+    geometry: tuple[Any, ...],
+    moments: bool,
+    keep: spec.Keep | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The convolution between passes of ``kernels``; ``bias`` is added before y is rounded."""
+    v = x if coef is None else kernels.apply(x, coef, act)
     y = _convolution(kernels, v, weight, bias, geometry, keep)
     stats = kernels.moments(y, pre, pre_act) if moments else absent(y, torch.float32)
     return y, stats

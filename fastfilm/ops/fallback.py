@@ -226,9 +226,14 @@ def _fprop(
     padding: tuple[int, ...],
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The composed route."""
-    tail = (*_geometry(stride, padding), moments, _COMPOSED)
-    return conv.conv_fwd(*(x, weight, bias, coef, act, pre, pre_act, *tail))
+    """The composed route, but with the bias in y."""
+    kernels, geometry = (
+        backends.BACKENDS[_COMPOSED.split("/")[0]].kernels(),
+        _geometry(stride, padding),
+    )
+    return conv.composed(
+        kernels, spec.channels_last(x), weight, bias, coef, act, pre, pre_act, geometry, moments
+    )
 
 
 def _fprop_apply(

@@ -264,7 +264,8 @@ def unwritten(x: Map) -> Map:
         return x
     plan = recipe.pointwise_plan(x)
     kernels = recipe.launchers(plan)
-    return DeferredMap(x, None, "none", plan) if hasattr(kernels, "gather") else x
+    shows = hasattr(kernels, "gather") or hasattr(kernels, "gather_taps")
+    return DeferredMap(x, None, "none", plan) if shows else x
 
 
 def layout_of(x: Tensor, v: Tensor) -> Tensor:

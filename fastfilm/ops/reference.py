@@ -322,6 +322,13 @@ def normalise(
     if norm == "none" or (norm == "instance" and u.shape[0] == 0):
         return u
     tensors = (weight, bias, running_mean, running_var)
+    if norm in ("group", "layer") and u.device.type == "cuda":
+        given = [t.dtype for t in (weight, bias) if t is not None]
+        wide = functools.reduce(torch.promote_types, given, u.dtype)
+        if {*given, u.dtype} != {wide}:  # PyTorch's kernel takes one type alone
+            w, b = (None if t is None else t.to(wide) for t in (weight, bias))
+            rest = num_groups, training, momentum, eps
+            return normalise(u.to(wide), norm, w, b, None, None, *rest).to(u.dtype)
     if not _mixes(u, tensors) or _negated(running_mean, running_var):
         # PyTorch refuses these types together, and does not move statistics that it negates when it reads them
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32

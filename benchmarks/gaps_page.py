@@ -28,8 +28,8 @@ ASSUMED = replace(cost.H200, l2=5.5e12, launch=3e-6)
 
 NEXT = {
     "dram": "one pass less: the gradient at the raw output in the prologues of dgrad and wgrad",
-    "l2": "tune: the backend cuda reads a halo tile into shared memory once for all taps, and has not been timed",
-    "matrix": "a pipeline with asynchronous copies and wgmma: the assumed share of the matrix rate is 0.35",
+    "l2": "convolutions of our own by wgmma, which read a halo tile once: by mma.sync they lose to the vendor's",
+    "matrix": "convolutions of our own by wgmma, with the passes around them inside",
     "launch": "a CUDA graph of the step, fewer small kernels for the coefficients",
 }
 """Limiter -> what would move it."""
@@ -58,8 +58,8 @@ def _state(results: Mapping[str, Any] | None) -> list[str]:
             "**No campaign has run on a GPU yet: no target has been measured, and none is claimed.** What stands"
             " here is what the cost model ([docs/benchmarks.md](../../docs/benchmarks.md)) says of the layers,"
             " from the copy and the matrix product of an H200 (4.3 TB/s, 790 TFLOP/s) and assumptions for the L2"
-            " (5.5 TB/s, nothing found in the L1), the launch (3 µs) and the shares of the matrix rate (0.35 for"
-            " the fused kernels, 0.5 for the vendor's). It says where to look first, not how fast anything is.",
+            " (5.5 TB/s, nothing found in the L1), the launch (3 µs) and the shares of the matrix rate (0.1 for"
+            " the fused kernels, 0.6 for the vendor's). It says where to look first, not how fast anything is.",
             "",
             "    bash benchmarks/gpu.sh --out DIR --minutes 9",
             "",

@@ -98,7 +98,7 @@ def _tests(nodes: Sequence[str], gpu: bool, seconds: int) -> str:
     command += " -m gpu" if gpu else ""  # without a GPU the tests that need one skip
     # plugins are used where they are: a GPU test is mostly compilation, which the host's cores share
     if importlib.util.find_spec("xdist") and gpu:
-        command += " -n 8"
+        command += " -n 12"
     if importlib.util.find_spec("pytest_timeout"):
         command += f" --timeout={seconds} --timeout-method=thread"
     return f"{command} {' '.join(nodes)}"

@@ -56,6 +56,8 @@ def collect(
         if rates:
             machine["matrix_tflops"] = rates
         rows += [{"step": step.name, **row} for row in data["rows"]]
+    if about.get("commit"):  # known too where there is no git
+        machine["commit"] = about["commit"]
     for key in ("command", "seconds", "started"):
         machine.pop(key, None)
     logs = {s.name: work / "logs" / f"{s.name}.log" for s in steps if " pytest " in s.command}

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import guard, loop, power_of_two
+from .common import cdiv, guard, loop, power_of_two
 
 NORMS = {"none": 0, "batch": 1, "instance": 2}
 ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
@@ -175,7 +175,7 @@ def block_coefficients_kernel(
             )
             kept_mean += mean
             kept_var += var
-            factor = weight / tl.sqrt_rn(var + eps)
+            factor = tl.div_rn(weight, tl.sqrt_rn(var + eps))
             k = factor * s
             offset = ((p + shift) * s - mean) * factor + bias
         film = _row(gamma_ptr, n * gamma_pitch + channel, cmask, 1.0)
@@ -277,7 +277,7 @@ def block_coefficients_backward_kernel(
                 USE_INPUT,
                 POSITION == 2,
             )
-            inverse = 1.0 / tl.sqrt_rn(var + eps)
+            inverse = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
             factor = weight * inverse
             away = (p + shift) * s - mean
             offset = away * factor + bias
@@ -368,7 +368,7 @@ def _readable(t: torch.Tensor | None) -> torch.Tensor | None:
         return None
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-    return t.detach().resolve_neg().contiguous()
+    return t.detach().resolve_neg().contiguous() if t.is_neg() or not t.is_contiguous() else t
 
 
 def block_coefficients(
@@ -391,7 +391,7 @@ def block_coefficients(
     slope = plain[9]
     constants = _constants(kind)
     with guard(coef):
-        block_coefficients_kernel[(triton.cdiv(c, constants["BLOCK"]),)](
+        block_coefficients_kernel[(cdiv(c, constants["BLOCK"]),)](
             *plain,
             coef,
             n,
@@ -434,7 +434,7 @@ def block_coefficients_backward(
         slope = torch.empty(c, dtype=torch.float32, device=dcoef.device)
     constants = _constants(kind)
     with guard(dcoef):
-        block_coefficients_backward_kernel[(triton.cdiv(c, constants["BLOCK"]),)](
+        block_coefficients_backward_kernel[(cdiv(c, constants["BLOCK"]),)](
             *plain[:9],
             dcoef.float().contiguous(),
             *grads[2:8],

@@ -43,8 +43,15 @@ loop = _interpreted_loop if INTERPRETED else tl.range
 
 
 def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one for a launch; nothing on the CPU."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    """Makes the tensor's GPU the current one for a launch; nothing where it is, and on the CPU."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own function takes many times as long on the host."""
+    return -(-a // b)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -305,7 +312,7 @@ def coef_grad(partials: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
     """dcoef [7, N, C] from partial sums [N, T, 5, C]."""
     n, tiles, _, channels = partials.shape
     out = torch.empty_like(coef)
-    coef_grad_kernel[(n, triton.cdiv(channels, COLUMNS))](
+    coef_grad_kernel[(n, cdiv(channels, COLUMNS))](
         partials, coef, out, tiles, n, channels, BT=power_of_two(tiles, 1, 256), BC=COLUMNS,
         num_warps=WARPS,
     )  # fmt: skip
@@ -331,7 +338,7 @@ def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     rows, width = partials.shape
     block = power_of_two(width // 128, COLUMNS, 128)
     block_rows = power_of_two(rows, 1, 4096 // block)
-    sum_rows_kernel[(triton.cdiv(width, block),)](
+    sum_rows_kernel[(cdiv(width, block),)](
         partials, out, rows, width, BR=block_rows, BW=block, num_warps=WARPS
     )
     return out
@@ -391,7 +398,7 @@ def finish_moments(partials: torch.Tensor, counts: torch.Tensor, total: int) -> 
     """Mean and variance [2, N, C] from partials [N, T, 2, C] and counts [N, T]."""
     n, tiles, _, channels = partials.shape
     out = torch.empty((2, n, channels), dtype=torch.float32, device=partials.device)
-    finish_moments_kernel[(n, triton.cdiv(channels, COLUMNS))](
+    finish_moments_kernel[(n, cdiv(channels, COLUMNS))](
         partials, counts, out, tiles, n, channels, float(total),
         BT=power_of_two(tiles, 1, 512), BC=COLUMNS, num_warps=WARPS,
     )  # fmt: skip

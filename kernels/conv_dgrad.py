@@ -15,6 +15,7 @@ from .common import (
     INTERPRETED,
     affine_grad,
     architecture,
+    cdiv,
     channels_last,
     coef_grad,
     guard,
@@ -187,13 +188,13 @@ def dgrad(
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
     s = stride[-1]
     c = config or pick(x.dtype, ci, co, -(-h // s), -(-w // s), architecture(x))
-    tiles = d * s * s * triton.cdiv(-(-h // s), c.th) * triton.cdiv(-(-w // s), c.tw)
+    tiles = d * s * s * cdiv(-(-h // s), c.th) * cdiv(-(-w // s), c.tw)
     dx = channels_last(tuple(x.shape), x)
     slots = tiles if coef is not None else 1
     partials = torch.empty((n, slots, 5, ci), dtype=torch.float32, device=x.device)
     coef = None if coef is None else coef.contiguous()
     with guard(x):
-        dgrad_kernel[(n * tiles, triton.cdiv(ci, c.bn))](
+        dgrad_kernel[(n * tiles, cdiv(ci, c.bn))](
             e,
             weight.contiguous(memory_format=_format(weight)),
             x,

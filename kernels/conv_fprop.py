@@ -19,6 +19,7 @@ from .common import (
     activate,
     affine,
     architecture,
+    cdiv,
     channels_last,
     finish_moments,
     guard,
@@ -244,12 +245,12 @@ def _launch(
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
     c = config or pick(x.dtype, ci, co, oh, ow, architecture(x))
     y = channels_last((n, co, *size), x)
-    tiles = od * triton.cdiv(oh, c.th) * triton.cdiv(ow, c.tw)
+    tiles = od * cdiv(oh, c.th) * cdiv(ow, c.tw)
     slots = tiles if moments else 1
     partials = torch.empty((n, slots, 2, co), dtype=torch.float32, device=x.device)
     counts = torch.empty((n, slots), dtype=torch.float32, device=x.device)
     with guard(x):
-        fprop_kernel[(n * tiles, triton.cdiv(co, c.bn))](
+        fprop_kernel[(n * tiles, cdiv(co, c.bn))](
             x,
             weight.contiguous(memory_format=_format(weight)),
             x if bias is None else bias.contiguous(),

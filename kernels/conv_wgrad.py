@@ -16,6 +16,7 @@ from .common import (
     ACT_CODES,
     INTERPRETED,
     affine,
+    cdiv,
     guard,
     load_coef,
     loop,
@@ -70,9 +71,9 @@ def split(batch: int, voxels: int, programs: int, bp: int) -> tuple[int, int, in
     """
     wanted = max(1, PROGRAMS // programs)
     groups = min(batch, wanted)
-    shares = max(1, min(triton.cdiv(voxels, 4 * bp), wanted // groups))
-    span = triton.cdiv(triton.cdiv(voxels, shares), bp) * bp
-    return groups, triton.cdiv(voxels, span), span
+    shares = max(1, min(cdiv(voxels, 4 * bp), wanted // groups))
+    span = cdiv(cdiv(voxels, shares), bp) * bp
+    return groups, cdiv(voxels, span), span
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def wgrad(
     od, oh, ow = as_3d(e.shape[2:])
     pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
     c = config or pick(x.dtype, ci, co)
-    blocks_m, blocks_n = triton.cdiv(co, c.bm), triton.cdiv(ci, c.bn)
+    blocks_m, blocks_n = cdiv(co, c.bm), cdiv(ci, c.bn)
     groups, shares, span = split(n, od * oh * ow, taps * blocks_m * blocks_n, c.bp)
     partials = torch.empty((groups * shares, co * taps * ci), dtype=torch.float32, device=x.device)
     dweight = torch.empty_like(weight, memory_format=_format(weight))

@@ -5,6 +5,9 @@ One program takes a block of voxels and channels of one sample, so that the coef
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +16,7 @@ from .common import (
     ACT_CODES,
     add_affine_grad,
     affine,
+    cdiv,
     channels_last,
     coef_grad,
     guard,
@@ -32,13 +36,14 @@ MAX_SLOTS = 2048
 """Partial results over all samples; a longer map gives each program several blocks."""
 
 
+@functools.lru_cache(maxsize=4096)
 def blocks(space: int, channels: int, batch: int, reduces: bool) -> tuple[int, int, int, int]:
     """(BS, BC, blocks per program, programs per sample) for a map [N, S, C]."""
     bc = power_of_two(channels, 1, 128)
     bs = power_of_two(space, 1, ELEMENTS // (2 * bc) if reduces else ELEMENTS // bc)
-    total = triton.cdiv(space, bs)
-    iters = max(1, triton.cdiv(total * batch, MAX_SLOTS)) if reduces else 1
-    return bs, bc, iters, triton.cdiv(total, iters)
+    total = cdiv(space, bs)
+    iters = max(1, cdiv(total * batch, MAX_SLOTS)) if reduces else 1
+    return bs, bc, iters, cdiv(total, iters)
 
 
 @triton.jit
@@ -101,10 +106,10 @@ def apply_backward_kernel(
 def apply(y: torch.Tensor, coef: torch.Tensor, act: str, in_place: bool = False) -> torch.Tensor:
     """v = g * (act(a * (y - p) + b) - q) + s for y [N, C, *S] channels-last, coef [7, N, C] float32."""
     v = y if in_place else channels_last(tuple(y.shape), y)
-    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     bs, bc, _, programs = blocks(space, channels, n, reduces=False)
     with guard(y):
-        apply_kernel[(programs, triton.cdiv(channels, bc), n)](
+        apply_kernel[(programs, cdiv(channels, bc), n)](
             y,
             coef.contiguous(),
             v,
@@ -124,12 +129,12 @@ def apply_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dy [N, C, *S] (in dv's memory if ``in_place``) and dcoef [7, N, C] of ``apply``."""
     dy = dv if in_place else channels_last(tuple(y.shape), y)
-    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     bs, bc, iters, programs = blocks(space, channels, n, reduces=True)
     coef = coef.contiguous()
     partials = torch.empty((n, programs, 5, channels), dtype=torch.float32, device=y.device)
     with guard(y):
-        apply_backward_kernel[(programs, triton.cdiv(channels, bc), n)](
+        apply_backward_kernel[(programs, cdiv(channels, bc), n)](
             dv,
             y,
             coef,

@@ -7,6 +7,8 @@ M is the affine of ``pointwise.apply``. Coefficients that are absent mean M(y) =
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from .common import (
     activate_slope_grad,
     add_affine_grad,
     affine,
+    cdiv,
     channels_last,
     guard,
     load_coef,
@@ -259,10 +262,10 @@ def residual(
 ) -> torch.Tensor:
     """v [N, C, *S] of y and other, channels-last of one dtype; coefficients [7, N, C], slope [C], float32."""
     v = channels_last(tuple(y.shape), y)
-    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     bs, bc, _, programs = blocks(space, channels, n, reduces=True)
     with guard(y):
-        residual_kernel[(programs, triton.cdiv(channels, bc), n)](
+        residual_kernel[(programs, cdiv(channels, bc), n)](
             y,
             _dense(coef),
             other,
@@ -295,7 +298,7 @@ def residual_backward(
     """Gradients of ``residual`` at y, coef, other (None unless ``at_other``), other_coef and slope."""
     dy = channels_last(tuple(y.shape), y)
     dother = channels_last(tuple(y.shape), y) if at_other else None
-    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     bs, bc, iters, programs = blocks(space, channels, n, reduces=True)
     coef, other_coef, slope = _dense(coef), _dense(other_coef), _dense(slope)
     dcoef, dother_coef = (None if c is None else torch.empty_like(c) for c in (coef, other_coef))
@@ -303,7 +306,7 @@ def residual_backward(
     partials = torch.empty((n, programs, 6, channels), dtype=torch.float32, device=y.device)
     inside, block = act == "none", power_of_two(channels, 1, 32)
     with guard(y):
-        residual_backward_kernel[(programs, triton.cdiv(channels, bc), n)](
+        residual_backward_kernel[(programs, cdiv(channels, bc), n)](
             dv,
             y,
             coef,
@@ -323,7 +326,7 @@ def residual_backward(
             BC=bc,
             num_warps=NUM_WARPS,
         )
-        residual_grad_kernel[(n, triton.cdiv(channels, block))](
+        residual_grad_kernel[(n, cdiv(channels, block))](
             partials,
             coef,
             other_coef,

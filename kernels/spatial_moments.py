@@ -5,6 +5,8 @@ Two stages: each program combines its blocks into (count, mean, M2); a second ke
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from .common import (
     activate,
     activate_grad,
     activate_slope_grad,
+    cdiv,
     channels_last,
     dithered,
     finish_moments,
@@ -115,7 +118,7 @@ def moments_backward_kernel(
     cmask = channel < C
     shift, slope = load_pre(pre_ptr, channel, cmask, C, HAS_PRE)
     at_nc = n * C + channel
-    scale = 1.0 / S
+    scale = tl.div_rn(1.0, S.to(tl.float32))  # Triton's / is off by up to two last places
     dmean = tl.load(dstats_ptr + at_nc, mask=cmask, other=0.0) * scale
     dvar = tl.load(dstats_ptr + N * C + at_nc, mask=cmask, other=0.0) * (2.0 * scale)
     mean = tl.load(stats_ptr + at_nc, mask=cmask, other=0.0)
@@ -145,12 +148,12 @@ def moments_backward_kernel(
 
 def moments(y: torch.Tensor, pre: torch.Tensor | None, act: str) -> torch.Tensor:
     """Mean and biased variance [2, N, C] float32 of act(y + shift), y [N, C, *S] channels-last."""
-    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     bs, bc, iters, programs = blocks(space, channels, n, reduces=True)
     partials = torch.empty((n, programs, 2, channels), dtype=torch.float32, device=y.device)
     counts = torch.empty((n, programs), dtype=torch.float32, device=y.device)
     with guard(y):
-        moments_kernel[(programs, triton.cdiv(channels, bc), n)](
+        moments_kernel[(programs, cdiv(channels, bc), n)](
             y,
             y if pre is None else pre.contiguous(),
             partials,
@@ -179,13 +182,13 @@ def moments_backward(
 
     dpre's first row is the sum of e: the gradient of the shift, and of a bias that y already has.
     """
-    n, channels, space = y.shape[0], y.shape[1], y[0, 0].numel()
+    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     bs, bc, iters, programs = blocks(space, channels, n, reduces=pre is not None)
     e = channels_last(tuple(y.shape), y)
     slots = n * programs if pre is not None else 1
     partials = torch.empty((slots, 2 * channels), dtype=torch.float32, device=y.device)
     with guard(y):
-        moments_backward_kernel[(programs, triton.cdiv(channels, bc), n)](
+        moments_backward_kernel[(programs, cdiv(channels, bc), n)](
             y if dy is None else dy,
             dstats.contiguous(),
             y,

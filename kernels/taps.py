@@ -9,6 +9,7 @@ A block of positions lies in one line of the map, so that the taps of depth and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from .common import (
     ACT_CODES,
     add_affine_grad,
     affine,
+    cdiv,
     channels_last,
     coef_grad,
     guard,
@@ -340,7 +342,7 @@ def _arguments(
     """Tap tensors, sizes, and constants of a launch; ``size`` is the result's."""
     *_, h, w = y.shape
     *_, ho, wo = size
-    space, out = y[0, 0].numel(), math.prod(size)
+    space, out = math.prod(y.shape[2:]), math.prod(size)
     numbers = [space, h, w, out, ho, wo, y.shape[0], y.shape[1], wide]
     constants = {f"T{axis}": taps[i][0].shape[1] for i, axis in enumerate("ZYX")}
     constants |= _unrolled(constants["TZ"], constants["TY"], constants["TX"])
@@ -364,6 +366,7 @@ def _unrolled(tz: int, ty: int, tx: int) -> dict[str, int]:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
 def blocks(
     size: Sequence[int], channels: int, batch: int, most: int = ELEMENTS
 ) -> tuple[int, int, int, int]:
@@ -371,9 +374,9 @@ def blocks(
     width, lines = size[-1], math.prod(size[:-1])
     bc = power_of_two(channels, 1, 128)
     bs = power_of_two(width, 1, most // bc)
-    total = lines * triton.cdiv(width, bs)
-    iters = max(1, triton.cdiv(total * batch, MAX_SLOTS))
-    return bs, bc, iters, triton.cdiv(total, iters)
+    total = lines * cdiv(width, bs)
+    iters = max(1, cdiv(total * batch, MAX_SLOTS))
+    return bs, bc, iters, cdiv(total, iters)
 
 
 def gather_taps(
@@ -396,9 +399,9 @@ def gather_taps(
     n, c = y.shape[:2]
     size = out.shape[2:]
     bs, bc, *_ = blocks(size, c, n)
-    programs = math.prod(size[:-1]) * triton.cdiv(size[-1], bs)
+    programs = math.prod(size[:-1]) * cdiv(size[-1], bs)
     with guard(y):
-        gather_kernel[(programs, triton.cdiv(c, bc), n)](
+        gather_kernel[(programs, cdiv(c, bc), n)](
             y,
             y if coef is None else coef.contiguous(),
             out,
@@ -443,7 +446,7 @@ def gather_taps_backward(
     )
     kernel = maximum_backward_kernel if maximum else gather_backward_kernel
     with guard(y):
-        kernel[(programs, triton.cdiv(c, bc), n)](
+        kernel[(programs, cdiv(c, bc), n)](
             dout,
             y,
             y if plain is None else plain,

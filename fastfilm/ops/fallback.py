@@ -87,7 +87,8 @@ def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
         args = [layout.values(a) if isinstance(a, Tensor) else a for a in given]
         if not failures or key(*args, **options) not in failures:
             try:
-                launcher = getattr(importlib.import_module(_KERNELS), name)
+                module = sys.modules.get(_KERNELS) or importlib.import_module(_KERNELS)
+                launcher = getattr(module, name)
                 return launcher(*args, **options, **(tiled(*args) if tiled else {}))
             except Exception as error:
                 if recoverable(error) and capture.capturing():

@@ -265,7 +265,7 @@ matrix rate, both measured in the same run.
 
 NO_CUDA = """## CUDA
 
-There is no CUDA table yet: no measurement on a GPU has been made. The same suite makes one,
+There is no CUDA table yet: this suite has not run on a GPU. It makes one,
 
     python benchmarks/run.py --suite peers --device cuda --minutes 25 \\
         --json benchmarks/results/peers-cuda.json

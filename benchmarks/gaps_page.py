@@ -85,7 +85,13 @@ def _targets(rows: targets.Rows) -> list[str]:
         if host := _host(rows, t):
             name, step = host, f"less Python for each launch; {step}"
         cells.append((t.figure, f"≥ {number(t.least)} {t.unit}", value, name or "-", step))
-    head = ("figure", "to reach", "measured", "limiter by the cost model", "next step")
+    head = (
+        "figure",
+        "to reach",
+        "measured",
+        "limiter (by the cost model, or the host)",
+        "next step",
+    )
     return [
         "## Targets that are not reached",
         "",

@@ -19,13 +19,26 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests import slow
+
 # PyTorch's convolutions round float32 to TF32 on a GPU unless told otherwise, and the kernels do as PyTorch does.
 # These flags exist in every version, and stay readable where nobody sets the newer ``fp32_precision``
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` skip, with a reason, where there is no CUDA device."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--slow``: see ``tests/slow.py``."""
+    parser.addoption("--slow", action="store_true", help="also the tests of tests/slow_tests.txt")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests are left out of a run of everything; those marked ``gpu`` skip where there is no CUDA device."""
+    asked = config.option.slow or os.environ.get("FASTFILM_SLOW_TESTS") == "1"
+    if not asked and not any(".py" in a for a in config.args):
+        listed = slow.listed()
+        left_out = [i for i in items if i.nodeid in listed]
+        items[:] = [i for i in items if i.nodeid not in listed]
+        config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")

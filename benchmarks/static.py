@@ -77,7 +77,7 @@ def builds(quick: bool, archs: tuple[int, ...]) -> Iterator[Build]:
 
 def _views(arch: int, quick: bool) -> Iterator[Build]:
     """Pooling by 2, concatenation, and resizing by about 2 with its transposed taps."""
-    from fastfilm.kernels import pointwise
+    from fastfilm.kernels import taps as views
 
     cases = [
         ("gather", "max pool", (1, 2, 2), {"MAXIMUM": True}),
@@ -92,11 +92,14 @@ def _views(arch: int, quick: bool) -> Iterator[Build]:
     ]
     for channels in (64,) if quick else (32, 64, 256):
         for family, case, taps, more in cases:
-            bs, bc, _, _ = pointwise.blocks(1 << 20, channels, 8, reduces=True)
+            most = views.ELEMENTS // 2 if family == "maximum_backward" else views.ELEMENTS
+            bs, bc, _, _ = views.blocks((1 << 10, 1 << 10), channels, 8, most)
             constants = dict(zip(("TZ", "TY", "TX"), taps, strict=True)) | more
             constants |= {"HAS_COEF": True, "ACT": RELU, "BS": bs, "BC": bc}
+            constants |= views.unrolled(*taps)
             items, label = tuple(constants.items()), f"{case} {channels} channels {bs}x{bc}"
-            yield Build(family, label, arch, "bf16", items, pointwise.NUM_WARPS, 3, False)
+            warps = views.NUM_WARPS * (2 if family == "gather_backward" else 1)
+            yield Build(family, label, arch, "bf16", items, warps, 3, False)
 
 
 def _residual(arch: int, quick: bool) -> Iterator[Build]:

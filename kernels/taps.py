@@ -345,7 +345,7 @@ def _arguments(
     space, out = math.prod(y.shape[2:]), math.prod(size)
     numbers = [space, h, w, out, ho, wo, y.shape[0], y.shape[1], wide]
     constants = {f"T{axis}": taps[i][0].shape[1] for i, axis in enumerate("ZYX")}
-    constants |= _unrolled(constants["TZ"], constants["TY"], constants["TX"])
+    constants |= unrolled(constants["TZ"], constants["TY"], constants["TX"])
     constants |= {"HAS_COEF": coef is not None, "ACT": ACT_CODES[act]}
     return [t for pair in taps for t in pair], numbers, constants
 
@@ -357,7 +357,7 @@ LOADS = 8
 """Taps of a position that are read at the same time; more would not fit into registers."""
 
 
-def _unrolled(tz: int, ty: int, tx: int) -> dict[str, int]:
+def unrolled(tz: int, ty: int, tx: int) -> dict[str, int]:
     """How often the loop over each axis' taps is unrolled: the inner ones first."""
     left, found = LOADS, {}
     for name, taps in (("UY", ty), ("UZ", tz), ("UX", tx)):

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-SECONDS = 1.0
+SECONDS = 0.8
 LIST = Path(__file__).with_name("slow_tests.txt")
 _DURATION = re.compile(r"^\s*(\d+\.\d+)s (?:setup|call|teardown)\s+(tests/.+)$")
 

@@ -15,7 +15,7 @@ def test_a_test_is_slow_by_all_of_its_phases_together() -> None:
         "============ slowest durations ============",
         "0.70s call     tests/test_a.py::test_long[a b]",
         "0.60s setup    tests/test_a.py::test_long[a b]",
-        "0.90s call     tests/test_a.py::test_short",
+        "0.75s call     tests/test_a.py::test_short",
         "12.50s call     tests/test_b.py::test_longer",
         "(3 durations < 0.005s hidden.)",
     ]

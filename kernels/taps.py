@@ -357,9 +357,9 @@ LOADS = 8
 """Taps of a position that are read at the same time; more would not fit into registers."""
 
 
-def unrolled(tz: int, ty: int, tx: int) -> dict[str, int]:
-    """How often the loop over each axis' taps is unrolled: the inner ones first."""
-    left, found = LOADS, {}
+def unrolled(tz: int, ty: int, tx: int, loads: int = LOADS) -> dict[str, int]:
+    """How often the loop over each axis' taps is unrolled: the inner ones first, up to ``loads`` taps."""
+    left, found = loads, {}
     for name, taps in (("UY", ty), ("UZ", tz), ("UX", tx)):
         found[name] = taps if taps <= left else 1
         left = left // taps if taps <= left else 1
@@ -438,6 +438,8 @@ def gather_taps_backward(
         dy.zero_()  # a window does not reach everywhere
     # the elements of a window want registers too
     most = ELEMENTS // 2 if maximum else ELEMENTS
+    if maximum:
+        constants |= unrolled(constants["TZ"], constants["TY"], constants["TX"], LOADS // 2)
     size = dout.shape[2:] if maximum else y.shape[2:]
     bs, bc, iters, programs = blocks(size, c, n, most)
     plain = None if coef is None else coef.contiguous()

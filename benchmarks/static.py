@@ -92,14 +92,13 @@ def _views(arch: int, quick: bool) -> Iterator[Build]:
     ]
     for channels in (64,) if quick else (32, 64, 256):
         for family, case, taps, more in cases:
-            part = 2 if family == "maximum_backward" else 1
-            bs, bc, _, _ = views.blocks((1 << 10, 1 << 10), channels, 8, views.ELEMENTS // part)
+            form = views.FORMS[family]
+            bs, bc, _, _ = views.blocks((1 << 10, 1 << 10), channels, 8, form.elements)
             constants = dict(zip(("TZ", "TY", "TX"), taps, strict=True)) | more
             constants |= {"HAS_COEF": True, "ACT": RELU, "BS": bs, "BC": bc}
-            constants |= views.unrolled(*taps, views.LOADS // part)
+            constants |= form.unrolled(*taps)
             items, label = tuple(constants.items()), f"{case} {channels} channels {bs}x{bc}"
-            warps = views.NUM_WARPS * (2 if family == "gather_backward" else 1)
-            yield Build(family, label, arch, "bf16", items, warps, 3, False)
+            yield Build(family, label, arch, "bf16", items, form.warps, 3, False)
 
 
 def _residual(arch: int, quick: bool) -> Iterator[Build]:

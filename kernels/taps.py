@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -336,8 +336,38 @@ def maximum_backward_kernel(
         )
 
 
+class Form(NamedTuple):
+    """How a kernel is launched: elements of a block [BS, BC], taps that are read at the same time, warps."""
+
+    elements: int
+    loads: int
+    warps: int
+
+    def unrolled(self, tz: int, ty: int, tx: int) -> dict[str, int]:
+        """How often the loop over each axis' taps is unrolled: the inner ones first."""
+        left, found = self.loads, {}
+        for name, taps in (("UY", ty), ("UZ", tz), ("UX", tx)):
+            found[name] = taps if taps <= left else 1
+            left = left // taps if taps <= left else 1
+        return found
+
+
+FORMS = {
+    "gather": Form(2048, 8, NUM_WARPS),
+    "gather_backward": Form(2048, 8, 2 * NUM_WARPS),
+    # the elements of a window want registers too
+    "maximum_backward": Form(1024, 4, NUM_WARPS),
+}
+
+
 def _arguments(
-    y: torch.Tensor, coef: torch.Tensor | None, act: str, taps: Taps, size: Sequence[int], wide: int
+    form: Form,
+    y: torch.Tensor,
+    coef: torch.Tensor | None,
+    act: str,
+    taps: Taps,
+    size: Sequence[int],
+    wide: int,
 ) -> tuple[list[Any], list[int], dict[str, Any]]:
     """Tap tensors, sizes, and constants of a launch; ``size`` is the result's."""
     *_, h, w = y.shape
@@ -345,35 +375,19 @@ def _arguments(
     space, out = math.prod(y.shape[2:]), math.prod(size)
     numbers = [space, h, w, out, ho, wo, y.shape[0], y.shape[1], wide]
     constants = {f"T{axis}": taps[i][0].shape[1] for i, axis in enumerate("ZYX")}
-    constants |= unrolled(constants["TZ"], constants["TY"], constants["TX"])
-    constants |= {"HAS_COEF": coef is not None, "ACT": ACT_CODES[act]}
+    constants |= form.unrolled(*constants.values())
+    constants |= {"HAS_COEF": coef is not None, "ACT": ACT_CODES[act], "num_warps": form.warps}
     return [t for pair in taps for t in pair], numbers, constants
-
-
-ELEMENTS = 2048
-"""Elements of one block [BS, BC]."""
-
-LOADS = 8
-"""Taps of a position that are read at the same time; more would not fit into registers."""
-
-
-def unrolled(tz: int, ty: int, tx: int, loads: int = LOADS) -> dict[str, int]:
-    """How often the loop over each axis' taps is unrolled: the inner ones first, up to ``loads`` taps."""
-    left, found = loads, {}
-    for name, taps in (("UY", ty), ("UZ", tz), ("UX", tx)):
-        found[name] = taps if taps <= left else 1
-        left = left // taps if taps <= left else 1
-    return found
 
 
 @functools.lru_cache(maxsize=4096)
 def blocks(
-    size: Sequence[int], channels: int, batch: int, most: int = ELEMENTS
+    size: Sequence[int], channels: int, batch: int, elements: int
 ) -> tuple[int, int, int, int]:
     """(BS, BC, blocks per program, programs per sample) for positions ``size``, a block in one line."""
     width, lines = size[-1], math.prod(size[:-1])
     bc = power_of_two(channels, 1, 128)
-    bs = power_of_two(width, 1, most // bc)
+    bs = power_of_two(width, 1, elements // bc)
     total = lines * cdiv(width, bs)
     iters = max(1, cdiv(total * batch, MAX_SLOTS))
     return bs, bc, iters, cdiv(total, iters)
@@ -395,10 +409,10 @@ def gather_taps(
         coef: [7, N, C] float32; None: the map as it is.
         out: [N, K, *T], channels-last, y's dtype.
     """
-    tensors, numbers, constants = _arguments(y, coef, act, taps, out.shape[2:], out.shape[1])
+    form, size = FORMS["gather"], out.shape[2:]
+    tensors, numbers, constants = _arguments(form, y, coef, act, taps, size, out.shape[1])
     n, c = y.shape[:2]
-    size = out.shape[2:]
-    bs, bc, *_ = blocks(size, c, n)
+    bs, bc, *_ = blocks(size, c, n, form.elements)
     programs = math.prod(size[:-1]) * cdiv(size[-1], bs)
     with guard(y):
         gather_kernel[(programs, cdiv(c, bc), n)](
@@ -411,7 +425,6 @@ def gather_taps(
             MAXIMUM=maximum,
             BS=bs,
             BC=bc,
-            num_warps=NUM_WARPS,
             **constants,
         )
 
@@ -431,17 +444,15 @@ def gather_taps_backward(
         dout: gradient at ``out``, channels-last.
         taps: those of the forward pass for the maximum, whose windows must not overlap; else the transposed.
     """
-    tensors, numbers, constants = _arguments(y, coef, act, taps, dout.shape[2:], dout.shape[1])
+    form = FORMS["maximum_backward" if maximum else "gather_backward"]
+    seen = dout.shape[2:], dout.shape[1]
+    tensors, numbers, constants = _arguments(form, y, coef, act, taps, *seen)
     n, c = y.shape[:2]
     dy = channels_last(tuple(y.shape), y)
     if maximum:
         dy.zero_()  # a window does not reach everywhere
-    # the elements of a window want registers too
-    most = ELEMENTS // 2 if maximum else ELEMENTS
-    if maximum:
-        constants |= unrolled(constants["TZ"], constants["TY"], constants["TX"], LOADS // 2)
     size = dout.shape[2:] if maximum else y.shape[2:]
-    bs, bc, iters, programs = blocks(size, c, n, most)
+    bs, bc, iters, programs = blocks(size, c, n, form.elements)
     plain = None if coef is None else coef.contiguous()
     partials = torch.empty(
         (n, programs, 5, c if coef is not None else 0), dtype=torch.float32, device=y.device
@@ -460,7 +471,6 @@ def gather_taps_backward(
             iters,
             BS=bs,
             BC=bc,
-            num_warps=NUM_WARPS if maximum else 2 * NUM_WARPS,
             **constants,
         )
         return dy, None if plain is None else coef_grad(partials, plain)

@@ -148,11 +148,11 @@ def test_a_run_killed_while_it_writes_its_end_writes_it_when_resumed(
     train(Start(plan, 0, tmp_path / "whole"), ONE)
     steps = saved_step(tmp_path / "whole")
 
-    def killed(folder: Path, name: str, state: Any) -> None:
+    def killed(folder: Path, name: str, state: Any, info: Any) -> None:
         if name == "final":
             (folder / ".writing-x").write_text("half")
             raise KeyboardInterrupt
-        save_weights(folder, name, state)
+        save_weights(folder, name, state, info)
 
     with monkeypatch.context() as patch:
         patch.setattr("fastfilm.segmentation.trainer.save_weights", killed)

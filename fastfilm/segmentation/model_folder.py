@@ -21,6 +21,11 @@ How to predict a case with it::
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +34,28 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 import fastfilm
 
-from .config import NetworkConfig, Section, problems
+from .config import NetworkConfig, Positive, Section, problems
 from .errors import Problems, UserError
 from .files import read_json, read_tensors, write_json, write_tensors
 from .metadata import MetadataEncoder
 from .network import build_network, call
 from .preprocessing import Preprocessed, Preprocessing, Volume
 
-FORMAT = 1
+FORMAT = 2
+"""Of model.json. In format 1 the spellings of a missing value came on top of ``MISSING_IN_FORMAT_1``."""
+
+MISSING_IN_FORMAT_1 = ("n/a", "na", "nan", "none", "null")
+
+LARGEST = 64 * 2**20
+"""Bytes of a model.json."""
+
+MODEL = "model"
+"""Name in the header of weights: digest of the model.json that they were trained with."""
 
 
 class LabelInfo(Section):
@@ -79,18 +93,32 @@ class ModelInfo(Section):
     fastfilm: str = fastfilm.__version__
     network: NetworkConfig
     spatial_dims: Literal[2, 3]
-    in_channels: int
+    in_channels: int = Field(ge=1)
     contrasts: list[str]
     combine: Literal["channels", "samples"] = "channels"
     missing_contrast: Literal["error", "zeros", "skip"] = "error"
-    labels: list[LabelInfo]
+    labels: list[LabelInfo] = Field(min_length=1)
     output: Literal["channels", "classes", "task"]
     task_key: str | None = None
     metadata: MetadataEncoder
     preprocessing: Preprocessing
-    patch_size: list[int]
-    divisor: int = 1
+    patch_size: list[Positive]
+    divisor: int = Field(1, ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelInfo:
+        for name, expected, got in (
+            ("patch_size", self.spatial_dims, len(self.patch_size)),
+            ("preprocessing.channels", self.in_channels, len(self.preprocessing.channels)),
+        ):
+            if expected != got:
+                raise ValueError(f"{name} needs {expected} entries, got {got}")
+        if (self.output == "task") != (self.task_key in self.metadata.names()):
+            raise ValueError(
+                f"output 'task' needs task_key, one of metadata's; got {self.task_key!r}"
+            )
+        return self
 
     @property
     def out_channels(self) -> int:
@@ -183,33 +211,89 @@ def save_model(folder: str | Path, info: ModelInfo) -> None:
     write_json(Path(folder) / "model.json", info.model_dump(mode="json"))
 
 
-def save_weights(folder: str | Path, name: str, network: nn.Module | Mapping[str, Tensor]) -> None:
-    """Writes NAME.safetensors, atomically."""
+def save_weights(
+    folder: str | Path,
+    name: str,
+    network: nn.Module | Mapping[str, Tensor],
+    info: ModelInfo | None = None,
+) -> None:
+    """Writes NAME.safetensors, atomically.
+
+    Args:
+        info: the model.json that the weights belong to; beside another one they are refused.
+    """
     state = network.state_dict() if isinstance(network, nn.Module) else network
-    write_tensors(Path(folder) / f"{name}.safetensors", state)
+    header = None if info is None else {MODEL: digest(info.model_dump(mode="json"))}
+    write_tensors(Path(folder) / f"{name}.safetensors", state, header)
+
+
+def digest(model: Mapping[str, Any]) -> str:
+    """Of everything in a model.json that a prediction depends on (not ``training``, nor the version)."""
+    kept = {k: v for k, v in model.items() if k not in ("training", "fastfilm")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def read_info(folder: str | Path) -> ModelInfo:
     """model.json of a model folder.
 
+    A newer minor version of fastfilm than this one is said on stderr, once.
+
     Raises:
-        UserError: not a model folder, damaged, or written by a newer version.
+        UserError: not a model folder, damaged, or written by a newer format or major version.
     """
+    return _read(folder)[0]
+
+
+def _read(folder: str | Path) -> tuple[ModelInfo, str]:
+    """The description, and the digest of the file that it came from."""
     path = Path(folder) / "model.json"
     if not path.is_file():
         raise UserError(f"{folder}: not a model folder: it has no model.json")
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path}: not a fastfilm model: larger than {LARGEST >> 20} MiB")
     value = read_json(path)
-    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+    if not isinstance(value, dict) or type(value.get("format")) is not int or value["format"] < 1:
         raise UserError(f"{path}: not a fastfilm model")
     if value["format"] > FORMAT:
         raise UserError(
             f"{path}: format {value['format']} was written by fastfilm {value.get('fastfilm')}; this is"
             f" fastfilm {fastfilm.__version__}, which reads up to format {FORMAT}"
         )
+    _check_version(str(path), str(value.get("fastfilm")))
     try:
-        return ModelInfo.model_validate(value)
+        return ModelInfo.model_validate(_upgraded(value)), digest(value)
     except ValidationError as error:
         raise Problems(f"{path}: not a valid model", problems(error)) from error
+
+
+def _upgraded(value: dict[str, Any]) -> dict[str, Any]:
+    """model.json's value in today's format; what is not as it should be is left to the validation."""
+    if value["format"] == FORMAT:
+        return value
+    value = json.loads(json.dumps(value)) | {"format": FORMAT}
+    metadata = value.get("metadata")
+    keys = metadata.get("keys") if isinstance(metadata, dict) else None
+    for key in keys if isinstance(keys, list) else []:
+        if isinstance(key, dict) and isinstance(key.get("missing", []), list):
+            key["missing"] = [*MISSING_IN_FORMAT_1, *key.get("missing", [])]
+    return value
+
+
+@functools.cache
+def _check_version(path: str, written: str) -> None:
+    ours, theirs = _numbers(fastfilm.__version__), _numbers(written)
+    if ours is None or theirs is None or theirs <= ours:
+        return
+    about = f"{path}: was written by fastfilm {written}, this is fastfilm {fastfilm.__version__}"
+    if theirs[0] > ours[0]:
+        raise UserError(f"{about}; a newer major version is not read")
+    print(f"{about}: what is new there is not known here", file=sys.stderr)
+
+
+def _numbers(version: str) -> tuple[int, int, int] | None:
+    """(major, minor, patch)."""
+    match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", version)
+    return None if match is None else (int(match[1]), int(match[2] or 0), int(match[3] or 0))
 
 
 def load_model(
@@ -221,9 +305,10 @@ def load_model(
         weights: "best" or "final" (or the name of another NAME.safetensors in the folder).
 
     Raises:
-        UserError: not a model folder, no such weights, or weights that do not fit the network.
+        UserError: not a model folder, no such weights, weights that are damaged, of another model.json, or do not
+            fit the network.
     """
-    info = read_info(folder)
+    info, described = _read(folder)
     path = Path(folder) / f"{weights}.safetensors"
     if not path.is_file():
         there = sorted(p.stem for p in Path(folder).glob("*.safetensors"))
@@ -231,8 +316,14 @@ def load_model(
             f"{path}: no such weights; the folder has {', '.join(there) or 'none'}"
             " (training writes best.safetensors at its first validation)"
         )
+    state, header = read_tensors(path)
+    if header.get(MODEL, described) != described:
+        raise UserError(
+            f"{path.parent / 'model.json'} is not the one that {path.name} was trained with:"
+            " take both from one folder"
+        )
     network = info.build()
-    load_weights(network, read_tensors(path)[0], str(path))
+    load_weights(network, state, str(path))
     network.eval().to(device)
     return LoadedModel(network, info, torch.device(device), Path(folder))
 

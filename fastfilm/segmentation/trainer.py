@@ -201,7 +201,7 @@ class Trainer:
             line |= {"dice_mean": found.mean, "dice": found.labels}
             line["validation_seconds"] = round(time.monotonic() - begun, 3)
             if progress.validated(found.mean, config) and self.processes.first:
-                save_weights(self.folder, "best", self._weights())
+                save_weights(self.folder, "best", self._weights(), self.info)
         if record is not None:
             record.epoch(line)
             say(_summary(line, config.epochs, progress))
@@ -212,10 +212,10 @@ class Trainer:
     def _finish(self) -> None:
         progress = self.state.progress
         if self.processes.first:
-            save_weights(self.folder, "final", self._weights())
+            save_weights(self.folder, "final", self._weights(), self.info)
             if progress.best is None:
                 # nobody to validate on: the last weights are the best known
-                save_weights(self.folder, "best", self._weights())
+                save_weights(self.folder, "best", self._weights(), self.info)
             self.info.training |= {
                 "epochs": progress.epoch,
                 "steps": progress.step,

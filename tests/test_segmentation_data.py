@@ -18,14 +18,16 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 import nibabel as nib
 
+from fastfilm.segmentation import memory
 from fastfilm.segmentation.cache import cached
 from fastfilm.segmentation.checks import CaseFacts
 from fastfilm.segmentation.config import parse, read_config
+from fastfilm.segmentation.datasets import find_cases
+from fastfilm.segmentation.decisions import decide
 from fastfilm.segmentation.errors import Problems, UserError
 from fastfilm.segmentation.files import write_json
-from fastfilm.segmentation.plan import decide, make_plan, read_plan
+from fastfilm.segmentation.plan import make_plan, read_plan
 from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.sources import find_cases
 from fastfilm.segmentation.splits import make_splits
 
 from .phantoms import TYPES, settings, write_bids
@@ -177,9 +179,7 @@ def test_hounsfield_units_are_normalised_by_constants_of_the_labels() -> None:
 def test_batches_fit_the_memory_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     for gigabytes in (1, 4, 64):
-        monkeypatch.setattr(
-            "os.sysconf", lambda n, g=gigabytes: {"SC_PAGE_SIZE": 1}.get(n, g * 2**30)
-        )
+        monkeypatch.setattr(memory, "available", lambda g=gigabytes: g * 2**30)
         sizes.append(decided(facts()).batch_size)
     assert sizes[0] <= sizes[1] <= sizes[2] == 4 and sizes[0] == 1
 

@@ -13,7 +13,7 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("scipy", reason="needs the extra [segmentation]")
 
 import fastfilm
-from fastfilm.segmentation.config import MetadataKey
+from fastfilm.segmentation.config import MetadataKey, parse
 from fastfilm.segmentation.density import density_edges
 from fastfilm.segmentation.errors import Problems
 from fastfilm.segmentation.finetuning import grown_encoder
@@ -92,15 +92,42 @@ def test_one_cluster_or_one_value_is_one_bin() -> None:
 
 def test_a_missing_value_is_an_error_where_nothing_trained_unknown() -> None:
     encoder = fit(["a", "b"], dropout=0)
-    for missing in (None, "n/a", " NaN ", float("nan"), ""):
+    for missing in (None, "n/a", " N/A ", float("nan"), "", " "):
         with pytest.raises(MetadataError, match=r"'k' is missing.*one of a, b"):
             encoder.encode({"k": missing})
     trained = fit(["a", "b", "n/a"], dropout=0)
     assert row(trained, None) == [0, 0, 1]
 
 
-def test_further_spellings_of_missing() -> None:
+def test_spellings_of_missing_are_the_listed_ones_and_values_are_values() -> None:
     assert row(fit(["a", "?"], missing=["?"]), "?") == [0, 1]
+    assert fit(["a", "?", "n/a"], missing=["?"]).values("k") == ["a", "n/a"]
+    assert fit(["a", "none", "NA", "null", "nan"]).values("k") == ["NA", "a", "nan", "none", "null"]
+    chosen = fit(
+        ["none", "gadolinium", "NA"], values=["none", "gadolinium"], missing=["none", "na"]
+    )
+    assert row(chosen, "none") == [1, 0, 0] and row(chosen, "None") == row(chosen, None) == [
+        0,
+        0,
+        1,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "missing"), [("bids", ["n/a"]), ("csv", ["n/a", "na", "nan", "none", "null"])]
+)
+def test_what_counts_as_missing_depends_on_the_layout_of_the_data(
+    source: str, missing: list[str]
+) -> None:
+    data = {"source": source, "root": "x", "contrasts": ["T1w"], "labels": {"a": 1}}
+    config = parse({"data": data, "metadata": {"k": {}, "own": {"missing": ["-9"]}}}, "test")
+    assert config.metadata["k"].missing == missing and config.metadata["own"].missing == ["-9"]
+
+
+@pytest.mark.parametrize("value", [True, None])
+def test_values_that_yaml_does_not_read_as_text_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="in quotes"):
+        MetadataKey(values=["a", value])
 
 
 def test_an_unseen_value_is_an_error_or_unknown_by_choice() -> None:

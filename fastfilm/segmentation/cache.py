@@ -24,13 +24,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import label_mask
 from .config import Data
 from .errors import Problems, UserError
 from .files import read_json
+from .labels import mask_of, whole_labels
+from .names import file_name
 from .preprocessing import Preprocessing
 from .sources import Case
 from .volumes import read_volume, same_grid
+
+FORMAT = 2
+"""Of the entries: one more where the same files make other arrays than before."""
 
 POINTS = 1000
 """Voxels remembered of each label."""
@@ -96,7 +100,7 @@ class _Unreadable(UserError):
 
 
 def _one(case: Case, data: Data, preprocessing: Preprocessing, root: Path) -> CachedCase:
-    folder = root / f"{case.id}-{_digest(case, data, preprocessing)}"
+    folder = root / f"{file_name(case.id)}-{_digest(case, data, preprocessing)}"
     if not (folder / "info.json").is_file():
         try:
             arrays = _make(case, data, preprocessing)
@@ -122,7 +126,7 @@ def _digest(case: Case, data: Data, preprocessing: Preprocessing) -> str:
                 stat = path.stat()
                 files.append([str(path), stat.st_size, stat.st_mtime_ns])
     labels = {n: label.model_dump() for n, label in data.labels.items()}
-    value = [preprocessing.model_dump(), labels, sorted(case.labels), files]
+    value = [FORMAT, preprocessing.model_dump(), labels, sorted(case.labels), files]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -139,7 +143,7 @@ def _make(
             volume = read_volume(path)
             if (difference := same_grid(first, volume, data.grid_tolerance)) is not None:
                 raise UserError(f"{path}: not on the grid of its image: {difference}")
-            masks[k] = label_mask(volume, label.values)
+            masks[k] = mask_of(path, whole_labels(path, volume.array)[0], label.values)
     placed = preprocessing.masks(masks, done.geometry)
     rng = np.random.default_rng(0)
     where = []

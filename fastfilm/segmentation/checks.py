@@ -15,11 +15,18 @@ from numpy.typing import NDArray
 
 from .config import Data
 from .errors import UserError
+from .labels import listed, mask_of, whole_labels
 from .sources import Case
-from .volumes import NiftiVolume, read_volume, same_grid
+from .volumes import NiftiVolume, Remarks, read_volume, same_grid, voxel_problems
 
 SAMPLED = 2000
 """Voxels a case and channel that dataset-wide intensity statistics are drawn from."""
+
+FAR = 1e4
+"""Voxels count as outliers from this many widths (of 99 % of the intensities) beyond the bulk on."""
+
+LARGE, SMALL = 50.0, 0.001
+"""mm: voxels beyond these make one ask for the unit of length."""
 
 
 @dataclass
@@ -33,6 +40,8 @@ class CaseFacts:
         voxels: label -> number of voxels, of the labels that were annotated.
         inside: per channel, a sample of the intensities in any label.
         digest: of the voxels of all channels.
+        soft: label files that are soft masks.
+        outliers: image files with single voxels that are far brighter than all others.
     """
 
     id: str
@@ -45,26 +54,30 @@ class CaseFacts:
     inside: list[NDArray[np.float32]] = field(default_factory=list)
     integers: bool = True
     digest: str = ""
+    soft: list[str] = field(default_factory=list)
+    outliers: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, without the samples."""
-        return {k: v for k, v in vars(self).items() if k != "inside"}
+        return {k: v for k, v in vars(self).items() if k not in ("inside", "soft", "outliers")}
 
 
 def check_cases(
     cases: Iterable[Case], data: Data, done: Callable[[], None] = lambda: None, threads: int = 4
-) -> tuple[list[CaseFacts], list[str]]:
+) -> tuple[list[CaseFacts], list[str], list[str]]:
     """Reads all files.
 
     Args:
         done: called after each case.
 
     Returns:
-        the facts of the cases that can be used, and one line for everything that is wrong anywhere.
+        the facts of the cases that can be used; one line for everything that is wrong anywhere; one line for
+        everything that is remarkable.
     """
+    remarks = Remarks()
 
     def look(case: Case) -> tuple[CaseFacts, list[str]]:
-        found = check_case(case, data)
+        found = check_case(case, data, remarks)
         done()
         return found
 
@@ -81,16 +94,46 @@ def check_cases(
         if good and not problems and all(f.voxels.get(name, 0) == 0 for f in good):
             which = f" (values {label.values})" if label.values else ""
             problems.append(f"label {name!r}{which} has no voxel in any case")
-    return good, problems
+    return good, problems, [*remarks.lines(), *_notes(good)]
 
 
-def check_case(case: Case, data: Data) -> tuple[CaseFacts, list[str]]:
-    """The facts of one case, and what is wrong with it."""
+def _notes(facts: list[CaseFacts]) -> list[str]:
+    """What is remarkable about the voxels, each kind in one line."""
+    notes = []
+    for what, files in (
+        (
+            "soft masks: voxels of 1/2 and more are the label",
+            [p for f in facts for p in f.soft],
+        ),
+        (
+            "single voxels are far brighter than all others (damaged, or metal?)",
+            [p for f in facts for p in f.outliers],
+        ),
+        (
+            f"voxels of more than {LARGE:g} mm (is the unit of length right?)",
+            [f.id for f in facts if max(f.spacing) > LARGE],
+        ),
+        (
+            f"voxels of less than {SMALL:g} mm (is the unit of length right?)",
+            [f.id for f in facts if min(f.spacing) < SMALL],
+        ),
+    ):
+        if files:
+            more = ", …" if len(files) > 2 else ""
+            notes.append(f"{len(files)}: {what}: {', '.join(files[:2])}{more}")
+    return notes
+
+
+def check_case(
+    case: Case, data: Data, remarks: Remarks | None = None
+) -> tuple[CaseFacts, list[str]]:
+    """The facts of one case, and what is wrong with it; what is remarkable goes to ``remarks``."""
     facts = CaseFacts(case.id, case.subject)
     problems: list[str] = []
+    remarks = remarks or Remarks()
     images: list[NiftiVolume | None] = []
     for path in case.images:
-        images.append(None if path is None else _read(path, problems))
+        images.append(None if path is None else _read(path, problems, remarks))
     there = [(p, i) for p, i in zip(case.images, images, strict=True) if p and i]
     for path, image in there:
         problems += _image_problems(path, image, there[0], data.grid_tolerance)
@@ -100,14 +143,21 @@ def check_case(case: Case, data: Data) -> tuple[CaseFacts, list[str]]:
     facts.digest = digest.hexdigest()
     masks = {}
     for path in sorted(set(case.labels.values())):
-        mask = _read(path, problems)
+        mask = _read(path, problems, remarks)
         if mask is None:
             continue
         names = [n for n, p in case.labels.items() if p == path]
-        problems += _label_problems(path, mask, names, data, there[0] if there else None)
-        for name in names:
-            masks[name] = label_mask(mask, data.labels[name].values)
-            facts.voxels[name] = int(masks[name].sum())
+        try:
+            labels, soft = whole_labels(path, mask.array)
+            for name in names:
+                masks[name] = mask_of(path, labels, data.labels[name].values)
+                facts.voxels[name] = int(masks[name].sum())
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if soft:
+            facts.soft.append(str(path))
+        problems += _label_problems(path, mask, labels, names, data, there[0] if there else None)
     if problems or not there:
         return facts, problems
     if facts.voxels and sum(facts.voxels.values()) == 0 and data.empty_cases == "error":
@@ -116,38 +166,35 @@ def check_case(case: Case, data: Data) -> tuple[CaseFacts, list[str]]:
             f"{files}: all background; leave {case.id} out (data.exclude) or set data.empty_cases: allow"
         )
     _measure(facts, [i for _, i in there], images, masks)
+    facts.outliers = [
+        str(path)
+        for path, found in zip(case.images, facts.intensities, strict=True)
+        if found is not None and _outlying(found)
+    ]
     return facts, problems
 
 
-def label_mask(mask: NiftiVolume, values: list[int] | None) -> NDArray[np.bool_]:
-    """Where the label is: its values, or all that is not 0 in a mask of its own."""
-    if values is None:
-        return np.asarray(mask.array != 0)
-    return np.asarray(np.isin(np.rint(mask.array), values))
-
-
-def _read(path: Path, problems: list[str]) -> NiftiVolume | None:
+def _read(path: Path, problems: list[str], remarks: Remarks) -> NiftiVolume | None:
     try:
-        return read_volume(path)
+        volume = read_volume(path)
     except UserError as error:
         problems.append(str(error))
         return None
+    remarks.add(path, volume)
+    return volume
 
 
 def _image_problems(
     path: Path, image: NiftiVolume, first: tuple[Path, NiftiVolume], tolerance: float
 ) -> list[str]:
-    problems = []
     a = image.array
-    if 0 in a.shape:
-        return [f"{path}: has no voxels, its shape is {a.shape}"]
+    wrong = voxel_problems(path, a)
+    problems = [] if wrong is None else [wrong]
+    if a.size == 0:
+        return problems
     if not np.isfinite(nib.orientations.io_orientation(image.affine)).all():
         problems.append(f"{path}: its affine is not usable: {image.affine.tolist()}")
-    if a.dtype.kind not in "biuf":
-        problems.append(f"{path}: voxels must be numbers, got {a.dtype}")
-    elif a.dtype.kind == "f" and not np.isfinite(a).all():
-        problems.append(f"{path}: {int((~np.isfinite(a)).sum())} voxels are NaN or infinite")
-    elif a.min() == a.max():
+    if wrong is None and a.min() == a.max():
         problems.append(f"{path}: every voxel is {a.min():g}")
     if path != first[0] and (difference := same_grid(first[1], image, tolerance)) is not None:
         problems.append(f"{path}: not on the grid of {first[0]}: {difference}")
@@ -157,6 +204,7 @@ def _image_problems(
 def _label_problems(
     path: Path,
     mask: NiftiVolume,
+    labels: NDArray[np.integer],
     names: list[str],
     data: Data,
     image: tuple[Path, NiftiVolume] | None,
@@ -167,21 +215,24 @@ def _label_problems(
         and (difference := same_grid(image[1], mask, data.grid_tolerance)) is not None
     ):
         problems.append(f"{path}: not on the grid of its image {image[0]}: {difference}")
-    values = np.unique(mask.array)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        return [*problems, f"{path}: label values are NaN or infinite"]
     if any(data.labels[n].values is None for n in names):
         return problems
     declared = {0, *data.ignore_values}
     declared.update(v for label in data.labels.values() for v in label.values or [])
-    strange = [v for v in values.tolist() if v not in declared]
+    strange = [v for v in np.unique(labels).tolist() if v not in declared]
     if strange:
-        shown = ", ".join(f"{v:g}" for v in strange[:5]) + (" …" if len(strange) > 5 else "")
         problems.append(
-            f"{path}: label values {shown} are not in the declared set {sorted(declared)}"
+            f"{path}: label values {listed(strange)} are not in the declared set {sorted(declared)}"
             " (data.labels, data.ignore_values)"
         )
     return problems
+
+
+def _outlying(found: dict[str, float]) -> bool:
+    """Whether the highest or lowest value is far beyond the bulk of them."""
+    low, high = found["percentile_00_5"], found["percentile_99_5"]
+    width = high - low
+    return width > 0 and max(found["highest"] - high, low - found["lowest"]) > FAR * width
 
 
 def _measure(
@@ -190,10 +241,9 @@ def _measure(
     images: list[NiftiVolume | None],
     masks: dict[str, NDArray[np.bool_]],
 ) -> None:
-    affine = there[0].affine
+    affine, sizes = there[0].affine, there[0].spacing
     orientation = nib.orientations.io_orientation(affine)
     order = np.argsort(orientation[:, 0])
-    sizes = np.sqrt((affine[:3, :3] ** 2).sum(0))
     facts.shape = [int(there[0].array.shape[i]) for i in order]
     facts.spacing = [float(sizes[i]) for i in order]
     facts.orientation = "".join(nib.orientations.aff2axcodes(affine))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .encoding import read_text
 from .errors import Problems, UserError
 from .files import write_text
+from .hints import did_you_mean
+from .yaml_files import load_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+MISSING = {"bids": ("n/a",), "csv": ("n/a", "na", "nan", "none", "null")}
+"""Spellings of a missing value, beside an empty cell, by ``data.source``; upper and lower case do not matter."""
 
 
 class Section(BaseModel):
@@ -126,14 +134,23 @@ class MetadataKey(Section):
     dropout: Fraction = Field(
         0.1, description="share of training samples whose value is hidden, which trains 'unknown'"
     )
-    missing: list[str] = Field(
-        default_factory=list, description="further spellings of a missing value"
+    missing: list[str] | None = Field(
+        None,
+        description="spellings of a missing value, beside an empty cell (a text in values is none of them);"
+        " none: bids n/a; csv n/a, na, nan, none, null",
     )
 
-    @field_validator("values", mode="before")
+    @field_validator("values", "missing", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        return [str(v) for v in value] if isinstance(value, list) else value
+        if not isinstance(value, list):
+            return value
+        for v in value:
+            if v is None or isinstance(v, bool):
+                raise ValueError(
+                    f"YAML reads yes, no, on, off and null as {v!r}: put such values in quotes"
+                )
+        return [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in value]
 
     @model_validator(mode="after")
     def _fits_kind(self) -> MetadataKey:
@@ -339,6 +356,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        for key in self.metadata.values():
+            if key.missing is None:
+                key.missing = list(MISSING[self.data.source])
         if self.output.mode == "task" and self.output.task_key in self.metadata:
             raise ValueError(
                 f"metadata: {self.output.task_key!r} is made by output mode 'task'; rename it there"
@@ -355,20 +375,53 @@ class Config(Section):
         return self
 
 
-def problems(error: ValidationError) -> list[str]:
-    """One line for each thing that pydantic found wrong: the key, what was expected, what came."""
+def problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
+    """One line for each thing that pydantic found wrong: the key, what was expected, what came, what may be meant.
+
+    Args:
+        model: what was read; None: ``Config``.
+    """
     lines = []
     for e in error.errors():
         where = ".".join(str(p) for p in e["loc"]) or "configuration"
         if e["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key")
+            lines.append(f"{where}: unknown key{_meant(e['loc'], model or Config)}")
         elif e["type"] == "missing":
             lines.append(f"{where}: missing")
         else:
             message = e["msg"].removeprefix("Value error, ")
             got = "" if e["type"] == "value_error" else f", got {e['input']!r}"
-            lines.append(f"{where}: {message}{got}")
+            hint = ""
+            if e["type"] == "literal_error":
+                choices = re.findall(r"'([^']*)'", str(e.get("ctx", {}).get("expected", "")))
+                hint = did_you_mean(str(e["input"]), choices)
+            lines.append(f"{where}: {message}{got}{hint}")
     return lines
+
+
+def _meant(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """A hint for an unknown key: a like one of its section, or one of the same name elsewhere."""
+    section: type[BaseModel] | None = model
+    for part in loc[:-1]:
+        fields = section.model_fields if section is not None else {}
+        section = _section(fields[str(part)].annotation) if str(part) in fields else section
+    name = str(loc[-1])
+    hint = did_you_mean(name, section.model_fields if section is not None else ())
+    if hint:
+        return hint
+    for key, field in model.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is not None and name in inner.model_fields:
+            return f"; did you mean '{key}.{name}'?"
+    return ""
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, or the values of a dictionary."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def parse(value: Any, origin: str) -> Config:
@@ -394,10 +447,8 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = Path(path)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = load_yaml(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a configuration is keys and values, got {type(value).__name__}")

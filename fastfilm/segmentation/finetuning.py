@@ -107,7 +107,7 @@ def _new_values(
             found = []
             for case in cases:
                 value = case.metadata.get(key.name)
-                if not is_missing(value, key.missing):
+                if not is_missing(value, key):
                     several = key.kind == "multilabel"
                     found += key.several(value) if several else [as_category(value)]
         for value in found:

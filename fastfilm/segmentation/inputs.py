@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .hints import contents, did_you_mean
 from .metadata import KeyEncoder
 from .model_folder import LoadedModel, ModelInfo
 from .plan import read_plan
+from .sidecars import Sidecars, data_set_of
 from .sources import (
     SUFFIXES,
+    Sidecar,
     contrast_of,
     find_entities,
     find_metadata,
     parts,
-    read_sidecar,
-    read_table,
     stem,
 )
+from .tables import read_table
 
 
 @dataclass
@@ -28,12 +30,13 @@ class InputCase:
     """One case to predict.
 
     Attributes:
-        id: name of its output.
+        id: its name.
         subject: whose image it is.
         images: one a channel, None where it is missing.
         metadata: key -> value, None where it was not found.
         labels: label -> file of the truth, where a plan knows it.
         problem: why it cannot be predicted, if it cannot.
+        file: what its outputs' names begin with; None: made from the id.
     """
 
     id: str
@@ -42,6 +45,7 @@ class InputCase:
     metadata: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, Path] = field(default_factory=dict)
     problem: str | None = None
+    file: str | None = None
 
     @property
     def first(self) -> Path:
@@ -64,6 +68,14 @@ def parse_meta(texts: Sequence[str], model: LoadedModel) -> dict[str, str]:
             raise UserError(
                 f"--meta {text}: every {key} is predicted anyway: {', '.join(model.tasks())}"
             )
+        if key not in model.encoder.names():
+            hint = did_you_mean(key, model.metadata_keys())
+            raise UserError(
+                f"--meta {text}: the model has no metadata key {key!r}; it has"
+                f" {', '.join(model.metadata_keys()) or 'none'}{hint}"
+            )
+        if key in values and values[key] != value:
+            raise UserError(f"--meta gives {key!r} twice: {values[key]!r} and {value!r}")
         model.encoder[key].encode(value)
         values[key] = value
     return values
@@ -109,14 +121,16 @@ def find_inputs(
         raise UserError(f"{source}: no such file or folder")
     if not groups:
         raise UserError(
-            f"{source}: no images; looked for NIfTI files of {' and '.join(info.contrasts)}"
+            f"{source}: no images; looked for NIfTI files of {' and '.join(info.contrasts)};"
+            f" {contents(source if source.is_dir() else source.parent)}"
         )
     if table is None and (source / "participants.tsv").is_file():
         table = source / "participants.tsv"
     rows = None if table is None else _rows(table)
+    bids = source if source.is_dir() and any(source.glob("sub-*/")) else None
     cases = []
     for name, channels in sorted(groups.items()):
-        cases.append(_case(name, channels, info, meta, rows, table))
+        cases.append(_case(name, channels, info, meta, rows, table, bids))
     return cases
 
 
@@ -150,13 +164,29 @@ def _folder(folder: Path, info: ModelInfo) -> dict[str, dict[str, Path]]:
 def _rows(table: Path) -> dict[str, dict[str, str]]:
     """Rows by each name that they could go by."""
     rows: dict[str, dict[str, str]] = {}
+    origin: dict[str, tuple[str, int]] = {}
     names = ("participant_id", "case", "id", "subject", "image")
-    for line, row in enumerate(read_table(table), start=2):
-        given = [row[n] for n in names if row.get(n)]
+    found = read_table(table)
+    if not set(names) & set(found.columns):
+        raise UserError(
+            f"{table}: none of the columns {', '.join(names)} that say which case a row is of; it has"
+            f" {', '.join(found.columns)}"
+        )
+    for line, row in zip(found.lines, found.rows, strict=True):
+        given = [n for n in names if row.get(n)]
         if not given:
-            raise UserError(f"{table}: line {line} has none of the columns {', '.join(names)}")
-        for name in given:
-            rows[stem(Path(name))] = row
+            raise UserError(f"{table}: line {line} does not say which case it is of")
+        for column in given:
+            name = stem(Path(row[column]))
+            # several rows of one subject: each case has its own by another column
+            if name in rows and rows[name] is not row and rows[name] != row:
+                if origin[name][0] == column and len(given) == 1:
+                    raise UserError(
+                        f"{table}: line {line}: a second row for {name!r} (the first is line {origin[name][1]})"
+                    )
+                if column == "subject":
+                    continue
+            rows[name], origin[name] = row, (column, line)
     return rows
 
 
@@ -167,6 +197,7 @@ def _case(
     meta: Mapping[str, Any],
     rows: Mapping[str, Mapping[str, str]] | None,
     table: Path | None,
+    root: Path | None,
 ) -> InputCase:
     if info.in_channels == 1:
         images: tuple[Path | None, ...] = tuple(channels.values())[:1]
@@ -191,10 +222,12 @@ def _case(
             case.problem = f"{table}: no row for {name} (metadata {', '.join(wanted)})"
             return case
     problems: list[str] = []
-    sidecar = read_sidecar(first, problems) if keys else {}
+    sidecar = Sidecar()
+    if keys:
+        sidecar = Sidecars(problems.append).of(first, root or data_set_of(first))
     if problems:
         case.problem = problems[0]
         return case
     typed: dict[str, KeyEncoder] = keys
-    case.metadata = {**find_metadata(typed, row or {}, entities, sidecar), **meta}
+    case.metadata = {**find_metadata(typed, row or {}, entities, sidecar)[0], **meta}
     return case

@@ -23,25 +23,39 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from .config import MetadataKey, Section
+from .config import MISSING, MetadataKey, Section
 from .density import density_edges
 from .errors import Problems, UserError
-
-MISSING = ("", "n/a", "na", "nan", "none", "null")
-"""Spellings of a missing value, whatever the case of the letters."""
 
 
 class MetadataError(UserError):
     """A value or key that the encoder cannot take; names the key, what was expected and what came."""
 
 
-def is_missing(value: Any, further: Collection[str] = ()) -> bool:
-    """None, NaN, an empty list, or a spelling of those."""
+def is_missing(value: Any, key: MetadataKey | KeyEncoder | None = None) -> bool:
+    """Whether a value is not there: None, NaN, an empty list, blank text, or text that ``key.missing`` lists.
+
+    Text that is one of ``key.values`` is a value, however it is spelt. Upper and lower case of ``key.missing`` do
+    not matter.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     if isinstance(value, list | tuple):
         return not value
-    return isinstance(value, str) and (value.strip().lower() in MISSING or value.strip() in further)
+    if not isinstance(value, str):
+        return False
+    text = value.strip()
+    if not text or key is None:
+        return not text
+    if text in (key.values or ()):
+        return False
+    spellings = MISSING["bids"] if key.missing is None else key.missing
+    return text.casefold() in {s.casefold() for s in spellings}
+
+
+def is_blank(cell: str) -> bool:
+    """Whether a table's cell that should hold a path or names holds none, by any usual spelling."""
+    return cell.strip().casefold() in ("", *MISSING["csv"])
 
 
 def as_category(value: Any) -> str:
@@ -67,7 +81,7 @@ class KeyEncoder(Section):
         edges: continuous in bins: the inner edges; None means standardised.
         lowest, highest: continuous: range in training.
         separator: multilabel, between the values in a text.
-        missing: further spellings of a missing value.
+        missing: spellings of a missing value (blank text is one anyway; a text in ``values`` is none).
     """
 
     name: str
@@ -84,7 +98,7 @@ class KeyEncoder(Section):
     lowest: float = 0.0
     highest: float = 0.0
     separator: str = ";"
-    missing: list[str] = Field(default_factory=list)
+    missing: list[str] = Field(default_factory=lambda: list(MISSING["bids"]))
 
     @property
     def known_width(self) -> int:
@@ -118,7 +132,7 @@ class KeyEncoder(Section):
             MetadataError: missing without an "unknown", not a number, never seen in training.
         """
         row = np.zeros(self.width, np.float32)
-        known = None if is_missing(value, self.missing) else self._known(value)
+        known = None if is_missing(value, self) else self._known(value)
         if known is not None:
             row[: self.known_width] = known
         elif self.unknown:
@@ -143,13 +157,18 @@ class KeyEncoder(Section):
             raise MetadataError(f"metadata {self.name!r} must be a number, got {value!r}") from None
         if not math.isfinite(x) or (self.log and x <= 0):
             kind = "a positive number" if self.log else "a finite number"
-            raise MetadataError(f"metadata {self.name!r} must be {kind}, got {value!r}")
+            hint = (
+                f" (metadata.{self.name}.missing lists how a missing value is spelt)"
+                if x != x
+                else ""
+            )
+            raise MetadataError(f"metadata {self.name!r} must be {kind}, got {value!r}{hint}")
         return math.log(x) if self.log else x
 
     def several(self, value: Any) -> list[str]:
         """The names in a multilabel value."""
         parts = value if isinstance(value, list | tuple) else str(value).split(self.separator)
-        return [as_category(p) for p in parts if not is_missing(p, self.missing)]
+        return [as_category(p) for p in parts if not is_missing(p, self)]
 
     def _known(self, value: Any) -> NDArray[np.float32] | None:
         """The columns without "unknown"; None if the value counts as unknown."""
@@ -303,8 +322,7 @@ class MetadataEncoder(Section):
 
 
 def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEncoder:
-    further = config.missing
-    present = {c: v for c, v in values.items() if not is_missing(v, further)}
+    present = {c: v for c, v in values.items() if not is_missing(v, config)}
     key = KeyEncoder(
         name=name,
         kind=config.kind,
@@ -315,7 +333,7 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
         dropout=config.dropout,
         log=config.kind == "continuous" and config.scaling == "log",
         separator=config.separator,
-        missing=further,
+        missing=list(MISSING["bids"] if config.missing is None else config.missing),
     )
     if not present:
         raise Problems(name, [f"metadata {name!r} has no value in any training case"])

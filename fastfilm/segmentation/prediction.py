@@ -23,8 +23,9 @@ from .images import label_dtype, write_like
 from .inference import Options, Predicted, predict
 from .inputs import InputCase
 from .model_folder import LoadedModel
+from .names import file_name
 from .postprocessing import fill_holes, keep_largest
-from .volumes import NiftiVolume, read_volume, same_grid
+from .volumes import NiftiVolume, Remarks, read_volume, same_grid, voxel_problems
 from .windows import Timing
 
 MANIFEST = "predictions.json"
@@ -52,12 +53,14 @@ class Outcome:
         done, kept: cases predicted now, and left as an earlier run wrote them.
         failed: case -> why.
         timing: of all windows.
+        remarks: on the images.
     """
 
     done: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
+    remarks: Remarks = field(default_factory=Remarks)
 
 
 def predict_cases(
@@ -70,6 +73,7 @@ def predict_cases(
     go_on: bool = False,
     extra: Mapping[str, Any] | None = None,
     listed: bool = True,
+    remarks: Remarks | None = None,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
 ) -> Outcome:
     """Predicts and writes every case.
@@ -78,11 +82,13 @@ def predict_cases(
         go_on: leave alone what an earlier run with the same model, settings and metadata has written.
         extra: further entries of predictions.json.
         listed: write predictions.json.
+        remarks: collects what is remarkable about the images; it is the outcome's then.
         progress: gets the number of cases; what it returns is called after each.
 
     Raises:
         UserError: the output folder cannot be written, or holds the images.
     """
+    _check_names(model, cases, options, writing)
     for case in cases:
         for path in case.images:
             if listed and path is not None and path.parent.resolve() == out.resolve():
@@ -91,12 +97,13 @@ def predict_cases(
         "model": str(model.folder.resolve()),
         "labels": [label.model_dump() for label in model.info.labels],
         "separate": separate(model),
+        "kinds": {key.name: key.kind for key in model.encoder.keys},
         "options": {**vars(options), "flips": list(options.flips), **vars(writing)},
         **(extra or {}),
     }
     settings = _settings(model, head)
     old = _manifest(out, settings) if go_on else {}
-    outcome = Outcome()
+    outcome = Outcome(remarks=remarks or Remarks())
     entries: dict[str, Any] = dict(old)
     done = progress(len(cases))
 
@@ -112,7 +119,7 @@ def predict_cases(
         else:
             entries.pop(case.id, None)
             try:
-                entries[case.id] = _one(model, case, out, options, writing, outcome.timing)
+                entries[case.id] = _one(model, case, out, options, writing, outcome)
                 outcome.done.append(case.id)
             except UserError as error:
                 outcome.failed[case.id] = str(error)
@@ -130,8 +137,8 @@ def separate(model: LoadedModel) -> bool:
     return info.output != "classes" and any(not label.values for label in info.labels)
 
 
-def load_case(case: InputCase) -> list[NiftiVolume | None]:
-    """The case's channels, all on the grid of the first.
+def load_case(case: InputCase, remarks: Remarks | None = None) -> list[NiftiVolume | None]:
+    """The case's channels, all on the grid of the first; what is remarkable about them goes to ``remarks``.
 
     Raises:
         UserError: a file that cannot be read, is on another grid, or holds NaN or infinity; the file is named.
@@ -145,13 +152,10 @@ def load_case(case: InputCase) -> list[NiftiVolume | None]:
             volumes.append(None)
             continue
         volume = read_volume(path)
-        if volume.array.dtype.kind not in "biuf":
-            raise UserError(f"{path}: voxels must be numbers, got {volume.array.dtype}")
-        if volume.array.size == 0:
-            raise UserError(f"{path}: has no voxels, its shape is {volume.array.shape}")
-        if volume.array.dtype.kind == "f" and not np.isfinite(volume.array).all():
-            n = int((~np.isfinite(volume.array)).sum())
-            raise UserError(f"{path}: {n} voxels are NaN or infinite")
+        if (wrong := voxel_problems(path, volume.array)) is not None:
+            raise UserError(wrong)
+        if remarks is not None:
+            remarks.add(path, volume)
         first = first or (path, volume)
         if (difference := same_grid(first[1], volume)) is not None:
             raise UserError(f"{path}: not on the grid of {first[0]}: {difference}")
@@ -165,9 +169,10 @@ def _one(
     out: Path,
     options: Options,
     writing: Writing,
-    timing: Timing,
+    outcome: Outcome,
 ) -> dict[str, Any]:
-    volumes = load_case(case)
+    stamps = _stamps(case)
+    volumes = load_case(case, outcome.remarks)
     affine = next(v for v in volumes if v is not None).affine
     names = set(model.metadata_keys())
     values = {k: v for k, v in case.metadata.items() if k in names}
@@ -178,15 +183,16 @@ def _one(
         raise UserError(f"{case.first}: {error}") from error
     del volumes
     found = predict(model, ready, values, options, probabilities=writing.probabilities)
-    timing.network += found.timing.network
-    timing.around += found.timing.around
+    outcome.timing.network += found.timing.network
+    outcome.timing.around += found.timing.around
     _clean(found, writing)
     return {
         "subject": case.subject,
         "images": [None if p is None else str(p.resolve()) for p in case.images],
+        "stamps": stamps,
         "metadata": values,
         "truth": {k: str(p.resolve()) for k, p in case.labels.items()},
-        "outputs": _write(model, case, out, found),
+        "outputs": _write(model, case, out, options, writing, found),
     }
 
 
@@ -209,40 +215,76 @@ def _clean(found: Predicted, writing: Writing) -> None:
             found.strongest[lost] = np.where(others.any(0), others.argmax(0) + 1, 0)
 
 
-def _write(model: LoadedModel, case: InputCase, out: Path, found: Predicted) -> dict[str, str]:
-    """Writes the files of a case, masks last; what each one is -> its name."""
+def _write(
+    model: LoadedModel,
+    case: InputCase,
+    out: Path,
+    options: Options,
+    writing: Writing,
+    found: Predicted,
+) -> dict[str, str]:
+    """Writes the files of a case, masks last; what each one is -> its path in ``out``."""
     labels = model.info.labels
+    paths = dict(output_paths(model, case, options, writing))
     written: list[Path] = []
     outputs: dict[str, str] = {}
 
-    def write(what: str, end: str, array: Any, about: str) -> None:
-        path = out / f"{case.id}{end}.nii.gz"
+    def write(what: str, array: Any, about: str) -> None:
+        path = out / paths[what]
         write_like(path, array, case.first, f"fastfilm: {about}")
         written.append(path)
-        outputs[what] = path.name
+        outputs[what] = paths[what]
 
     try:
         if found.probabilities is not None:
             for label, p in zip(labels, found.probabilities, strict=True):
-                name = f"{label.name}_probability"
-                write(name, f"_{name}", p, f"probability of {label.name}")
+                write(f"{label.name}_probability", p, f"probability of {label.name}")
         if found.entropy is not None and found.information is not None:
-            write("entropy", "_entropy", found.entropy, "entropy of the mean prediction, bits")
-            write("information", "_information", found.information, "mutual information, bits")
+            write("entropy", found.entropy, "entropy of the mean prediction, bits")
+            write("information", found.information, "mutual information, bits")
         if separate(model):
             for label, mask in zip(labels, found.masks, strict=True):
-                write(label.name, f"_{label.name}", mask.astype(np.uint8), label.name)
+                write(label.name, mask.astype(np.uint8), label.name)
         else:
             values = np.array([0, *(label.value for label in labels)])
             array = values.astype(label_dtype(int(values.max())))[found.strongest]
             about = ", ".join(f"{label.value} {label.name}" for label in labels)
-            write("labels", "", array, about)
+            write("labels", array, about)
     except BaseException:
         # a case is there whole or not at all
         for path in written:
             path.unlink(missing_ok=True)
         raise
     return outputs
+
+
+def output_paths(
+    model: LoadedModel, case: InputCase, options: Options, writing: Writing
+) -> list[tuple[str, str]]:
+    """What a file of a case is, and its path in the output folder."""
+    labels = [label.name for label in model.info.labels]
+    ends = [(f"{name}_probability", f"_{name}_probability") for name in labels]
+    ends = ends if writing.probabilities else []
+    if options.samples:
+        ends += [("entropy", "_entropy"), ("information", "_information")]
+    ends += [(name, f"_{name}") for name in labels] if separate(model) else [("labels", "")]
+    begin = case.file or file_name(case.id)
+    return [(what, f"{begin}{file_name(end) if end else ''}.nii.gz") for what, end in ends]
+
+
+def _check_names(
+    model: LoadedModel, cases: Sequence[InputCase], options: Options, writing: Writing
+) -> None:
+    """Refuses names of cases and labels that would make one file of two."""
+    taken: dict[str, str] = {}
+    for case in cases:
+        for what, path in output_paths(model, case, options, writing):
+            mine = f"{what!r} of case {case.id!r}"
+            if path in taken:
+                raise UserError(
+                    f"{path} would hold both {taken[path]} and {mine}: rename the label or the case"
+                )
+            taken[path] = mine
 
 
 def _settings(model: LoadedModel, head: Mapping[str, Any]) -> str:
@@ -278,7 +320,20 @@ def _manifest(out: Path, settings: str) -> dict[str, Any]:
 def _same(entry: Mapping[str, Any], case: InputCase) -> bool:
     images = [None if p is None else str(p.resolve()) for p in case.images]
     given = {k: v for k, v in case.metadata.items() if k in entry["metadata"]}
-    return bool(entry["images"] == images and entry["metadata"] == given)
+    return bool(
+        entry["images"] == images
+        and entry["metadata"] == given
+        and entry.get("stamps") == _stamps(case)
+    )
+
+
+def _stamps(case: InputCase) -> list[list[int] | None]:
+    """Size and time of each image: another file under the same name is another case."""
+    found: list[list[int] | None] = []
+    for path in case.images:
+        status = path.stat() if path is not None and path.exists() else None
+        found.append(None if status is None else [status.st_size, status.st_mtime_ns])
+    return found
 
 
 def _there(out: Path, entry: Mapping[str, Any]) -> bool:

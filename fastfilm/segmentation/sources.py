@@ -1,18 +1,14 @@
-"""Data sets -> cases: which files belong together, and the metadata of each."""
+"""What a data set is made of: cases, the names of their files, and where a case's metadata come from."""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import Config, Data, MetadataKey
-from .errors import UserError
-from .metadata import KeyEncoder, is_missing
+from .config import Config, MetadataKey
+from .metadata import KeyEncoder, is_blank, is_missing
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -25,12 +21,13 @@ class Case:
     """One thing to segment.
 
     Attributes:
-        id: unique, usable as a file name.
+        id: unique in the data set.
         subject: whose image it is: all cases of a subject are in one split.
         images: one a channel, None where a contrast is missing.
         labels: label name -> its file; a name that is not there was not annotated.
         metadata: key -> value as found, None where missing.
         split: "train", "val" or "test" where the data set says so.
+        origins: key -> where its value was found: table, entity, sidecar, inherited sidecar.
     """
 
     id: str
@@ -39,6 +36,7 @@ class Case:
     labels: dict[str, Path]
     metadata: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
+    origins: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; inverse of ``from_json``."""
@@ -49,6 +47,7 @@ class Case:
             "labels": {k: str(p) for k, p in self.labels.items()},
             "metadata": self.metadata,
             "split": self.split,
+            "origins": self.origins,
         }
 
     @classmethod
@@ -61,50 +60,130 @@ class Case:
             labels={k: Path(p) for k, p in value["labels"].items()},
             metadata=dict(value["metadata"]),
             split=value["split"],
+            origins=dict(value.get("origins", {})),
         )
 
 
-@dataclass(frozen=True)
+@dataclass
+class Places:
+    """Where metadata were looked for.
+
+    Attributes:
+        table: the table, None where there is none.
+        columns: of the table.
+        entities: that file names have.
+        sidecar: keys of the JSON sidecars.
+    """
+
+    table: Path | None = None
+    columns: list[str] = field(default_factory=list)
+    entities: set[str] = field(default_factory=set)
+    sidecar: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Found:
-    """What a data set holds: its cases, and everything that is wrong with it (one line each)."""
+    """What a data set holds.
 
-    cases: list[Case]
-    problems: list[str]
-
-
-def find_cases(config: Config) -> Found:
-    """The cases of ``config.data``, in the order of their names.
-
-    Raises:
-        UserError: no such folder or file, or nothing in it that matches.
+    Attributes:
+        cases: in the order of their names.
+        problems: everything that is wrong with it, one line each.
+        notes: what is not wrong but worth knowing, one line each.
+        places: where metadata were looked for.
+        unlabelled: the cases that were left out as no label file is there.
+        excluded: names of ``data.exclude`` that are there.
     """
-    data = config.data
-    found = _bids(config) if data.source == "bids" else _table_cases(config)
-    cases = [c for c in found.cases if c.subject not in data.exclude and c.id not in data.exclude]
-    if not cases and not found.problems:
-        raise UserError(f"{data.root}: no images of the contrasts {', '.join(data.contrasts)}")
-    return Found(sorted(cases, key=lambda c: c.id), found.problems)
+
+    cases: list[Case] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    places: Places = field(default_factory=Places)
+    unlabelled: list[str] = field(default_factory=list)
+    excluded: set[str] = field(default_factory=set)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a .tsv (tabs) or .csv table, column -> text.
+@dataclass(frozen=True)
+class Sidecar:
+    """The JSON values that hold for an image, and which of them stand in files further up (BIDS inheritance)."""
 
-    Raises:
-        UserError: no such file, no columns, a row with more cells than columns (its line is named).
+    values: Mapping[str, Any] = field(default_factory=dict)
+    inherited: frozenset[str] = frozenset()
+
+
+def find_metadata(
+    keys: Mapping[str, MetadataKey] | Mapping[str, KeyEncoder],
+    row: Mapping[str, str],
+    entities: Mapping[str, str],
+    sidecar: Sidecar,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Each key's value from the first place that has it (None where none has), and which place that was."""
+    places: dict[str, Mapping[str, Any]] = {
+        "table": row,
+        "entity": entities,
+        "sidecar": sidecar.values,
+    }
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, key in keys.items():
+        values[name] = None
+        for place in places if key.source == "auto" else [key.source]:
+            value = places[place].get(name)
+            if not is_missing(value, key):
+                inherited = place == "sidecar" and name in sidecar.inherited
+                values[name] = value
+                origins[name] = "inherited sidecar" if inherited else place
+                break
+    return values, origins
+
+
+def finish(
+    found: Found, case: Case, config: Config, row: Mapping[str, str], expected: Mapping[str, str]
+) -> None:
+    """Adds the case, with the labels that were annotated, unless it is to be left out.
+
+    Args:
+        expected: label -> where its file was looked for.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            rows = []
-            for row in reader:
-                if None in row:
-                    raise UserError(f"{path}: line {reader.line_num} has more cells than columns")
-                rows.append({k.strip(): (v or "").strip() for k, v in row.items()})
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a table: {error}") from error
-    return rows
+    data, labels = config.data, dict(case.labels)
+    if data.annotated_column is not None:
+        text = row.get(data.annotated_column, "")
+        annotated = [] if is_blank(text) else [t.strip() for t in text.split(";") if t.strip()]
+        for name in annotated:
+            if name not in data.labels:
+                found.problems.append(
+                    f"{case.id}: {data.annotated_column} names {name!r}, which is no label"
+                )
+            elif name not in labels:
+                found.problems.append(
+                    f"{case.id}: {data.annotated_column} says that {name} was annotated; there is no"
+                    f" {expected.get(name, 'file of it')}"
+                )
+        labels = {k: v for k, v in labels.items() if k in annotated}
+    absent = [n for n in data.labels if n not in labels]
+    if absent and data.annotated_column is None and data.missing_labels == "error":
+        places = dict.fromkeys(expected[n] for n in absent if n in expected)
+        where = f"; looked for {', '.join(places)}" if places else ""
+        found.problems.append(f"{case.id}: no label file for {', '.join(absent)}{where}")
+    if (absent and data.missing_labels == "skip") or (not labels and data.missing_labels == "mask"):
+        # without any label there is nothing to learn from
+        found.unlabelled.append(case.id)
+        return
+    found.cases.append(Case(**{**vars(case), "labels": labels}))
+
+
+def split_of(config: Config, row: Mapping[str, str], where: str, found: Found) -> str | None:
+    """The part of a fixed split that a row names; None without one."""
+    if config.splits.column is None:
+        return None
+    names = {"train": "train", "training": "train", "val": "val", "valid": "val"}
+    names |= {"validation": "val", "test": "test"}
+    value = row.get(config.splits.column, "")
+    if value.lower() not in names:
+        found.problems.append(
+            f"{where}: column {config.splits.column!r} must be train, val or test, got {value!r}"
+        )
+        return None
+    return names[value.lower()]
 
 
 def parts(path: Path) -> tuple[dict[str, str], str]:
@@ -120,97 +199,6 @@ def stem(path: Path) -> str:
         if path.name.endswith(s):
             return path.name.removesuffix(s)
     return path.stem
-
-
-def _bids(config: Config) -> Found:
-    data = config.data
-    if not data.root.is_dir():
-        raise UserError(f"{data.root}: no such folder")
-    rows, problems = _participants(config)
-    groups: dict[tuple[str, str], dict[str, Path]] = {}
-    for path in _images(data.root):
-        contrast = contrast_of(path, data.contrasts)
-        if contrast is None:
-            continue
-        entities, _ = parts(path)
-        own = {k for k, _, _ in (p.partition("-") for p in contrast.split("_")[:-1])}
-        rest = [f"{k}-{v}" for k, v in entities.items() if k not in own]
-        case = "_".join(rest) + (f"_{contrast}" if data.combine == "samples" else "")
-        channels = groups.setdefault((f"sub-{entities['sub']}", case), {})
-        if contrast in channels:
-            problems.append(f"{path} and {channels[contrast]}: both are {contrast} of case {case}")
-        channels[contrast] = path
-    cases: list[Case] = []
-    for (subject, case), channels in sorted(groups.items()):
-        if subject in data.exclude or case in data.exclude:
-            continue
-        names = list(channels) if data.combine == "samples" else data.contrasts
-        absent = [n for n in names if n not in channels]
-        if absent and data.missing_contrast == "skip":
-            continue
-        if absent and data.missing_contrast == "error":
-            problems.append(f"{case}: no image of contrast {', '.join(absent)}")
-        labels = {
-            name: file
-            for name, label in data.labels.items()
-            if (file := _bids_label(data, channels, label.suffix or data.label_suffix)) is not None
-        }
-        row = rows.get(subject)
-        if row is None and rows and _uses_table(config, next(iter(rows.values()))):
-            problems.append(f"{data.root / data.table}: no row for {subject}")
-        row = row or {}
-        first = channels[names[0]] if names[0] in channels else next(iter(channels.values()))
-        cases += _finish(
-            Case(
-                id=case,
-                subject=subject,
-                images=tuple(channels.get(n) for n in names),
-                labels=labels,
-                metadata=find_metadata(
-                    config.metadata,
-                    row,
-                    find_entities(first, data.contrasts),
-                    read_sidecar(first, problems),
-                ),
-                split=_split(config, row, case, problems),
-            ),
-            config,
-            row,
-            problems,
-        )
-    return Found(cases, problems)
-
-
-def _finish(
-    case: Case, config: Config, row: Mapping[str, str], problems: list[str]
-) -> Iterable[Case]:
-    """The case with the labels that were annotated; none if it is to be left out."""
-    data, labels = config.data, dict(case.labels)
-    if data.annotated_column is not None:
-        text = row.get(data.annotated_column, "")
-        annotated = [] if is_missing(text) else [t.strip() for t in text.split(";") if t.strip()]
-        for name in annotated:
-            if name not in data.labels:
-                problems.append(
-                    f"{case.id}: {data.annotated_column} names {name!r}, which is no label"
-                )
-        labels = {k: v for k, v in labels.items() if k in annotated}
-    absent = [n for n in data.labels if n not in labels]
-    if absent and data.annotated_column is None and data.missing_labels == "error":
-        problems.append(f"{case.id}: no label file for {', '.join(absent)}")
-    if absent and data.missing_labels == "skip":
-        return []
-    if not labels and data.missing_labels == "mask":
-        # nothing to learn from
-        return []
-    return [Case(case.id, case.subject, case.images, labels, case.metadata, case.split)]
-
-
-def _images(root: Path) -> Iterator[Path]:
-    for subject in sorted(root.glob("sub-*")):
-        for path in sorted(subject.rglob("*")):
-            if path.name.endswith(SUFFIXES) and path.name.startswith("sub-"):
-                yield path
 
 
 def contrast_of(path: Path, contrasts: list[str]) -> str | None:
@@ -230,147 +218,7 @@ def contrast_of(path: Path, contrasts: list[str]) -> str | None:
     return None if best is None else best[1]
 
 
-def _bids_label(data: Data, channels: Mapping[str, Path], suffix: str) -> Path | None:
-    names = [data.label_contrast] if data.label_contrast else list(channels)
-    for name in names:
-        image = channels.get(name)
-        if image is None:
-            continue
-        folder = data.root / data.derivatives / image.parent.relative_to(data.root)
-        for s in SUFFIXES:
-            path = folder / f"{stem(image)}_{suffix}{s}"
-            if path.exists():
-                return path
-    return None
-
-
-def _participants(config: Config) -> tuple[dict[str, dict[str, str]], list[str]]:
-    path = config.data.root / config.data.table
-    needed = any(k.source == "table" for k in config.metadata.values()) or config.splits.column
-    if not path.exists():
-        return {}, [f"{path}: no such table"] if needed else []
-    rows: dict[str, dict[str, str]] = {}
-    problems: list[str] = []
-    for i, row in enumerate(read_table(path), start=2):
-        subject = row.get("participant_id", "")
-        if not subject:
-            problems.append(f"{path}: line {i} has no participant_id")
-            continue
-        subject = subject if subject.startswith("sub-") else f"sub-{subject}"
-        if subject in rows:
-            problems.append(f"{path}: line {i}: a second row for {subject}")
-        rows[subject] = row
-    return rows, problems
-
-
-def _uses_table(config: Config, columns: Mapping[str, str]) -> bool:
-    """Whether a metadata key or the split comes from the table."""
-    keys = [k for k, c in config.metadata.items() if c.source in ("auto", "table")]
-    return any(k in columns for k in [*keys, config.splits.column])
-
-
 def find_entities(path: Path, contrasts: list[str]) -> dict[str, str]:
     """Metadata that an image's file name carries: its BIDS entities, ``suffix`` and ``contrast``."""
     entities, suffix = parts(path)
     return {**entities, "suffix": suffix, "contrast": contrast_of(path, contrasts) or suffix}
-
-
-def read_sidecar(image: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object beside an image; {} where there is none. What cannot be read is added to ``problems``."""
-    path = image.with_name(f"{stem(image)}.json")
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{path}: cannot be read as JSON: {error}")
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def find_metadata(
-    keys: Mapping[str, MetadataKey] | Mapping[str, KeyEncoder],
-    row: Mapping[str, str],
-    entities: Mapping[str, str],
-    sidecar: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Each key's value from the first place that has it; None where none has."""
-    places: dict[str, Mapping[str, Any]] = {"table": row, "entity": entities, "sidecar": sidecar}
-    values = {}
-    for name, key in keys.items():
-        order = places.values() if key.source == "auto" else [places[key.source]]
-        candidates = (p[name] for p in order if name in p)
-        values[name] = next((v for v in candidates if not is_missing(v, key.missing)), None)
-    return values
-
-
-def _split(config: Config, row: Mapping[str, str], case: str, problems: list[str]) -> str | None:
-    if config.splits.column is None:
-        return None
-    names = {"train": "train", "training": "train", "val": "val", "valid": "val"}
-    names |= {"validation": "val", "test": "test"}
-    value = row.get(config.splits.column, "")
-    if value.lower() not in names:
-        problems.append(
-            f"{case}: column {config.splits.column!r} must be train, val or test, got {value!r}"
-        )
-        return None
-    return names[value.lower()]
-
-
-def _table_cases(config: Config) -> Found:
-    data = config.data
-    problems: list[str] = []
-    rows = read_table(data.root)
-    if not rows:
-        raise UserError(f"{data.root}: the table has no rows")
-    wanted = {*data.contrasts, *(c for c in [config.splits.column, data.annotated_column] if c)}
-    wanted |= {label.column or data.label_column for label in data.labels.values()}
-    wanted |= {k for k, c in config.metadata.items() if c.source == "table"}
-    for column in sorted(wanted - set(rows[0])):
-        problems.append(f"{data.root}: no column {column!r}; it has {', '.join(rows[0])}")
-    if problems:
-        return Found([], problems)
-    cases: list[Case] = []
-    taken: dict[str, int] = {}
-    for line, row in enumerate(rows, start=2):
-        paths = {
-            c: None if is_missing(row[c]) else data.root.parent / row[c] for c in data.contrasts
-        }
-        there = [p for p in paths.values() if p is not None]
-        name = row.get("case") or row.get("id") or row.get("subject")
-        where = f"{data.root}: line {line}"
-        if not there:
-            problems.append(f"{where}: no image")
-            continue
-        name = re.sub(r"[^\w.=+-]", "_", name or stem(there[0]))
-        subject = row.get("subject") or name
-        missing = [c for c, p in paths.items() if p is None]
-        if missing and data.combine == "channels":
-            if data.missing_contrast == "skip":
-                continue
-            if data.missing_contrast == "error":
-                problems.append(f"{where}: no image in column {', '.join(missing)}")
-        labels = {}
-        for label, c in data.labels.items():
-            value = row[c.column or data.label_column]
-            if not is_missing(value):
-                labels[label] = data.root.parent / value
-        channels: list[tuple[str, tuple[Path | None, ...]]] = [(name, tuple(paths.values()))]
-        if data.combine == "samples" and len(data.contrasts) > 1:
-            channels = [(f"{name}_{c}", (p,)) for c, p in paths.items() if p is not None]
-        for case, images in channels:
-            if case in taken:
-                problems.append(f"{where}: case {case!r} is in line {taken[case]} already")
-                continue
-            taken[case] = line
-            first = next(p for p in images if p is not None)
-            column = next(c for c, p in paths.items() if p == first)
-            metadata = find_metadata(
-                config.metadata, row, {"contrast": column}, read_sidecar(first, problems)
-            )
-            made = Case(
-                case, subject, images, labels, metadata, _split(config, row, where, problems)
-            )
-            cases += _finish(made, config, row, problems)
-    return Found(cases, problems)

@@ -103,7 +103,7 @@ def _levels(
 
 
 def _column(name: str, key: MetadataKey, values: Mapping[str, Any]) -> dict[str, str]:
-    missing = {s: "unknown" for s, v in values.items() if is_missing(v, key.missing)}
+    missing = {s: "unknown" for s, v in values.items() if is_missing(v, key)}
     present = {s: v for s, v in values.items() if s not in missing}
     if key.kind != "continuous":
         return missing | {s: as_category(v) for s, v in present.items()}

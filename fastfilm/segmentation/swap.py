@@ -14,6 +14,9 @@ from .model_folder import LoadedModel
 
 SWAP = "swap.json"
 
+UNKNOWN = "unknown"
+"""What a missing value is called, unless the model knows a value of that name."""
+
 
 def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
     """``KEY`` or ``KEY=VALUE,VALUE`` -> the key and its values; None stands for "unknown", if the model knows it.
@@ -30,10 +33,19 @@ def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
             raise UserError(f"--swap {key} is continuous: give values, as in {key}=20,40,60")
         return key, [*encoder.values, *([None] if encoder.unknown else [])]
     values: list[str | None] = [v.strip() or None for v in given.split(",")]
-    values = [None if v == "unknown" and v not in encoder.values else v for v in values]
+    values = [None if v == UNKNOWN and v not in encoder.values else v for v in values]
     for v in values:
         encoder.encode(v)
+        if values.count(v) > 1:
+            raise UserError(f"--swap {text}: {v or UNKNOWN!r} is there twice")
     return key, values
+
+
+def shown(value: str | None, known: Sequence[str]) -> str:
+    """A fed value as text; a missing one is ``unknown``, or ``(missing)`` beside a value of that name."""
+    if value is not None:
+        return value
+    return "(missing)" if UNKNOWN in known else UNKNOWN
 
 
 def case_under(case: InputCase, key: str, value: str | None) -> InputCase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from fastfilm.segmentation.config import Config, override, parse, read_config
 from fastfilm.segmentation.console import bar, say
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.plan import make_plan
+from fastfilm.segmentation.yaml_files import load_yaml
 
 
 def command(
@@ -61,9 +63,15 @@ def command(
         f" fold(s); {p.spatial_dims}D, patch {'x'.join(map(str, p.patch_size))}, batch {p.batch_size},"
         f" {p.network.name}"
         + (f" of depth {p.network.depth}" if p.network.depth else "")
-        + f", {n.channels[0].kind} normalisation, spacing {[s or 'as is' for s in n.spacing]}"
+        + f", {n.channels[0].kind} normalisation, {_spacing(n.spacing)}"
     )
     say(f"written to {plan}; next: fastfilm train {plan} MODEL --fold 0")
+
+
+def _spacing(spacing: Sequence[float | None]) -> str:
+    axes = ("left-right", "back-front", "down-up")
+    known = [f"{s:.3g} mm {axis}" for s, axis in zip(spacing, axes, strict=True) if s is not None]
+    return f"resampled to {', '.join(known)}" if known else "voxels of the size that they have"
 
 
 def _config(data: Path, settings: dict[str, Any]) -> Config:
@@ -85,7 +93,7 @@ def _setting(text: str, option: str) -> tuple[str, Any]:
     if not sign:
         raise UserError(f"{option} takes KEY=VALUE, got {text!r}")
     try:
-        return key, yaml.safe_load(value)
+        return key, load_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"{option} {text!r}: the value is not YAML") from error
 

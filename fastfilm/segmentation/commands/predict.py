@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from fastfilm.segmentation.console import bar, say
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.inference import Options
 from fastfilm.segmentation.inputs import InputCase, find_inputs, parse_meta
+from fastfilm.segmentation.lock import locked
 from fastfilm.segmentation.metadata import is_missing
 from fastfilm.segmentation.model_folder import LoadedModel, load_model
+from fastfilm.segmentation.names import file_name
 from fastfilm.segmentation.prediction import Outcome, Writing, predict_cases
 from fastfilm.segmentation.preprocessing import AXES
 from fastfilm.segmentation.sources import SUFFIXES
-from fastfilm.segmentation.swap import case_under, swap_values
+from fastfilm.segmentation.swap import case_under, shown, swap_values, write_swap
 
 
 def command(
@@ -85,8 +88,12 @@ def command(
     cases = find_inputs(source, loaded.info, meta=given, table=table, fold=fold, part=part)
     if swap is not None:
         key, values = swap_values(swap, loaded)
-        folders = [(out / f"{key}={v or 'unknown'}", v) for v in values]
-        listed = [{"value": v or "unknown", "folder": f.name} for f, v in folders]
+        named = [(v, shown(v, loaded.encoder.values(key))) for v in values]
+        folders = [(out / file_name(f"{key}={name}"), v) for v, name in named]
+        listed = [
+            {"value": name, "folder": f.name}
+            for (_, name), (f, _) in zip(named, folders, strict=True)
+        ]
         jobs: list[tuple[Path, Any]] = [
             (f, [case_under(c, key, v) for c in cases]) for f, v in folders
         ]
@@ -94,35 +101,35 @@ def command(
     else:
         jobs, extra, listed = [(out, cases)], {}, []
     _say_unknown(loaded, cases, "" if swap is None else swap.partition("=")[0])
+    if single:
+        if out.resolve() in [p.resolve() for p in cases[0].images if p is not None]:
+            raise UserError(f"{out}: is the image itself: give another name")
+        jobs = [(out.parent, cases)]
+        cases[0].file = out.name.removesuffix(".gz").removesuffix(".nii")
     total = Outcome()
-    for folder, these in jobs:
-        if single:
-            if out.resolve() in [p.resolve() for p in these[0].images if p is not None]:
-                raise UserError(f"{out}: is the image itself: give another name")
-            folder = out.parent
-            these[0].id = out.name.removesuffix(".gz").removesuffix(".nii")
-        with bar(f"predicting {folder.name}") as progress:
-            outcome = predict_cases(
-                loaded,
-                these,
-                folder,
-                options,
-                writing,
-                go_on=continue_,
-                extra=extra,
-                listed=not single,
-                progress=progress,
-            )
-        total.done += outcome.done
-        total.kept += outcome.kept
-        where = f"{folder.name}: " if swap else ""
-        total.failed |= {f"{where}{k}": v for k, v in outcome.failed.items()}
-        total.timing.network += outcome.timing.network
-        total.timing.around += outcome.timing.around
-    if swap is not None:
-        from fastfilm.segmentation.swap import write_swap
-
-        write_swap(out, extra["swap"], listed)
+    with contextlib.nullcontext() if single else locked(out, "fastfilm predict"):
+        for folder, these in jobs:
+            with bar(f"predicting {folder.name}") as progress:
+                outcome = predict_cases(
+                    loaded,
+                    these,
+                    folder,
+                    options,
+                    writing,
+                    go_on=continue_,
+                    extra=extra,
+                    listed=not single,
+                    remarks=total.remarks,
+                    progress=progress,
+                )
+            total.done += outcome.done
+            total.kept += outcome.kept
+            where = f"{folder.name}: " if swap else ""
+            total.failed |= {f"{where}{k}": v for k, v in outcome.failed.items()}
+            total.timing.network += outcome.timing.network
+            total.timing.around += outcome.timing.around
+        if swap is not None:
+            write_swap(out, extra["swap"], listed)
     return _report(total, out)
 
 
@@ -142,7 +149,7 @@ def _say_unknown(model: LoadedModel, cases: Sequence[InputCase], but: str) -> No
     """A line for each key that is predicted as unknown: a forgotten table shall not pass for a known value."""
     for name in model.metadata_keys():
         key = model.encoder[name]
-        without = [c.id for c in cases if is_missing(c.metadata.get(name), key.missing)]
+        without = [c.id for c in cases if is_missing(c.metadata.get(name), key)]
         if without and key.unknown and name != but:
             some = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
             say(f"{name} is unknown in {len(without)} of {len(cases)} cases: {some}")
@@ -154,6 +161,8 @@ def _report(total: Outcome, out: Path) -> int:
     speed = (
         f"; {t.network:.1f} s in the network, {t.overhead:.1%} more around it" if t.network else ""
     )
+    for line in total.remarks.lines():
+        say(f"note: {line}")
     say(f"{out}: {len(total.done)} predicted{kept}{speed}")
     if total.failed:
         lines = "\n".join(f"  - {case}: {why}" for case, why in total.failed.items())

@@ -1,0 +1,305 @@
+"""Data sets -> cases: a BIDS folder, or a table with a row a case."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from .config import Config, Data
+from .encoding import dangling
+from .errors import UserError
+from .hints import contents, did_you_mean
+from .metadata import is_blank
+from .sidecars import Sidecars
+from .sources import (
+    SUFFIXES,
+    Case,
+    Found,
+    contrast_of,
+    find_entities,
+    find_metadata,
+    finish,
+    parts,
+    split_of,
+    stem,
+)
+from .tables import Table, read_table
+
+
+def find_cases(config: Config) -> Found:
+    """The cases of ``config.data``, in the order of their names.
+
+    Raises:
+        UserError: no such folder or file, or nothing in it that matches.
+    """
+    data = config.data
+    found = _bids(config) if data.source == "bids" else _rows(config)
+    names = [*dict.fromkeys(n for c in found.cases for n in (c.subject, c.id))]
+    for name in data.exclude:
+        if name not in found.excluded:
+            found.notes.append(
+                f"data.exclude: there is no subject or case {name!r}{did_you_mean(name, names)}"
+            )
+    found.cases.sort(key=lambda c: c.id)
+    if found.unlabelled:
+        some = ", ".join(found.unlabelled[:3]) + (", …" if len(found.unlabelled) > 3 else "")
+        found.notes.append(
+            f"{len(found.unlabelled)} cases left out for want of a label file"
+            f" (data.missing_labels: {data.missing_labels}): {some}"
+        )
+    if not found.cases and not found.problems:
+        if found.unlabelled:
+            raise UserError(f"{data.root}: {found.notes[-1]}; none is left")
+        raise UserError(f"{data.root}: no images of the contrasts {_nothing(data)}")
+    return found
+
+
+def _nothing(data: Data) -> str:
+    """Why there may be none."""
+    names = ", ".join(data.contrasts)
+    if data.source == "csv":
+        return names
+    ends = sorted({parts(p)[1] for p in _images(data.root)})
+    if ends:
+        hint = "".join(did_you_mean(c, ends) for c in data.contrasts[:1])
+        return f"{names}; the images are of {', '.join(ends)}{hint}"
+    text = f"{names}: {contents(data.root)}"
+    if "NIfTI" in text:
+        text += (
+            "; BIDS has them in sub-*/[ses-*/]anat/ with names that begin with sub-; files in any other order go"
+            " into a table (data.source: csv)"
+        )
+    return text
+
+
+def _bids(config: Config) -> Found:
+    data = config.data
+    if not data.root.is_dir():
+        raise UserError(f"{data.root}: no such folder")
+    found = Found()
+    rows = _participants(config, found)
+    sidecars = Sidecars(found.problems.append)
+    groups: dict[tuple[str, str], dict[str, Path]] = {}
+    for path in _images(data.root):
+        contrast = contrast_of(path, data.contrasts)
+        if contrast is None:
+            continue
+        entities, _ = parts(path)
+        own = {k for k, _, _ in (p.partition("-") for p in contrast.split("_")[:-1])}
+        rest = [f"{k}-{v}" for k, v in entities.items() if k not in own]
+        case = "_".join(rest) + (f"_{contrast}" if data.combine == "samples" else "")
+        channels = groups.setdefault((f"sub-{entities['sub']}", case), {})
+        if contrast in channels:
+            found.problems.append(
+                f"{path} and {channels[contrast]}: both are {contrast} of case {case}"
+            )
+        channels[contrast] = path
+    left_out: list[str] = []
+    for (subject, case), channels in sorted(groups.items()):
+        if _excluded(data, found, subject, case):
+            continue
+        names = list(channels) if data.combine == "samples" else data.contrasts
+        absent = [n for n in names if n not in channels]
+        if absent and data.missing_contrast == "skip":
+            left_out.append(case)
+            continue
+        if absent and data.missing_contrast == "error":
+            found.problems.append(f"{case}: no image of contrast {', '.join(absent)}")
+        labels, expected = _labels(data, channels, found)
+        row = rows.get(subject)
+        if row is None and rows and _uses_table(config, found.places.columns):
+            found.problems.append(f"{data.root / data.table}: no row for {subject}")
+        row = row or {}
+        first = channels[names[0]] if names[0] in channels else next(iter(channels.values()))
+        entities = find_entities(first, data.contrasts)
+        sidecar = sidecars.of(first, data.root)
+        found.places.entities |= entities.keys()
+        found.places.sidecar |= sidecar.values.keys()
+        metadata, origins = find_metadata(config.metadata, row, entities, sidecar)
+        made = Case(
+            id=case,
+            subject=subject,
+            images=tuple(channels.get(n) for n in names),
+            labels=labels,
+            metadata=metadata,
+            split=split_of(config, row, case, found),
+            origins=origins,
+        )
+        finish(found, made, config, row, expected)
+    _say_left_out(found, left_out)
+    return found
+
+
+def _excluded(data: Data, found: Found, *names: str) -> bool:
+    hit = {n for n in names if n in data.exclude}
+    found.excluded |= hit
+    return bool(hit)
+
+
+def _say_left_out(found: Found, cases: list[str]) -> None:
+    if cases:
+        some = ", ".join(cases[:3]) + (", …" if len(cases) > 3 else "")
+        found.notes.append(
+            f"{len(cases)} cases left out for want of a contrast (data.missing_contrast: skip): {some}"
+        )
+
+
+def _images(root: Path) -> Iterator[Path]:
+    for subject in sorted(root.glob("sub-*")):
+        for path in sorted(subject.rglob("*")):
+            if path.name.endswith(SUFFIXES) and path.name.startswith("sub-"):
+                yield path
+
+
+def _labels(
+    data: Data, channels: Mapping[str, Path], found: Found
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Label -> its file, of those that are there; label -> where it was looked for, with what is there instead."""
+    files: dict[str, Path] = {}
+    expected: dict[str, str] = {}
+    images = [
+        channels[n]
+        for n in ([data.label_contrast] if data.label_contrast else list(channels))
+        if n in channels
+    ]
+    for name, label in data.labels.items():
+        suffix = label.suffix or data.label_suffix
+        for image in images:
+            folder = data.root / data.derivatives / image.parent.relative_to(data.root)
+            wanted = folder / f"{stem(image)}_{suffix}.nii.gz"
+            if name not in expected:
+                expected[name] = str(wanted) + _instead(folder, stem(image))
+            there = [p for p in (wanted, wanted.with_suffix("")) if os.path.lexists(p)]
+            if len(there) > 1:
+                found.problems.append(f"{there[0]} and {there[1].name}: both are there")
+            if there:
+                # missing_labels is for what is not annotated, not for a file that was not fetched
+                if not there[0].exists():
+                    found.problems.append(f"{there[0]}: {dangling(there[0])}")
+                files[name] = there[0]
+                break
+        else:
+            expected.setdefault(name, f"the label of an image {data.label_contrast}")
+    return files, expected
+
+
+def _instead(folder: Path, image: str) -> str:
+    if not folder.is_dir():
+        above = next(p for p in folder.parents if p.is_dir())
+        return f" (there is no folder {folder.relative_to(above).parts[0]} in {above})"
+    others = sorted(p.name for p in folder.glob(f"{image}*") if p.name.endswith(SUFFIXES))
+    return f" (the folder has {', '.join(others[:3])})" if others else ""
+
+
+def _participants(config: Config, found: Found) -> dict[str, dict[str, str]]:
+    """Subject -> row."""
+    path = config.data.root / config.data.table
+    needed = any(k.source == "table" for k in config.metadata.values()) or config.splits.column
+    if not os.path.lexists(path):
+        if needed:
+            found.problems.append(f"{path}: no such table")
+        return {}
+    try:
+        table = read_table(path)
+    except UserError as error:
+        found.problems.append(str(error))
+        return {}
+    found.places.table, found.places.columns = path, table.columns
+    if "participant_id" not in table.columns:
+        found.problems.append(
+            f"{path}: no column 'participant_id'; it has {', '.join(table.columns)}"
+        )
+        return {}
+    rows: dict[str, dict[str, str]] = {}
+    for line, row in zip(table.lines, table.rows, strict=True):
+        subject = row["participant_id"]
+        if not subject:
+            found.problems.append(f"{path}: line {line} has no participant_id")
+            continue
+        subject = subject if subject.startswith("sub-") else f"sub-{subject}"
+        if subject in rows:
+            found.problems.append(f"{path}: line {line}: a second row for {subject}")
+        rows[subject] = row
+    return rows
+
+
+def _uses_table(config: Config, columns: list[str]) -> bool:
+    """Whether a metadata key or the split comes from the table."""
+    keys = [k for k, c in config.metadata.items() if c.source in ("auto", "table")]
+    return any(k in columns for k in [*keys, config.splits.column])
+
+
+def _rows(config: Config) -> Found:
+    """The cases of a table."""
+    data = config.data
+    found = Found()
+    table = read_table(data.root)
+    if not table.rows:
+        raise UserError(f"{data.root}: the table has no rows")
+    found.places.table, found.places.columns = data.root, table.columns
+    _columns(config, table, found)
+    if found.problems:
+        return found
+    sidecars = Sidecars(found.problems.append)
+    taken: dict[str, int] = {}
+    left_out: list[str] = []
+    for line, row in zip(table.lines, table.rows, strict=True):
+        paths = {c: None if is_blank(row[c]) else data.root.parent / row[c] for c in data.contrasts}
+        there = [p for p in paths.values() if p is not None]
+        where = f"{data.root}: line {line}"
+        if not there:
+            found.problems.append(f"{where}: no image")
+            continue
+        name = row.get("case") or row.get("id") or row.get("subject") or stem(there[0])
+        subject = row.get("subject") or name
+        missing = [c for c, p in paths.items() if p is None]
+        if missing and data.combine == "channels":
+            if data.missing_contrast == "skip":
+                left_out.append(name)
+                continue
+            if data.missing_contrast == "error":
+                found.problems.append(f"{where}: no image in column {', '.join(missing)}")
+        labels: dict[str, Path] = {}
+        expected: dict[str, str] = {}
+        for label, c in data.labels.items():
+            column = c.column or data.label_column
+            expected[label] = f"a path in column {column!r} of line {line}"
+            if not is_blank(row[column]):
+                labels[label] = data.root.parent / row[column]
+        if _excluded(data, found, subject, name):
+            continue
+        channels: list[tuple[str, tuple[Path | None, ...]]] = [(name, tuple(paths.values()))]
+        if data.combine == "samples" and len(data.contrasts) > 1:
+            channels = [(f"{name}_{c}", (p,)) for c, p in paths.items() if p is not None]
+        for case, images in channels:
+            if _excluded(data, found, subject, case):
+                continue
+            if case in taken:
+                found.problems.append(f"{where}: case {case!r} is in line {taken[case]} already")
+                continue
+            taken[case] = line
+            first = next(p for p in images if p is not None)
+            column = next(c for c, p in paths.items() if p == first)
+            entities, sidecar = {"contrast": column}, sidecars.of(first)
+            found.places.entities |= entities.keys()
+            found.places.sidecar |= sidecar.values.keys()
+            metadata, origins = find_metadata(config.metadata, row, entities, sidecar)
+            split = split_of(config, row, where, found)
+            made = Case(case, subject, images, labels, metadata, split, origins)
+            finish(found, made, config, row, expected)
+    _say_left_out(found, left_out)
+    return found
+
+
+def _columns(config: Config, table: Table, found: Found) -> None:
+    """Names the columns that the configuration asks for and the table has not."""
+    data = config.data
+    wanted = {*data.contrasts, *(c for c in [config.splits.column, data.annotated_column] if c)}
+    wanted |= {label.column or data.label_column for label in data.labels.values()}
+    wanted |= {k for k, c in config.metadata.items() if c.source == "table"}
+    for column in sorted(wanted - set(table.columns)):
+        found.problems.append(
+            f"{table.path}: no column {column!r}; it has {', '.join(table.columns)}"
+            + did_you_mean(column, table.columns)
+        )

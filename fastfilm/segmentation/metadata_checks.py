@@ -1,0 +1,154 @@
+"""Whether a data set's metadata can be encoded in every fold, and how many cases have each key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Config, MetadataKey
+from .errors import Problems
+from .hints import did_you_mean
+from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
+from .sources import Case, Found, Places
+from .splits import Fold
+
+MANY = 10
+"""Different numbers from which on a category looks like a continuous key."""
+
+SHOWN = 3
+"""Cases that a line names."""
+
+LISTED = 5
+"""Cases of one key whose values do not fit up to which each has a line."""
+
+ORIGINS = {
+    "table": "table",
+    "entity": "file name",
+    "sidecar": "sidecar",
+    "inherited sidecar": "sidecar further up",
+}
+
+
+def metadata_problems(
+    found: Found, folds: Sequence[Fold], config: Config
+) -> tuple[list[str], list[str]]:
+    """What the encoder of any fold would refuse, each key and value in one line; and what looks like a slip.
+
+    Returns:
+        problems and notes, one line each.
+    """
+    wrong: list[str] = []
+    notes: list[str] = []
+    for name, key in config.metadata.items():
+        values = {c.id: c.metadata.get(name) for c in found.cases}
+        if all(is_missing(v, key) for v in values.values()):
+            wrong.append(_nowhere(name, key, found.places))
+            continue
+        mine = _of_key(name, key, found.cases, folds)
+        many = _numbers(key, values)
+        if many is not None:
+            text = (
+                f"metadata {name!r}: {many} different numbers as categories, each with a column of its own: if it"
+                f" is a quantity, declare metadata.{name}.kind: continuous"
+            )
+            (wrong if mine else notes).append(text)
+        else:
+            wrong += mine
+    return wrong, notes
+
+
+def coverage(found: Found, config: Config) -> list[str]:
+    """One line a key: how many cases have it, where it was found, which lack it."""
+    lines = []
+    for name in config.metadata:
+        counts = Counter(ORIGINS[c.origins[name]] for c in found.cases if name in c.origins)
+        lacking = [c.id for c in found.cases if name not in c.origins]
+        where = ", ".join(f"{place} {n}" for place, n in counts.most_common())
+        line = f"{name}: {len(found.cases) - len(lacking)} of {len(found.cases)} cases have it ({where})"
+        if lacking:
+            line += f"; {len(lacking)} lack it: {_some(lacking)}"
+        lines.append(line)
+    return lines
+
+
+def _of_key(name: str, key: MetadataKey, cases: Sequence[Case], folds: Sequence[Fold]) -> list[str]:
+    def row(case: Case) -> dict[str, Any]:
+        return {name: case.metadata.get(name)}
+
+    try:
+        MetadataEncoder.fit({c.id: row(c) for c in cases}, {name: key})
+    except Problems as error:
+        few = error.problems if len(error.problems) <= LISTED else error.problems[:SHOWN]
+        rest = len(error.problems) - len(few)
+        return [*few, *([f"metadata {name!r}: {rest} further cases like these"] if rest else [])]
+    wrong: dict[str, list[str]] = {}
+    for k, fold in enumerate(folds):
+        train = {c.id: row(c) for c in cases if c.subject in set(fold["train"])}
+        try:
+            encoder = MetadataEncoder.fit(train, {name: key})
+        except Problems as error:
+            for p in error.problems:
+                wrong.setdefault(p, []).append(f"fold {k}")
+            continue
+        for case in cases:
+            if case.id in train:
+                continue
+            try:
+                encoder.encode(row(case))
+            except MetadataError as error:
+                # which values the fold has is no part of what is wrong
+                wrong.setdefault(str(error).split("; expected")[0], []).append(
+                    f"{case.id} in fold {k}"
+                )
+    hint = "splits.stratify spreads values over the folds, unseen: unknown accepts them"
+    return [f"{_some(where)}: {text}; {hint}" for text, where in wrong.items()]
+
+
+def _numbers(key: MetadataKey, values: Mapping[str, Any]) -> int | None:
+    """How many different numbers a category without given values has, if all are numbers and there are many."""
+    if key.kind != "category" or key.values is not None:
+        return None
+    present = [v for v in values.values() if not is_missing(v, key)]
+    names = {as_category(v) for v in present if not isinstance(v, list | dict)}
+    try:
+        for n in names:
+            float(n)
+    except ValueError:
+        return None
+    few = len(names) <= MANY and 2 * len(names) <= len(present)
+    return None if few or len(names) < 3 else len(names)
+
+
+def _nowhere(name: str, key: MetadataKey, places: Places) -> str:
+    """Why a key has no value in any case."""
+    looked: list[str] = []
+    known: list[str] = []
+    if key.source in ("auto", "table"):
+        if places.table is None:
+            looked.append("there is no table")
+        elif name in places.columns:
+            return (
+                f"metadata {name!r} has no value in any case: column {name!r} of {places.table} is empty or"
+                f" {' or '.join(key.missing or [])} everywhere"
+            )
+        else:
+            looked.append(f"{places.table} has the columns {', '.join(places.columns)}")
+            known += places.columns
+    if key.source in ("auto", "entity"):
+        looked.append(f"file names have {', '.join(sorted(places.entities)) or 'no entities'}")
+        known += sorted(places.entities)
+    if key.source in ("auto", "sidecar"):
+        keys = sorted(places.sidecar)
+        looked.append(
+            f"sidecars have {len(keys)} keys ({_some(keys, 8)})"
+            if keys
+            else "no image has a JSON sidecar"
+        )
+        known += keys
+    return f"metadata {name!r} has no value in any case: {'; '.join(looked)}{did_you_mean(name, known)}"
+
+
+def _some(names: Sequence[str | Path], most: int = SHOWN) -> str:
+    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")

@@ -68,6 +68,9 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status (2 for a wrong command line, with the usage on stderr)."""
+    if argv is None:
+        argv = sys.argv[1:]
+        cli.outlive_readers()
     parser = argparse.ArgumentParser(
         prog="fastfilm",
         description="Fused convolution, normalisation, activation and FiLM.",
@@ -78,13 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub = subparsers.add_parser(
             command.name, help=command.summary, description=command.summary.capitalize() + "."
         )
-        command.arguments(sub)
+        if argv and argv[0] == command.name:  # those of others may cost an import of torch
+            command.arguments(sub)
         sub.set_defaults(run=command.run)
     for name, summary in cli.SUMMARIES.items():
         subparsers.add_parser(name, help=summary, add_help=False)
-    if argv is None:
-        argv = sys.argv[1:]
-        cli.outlive_readers()
     if argv and argv[0] in cli.SUMMARIES:
         return cli.run(argv[0], argv[1:])
     try:

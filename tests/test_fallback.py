@@ -276,9 +276,10 @@ def test_a_bad_value_of_a_variable_is_an_error_that_names_it(
     environment.check()
 
 
-def test_variables_are_checked_when_fastfilm_is_imported() -> None:
+@pytest.mark.parametrize("code", ["import torch, fastfilm", "from fastfilm import FiLM"])
+def test_variables_are_checked_when_the_operators_are_imported(code: str) -> None:
     bad = subprocess.run(
-        [sys.executable, "-c", "import fastfilm"],
+        [sys.executable, "-c", code],
         env={"FASTFILM_STRICT": "yes", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,

@@ -223,7 +223,7 @@ def test_unknown_backend_and_environment() -> None:
     with pytest.raises(ValueError, match="route must be one of"), fastfilm.backend(None, "fast"):
         pass
     out = subprocess.run(
-        [sys.executable, "-c", "import fastfilm"],
+        [sys.executable, "-c", "import fastfilm; fastfilm.conv_norm_film"],
         env={"FASTFILM_BACKEND": "nonsense", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,

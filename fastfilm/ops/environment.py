@@ -1,4 +1,4 @@
-"""Environment variables: which there are, what they may hold, and the check when fastfilm is imported."""
+"""Environment variables: which there are, what they may hold, and the check when the operators are imported."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def run(name: str, argv: Sequence[str]) -> int:
     """Runs one command; the exit status.
 
     0: done. 1: an error that the user can mend (one readable message on stderr), or the extra is not installed.
-    2: a wrong command line. 130: interrupted.
+    2: a wrong command line. 130: interrupted (143: by SIGTERM).
     """
     try:
         file = f"{name}_" if keyword.iskeyword(name) else name
@@ -83,17 +83,21 @@ def run(name: str, argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"fastfilm {name}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except KeyboardInterrupt as error:
+        return _interrupted(name, error)
     except Exception as error:
         # a wrong command line; the classes are click's, or those of typer's own copy of it
         if type(error).__name__ == "Abort":
-            status = INTERRUPTED
-        elif hasattr(error, "show") and hasattr(error, "exit_code"):
+            return _interrupted(name, error.__cause__)
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return int(error.exit_code)
-        else:
-            raise
-    if status == INTERRUPTED:
-        print(f"\nfastfilm {name}: interrupted", file=sys.stderr)
+        raise
     return status
+
+
+def _interrupted(name: str, error: BaseException | None) -> int:
+    """Says so; the status is the signal's where the error knows it (``stopping.Stopped``)."""
+    print(f"\nfastfilm {name}: {str(error or '') or 'interrupted'}", file=sys.stderr)
+    status = getattr(error, "status", INTERRUPTED)
+    return status if isinstance(status, int) else INTERRUPTED

@@ -26,12 +26,12 @@ from fastfilm.segmentation.config import parse
 from fastfilm.segmentation.distributed import Processes
 from fastfilm.segmentation.errors import Problems, UserError
 from fastfilm.segmentation.files import read_tensors
+from fastfilm.segmentation.inference import predict
 from fastfilm.segmentation.model_folder import load_model, read_info, save_weights
 from fastfilm.segmentation.network import build_network
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.record import read_log
 from fastfilm.segmentation.training import Start, train
-from fastfilm.segmentation.validation import windowed
 from fastfilm.segmentation.volumes import read_volume
 
 from .phantoms import TYPES, settings, write_bids
@@ -98,7 +98,7 @@ def kill_and_resume(bids: Path, tmp_path: Path, kills: int, sections: dict[str, 
     # in order; behind each there is something left to train
     moments = sorted(chance.sample(range(1, steps - 5), kills))
     for moment in moments:
-        start = Start(plan, 0, tmp_path / "killed", resume=True)
+        start = Start(plan, 0, tmp_path / "killed", resume=(tmp_path / "killed").exists())
         process = context.Process(target=train, args=(start, ONE))
         process.start()
         while saved_step(tmp_path / "killed") < moment and process.is_alive():
@@ -215,7 +215,7 @@ def test_a_training_is_not_overwritten_and_another_one_not_gone_on_with(
     train(Start(plan, 0, tmp_path / "model"), ONE)
     with pytest.raises(UserError, match="holds a training already"):
         train(Start(plan, 0, tmp_path / "model"), ONE)
-    with pytest.raises(UserError, match="another plan, fold, configuration"):
+    with pytest.raises(UserError, match="fold was 0, is 1"):
         train(Start(plan, 1, tmp_path / "model", resume=True), ONE)
 
 
@@ -367,12 +367,10 @@ def test_every_form_trains_and_loads(tmp_path: Path, form: str) -> None:
     volume = read_volume(next(p for p in case.images if p is not None))
     prepared = model.preprocess([volume.array], volume.affine)
     values = {k: case.metadata[k] for k in model.metadata_keys()}
-    for task in model.tasks() or [None]:
-        p = windowed(model, torch.from_numpy(prepared.image), model.encode(values, task))
-        assert p.shape == (1 if task else 2, *prepared.geometry.grid)
-        assert float(p.min()) >= 0 and float(p.max()) <= 1
-        back = prepared.geometry.from_network(p.numpy())
-        assert back.shape[1:] == volume.array.shape
+    found = predict(model, prepared, values, probabilities=True)
+    assert found.probabilities is not None
+    assert found.probabilities.shape == (2, *volume.array.shape)
+    assert float(found.probabilities.min()) >= 0 and float(found.probabilities.max()) <= 1
 
 
 def test_a_label_that_was_not_annotated_is_not_trained_as_background(tmp_path: Path) -> None:

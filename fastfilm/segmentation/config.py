@@ -311,6 +311,10 @@ class Training(Section):
     )
     workers: int = Field(2, ge=0, description="processes that load")
     validate_every: Positive = Field(1, description="epochs")
+    validation_overlap: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5,
+        description="of the windows, as in predict: the log's Dice is that of evaluate; less is faster",
+    )
     checkpoint_minutes: float = Field(5.0, ge=0, description="between checkpoints inside an epoch")
     checkpoint_steps: Positive | None = Field(None, description="the same in steps")
     seed: int = Field(0, ge=0)

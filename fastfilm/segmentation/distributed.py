@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import choose
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -54,12 +56,17 @@ class Processes:
 
 @contextlib.contextmanager
 def processes(device: str | None = None) -> Iterator[Processes]:
-    """Joins the processes that torchrun started (gloo on CPUs, NCCL on GPUs)."""
+    """Joins the processes that torchrun started (gloo on CPUs, NCCL on GPUs).
+
+    Args:
+        device: as ``devices.choose`` takes it.
+
+    Raises:
+        UserError: no such device.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device is None:
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    chosen = choose(device, local=local, world=world)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     joined = world > 1 and not dist.is_initialized()

@@ -98,15 +98,7 @@ def predict(
     masks = np.zeros((labels, *turned), bool)
     strongest = np.zeros(turned, np.int16)
     image = torch.from_numpy(np.ascontiguousarray(case.image)).to(model.device)
-    flat = model.info.spatial_dims == 2
-    planes = sliding_windows(
-        image,
-        model.info.patch_size,
-        network,
-        overlap=options.overlap,
-        batch=options.batch or (16 if flat else 1),
-        timing=timing,
-    )
+    planes = windows(model, image, network, options, timing)
     (d0, _), (h0, h1), (w0, w1) = geometry.crop
     exclusive = model.info.output == "classes"
     for first, p in regridded(planes, geometry):
@@ -129,6 +121,24 @@ def predict(
         kept[maps] if uncertain else None,
         kept[maps + 1] if uncertain else None,
         timing,
+    )
+
+
+def windows(
+    model: LoadedModel,
+    image: Tensor,
+    network: CaseNetwork,
+    options: Options,
+    timing: Timing | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Probabilities of ``image`` [C, D, H, W] as planes (first, [K, n, H, W]), from ``sliding_windows``."""
+    return sliding_windows(
+        image,
+        model.info.patch_size,
+        network,
+        overlap=options.overlap,
+        batch=options.batch or (16 if model.info.spatial_dims == 2 else 1),
+        timing=timing,
     )
 
 

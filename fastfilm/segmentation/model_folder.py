@@ -127,6 +127,11 @@ class ModelInfo(Section):
             return 1
         return len(self.labels) + (self.output == "classes")
 
+    @property
+    def separate(self) -> bool:
+        """Whether each label gets a file of its own: those that come from masks of their own may overlap."""
+        return self.output != "classes" and any(not label.values for label in self.labels)
+
     def build(self, pretrained: bool = False) -> nn.Module:
         """The network without its weights."""
         return build_network(
@@ -196,11 +201,14 @@ class LoadedModel:
             rows: metadata [N, M] or [1, M] (from ``encode``).
         """
         rows = torch.as_tensor(rows, dtype=torch.float32, device=image.device)
-        logits = call(self.network, image, rows)
-        return self.activate(logits[0] if isinstance(logits, list | tuple) else logits)
+        return self.activate(call(self.network, image, rows))
 
-    def activate(self, logits: Tensor) -> Tensor:
-        """Logits -> probabilities, one channel a label (the background of "classes" is left out)."""
+    def activate(self, logits: Tensor | Sequence[Tensor]) -> Tensor:
+        """Logits -> probabilities, one channel a label (the background of "classes" is left out).
+
+        Of several (deep supervision) the first, full size, are taken.
+        """
+        logits = logits if isinstance(logits, Tensor) else logits[0]
         if self.info.output == "classes":
             return torch.softmax(logits.float(), 1)[:, 1:]
         return torch.sigmoid(logits.float())
@@ -263,7 +271,7 @@ def _read(folder: str | Path) -> tuple[ModelInfo, str]:
     try:
         return ModelInfo.model_validate(_upgraded(value)), digest(value)
     except ValidationError as error:
-        raise Problems(f"{path}: not a valid model", problems(error)) from error
+        raise Problems(f"{path}: not a valid model", problems(error, ModelInfo)) from error
 
 
 def _upgraded(value: dict[str, Any]) -> dict[str, Any]:

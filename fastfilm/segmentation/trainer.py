@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .cache import CachedCase
 from .checkpoint import NAME, State, seed_step
 from .config import Config
 from .console import bar, say
-from .dataset import Batch, Samples, collate, quiet_worker
+from .dataset import Batch, Samples, collate
 from .distributed import Processes
 from .errors import UserError
 from .losses import KnownLoss
@@ -30,6 +31,7 @@ from .network import call
 from .optimisation import Average, Progress, learning_rate, make_optimizer
 from .record import Record
 from .sampling import Draws, Steps, groups_by
+from .stopping import Stop, Stopped, undisturbed_worker
 from .validation import Validated, validate
 
 MOST_STEPS = 250
@@ -52,10 +54,13 @@ class Trainer:
         batch_size: int,
         train_cases: Sequence[CachedCase],
         val_cases: Sequence[CachedCase],
-        identity: str,
+        identity: Mapping[str, Any],
+        surroundings: Mapping[str, Any],
+        stop: Stop,
     ) -> None:
         self.config, self.info, self.folder = config.training, info, folder
-        self.processes, self.identity = processes, identity
+        self.processes, self.identity, self.surroundings = processes, identity, surroundings
+        self.stop = stop
         self.labels = list(config.data.labels)
         self.train_cases, self.val_cases = list(train_cases), list(val_cases)
         self.batch_size = batch_size
@@ -82,11 +87,17 @@ class Trainer:
         self.dataset = self._dataset(config)
         self.epoch_steps = self.config.steps_per_epoch or self._epoch_steps(config)
         self.steps = self.epoch_steps * self.config.epochs
-        self.validated: Validated | None = None
 
     def run(self) -> None:
-        """From the state's step to the end."""
+        """From the state's step to the end.
+
+        Raises:
+            Stopped: a signal has come; the state is saved at the end of the step that was under way.
+        """
         first, progress = self.processes.first, self.state.progress
+        if progress.step == 0:
+            # --resume works from here on
+            self._save()
         record = Record(self.folder, progress.step) if first else None
         loader = self._loader(progress.step)
         batches = iter(loader)
@@ -102,11 +113,11 @@ class Trainer:
                         with clock.waiting():
                             batch = next(batches)
                         self._step(batch)
+                        self._stop_if_asked()
                         tick(f"{title}  loss {progress.loss_sum / progress.loss_steps:.4f}")
                         if self._due(saved) and progress.step % self.epoch_steps:
                             self._save()
                             saved = time.monotonic()
-                progress.epoch += 1
                 self._end_of_epoch(record, clock)
                 saved = time.monotonic()
             self._finish()
@@ -181,33 +192,59 @@ class Trainer:
         return patience is not None and self.state.progress.waited >= patience
 
     def _end_of_epoch(self, record: Record | None, clock: _Clock) -> None:
-        """Validates, logs, saves."""
+        """Validates, logs, saves, and only then says so."""
         config, progress = self.config, self.state.progress
         seconds, share = clock.read()
+        begun = time.monotonic()
+        # may be stopped: the progress stays that of the last step until it is done
+        found = self._validation(progress.epoch + 1)
+        validation_seconds = time.monotonic() - begun
+        progress.epoch += 1
         line: dict[str, Any] = {
             "epoch": progress.epoch,
             "step": progress.step,
             "loss": progress.loss_sum / max(1, progress.loss_steps),
-            "learning_rate": self.state.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate(
+                config, replace(progress, step=progress.step - 1), self.steps
+            ),
             "seconds": round(seconds, 3),
             "loader_wait": round(share, 4),
         }
         progress.loss_sum, progress.loss_steps = 0.0, 0
-        last = progress.epoch == config.epochs
-        if self.val_cases and (last or progress.epoch % config.validate_every == 0):
-            model = LoadedModel(self._evaluated(), self.info, self.processes.device, self.folder)
-            begun = time.monotonic()
-            found = validate(model, self.val_cases, self.labels, self.processes, self.dtype)
+        if found is not None:
             line |= {"dice_mean": found.mean, "dice": found.labels}
-            line["validation_seconds"] = round(time.monotonic() - begun, 3)
+            line["validation_seconds"] = round(validation_seconds, 3)
             if progress.validated(found.mean, config) and self.processes.first:
                 save_weights(self.folder, "best", self._weights(), self.info)
         if record is not None:
             record.epoch(line)
+        self._save()
+        if record is not None:
             say(_summary(line, config.epochs, progress))
             if self._stopped():
                 say(f"stopped early: no better Dice for {progress.waited} epochs")
-        self._save()
+
+    def _validation(self, epoch: int) -> Validated | None:
+        """Of the epoch that ends; None where it has none."""
+        config = self.config
+        if not self.val_cases or (epoch < config.epochs and epoch % config.validate_every):
+            return None
+        model = LoadedModel(self._evaluated(), self.info, self.processes.device, self.folder)
+        return validate(
+            model,
+            self.val_cases,
+            self.labels,
+            self.processes,
+            config.validation_overlap,
+            self._stop_if_asked,
+        )
+
+    def _stop_if_asked(self) -> None:
+        """Between two steps, or two cases of a validation."""
+        if self.stop.asked is not None:
+            self._save()
+            step = self.state.progress.step
+            raise Stopped(self.stop.asked, f"stopped after step {step}, the state is saved")
 
     def _finish(self) -> None:
         progress = self.state.progress
@@ -230,7 +267,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.processes.first:
-            self.state.save(self.folder, self.identity)
+            self.state.save(self.folder, self.identity, self.surroundings)
 
     def _due(self, saved: float) -> bool:
         config, step = self.config, self.state.progress.step
@@ -312,7 +349,7 @@ class Trainer:
             batch_sampler=Steps(step, self.steps, self.batch_size, p.rank, p.world),
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=quiet_worker,
+            worker_init_fn=undisturbed_worker,
             pin_memory=p.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
@@ -333,7 +370,7 @@ class _Clock:
     def read(self) -> tuple[float, float]:
         """Seconds, share of them waited."""
         seconds = time.monotonic() - self.begun
-        return seconds, self.waited / seconds
+        return seconds, self.waited / max(seconds, 1e-9)
 
 
 def _summary(line: dict[str, Any], epochs: int, progress: Progress) -> str:

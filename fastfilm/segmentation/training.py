@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastfilm
+
 from .cache import cached
-from .checkpoint import NAME
+from .checkpoint import NAME, Saved
 from .config import write_config
 from .console import bar, say
 from .distributed import Processes
 from .errors import Problems, UserError
 from .files import write_json
 from .finetuning import freeze_all_but_generator, start_from
+from .lock import locked
 from .metadata import MetadataEncoder, MetadataError
-from .model_folder import LabelInfo, ModelInfo, save_model
+from .model_folder import LabelInfo, ModelInfo, read_info, save_model
 from .network import divisor
 from .optimisation import Progress
 from .plan import PlanFolder
 from .sources import Case
+from .stopping import Stop, Stopped, signals
 from .trainer import Trainer
 
 
@@ -38,6 +44,7 @@ class Start:
         folder: the model folder to write.
         resume: go on from its last.safetensors.
         init: model folder to fine-tune.
+        options: further ones of the command line, for the message that says how to go on.
     """
 
     plan: PlanFolder
@@ -45,27 +52,53 @@ class Start:
     folder: Path
     resume: bool = False
     init: Path | None = None
+    options: Sequence[str] = ()
+
+    def command(self) -> str:
+        """What goes on with this training."""
+        words = [
+            "fastfilm",
+            "train",
+            str(self.plan.path),
+            str(self.folder),
+            "--fold",
+            str(self.fold),
+        ]
+        init = [] if self.init is None else ["--from", str(self.init)]
+        return shlex.join([*words, *init, *self.options, "--resume"])
 
 
 def train(start: Start, processes: Processes) -> Progress:
-    """Trains, validates and writes the model folder.
+    """Trains, validates and writes the model folder, which no other process writes to meanwhile.
+
+    In one process (not under torchrun), SIGINT and SIGTERM end it after the step under way.
 
     Raises:
-        UserError: settings or data that do not fit, a loss that is not finite, a folder that cannot be written.
+        UserError: settings or data that do not fit, a loss that is not finite, a folder that cannot be written or
+            is being written to, nothing to resume.
+        Stopped: a signal has come.
     """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(signals(processes.world == 1))
+        if processes.first:
+            stack.enter_context(locked(start.folder, "fastfilm train"))
+        trainer = _prepare(start, processes, stop)
+        if not trainer.state.progress.finished:
+            stop.patient = True
+            _run(trainer, start)
+        return trainer.state.progress
+
+
+def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
+    """Checks everything, writes what describes the model, and fills the cache."""
     config = start.plan.config
-    last = start.folder / NAME
-    resuming = start.resume and last.is_file()
-    if last.exists() and not start.resume:
-        raise UserError(
-            f"{start.folder}: holds a training already; --resume goes on with it, or choose another folder"
-        )
     batch = start.plan.plan.batch_size
     if batch % (processes.world * config.training.accumulate):
         raise UserError(
             f"the batch of {batch} cannot be shared by {processes.world} processes in"
             f" {config.training.accumulate} parts each (training.batch_size, training.accumulate)"
         )
+    saved = _saved(start)
     torch.manual_seed(config.training.seed)
     if processes.device.type == "cuda":
         torch.backends.cudnn.deterministic = True
@@ -74,7 +107,12 @@ def train(start: Start, processes: Processes) -> Progress:
         raise UserError(f"fold {start.fold} of {start.plan.path} has no training cases")
     info, network = _model(start, train_cases)
     _check_metadata([*train_cases, *val_cases], info)
+    decides, around = identity(start, info), surroundings(processes)
+    if saved is not None:
+        saved.check(decides)
     if processes.first:
+        if start.resume and saved is None:
+            _check_never_saved(start, info)
         for left in start.folder.glob(".writing-*"):
             # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
@@ -97,29 +135,138 @@ def train(start: Start, processes: Processes) -> Progress:
         batch_size=batch,
         train_cases=cached(train_cases, *arguments),
         val_cases=cached(val_cases, *arguments),
-        identity=identity(start, info),
+        identity=decides,
+        surroundings=around,
+        stop=stop,
     )
-    if resuming:
-        trainer.state.load(start.folder, trainer.identity)
+    if saved is not None:
+        trainer.state.restore(saved)
         if processes.first:
             where = "has ended" if trainer.state.progress.finished else "goes on"
             say(f"{start.folder}: training {where} at step {trainer.state.progress.step}")
-    if not trainer.state.progress.finished:
+            if (line := saved.surroundings_differ(around)) and where == "goes on":
+                say(line)
+    return trainer
+
+
+def _saved(start: Start) -> Saved | None:
+    """The state to go on from; None: there is none, and the folder may be written.
+
+    Raises:
+        UserError: there is one and ``--resume`` is not given, or it is damaged; a model without its state.
+    """
+    if (start.folder / NAME).is_file():
+        if start.resume:
+            return Saved.read(start.folder)
+        raise UserError(
+            f"{start.folder}: holds a training already; --resume goes on with it, or choose another folder"
+        )
+    for name in ("best", "final"):
+        path = start.folder / f"{name}.safetensors"
+        if path.exists():
+            what = f"nothing to resume: it has no {NAME}, but" if start.resume else "holds a model:"
+            raise UserError(f"{start.folder}: {what} {path.name}; choose another folder")
+    return None
+
+
+def _check_never_saved(start: Start, info: ModelInfo) -> None:
+    """``--resume`` where no state is: right only for this very training, killed before it saved one."""
+    hint = "without --resume a training starts"
+    if not (start.folder / "model.json").is_file():
+        raise UserError(f"{start.folder}: nothing to resume: it has no {NAME}; {hint}")
+    there = read_info(start.folder)
+    if there.model_copy(update={"fastfilm": info.fastfilm}) != info:
+        raise UserError(
+            f"{start.folder}: nothing to resume: it has no {NAME}, and its model.json is of another plan, fold or"
+            f" configuration; {hint}"
+        )
+    say(f"{start.folder}: was interrupted before its first save; starts at step 0")
+
+
+def _run(trainer: Trainer, start: Start) -> None:
+    """Trains; every end but the right one says how to go on."""
+
+    def on() -> str:
+        there = (start.folder / NAME).is_file()
+        return f"; go on with:\n  {start.command()}" if there else ""
+
+    try:
         trainer.run()
-    return trainer.state.progress
+    except Stopped as stopped:
+        raise Stopped(
+            stopped.number, f"{start.folder}: {stopped or 'stopped at once'}{on()}"
+        ) from None
+    except (UserError, MemoryError, RuntimeError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{reason}{on()}") from error
 
 
-def identity(start: Start, info: ModelInfo) -> str:
-    """Of everything that decides the result; a state of another one is not gone on with."""
+def _reason(error: Exception) -> str | None:
+    """What the user can do something about; None: a fault of the program."""
+    text = str(error)
+    if "Original Traceback" in text and "errors.UserError: " in text:
+        # of a loading process: the rest is its traceback
+        return text.rpartition("errors.UserError: ")[2].strip()
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        return (
+            "not enough memory for a step; a new training with a smaller training.batch_size or"
+            " preprocessing.patch_size, or with training.accumulate, needs less"
+        )
+    if "DataLoader worker" in text:
+        return "a process that loads data was killed, perhaps for want of memory; fewer training.workers need less"
+    return None
+
+
+def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
+    """Everything that decides the result, name -> value; a state of another one is not gone on with."""
     config = start.plan.config.model_dump(mode="json")
     # how often is saved and who loads changes nothing
     for key in ("checkpoint_minutes", "checkpoint_steps", "workers"):
         del config["training"][key]
     del config["data"]["root"]
     model = info.model_dump(mode="json", exclude={"fastfilm", "training"})
-    fold = start.plan.folds[start.fold]
-    value = [config, model, fold, start.plan.plan.batch_size, str(start.init or "")]
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return {
+        "fold": start.fold,
+        "batch": start.plan.plan.batch_size,
+        "--from": None if start.init is None else str(start.init),
+        **_flat(config),
+        "the plan's subjects": _sha(start.plan.folds[start.fold]),
+        "the plan's model (encoder, preprocessing, patch size)": _sha(model),
+    }
+
+
+def surroundings(processes: Processes) -> dict[str, Any]:
+    """What the rounding of the result depends on beside its identity."""
+    device = processes.device
+    gpu = device.type == "cuda"
+    return {
+        "fastfilm": fastfilm.__version__,
+        "PyTorch": torch.__version__,
+        "processes": processes.world,
+        "device": torch.cuda.get_device_name(device) if gpu else device.type,
+        **({} if gpu else {"threads": torch.get_num_threads()}),
+        "CPU instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested keys with dots between."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= (
+            _flat(inner, f"{before}{key}.")
+            if isinstance(inner, dict)
+            else {f"{before}{key}": inner}
+        )
+    return found
+
+
+def _sha(value: Any) -> str:
+    return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}"
 
 
 def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
@@ -157,7 +304,7 @@ def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
     )
     if start.init is not None:
         return start_from(start.init, info, cases, config)
-    network = info.build(pretrained=True)
+    network = info.build()
     if config.training.freeze == "all_but_generator":
         freeze_all_but_generator(network)
     return info, network

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import yaml
 
-from fastfilm.segmentation.config import override, parse
+from fastfilm.segmentation import threads as cpu
+from fastfilm.segmentation.config import Config, override, parse
 from fastfilm.segmentation.console import say
 from fastfilm.segmentation.distributed import processes
 from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.hints import did_you_mean
 from fastfilm.segmentation.plan import read_plan
 from fastfilm.segmentation.training import Start, train
+
+SECTIONS = ("training", "augmentation")
+"""Of the configuration: what a training may set for itself."""
 
 
 def command(
@@ -29,6 +35,9 @@ def command(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; none: what is there")
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="of the CPU; none: OMP_NUM_THREADS, or one a core")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE of training or augmentation"),
@@ -36,24 +45,19 @@ def command(
 ) -> None:
     """Trains one fold of a plan, on one or (under torchrun) several processes.
 
-    Writes model.json, best, final and last (the state for --resume), log.jsonl and TensorBoard files.
+    Writes model.json, best, final and last (the state for --resume), log.jsonl and TensorBoard files. Ctrl-C and
+    SIGTERM end it after the step under way, with the state saved.
     """
     made = read_plan(plan)
-    value = made.config.model_dump(mode="json")
-    for text in set_ or []:
-        key, sign, new = text.partition("=")
-        section = key.partition(".")[0]
-        if not sign or section not in ("training", "augmentation"):
-            raise UserError(
-                f"--set takes training.KEY=VALUE or augmentation.KEY=VALUE, got {text!r};"
-                " the rest is part of the plan"
-            )
-        override(value, key, yaml.safe_load(new))
-    made.config = parse(value, "--set")
+    made.config = _changed(made.config, set_ or [])
     if made.config.training.batch_size is not None:
         made.plan.batch_size = made.config.training.batch_size
+    options = [word for text in set_ or [] for word in ("--set", text)]
+    for name, value in (("--device", device), ("--threads", threads)):
+        options += [] if value is None else [name, str(value)]
     with processes(device) as joined:
-        done = train(Start(made, fold, model, resume, init), joined)
+        cpu.use(threads, joined.device if joined.first else None)
+        done = train(Start(made, fold, model, resume, init, options), joined)
         if joined.first:
             best = (
                 ""
@@ -61,3 +65,23 @@ def command(
                 else f", best Dice {done.best:.4f} (epoch {done.best_epoch})"
             )
             say(f"{model}: trained for {done.epoch} epochs, {done.step} steps{best}")
+
+
+def _changed(config: Config, changes: Sequence[str]) -> Config:
+    """The plan's configuration with ``--set``'s values."""
+    value = config.model_dump(mode="json")
+    for text in changes:
+        key, sign, new = text.partition("=")
+        section = key.partition(".")[0]
+        if not sign or section not in SECTIONS:
+            hint = did_you_mean(section, SECTIONS) or "; the rest is part of the plan"
+            raise UserError(
+                f"--set takes training.KEY=VALUE or augmentation.KEY=VALUE, got {text!r}{hint}"
+            )
+        try:
+            parsed = yaml.safe_load(new)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--set {key}: {new!r} is not YAML: {reason}") from error
+        override(value, key, parsed)
+    return parse(value, "--set")

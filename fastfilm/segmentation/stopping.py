@@ -1,0 +1,72 @@
+"""Ctrl-C and a cluster's SIGTERM: the first ends what is under way in order, the second at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from .dataset import quiet_worker
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a command.
+
+    Attributes:
+        number: of the signal.
+        status: for the shell: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, number: int, text: str = "") -> None:
+        super().__init__(text)
+        self.number, self.status = number, 128 + number
+
+
+class Stop:
+    """Whether a signal has come.
+
+    Attributes:
+        asked: number of the first one that came while ``patient``; None: none.
+        patient: a first signal is only noted here; whoever sets this looks at ``asked`` often. Otherwise, and from
+            the second one on, a signal raises ``Stopped`` where it comes.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.patient = False
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self.patient or self.asked is not None:
+            raise Stopped(number)
+        self.asked = number
+        # not print: the signal may have come in the middle of one
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+
+@contextlib.contextmanager
+def signals(handle: bool = True) -> Iterator[Stop]:
+    """Handles SIGINT and SIGTERM inside, if ``handle`` and in the main thread; elsewhere nothing is ever asked."""
+    stop = Stop()
+    if not handle or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop._handle) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            # None: not set from Python, which has no way to set it again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def undisturbed_worker(worker: int) -> None:
+    """In a loading process: signals to the whole group of processes are the main process's affair."""
+    quiet_worker(worker)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -6,44 +6,29 @@ EVALUATED/cases.csv       one row a case and label
 
 from __future__ import annotations
 
+import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-import pandas as pd
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from .errors import Problems, UserError
-from .files import read_json, write_json, write_text
-from .metadata import as_category, is_missing
-from .metrics import METRICS, Values, case_metrics
-from .model_folder import LabelInfo
+from .errors import UserError
+from .files import write_json, write_text
+from .groups import groupings
+from .labels import listed, mask_of, whole_labels
+from .metrics import METRICS, Values, case_metrics, is_sheared
+from .pairs import Pair, Pairs, some
 from .postprocessing import Mask
-from .prediction import MANIFEST
-from .sources import SUFFIXES, stem
+from .records import Record, read_record
 from .statistics import mean_of
-from .volumes import NiftiVolume, read_volume, same_grid
-
-GROUPS_AT_MOST = 12
-"""Values of a metadata key up to which it makes groups."""
-
-
-@dataclass
-class Pair:
-    """Prediction and truth of one label of one case."""
-
-    case: str
-    subject: str
-    label: LabelInfo
-    prediction: Path
-    truth: Path
-    own_file: bool
-    metadata: dict[str, Any] = field(default_factory=dict)
-    image: Path | None = None
+from .volumes import NiftiVolume, Remarks, read_volume, same_grid
 
 
 @dataclass
@@ -54,147 +39,119 @@ class Evaluated:
     values: Values
 
 
-def find_pairs(
-    folder: Path, truth: Path | None, labels: Mapping[str, Sequence[int]] | None = None
-) -> list[Pair]:
-    """Which files belong together.
+@dataclass
+class Evaluation:
+    """What became of all pairs.
 
-    Args:
-        folder: predictions; predictions.json, if there, says what they are.
-        truth: folder with the truth (searched with all folders in it; a case's file is called like the case,
-            perhaps with more behind it); None: what the predictions came with (those of a plan's cases).
-        labels: name -> values in the files; None: the model's, or all values that the truth has.
-
-    Raises:
-        Problems: cases without truth, or with several files that could be it.
+    Attributes:
+        found: the metrics, case by case.
+        failed: a line for each case that could not be evaluated.
+        notes: what is worth knowing about the files, a line each.
+        kinds: metadata key -> kind, where it is known.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    entries, known = _entries(folder)
-    own = bool(known and known["separate"])
-    names = [LabelInfo(**v) for v in known["labels"]] if known else []
-    if labels is not None:
-        names = [LabelInfo(name=k, values=list(v), value=v[0]) for k, v in labels.items()]
-    files = None if truth is None else _truth_files(truth)
-    pairs, wrong = [], []
-    for case, entry in entries.items():
-        found: dict[str, Path] = {k: Path(p) for k, p in entry["truth"].items()}
-        if files is not None:
-            for name in [label.name for label in names] or [""]:
-                matches = _matches(case, name if own else "", files)
-                if len(matches) == 1:
-                    found[name] = matches[0]
-                elif matches:
-                    listed = ", ".join(str(m) for m in matches)
-                    wrong.append(f"{case}: several files could be its truth: {listed}")
-        if not found:
-            wrong.append(f"{case}: no truth" + (f" in {truth}" if truth else "; give --truth"))
-            continue
-        if not names:
-            names = _labels_in(files or [])
-        for label in names:
-            path = found.get(label.name, found.get(""))
-            if path is None:
-                continue
-            output = entry["outputs"].get(label.name if own else "labels")
-            pairs.append(
-                Pair(
-                    case,
-                    entry["subject"],
-                    label,
-                    folder / output,
-                    path,
-                    own,
-                    entry["metadata"],
-                    next((Path(p) for p in entry["images"] if p), None),
-                )
-            )
-    if wrong:
-        raise Problems(f"{folder}: problems in the evaluation", wrong)
-    if not pairs:
-        raise UserError(f"{folder}: no predictions to evaluate")
-    return pairs
+
+    found: list[Evaluated]
+    failed: list[str]
+    notes: list[str]
+    kinds: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate_pairs(
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     tolerance: float = 1.0,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
     threads: int = 2,
-) -> tuple[list[Evaluated], list[str]]:
-    """Metrics of every pair, and one line for each case that could not be evaluated.
+) -> Evaluation:
+    """Metrics of every pair; a case that cannot be evaluated does not stop the others.
 
     Args:
         tolerance: of the normalised surface distance, mm.
         progress: gets the number of cases; what it returns is called after each.
     """
     by_case: dict[str, list[Pair]] = {}
-    for pair in pairs:
+    for pair in pairs.pairs:
         by_case.setdefault(pair.case, []).append(pair)
     done = progress(len(by_case))
+    seen = _Seen()
 
     def one(group: list[Pair]) -> list[Evaluated] | str:
         try:
-            return _case(group, tolerance)
+            return _case(group, tolerance, seen, pairs.foreign)
         except UserError as error:
             return f"{group[0].case}: {error}"
+        except MemoryError:
+            return f"{group[0].case}: not enough memory for it"
         finally:
             done()
 
     with ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(one, by_case.values()))
-    found = [e for r in results if not isinstance(r, str) for e in r]
-    return found, [r for r in results if isinstance(r, str)]
+    return Evaluation(
+        found=[e for r in results if not isinstance(r, str) for e in r],
+        failed=[r for r in results if isinstance(r, str)],
+        notes=[*pairs.notes, *seen.lines()],
+        kinds=pairs.kinds,
+    )
 
 
-def summarise(found: Sequence[Evaluated], tolerance: float, seed: int = 0) -> dict[str, Any]:
+def summarise(evaluation: Evaluation, tolerance: float, seed: int = 0) -> dict[str, Any]:
     """What summary.json holds.
 
     ``mean`` and ``metric_per_case`` are keyed by label value as nnU-Net's; ``foreground_mean`` is the mean over
-    labels. ``labels`` has each label's name, means with intervals, and ``groups``: key -> value -> the same.
+    labels. ``labels`` has each label's name, means with intervals, and ``groups``: key -> group -> the same;
+    ``binned`` are the keys whose groups are ranges.
+
+    Args:
+        tolerance: that the metrics were computed with, mm.
+        seed: of the bootstrap.
     """
+    found = evaluation.found
     labels = {str(e.pair.label.value): e.pair.label.name for e in found}
+    groups = groupings({e.pair.case: e.pair.metadata for e in found}, evaluation.kinds)
     detail: dict[str, Any] = {}
     for value, name in labels.items():
-        rows = [e for e in found if e.pair.label.name == name]
-        detail[value] = {"name": name, "metrics": _means(rows, seed), "groups": {}}
-        for key, members in _groups(rows).items():
-            detail[value]["groups"][key] = {v: _means(m, seed) for v, m in members.items()}
+        rows = {e.pair.case: e for e in found if e.pair.label.name == name}
+        detail[value] = {"name": name, "metrics": _means(rows.values(), seed), "groups": {}}
+        for key, grouping in groups.items():
+            members = {g: [rows[c] for c in m if c in rows] for g, m in grouping.members.items()}
+            detail[value]["groups"][key] = {g: _means(m, seed) for g, m in members.items() if m}
     mean = {v: {m: x["mean"] for m, x in d["metrics"].items()} for v, d in detail.items()}
     cases: dict[str, dict[str, Any]] = {}
     for e in found:
+        pair = e.pair
         entry = cases.setdefault(
-            e.pair.case,
+            pair.case,
             {
-                "case": e.pair.case,
-                "subject": e.pair.subject,
-                "metadata": e.pair.metadata,
-                "image_file": None if e.pair.image is None else str(e.pair.image),
-                "prediction_file": str(e.pair.prediction),
-                "reference_file": str(e.pair.truth),
-                "own_files": e.pair.own_file,
+                "case": pair.case,
+                "subject": pair.subject,
+                "metadata": pair.metadata,
+                "image_file": None if pair.image is None else str(pair.image),
+                "prediction_file": str(pair.prediction),
+                "reference_file": str(pair.truth),
                 "files": {},
                 "metrics": {},
             },
         )
-        entry["metrics"][str(e.pair.label.value)] = e.values
-        entry["files"][str(e.pair.label.value)] = [
-            str(e.pair.prediction),
-            str(e.pair.truth),
-            e.pair.label.values,
-        ]
+        entry["metrics"][str(pair.label.value)] = e.values
+        entry["files"][str(pair.label.value)] = {
+            "prediction": str(pair.prediction),
+            "prediction_values": pair.written,
+            "reference": str(pair.truth),
+            "reference_values": pair.label.values,
+        }
     return {
-        "foreground_mean": {
-            m: _mean([v[m] for v in mean.values()]) for m in next(iter(mean.values()))
-        },
+        "foreground_mean": {m: _mean([v[m] for v in mean.values()]) for m in METRICS},
         "mean": mean,
         "metric_per_case": list(cases.values()),
         "labels": detail,
+        "binned": [key for key, grouping in groups.items() if grouping.binned],
         "tolerance_mm": tolerance,
         "units": METRICS,
         "bootstrap": {"seed": seed, "interval": 0.95, "unit": "subject"},
         "conventions": "null: not defined, and in no mean (label empty in truth and prediction);"
         " empty in one of them: Dice, IoU, NSD 0, HD95 the image's diagonal",
+        "notes": evaluation.notes,
+        "failed": evaluation.failed,
     }
 
 
@@ -207,18 +164,98 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
             head = {"case": case["case"], "subject": case["subject"], "label": name}
             rows.append(head | metrics | {f"meta_{k}": v for k, v in case["metadata"].items()})
     text = io.StringIO()
-    pd.DataFrame(rows).to_csv(text, index=False, lineterminator="\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    # quotes around all text: a carriage return in it must not end the row
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(row.get(c)) for c in columns] for row in rows)
     write_text(folder / "cases.csv", text.getvalue())
     write_json(folder / "summary.json", summary)
 
 
+def _cell(value: Any) -> Any:
+    """A cell that a spreadsheet takes for text or a number, never for a formula."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    text = str(value)
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not number else text
+
+
+class _Files(Record):
+    prediction: str
+    prediction_values: list[int]
+    reference: str
+    reference_values: list[int]
+
+
+class _Case(Record):
+    case: str
+    subject: str
+    metrics: dict[str, dict[str, float | None]]
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    image_file: str | None = None
+    files: dict[str, _Files] = Field(default_factory=dict)
+
+
+class _Mean(Record):
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    subjects: int
+
+
+class _Label(Record):
+    name: str
+    metrics: dict[str, _Mean]
+    groups: dict[str, dict[str, dict[str, _Mean]]]
+
+
+class _Bootstrap(Record):
+    seed: int = Field(ge=0)
+
+
+class _Summary(Record):
+    """What is read of summary.json."""
+
+    metric_per_case: list[_Case]
+    labels: dict[str, _Label]
+    foreground_mean: dict[str, float | None]
+    tolerance_mm: float
+    conventions: str
+    bootstrap: _Bootstrap
+    binned: list[str]
+    notes: list[str]
+    failed: list[str]
+
+    @model_validator(mode="after")
+    def _complete(self) -> _Summary:
+        means = [m for d in self.labels.values() for m in (d.metrics, *self._groups(d))]
+        if not all(METRICS.keys() <= m.keys() for m in means):
+            raise ValueError("labels: a metric is missing")
+        for case in self.metric_per_case:
+            if not case.metrics.keys() <= self.labels.keys():
+                raise ValueError(f"metric_per_case: {case.case} has a label that is not in labels")
+            if not all(METRICS.keys() <= m.keys() for m in case.metrics.values()):
+                raise ValueError(f"metric_per_case: {case.case}: a metric is missing")
+        if not (means and self.metric_per_case and METRICS.keys() <= self.foreground_mean.keys()):
+            raise ValueError("no case, no label, or no mean")
+        return self
+
+    @staticmethod
+    def _groups(label: _Label) -> list[dict[str, _Mean]]:
+        return [metrics for groups in label.groups.values() for metrics in groups.values()]
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of an evaluated folder."""
+    """summary.json of an evaluated folder.
+
+    Raises:
+        UserError: it is not there, damaged, or of another program.
+    """
     path = folder / "summary.json" if folder.is_dir() else folder
-    value = read_json(path)
-    if not isinstance(value, dict) or "metric_per_case" not in value or "labels" not in value:
-        raise UserError(f"{path}: not a summary of fastfilm evaluate")
-    return value
+    return read_record(path, _Summary, "a summary of fastfilm evaluate").model_dump()
 
 
 def metric_of(summary: Mapping[str, Any], metric: str = "Dice") -> dict[tuple[str, str], Any]:
@@ -232,89 +269,94 @@ def metric_of(summary: Mapping[str, Any], metric: str = "Dice") -> dict[tuple[st
 
 
 def load_mask(path: Path, values: Sequence[int] | None) -> tuple[NiftiVolume, Mask]:
-    """A file and where it has one of ``values`` (None or empty: anything but 0)."""
+    """A label file, and where it has one of ``values`` (None or empty: anything above 0).
+
+    Raises:
+        UserError: a file that cannot be read, or whose values are no labels.
+    """
     volume = read_volume(path)
-    if not values:
-        return volume, np.asarray(volume.array != 0)
-    return volume, np.asarray(np.isin(np.rint(volume.array), list(values)))
+    return volume, mask_of(path, whole_labels(path, volume.array)[0], values)
 
 
-def _case(group: Sequence[Pair], tolerance: float) -> list[Evaluated]:
+class _Seen:
+    """What was remarkable in the files."""
+
+    def __init__(self) -> None:
+        self.remarks = Remarks()
+        self.soft: list[Path] = []
+        self.sheared: list[Path] = []
+        self.strange: dict[str, dict[Path, list[int]]] = {"truth": {}, "predictions": {}}
+
+    def lines(self) -> list[str]:
+        """One line a kind."""
+        lines = []
+        for what, files in self.strange.items():
+            if files:
+                values = sorted({v for found in files.values() for v in found})
+                lines.append(
+                    f"{what}: values that are no label ({listed(values)}) in {_files(list(files))}"
+                )
+        if self.soft:
+            lines.append(f"soft masks (values between 0 and 1), cut at 1/2: {_files(self.soft)}")
+        if self.sheared:
+            lines.append(
+                "sheared grids: HD95 is measured along the affine, NSD is not defined there:"
+                f" {_files(self.sheared)}"
+            )
+        # said above with what it means here
+        self.remarks.files.pop("sheared", None)
+        return lines + list(self.remarks.lines())
+
+
+def _files(paths: Sequence[Path]) -> str:
+    return f"{len(paths)} file{'s' if len(paths) > 1 else ''}: {some(sorted(paths))}"
+
+
+def _case(group: Sequence[Pair], tolerance: float, seen: _Seen, foreign: bool) -> list[Evaluated]:
+    """One case: each file is read once."""
+    read: dict[Path, tuple[NiftiVolume, NDArray[np.integer]]] = {}
+    for path in dict.fromkeys(p for pair in group for p in (pair.truth, pair.prediction)):
+        volume = read_volume(path)
+        labels, soft = whole_labels(path, volume.array)
+        read[path] = volume, labels
+        seen.remarks.add(path, volume)
+        if soft:
+            seen.soft.append(path)
     result = []
     for pair in group:
-        label = pair.label
-        prediction, mask = load_mask(pair.prediction, None if pair.own_file else [label.value])
-        reference, truth = load_mask(pair.truth, label.values)
+        (prediction, predicted), (reference, true) = read[pair.prediction], read[pair.truth]
         if (difference := same_grid(prediction, reference)) is not None:
             raise UserError(f"{pair.truth}: not on the grid of {pair.prediction}: {difference}")
-        spacing = [float(s) for s in nib.affines.voxel_sizes(reference.affine)]
-        result.append(Evaluated(pair, case_metrics(mask, truth, spacing, tolerance)))
+        mask = mask_of(pair.prediction, predicted, pair.written)
+        truth = mask_of(pair.truth, true, pair.label.values)
+        grid = reference.affine[:3, :3]
+        result.append(Evaluated(pair, case_metrics(mask, truth, grid, tolerance)))
+    first = group[0]
+    if is_sheared(read[first.truth][0].affine[:3, :3]):
+        seen.sheared.append(first.truth)
+    # values of no label of the case, in files that hold several
+    known = [0, *(v for pair in group for v in pair.label.values)]
+    for path in {pair.truth for pair in group if pair.label.values}:
+        _strange(seen.strange["truth"], path, read[path][1], known)
+    if foreign:
+        _strange(seen.strange["predictions"], first.prediction, read[first.prediction][1], known)
     return result
 
 
-def _means(rows: Sequence[Evaluated], seed: int) -> dict[str, Any]:
-    subjects = [e.pair.subject for e in rows]
-    return {
-        m: mean_of([e.values[m] for e in rows], subjects, seed).to_json()
-        for m in rows[0].values
-        if m in METRICS
-    }
+def _strange(
+    found: dict[Path, list[int]], path: Path, labels: NDArray[np.integer], known: Sequence[int]
+) -> None:
+    values = np.unique(labels[~np.isin(labels, known)])
+    if values.size:
+        found[path] = values.tolist()
 
 
-def _groups(rows: Sequence[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
-    """Key -> value -> cases, of the keys that have few values."""
-    groups: dict[str, dict[str, list[Evaluated]]] = {}
-    for key in sorted({k for e in rows for k in e.pair.metadata}):
-        members: dict[str, list[Evaluated]] = {}
-        for e in rows:
-            v = e.pair.metadata.get(key)
-            members.setdefault("unknown" if is_missing(v) else as_category(v), []).append(e)
-        if len(members) <= GROUPS_AT_MOST:
-            groups[key] = dict(sorted(members.items()))
-    return groups
+def _means(rows: Iterable[Evaluated], seed: int) -> dict[str, Any]:
+    listed = list(rows)
+    subjects = [e.pair.subject for e in listed]
+    return {m: mean_of([e.values[m] for e in listed], subjects, seed).to_json() for m in METRICS}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
     there = [v for v in values if v is not None]
     return float(np.mean(there)) if there else None
-
-
-def _entries(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Case -> entry as predictions.json has it, and that file's contents if it is there."""
-    if (folder / MANIFEST).is_file():
-        known = read_json(folder / MANIFEST)
-        return known["cases"], known
-    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(SUFFIXES)]
-    return {
-        stem(p): {
-            "subject": stem(p),
-            "images": [],
-            "metadata": {},
-            "truth": {},
-            "outputs": {"labels": p.name},
-        }
-        for p in files
-        if not p.name.startswith(".")
-    }, None
-
-
-def _truth_files(truth: Path) -> list[Path]:
-    if not truth.is_dir():
-        raise UserError(f"{truth}: no such folder")
-    return [p for p in sorted(truth.rglob("*")) if p.name.endswith(SUFFIXES)]
-
-
-def _matches(case: str, label: str, files: Sequence[Path]) -> list[Path]:
-    exact = [p for p in files if stem(p) == (f"{case}_{label}" if label else case)]
-    if exact:
-        return exact
-    longer = [p for p in files if stem(p).startswith(f"{case}_")]
-    return [p for p in longer if not label or stem(p).endswith(f"_{label}")]
-
-
-def _labels_in(files: Sequence[Path]) -> list[LabelInfo]:
-    values: set[int] = set()
-    for path in files:
-        array = read_volume(path).array
-        values |= {int(v) for v in np.unique(np.rint(array)) if v > 0}
-    return [LabelInfo(name=str(v), values=[v], value=v) for v in sorted(values)]

@@ -15,6 +15,7 @@ from fastfilm.nn import FiLMGenerator
 from .errors import UserError
 from .files import atomic
 from .model_folder import LoadedModel
+from .names import file_name
 
 STEPS = 7
 """Values of a continuous key that are looked at, from the lowest to the highest in training."""
@@ -36,6 +37,11 @@ class Inspection:
     key: str
     values: list[str]
     layers: list[Layer]
+
+
+def has_film(model: LoadedModel) -> bool:
+    """Whether the network has FiLM layers."""
+    return any(isinstance(m, FiLMGenerator) for m in model.network.modules())
 
 
 @torch.no_grad()
@@ -72,14 +78,23 @@ def layer_names(model: LoadedModel) -> dict[str, str]:
     return {f"film.{i}": name for i, name in enumerate(names)}
 
 
+def spread(layer: Layer) -> float:
+    """Largest standard deviation over the values of any γ or β of a layer: 0 if the metadata change nothing."""
+    return max(float(layer.gamma.std(0).max()), float(layer.beta.std(0).max()))
+
+
 def save_npz(path: Path, inspections: list[Inspection]) -> None:
-    """Arrays ``KEY/LAYER/gamma`` and ``KEY/LAYER/beta`` [V, C], ``KEY/values`` [V] as text; no pickle."""
+    """Arrays ``KEY/LAYER/gamma`` and ``KEY/LAYER/beta`` [V, C], ``KEY/values`` [V] as text; no pickle.
+
+    KEY is written as ``names.file_name`` does: the arrays are files in an archive.
+    """
     arrays: dict[str, Any] = {}
     for i in inspections:
-        arrays[f"{i.key}/values"] = np.array(i.values)
+        key = file_name(i.key)
+        arrays[f"{key}/values"] = np.array(i.values)
         for layer in i.layers:
-            arrays[f"{i.key}/{layer.name}/gamma"] = layer.gamma
-            arrays[f"{i.key}/{layer.name}/beta"] = layer.beta
+            arrays[f"{key}/{layer.name}/gamma"] = layer.gamma
+            arrays[f"{key}/{layer.name}/beta"] = layer.beta
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 

@@ -6,7 +6,7 @@ Where a label is empty in the truth, in the prediction, or in both:
 |---|---|---|
 | Dice, IoU | not defined | 0 |
 | HD95 | not defined | diagonal of the image in mm: the worst there is |
-| NSD | not defined | 0 |
+| NSD | not defined | 0 (on a sheared grid it is never defined) |
 | volume error | 0 mL; relative: not defined | as computed; relative to an empty truth: not defined |
 | lesion F1 | not defined | 0 |
 
@@ -15,15 +15,19 @@ What is not defined is null in files and does not enter means, which say over ho
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from .postprocessing import Mask, components
 from .preprocessing import bounding_box
+from .volumes import ORTHOGONAL, shear
 
 # MONAI about calls of its own
 warnings.filterwarnings(
@@ -46,14 +50,13 @@ METRICS = {
 """Name -> unit of what is averaged."""
 
 
-def case_metrics(
-    prediction: Mask, truth: Mask, spacing: Sequence[float], tolerance: float = 1.0
-) -> Values:
+def case_metrics(prediction: Mask, truth: Mask, grid: ArrayLike, tolerance: float = 1.0) -> Values:
     """All metrics of one label of one case.
 
     Args:
         prediction, truth: bool, [X, Y, Z].
-        spacing: mm along the three axes.
+        grid: mm along the three axes, [3]; or an affine's matrix, voxels -> mm, [3, 3]. Where its axes are not at
+            right angles, NSD is None and HD95 is measured between the voxels' positions.
         tolerance: of the normalised surface distance (NSD), in mm.
 
     Returns:
@@ -68,11 +71,13 @@ def case_metrics(
     tp = int((prediction & truth).sum())
     fp, fn = n_pred - tp, n_ref - tp
     some = n_pred + n_ref > 0
-    ml = float(np.prod(spacing)) / 1000
+    axes = np.asarray(grid, np.float64)
+    axes = np.diag(axes) if axes.ndim == 1 else axes
+    ml = abs(float(np.linalg.det(axes))) / 1000
     values: Values = {
         "Dice": 2 * tp / (n_pred + n_ref) if some else None,
         "IoU": tp / (tp + fp + fn) if some else None,
-        **_surface(prediction, truth, spacing, tolerance),
+        **_surface(prediction, truth, axes, tolerance),
         "volume_error": (n_pred - n_ref) * ml,
         "relative_volume_error": (n_pred - n_ref) / n_ref if n_ref else None,
         **_lesions(prediction, truth),
@@ -81,21 +86,38 @@ def case_metrics(
     return values | {"n_pred": n_pred, "n_ref": n_ref}
 
 
-def _surface(prediction: Mask, truth: Mask, spacing: Sequence[float], tolerance: float) -> Values:
+def is_sheared(grid: ArrayLike) -> bool:
+    """Whether the axes of an affine's matrix [3, 3] are not at right angles."""
+    return shear(np.asarray(grid)) > ORTHOGONAL
+
+
+def _surface(prediction: Mask, truth: Mask, axes: NDArray[np.float64], tolerance: float) -> Values:
+    sheared = is_sheared(axes)
     if not (prediction.any() or truth.any()):
         return {"HD95": None, "NSD": None}
     if not (prediction.any() and truth.any()):
-        diagonal = float(np.linalg.norm(np.array(truth.shape) * np.array(spacing)))
-        return {"HD95": diagonal, "NSD": 0.0}
+        ends = np.array(list(itertools.product((-1, 1), repeat=3))) * truth.shape
+        diagonal = float(np.linalg.norm(ends @ axes.T, axis=1).max())
+        return {"HD95": diagonal, "NSD": None if sheared else 0.0}
     # nothing outside matters; the border of background keeps a mask's surface where it touches the image's
     box = tuple(slice(*b) for b in bounding_box(prediction | truth))
-    a, b = (torch.from_numpy(np.pad(m[box], 2))[None, None] for m in (prediction, truth))
-    scale = [float(s) for s in spacing]
+    masks = [np.pad(m[box], 2) for m in (prediction, truth)]
+    if sheared:
+        return {"HD95": _hd95(masks[0], masks[1], axes), "NSD": None}
+    a, b = (torch.from_numpy(m)[None, None] for m in masks)
+    scale = np.linalg.norm(axes, axis=0).tolist()
     hd = compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=scale)
     nsd = compute_surface_dice(
         a, b, [tolerance], include_background=True, spacing=scale, use_subvoxels=True
     )
     return {"HD95": float(hd), "NSD": float(nsd)}
+
+
+def _hd95(a: Mask, b: Mask, axes: NDArray[np.float64]) -> float:
+    """HD95 in mm between the surface voxels (those with a face neighbour outside) on any grid."""
+    p, q = (np.argwhere(m & ~ndimage.binary_erosion(m)) @ axes.T for m in (a, b))
+    there, back = cKDTree(q).query(p)[0], cKDTree(p).query(q)[0]
+    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
 def _lesions(prediction: Mask, truth: Mask) -> Values:

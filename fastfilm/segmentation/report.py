@@ -13,23 +13,54 @@ from matplotlib.figure import Figure
 import fastfilm
 
 from . import figures
+from .comparison import compare_summaries
+from .counterfactual import read_table
 from .errors import UserError
 from .evaluation import metric_of, read_summary
-from .files import read_json, write_text
-from .inspection import inspect
+from .files import write_text
+from .inspection import has_film, inspect
+from .layout import DIGITS, NONE, interval, number, p_value
 from .metrics import METRICS
-from .model_folder import load_model
+from .model_folder import LoadedModel, load_model
+from .names import file_name
 from .record import read_log
+from .records import check_writable
 
 SHOWN = ("Dice", "IoU", "HD95", "NSD", "volume_error", "lesion_F1")
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { margin-top: 2em; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .25em .8em; text-align: right }
-th { border-bottom: 1px solid #888 } td:first-child, th:first-child { text-align: left }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
+div.wide { overflow-x: auto }
+th, td { padding: .25em .8em; text-align: right; vertical-align: top; white-space: pre-line }
+th { border-bottom: 1px solid #888 } td.name, th.name { text-align: left; overflow-wrap: anywhere; min-width: 6em }
 tr:nth-child(even) { background: #f5f5f5 } img { max-width: 100% } p.note { color: #555; font-size: .9em }
 """
+
+
+class _Page:
+    """What the report will hold; nothing is written before all of it is there."""
+
+    def __init__(self) -> None:
+        self.sections: list[str] = []
+        self.pictures: dict[str, bytes] = {}
+
+    def title(self, text: str) -> None:
+        """Begins a section."""
+        self.sections.append(f"<h2>{html.escape(text)}</h2>")
+
+    def note(self, text: str) -> None:
+        """A sentence in small print."""
+        self.sections.append(f'<p class="note">{html.escape(text)}</p>')
+
+    def picture(self, name: str, figure: Figure, about: str) -> None:
+        """A picture, NAME.png, with a sentence on it."""
+        picture = figures.png(figure)
+        self.pictures[f"{name}.png"] = picture
+        self.note(about)
+        data = base64.b64encode(picture).decode()
+        self.sections.append(f'<img alt="{html.escape(about)}" src="data:image/png;base64,{data}">')
 
 
 def write_report(
@@ -49,88 +80,61 @@ def write_report(
         swapped: folder with swap_table.json.
 
     Raises:
-        UserError: nothing to report, or a folder that is not what it should be.
+        UserError: nothing to report, a folder that is not what it should be, ``out`` cannot be written.
     """
-    sections: list[str] = []
-    folder = out
-
-    def picture(name: str, figure: Figure | None, note: str) -> None:
-        if figure is None:
-            return
-        path = folder / f"{name}.png"
-        figures.save(figure, path)
-        data = base64.b64encode(path.read_bytes()).decode()
-        note = html.escape(note)
-        sections.append(
-            f'<p class="note">{note}</p><img alt="{note}" src="data:image/png;base64,{data}">'
-        )
-
-    if model is not None:
-        sections.append("<h2>Model</h2>" + _model(model))
-        log = read_log(model)
-        if log:
-            sections.append("<h2>Training</h2>")
-            picture(
-                "training", figures.training_curves(log), "By epoch; the dotted line is the best."
-            )
-    if evaluated is not None:
-        summary = read_summary(evaluated)
-        sections.append("<h2>Evaluation</h2>" + _summary(summary))
-        picture(
-            "overlays",
-            figures.overlays(summary),
-            "From the worst to the best case. Solid: truth, dashed: prediction; the slice with most of both.",
-        )
-        sections.append("<h2>Cases</h2>" + _cases(summary))
-        if compared is not None:
-            a, b = metric_of(summary), metric_of(read_summary(compared))
-            if not set(a) & set(b):
-                raise UserError(f"{compared}: no case and label in common with {evaluated}")
-            sections.append("<h2>Comparison</h2>")
-            names = (evaluated.resolve().name, compared.resolve().name)
-            picture(
-                "comparison", figures.paired_scatter(a, b, names), "The same cases in two runs."
-            )
-    if swapped is not None:
-        result = read_json(swapped / "swap_table.json")
-        sections.append(f"<h2>Swapped {html.escape(result['key'])}</h2>")
-        picture(
-            "swap",
-            figures.swap_heat_map(result),
-            "Mean Dice of the cases of a row when the model is told the value of a column;"
-            " brackets: 95 % interval. The values that are true are in bold.",
-        )
-        sections.append(_sensitivity(result["sensitivity"]))
-    if model is not None and load_model(model).encoder.size:
-        sections.append("<h2>What the metadata do</h2>")
-        for found in inspect(load_model(model)):
-            picture(
-                f"film_{found.key}", figures.film_heat_maps(found), "γ and β by layer and channel."
-            )
-            picture(f"components_{found.key}", figures.film_components(found), "γ and β by value.")
-    if not sections:
+    if compared is not None and evaluated is None:
+        raise UserError("--compare needs --evaluated: the run that is compared")
+    if model is None and evaluated is None and swapped is None:
         raise UserError("nothing to report: give --model, --evaluated or --swapped")
-    body = "\n".join(sections)
-    page = (
+    check_writable(out)
+    summary = None if evaluated is None else read_summary(evaluated)
+    other = None if compared is None else read_summary(compared)
+    table_of_swaps = None if swapped is None else read_table(swapped)
+    loaded = None if model is None else load_model(model)
+    page = _Page()
+    if loaded is not None:
+        _model(page, loaded)
+    if summary is not None:
+        _evaluation(page, summary)
+        if other is not None:
+            names = (evaluated or out).resolve().name, (compared or out).resolve().name
+            _comparison(page, summary, other, names)
+    if table_of_swaps is not None:
+        _swapped(page, table_of_swaps)
+    if loaded is not None:
+        _metadata(page, loaded)
+    body = "\n".join(page.sections)
+    text = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fastfilm report</title>'
         f"<style>{STYLE}</style></head><body><h1>fastfilm report</h1>"
         f'<p class="note">fastfilm {fastfilm.__version__}</p>{body}</body></html>\n'
     )
-    write_text(out / "report.html", page)
+    for name, picture in page.pictures.items():
+        figures.write_png(out / name, picture)
+    write_text(out / "report.html", text)
     return out / "report.html"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table; every cell is escaped."""
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], names: int = 1) -> str:
+    """An HTML table; every cell is escaped.
+
+    Args:
+        names: columns at the left that are words, not numbers.
+    """
 
     def row(cells: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+        text = ""
+        for i, cell in enumerate(cells):
+            kind = ' class="name"' if i < names else ""
+            text += f"<{tag}{kind}>{html.escape(str(cell))}</{tag}>"
+        return f"<tr>{text}</tr>"
 
-    return "<table>" + row(head, "th") + "".join(row(r, "td") for r in rows) + "</table>"
+    body = "".join(row(r, "td") for r in rows)
+    return f'<div class="wide"><table>{row(head, "th")}{body}</table></div>'
 
 
-def _model(folder: Path) -> str:
-    info = load_model(folder).info
+def _model(page: _Page, model: LoadedModel) -> None:
+    info = model.info
     rows = [
         (
             "network",
@@ -141,62 +145,146 @@ def _model(folder: Path) -> str:
         ("metadata", ", ".join(f"{k.name} ({k.kind})" for k in info.metadata.keys) or "none"),
         ("patch", " × ".join(map(str, info.patch_size)) + " voxels"),
     ]
-    rows += [(k.replace("_", " "), f"{v:.4g}" if isinstance(v, float) else v)
+    rows += [(k.replace("_", " "), f"{v:.4g}" if isinstance(v, float) else str(v))
              for k, v in info.training.items()]  # fmt: skip
-    return table(("", ""), rows)
+    page.title("Model")
+    page.sections.append(table(("", ""), rows, names=2))
+    log = read_log(model.folder)
+    if log:
+        page.title("Training")
+        about = "By epoch; the dotted line is the best."
+        page.picture("training", figures.training_curves(log), about)
 
 
-def _summary(summary: Mapping[str, Any]) -> str:
-    head = ["label", "group", "cases"]
+def _evaluation(page: _Page, summary: Mapping[str, Any]) -> None:
+    page.title("Evaluation")
+    mean = summary["foreground_mean"]["Dice"]
+    shown = "not defined" if mean is None else f"{mean:.3f}"
+    page.sections.append(f"<p>Mean Dice over labels: <b>{shown}</b></p>")
+    head = ["label", "group", "cases", "subjects"]
     for m in SHOWN:
         unit = METRICS[m] or (f"at {summary['tolerance_mm']:g} mm" if m == "NSD" else "")
-        head.append(m.replace("_", " ") + (f" ({unit})" if unit else ""))
+        head.append(_title(m, unit))
     rows = []
     for detail in summary["labels"].values():
         groups = [("all", detail["metrics"])]
         for key, values in detail["groups"].items():
             if len(values) > 1:
-                groups += [(f"{key} = {v}", m) for v, m in values.items()]
+                between = " " if key in summary["binned"] else " = "
+                groups += [(f"{key}{between}{v}", m) for v, m in values.items()]
         for name, metrics in groups:
-            n = metrics["volume_error"]["n"]
-            cells = [_interval(metrics[m], 2 if METRICS[m] else 3) for m in SHOWN]
-            rows.append([detail["name"], name, n, *cells])
-    mean = summary["foreground_mean"]["Dice"]
-    note = "Mean and 95 % bootstrap interval over subjects. " + summary["conventions"]
-    shown = "not defined" if mean is None else f"{mean:.3f}"
-    return (
-        f"<p>Mean Dice over labels: <b>{shown}</b></p>"
-        + table(head, rows)
-        + f'<p class="note">{html.escape(note)}</p>'
+            counts = [metrics["volume_error"][n] for n in ("n", "subjects")]
+            cells = [_with_interval(metrics[m], "mean", DIGITS[m]) for m in SHOWN]
+            rows.append([detail["name"], name, *counts, *cells])
+    page.sections.append(table(head, rows, names=2))
+    page.note(
+        "Mean, and below it the 95 % bootstrap interval over subjects (– for one subject). "
+        + summary["conventions"]
+        + "."
     )
+    for line in summary["notes"]:
+        page.note(f"Note: {line}")
+    for line in summary["failed"]:
+        page.note(f"Not evaluated: {line}")
+    figure, said = figures.overlays(summary)
+    if figure is not None:
+        about = (
+            "From the worst to the best case. Solid: truth, dashed: prediction; the slice with most"
+            " of both."
+        )
+        page.picture("overlays", figure, about)
+    if said:
+        page.note(said)
+    page.title("Cases")
+    page.sections.append(_cases(summary))
 
 
-def _interval(mean: Mapping[str, Any], digits: int) -> str:
-    if mean["mean"] is None:
-        return "-"
-    return f"{mean['mean']:.{digits}f} [{mean['low']:.{digits}f}, {mean['high']:.{digits}f}]"
+def _title(metric: str, unit: str) -> str:
+    name = metric.replace("_", " ")
+    return f"{name} ({unit})" if unit else name
+
+
+def _with_interval(value: Mapping[str, Any], key: str, digits: int, sign: bool = False) -> str:
+    if value[key] is None:
+        return NONE
+    return f"{number(value[key], digits, sign)}\n{interval(value, digits, sign)}"
 
 
 def _cases(summary: Mapping[str, Any]) -> str:
-    rows = []
+    rows: list[tuple[float, list[str]]] = []
     for case in summary["metric_per_case"]:
         for value, m in case["metrics"].items():
-            cells = ["-" if m[k] is None else f"{m[k]:.{2 if METRICS[k] else 3}f}" for k in SHOWN]
-            rows.append([case["case"], summary["labels"][value]["name"], *cells])
-    rows.sort(key=lambda r: (r[2] != "-", r[2]))
-    head = [m.replace("_", " ") + (f" ({METRICS[m]})" if METRICS[m] else "") for m in SHOWN]
+            cells = [number(m[k], DIGITS[k]) for k in SHOWN]
+            name = summary["labels"][value]["name"]
+            rows.append((2.0 if m["Dice"] is None else m["Dice"], [case["case"], name, *cells]))
+    rows.sort(key=lambda r: r[0])
+    head = [_title(m, METRICS[m]) for m in SHOWN]
     return (
         f"<details><summary>{len(rows)} rows, worst Dice first</summary>"
-        + table(["case", "label", *head], rows)
+        + table(["case", "label", *head], [cells for _, cells in rows], names=2)
         + "</details>"
     )
 
 
-def _sensitivity(values: Mapping[str, float]) -> str:
-    if not values:
-        return ""
-    rows = [(k, f"{v:.3f}") for k, v in sorted(values.items(), key=lambda x: -x[1])]
-    return (
-        "<details><summary>Sensitivity of each case: 1 - Dice between its predictions under different values"
-        "</summary>" + table(("case/label", "sensitivity"), rows) + "</details>"
+def _comparison(
+    page: _Page, a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]
+) -> None:
+    compared = compare_summaries(a, b, names[1], a["bootstrap"]["seed"])
+    page.title("Comparison")
+    head = ["label", "metric", "pairs", "subjects", "A", "B", "A - B", "p (A > B)", "p (A < B)",
+            "p (A ≠ B)", "rank-biserial"]  # fmt: skip
+    rows = []
+    for label, metrics in compared["labels"].items():
+        for m in SHOWN:
+            if (c := metrics.get(m)) is None:
+                continue
+            means = [number(c[k], 3) for k in ("mean_a", "mean_b")]
+            means.append(_with_interval(c, "difference", 3, True))
+            ps = [p_value(c[k]) for k in ("p_greater", "p_less", "p_two_sided")]
+            effect = number(c["effect"], 2, True)
+            rows.append([label, _title(m, METRICS[m]), c["n"], c["subjects"], *means, *ps, effect])
+    page.sections.append(table(head, rows, names=2))
+    page.note(
+        f"A: {names[0]}, B: {names[1]}. Pairs of the same case; intervals over subjects, Wilcoxon's"
+        " signed-rank test over pairs."
     )
+    for line in compared["notes"]:
+        page.note(f"Note: {line}")
+    figure = figures.paired_scatter(metric_of(a), metric_of(b), names)
+    page.picture("comparison", figure, "Dice of the same cases in both runs.")
+
+
+def _swapped(page: _Page, result: Mapping[str, Any]) -> None:
+    page.title(f"Swapped {result['key']}")
+    about = (
+        "Mean Dice of the cases of a row when the model is told the value of a column; brackets:"
+        " 95 % interval. The values that are true are in bold."
+    )
+    page.picture("swap", figures.swap_heat_map(result), about)
+    values = sorted(result["sensitivity"].items(), key=lambda x: -x[1])
+    if values:
+        page.sections.append(
+            "<details><summary>Sensitivity of each case: 1 - Dice between its predictions under different"
+            " values</summary>"
+            + table(("case/label", "sensitivity"), [(k, number(v, 3)) for k, v in values])
+            + "</details>"
+        )
+
+
+def _metadata(page: _Page, model: LoadedModel) -> None:
+    if not model.encoder.size:
+        return
+    page.title("What the metadata do")
+    if not has_film(model):
+        page.note("The network has no FiLM layers.")
+        return
+    for found in inspect(model):
+        key = file_name(found.key)
+        page.picture(
+            f"film_{key}",
+            figures.film_heat_maps(found),
+            f"γ and β of {found.key} by layer and channel.",
+        )
+        page.picture(
+            f"components_{key}", figures.film_components(found), f"γ and β by {found.key}."
+        )

@@ -15,13 +15,20 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean, standard deviation over cases, 95 % interval of the mean, number of values; None without values."""
+    """A mean and how sure it is.
+
+    Attributes:
+        mean, std: over the values; None without values.
+        low, high: 95 % interval of the mean over subjects; None for fewer than two subjects.
+        n, subjects: number of values, and of the subjects that they come from.
+    """
 
     mean: float | None
     std: float | None
     low: float | None
     high: float | None
     n: int
+    subjects: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -41,14 +48,23 @@ def bootstrap_means(
 
 
 def mean_of(values: Sequence[float | None], subjects: Sequence[str], seed: int = 0) -> Mean:
-    """The mean over what is defined, with its percentile bootstrap interval."""
+    """The mean over what is defined, with its percentile bootstrap interval over subjects."""
     pairs = [(v, s) for v, s in zip(values, subjects, strict=True) if v is not None]
     if not pairs:
-        return Mean(None, None, None, None, 0)
-    x = np.array([v for v, _ in pairs], float)
-    means = bootstrap_means(x, [s for _, s in pairs], seed)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Mean(float(x.mean()), float(x.std()), float(low), float(high), len(x))
+        return Mean(None, None, None, None, 0, 0)
+    x, whose = np.array([v for v, _ in pairs], float), [s for _, s in pairs]
+    low, high = _interval(x, whose, seed)
+    return Mean(float(x.mean()), float(x.std()), low, high, len(x), len(set(whose)))
+
+
+def _interval(
+    values: NDArray[np.float64], subjects: Sequence[str], seed: int
+) -> tuple[float | None, float | None]:
+    """95 % interval of the mean; (None, None) for one subject, whose resamples are all the same."""
+    if len(set(subjects)) < 2:
+        return None, None
+    low, high = np.percentile(bootstrap_means(values, subjects, seed), (2.5, 97.5))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -56,22 +72,25 @@ class Comparison:
     """Run A against run B on the cases that both have.
 
     Attributes:
-        n: pairs.
+        n, subjects: number of pairs, and of the subjects that they come from.
         mean_a, mean_b: means.
-        difference, low, high: mean of A - B, its 95 % paired bootstrap interval.
-        p_greater, p_less, p_two_sided: Wilcoxon's signed-rank test of A > B, A < B, A != B.
+        difference: mean of A - B.
+        low, high: its 95 % paired bootstrap interval over subjects; None for fewer than two subjects.
+        p_greater, p_less, p_two_sided: Wilcoxon's signed-rank test over pairs of A > B, A < B, A != B; None for
+            fewer than two pairs.
         effect: matched-pairs rank-biserial correlation: 1 if every case is higher in A, -1 if in B.
     """
 
     n: int
+    subjects: int
     mean_a: float
     mean_b: float
     difference: float
-    low: float
-    high: float
-    p_greater: float
-    p_less: float
-    p_two_sided: float
+    low: float | None
+    high: float | None
+    p_greater: float | None
+    p_less: float | None
+    p_two_sided: float | None
     effect: float
 
     def to_json(self) -> dict[str, Any]:
@@ -94,22 +113,25 @@ def compare(
     if not rows:
         return None
     x, y = (np.array([r[i] for r in rows], float) for i in (0, 1))
-    d = x - y
-    means = bootstrap_means(d, [r[2] for r in rows], seed)
-    low, high = np.percentile(means, (2.5, 97.5))
+    d, whose = x - y, [r[2] for r in rows]
+    low, high = _interval(d, whose, seed)
     moved = d[d != 0]
-    effect, p = 0.0, {"greater": 1.0, "less": 1.0, "two-sided": 1.0}
+    effect, sides = 0.0, ("greater", "less", "two-sided")
+    p: dict[str, float | None] = dict.fromkeys(sides, 1.0)
     if moved.size:
         ranks = stats.rankdata(np.abs(moved))
         effect = float((ranks[moved > 0].sum() - ranks[moved < 0].sum()) / ranks.sum())
-        p = {k: float(stats.wilcoxon(moved, alternative=k).pvalue) for k in p}
+        p = {k: float(stats.wilcoxon(moved, alternative=k).pvalue) for k in sides}
+    if len(rows) < 2:
+        p = dict.fromkeys(sides)
     return Comparison(
         n=len(rows),
+        subjects=len(set(whose)),
         mean_a=float(x.mean()),
         mean_b=float(y.mean()),
         difference=float(d.mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         p_greater=p["greater"],
         p_less=p["less"],
         p_two_sided=p["two-sided"],

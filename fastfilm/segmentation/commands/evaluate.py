@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from fastfilm.segmentation.console import bar, out, say
-from fastfilm.segmentation.counterfactual import sensitivity, swap_table
+from fastfilm.segmentation import layout
+from fastfilm.segmentation.comparison import compare_summaries
+from fastfilm.segmentation.console import bar, say
+from fastfilm.segmentation.counterfactual import (
+    TABLE,
+    own_folder,
+    read_swap,
+    sensitivity,
+    swap_table,
+)
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.evaluation import (
-    Evaluated,
+    Evaluation,
     evaluate_pairs,
-    find_pairs,
-    metric_of,
     read_summary,
     summarise,
     write_summary,
 )
 from fastfilm.segmentation.files import write_json
+from fastfilm.segmentation.hints import did_you_mean
+from fastfilm.segmentation.layout import Column
 from fastfilm.segmentation.metrics import METRICS
-from fastfilm.segmentation.statistics import compare
-from fastfilm.segmentation.swap import SWAP, read_swap
+from fastfilm.segmentation.pairs import find_pairs
+from fastfilm.segmentation.records import check_writable
+from fastfilm.segmentation.swap import SWAP
 
-SHOWN = ("Dice", "IoU", "HD95", "NSD", "volume_error", "lesion_F1")
+SHOWN = ("Dice", "HD95", "NSD")
+
+WITH_INTERVALS = 6
+"""Fed values up to which the printed table has intervals."""
+
+DIFFERENCES = 60
+"""Paired differences up to which they are printed."""
 
 
 def command(
@@ -44,52 +59,98 @@ def command(
         typer.Option(help="NAME=VALUE[,VALUE…] in predictions and truth of other programs; repeat"),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="of the surface distance NSD, in mm")] = 1.0,
+    metrics: Annotated[
+        str, typer.Option(help="that are printed: a list (Dice,IoU), or all; the files have all")
+    ] = ",".join(SHOWN),
     compare_with: Annotated[
         Path | None,
         typer.Option("--compare", help="evaluated folder of another run on the same cases"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
+    seed: Annotated[int, typer.Option(help="of the bootstrap", min=0)] = 0,
 ) -> int:
     """Scores predictions against the truth: summary.json, cases.csv and tables.
 
     Under predict --swap it prints Dice by true and by fed value.
     """
-    if not tolerance > 0:
-        raise UserError(f"--tolerance must be above 0 mm, got {tolerance}")
-    labels = None if label is None else dict(_label(t) for t in label)
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise UserError(f"--tolerance must be a number above 0 mm, got {tolerance}")
+    shown = _metrics(metrics)
+    labels = None if label is None else _labels(label)
     to = to or predictions
     if (predictions / SWAP).is_file():
+        if compare_with is not None:
+            raise UserError(
+                f"--compare: {predictions} holds the predictions under several values;"
+                " compare one of its folders"
+            )
         return _swapped(predictions, truth, to, labels, tolerance, seed)
-    found, failed = _evaluate(predictions, truth, labels, tolerance)
-    if found:
-        summary = summarise(found, tolerance, seed)
-        other = None if compare_with is None else read_summary(compare_with)
-        compared = None if other is None else _compared(summary, other, str(compare_with), seed)
+    other = None if compare_with is None else read_summary(compare_with)
+    evaluation = _evaluate(predictions, truth, labels, tolerance, to)
+    _notes(evaluation.notes)
+    if evaluation.found:
+        summary = summarise(evaluation, tolerance, seed)
+        compared = other and compare_summaries(summary, other, str(compare_with), seed)
         write_summary(to, summary)
-        _show(summary)
-        if compared is not None:
+        _show(summary, shown)
+        if compared:
             write_json(to / "comparison.json", compared)
-            _show_comparison(compared)
-        say(f"written to {to}: summary.json, cases.csv")
-    return _failures(failed)
+            _show_comparison(compared, shown)
+        say(f"written to {to}: summary.json, cases.csv{', comparison.json' if compared else ''}")
+    return _failures(evaluation.failed)
 
 
-def _label(text: str) -> tuple[str, list[int]]:
-    name, sign, values = text.partition("=")
-    try:
-        if not sign:
-            raise ValueError
-        return name, [int(v) for v in values.split(",")]
-    except ValueError:
-        raise UserError(f"--label takes NAME=VALUE with whole numbers, got {text!r}") from None
+def _labels(texts: Sequence[str]) -> dict[str, list[int]]:
+    labels: dict[str, list[int]] = {}
+    taken: dict[int, str] = {}
+    for text in texts:
+        name, sign, given = text.partition("=")
+        try:
+            values = [int(v) for v in given.split(",")]
+        except ValueError:
+            values = []
+        if not (sign and name.strip() and values):
+            raise UserError(f"--label takes NAME=VALUE with whole numbers, got {text!r}")
+        if name in labels:
+            raise UserError(f"--label {name} is there twice")
+        for value in values:
+            if value < 1:
+                raise UserError(f"--label {text}: values must be above 0 (0 is the background)")
+            if value in taken:
+                raise UserError(
+                    f"--label {text}: the value {value} is that of {taken[value]} already"
+                )
+            taken[value] = name
+        labels[name] = values
+    return labels
+
+
+def _metrics(text: str) -> list[str]:
+    if text == "all":
+        return list(METRICS)
+    by_lower = {m.lower(): m for m in METRICS}
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name.lower() not in by_lower:
+            raise UserError(
+                f"--metrics: no metric {name!r}; there are all, {', '.join(METRICS)}"
+                + did_you_mean(name, ["all", *METRICS])
+            )
+    return list(dict.fromkeys(by_lower[name.lower()] for name in names))
 
 
 def _evaluate(
-    folder: Path, truth: Path | None, labels: Any, tolerance: float
-) -> tuple[list[Evaluated], list[str]]:
+    folder: Path, truth: Path | None, labels: Any, tolerance: float, to: Path
+) -> Evaluation:
     pairs = find_pairs(folder, truth, labels)
+    # before the work, not after it
+    check_writable(to)
     with bar(f"evaluating {folder.name}") as progress:
         return evaluate_pairs(pairs, tolerance, progress)
+
+
+def _notes(lines: Sequence[str]) -> None:
+    for line in dict.fromkeys(lines):
+        say(f"note: {line}")
 
 
 def _failures(failed: list[str]) -> int:
@@ -100,129 +161,132 @@ def _failures(failed: list[str]) -> int:
     return 1
 
 
-def _number(mean: dict[str, Any], digits: int = 3) -> str:
-    if mean["mean"] is None:
-        return "-"
-    return f"{mean['mean']:.{digits}f} [{mean['low']:.{digits}f}, {mean['high']:.{digits}f}]"
+def _head(metric: str, tolerance: float) -> str:
+    unit = METRICS[metric] or (f"{tolerance:g} mm" if metric == "NSD" else "")
+    name = metric.replace("_", "\n")
+    return f"{name}\n({unit})" if unit else name
 
 
-def _show(summary: dict[str, Any]) -> None:
-    table = Table(title="mean [95 % interval]", title_justify="left")
-    for column in ("label", "group", "cases"):
-        table.add_column(column)
-    for metric in SHOWN:
-        unit = METRICS[metric] or (f"{summary['tolerance_mm']:g} mm" if metric == "NSD" else "")
-        name = metric.replace("_", " ")
-        table.add_column(f"{name} ({unit})" if unit else name, justify="right", no_wrap=True)
+def _show(summary: Mapping[str, Any], shown: Sequence[str]) -> None:
+    names, rows = [], []
     for detail in summary["labels"].values():
-        rows = [("all", detail["metrics"])]
-        for key, values in detail["groups"].items():
-            if len(values) > 1:
-                rows += [(f"{key} = {v}", m) for v, m in values.items()]
-        for group, metrics in rows:
-            cells = [_number(metrics[m], 2 if METRICS[m] else 3) for m in SHOWN]
-            table.add_row(detail["name"], group, str(metrics["volume_error"]["n"]), *cells)
-    _print(table)
-    mean = summary["foreground_mean"]["Dice"]
-    say("mean Dice over labels: " + ("not defined" if mean is None else f"{mean:.4f}"))
+        names.append(detail["name"])
+        rows.append(detail["metrics"])
+        for key, groups in detail["groups"].items():
+            if len(groups) > 1:
+                between = " " if key in summary["binned"] else " = "
+                names += [f"  {key}{between}{value}" for value in groups]
+                rows += groups.values()
+    counts = [f"{r['volume_error']['n']} ({r['volume_error']['subjects']})" for r in rows]
+    columns = [Column("cases\n(subjects)", counts)]
+    for m in shown:
+        head = _head(m, summary["tolerance_mm"])
+        columns.append(layout.means(head, [r[m] for r in rows], layout.DIGITS[m]))
+    layout.show(
+        "mean, and below it the 95 % interval over subjects", "label, group", names, columns
+    )
+    say(f"mean Dice over labels: {layout.number(summary['foreground_mean']['Dice'], 4)}")
 
 
-def _print(table: Table) -> None:
-    # a table that is cut off says nothing: in a log, and on a narrow terminal, it is as wide as it needs to be
-    Console(file=out.file, width=max(out.width, 200), highlight=False).print(table)
-
-
-def _compared(a: dict[str, Any], b: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
-    result: dict[str, Any] = {"other": name, "labels": {}}
-    for metric in SHOWN:
-        ours, theirs = metric_of(a, metric), metric_of(b, metric)
-        for label in dict.fromkeys(key[1] for key in ours):
-            both = [k for k in ours if k in theirs and k[1] == label]
-            x, y = [ours[k][0] for k in both], [theirs[k][0] for k in both]
-            found = compare(x, y, [ours[k][1] for k in both], seed)
-            if found is not None:
-                result["labels"].setdefault(label, {})[metric] = found.to_json()
-    if not result["labels"]:
-        raise UserError(f"{name}: no case and label in common")
-    return result
-
-
-def _show_comparison(compared: dict[str, Any]) -> None:
-    table = Table(title=f"this run (A) and {compared['other']} (B), paired", title_justify="left")
-    for column in ("label", "metric", "n", "A", "B", "A - B [95 %]", "p (A > B)", "p (A < B)",
-                   "p (A ≠ B)", "rank-biserial"):  # fmt: skip
-        table.add_column(column, no_wrap=True)
+def _show_comparison(compared: Mapping[str, Any], shown: Sequence[str]) -> None:
+    _notes(compared["notes"])
+    names: list[str] = []
+    rows: list[Mapping[str, Any] | None] = []
     for label, metrics in compared["labels"].items():
-        for metric, c in metrics.items():
-            table.add_row(
-                label,
-                metric,
-                str(c["n"]),
-                f"{c['mean_a']:.3f}",
-                f"{c['mean_b']:.3f}",
-                f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
-                *(f"{c[k]:.2g}" for k in ("p_greater", "p_less", "p_two_sided")),
-                f"{c['effect']:+.2f}",
-            )
-    _print(table)
+        there = [m for m in shown if m in metrics]
+        names += [label, *(f"  {m}" for m in there)]
+        rows += [None, *(metrics[m] for m in there)]
+
+    def column(head: str, cell: Any) -> Column:
+        return Column(head, ["" if r is None else cell(r) for r in rows])
+
+    difference = column(
+        "A - B\n[95 %]",
+        lambda r: f"{layout.number(r['difference'], 3, True)}\n{layout.interval(r, 3, True)}",
+    )
+    columns = [
+        column("pairs\n(subjects)", lambda r: f"{r['n']} ({r['subjects']})"),
+        column("A", lambda r: layout.number(r["mean_a"], 3)),
+        column("B", lambda r: layout.number(r["mean_b"], 3)),
+        Column(difference.head, layout.aligned(difference.cells)),
+        column("p\n(A > B)", lambda r: layout.p_value(r["p_greater"])),
+        column("p\n(A < B)", lambda r: layout.p_value(r["p_less"])),
+        column("p\n(A ≠ B)", lambda r: layout.p_value(r["p_two_sided"])),
+        column("rank-biserial", lambda r: layout.number(r["effect"], 2, True)),
+    ]
+    say("")
+    title = f"this run (A) and {compared['other']} (B), paired"
+    layout.show(title, "label, metric", names, columns)
 
 
 def _swapped(
     predictions: Path, truth: Path | None, to: Path, labels: Any, tolerance: float, seed: int
 ) -> int:
     swap = read_swap(predictions)
-    runs: dict[str, list[Evaluated]] = {}
+    folders = {fed.value: own_folder(to, fed.folder) for fed in swap.fed}
+    runs: dict[str, Evaluation] = {}
     failed: list[str] = []
-    for fed in swap["fed"]:
-        folder = predictions / fed["folder"]
-        found, wrong = _evaluate(folder, truth, labels, tolerance)
-        failed += [f"{fed['folder']}: {w}" for w in wrong]
-        for e in found:
+    for fed in swap.fed:
+        run = _evaluate(predictions / fed.folder, truth, labels, tolerance, to)
+        failed += [f"{fed.folder}: {w}" for w in run.failed]
+        for e in run.found:
             # groups are by what is true of the case, not by what was fed
-            e.pair.metadata = {**e.pair.metadata, swap["key"]: swap["true"].get(e.pair.case)}
-        if found:
-            runs[fed["value"]] = found
-            write_summary(to / fed["folder"], summarise(found, tolerance, seed))
+            e.pair.metadata = {**e.pair.metadata, swap.key: swap.true.get(e.pair.case)}
+        if run.found:
+            runs[fed.value] = run
+    _notes([line for run in runs.values() for line in run.notes])
     if runs:
-        result = {"key": swap["key"], **swap_table(runs, swap["true"], seed)}
-        result["sensitivity"] = sensitivity(
-            {
-                fed: {
-                    f"{e.pair.case}/{e.pair.label.name}": (
-                        e.pair.prediction,
-                        None if e.pair.own_file else e.pair.label.value,
-                    )
-                    for e in run
-                }
-                for fed, run in runs.items()
-            }
-        )
-        write_json(to / "swap_table.json", result)
+        found = {value: run.found for value, run in runs.items()}
+        kind = next(iter(runs.values())).kinds.get(swap.key)
+        result = {"key": swap.key, **swap_table(found, swap.true, seed, kind)}
+        result["sensitivity"] = sensitivity(found)
+        for value, run in runs.items():
+            write_summary(folders[value], summarise(run, tolerance, seed))
+        write_json(to / TABLE, result)
         _show_swap(result, list(runs))
-        say(f"written to {to}: swap_table.json, and summary.json of each value")
+        say(f"written to {to}: {TABLE}, and summary.json of each value")
     return _failures(failed)
 
 
-def _show_swap(result: dict[str, Any], fed: list[str]) -> None:
-    key = result["key"]
-    table = Table(title=f"Dice by true (rows) and fed {key} (columns), mean [95 % interval]",
-                  title_justify="left")  # fmt: skip
-    table.add_column(f"true {key}")
+def _show_swap(result: Mapping[str, Any], fed: Sequence[str]) -> None:
+    key = layout.plain(result["key"])
+    names = list(result["rows"])
+    rows = list(result["rows"].values())
+    columns = []
     for value in fed:
-        table.add_column(value, justify="right", no_wrap=True)
-    for true, row in result["rows"].items():
-        table.add_row(true, *(_number(row[v]) for v in fed))
-    _print(table)
-    for true, row in result["differences"].items():
-        for value, c in row.items():
-            if c is not None:
-                interval = f"[{c['low']:+.3f}, {c['high']:+.3f}]"
-                say(
-                    f"{true}: fed {true} - fed {value}: {c['difference']:+.3f} {interval},"
-                    f" p = {c['p_greater']:.2g} (one-sided), {c['p_two_sided']:.2g} (two-sided), {c['n']} pairs"
-                )
+        head = "\n".join(layout.fold(value, layout.NAMES))
+        if len(fed) > WITH_INTERVALS:
+            columns.append(Column(head, [layout.number(r[value]["mean"], 3) for r in rows]))
+        else:
+            columns.append(layout.means(head, [r[value] for r in rows], 3))
+    title = f"mean Dice by true (rows) and fed {key} (columns)"
+    title += "" if len(fed) > WITH_INTERVALS else ", below it the 95 % interval over subjects"
+    layout.show(title, f"true {key}", names, columns)
+    _show_differences(result["differences"])
     values = sorted(result["sensitivity"].items(), key=lambda x: -x[1])
     if values:
         mean = sum(v for _, v in values) / len(values)
-        most = ", ".join(f"{name} {v:.2f}" for name, v in values[:5])
-        say(f"sensitivity to {key} (1 - Dice between fed values): mean {mean:.3f}; highest: {most}")
+        say(f"sensitivity to {key} (1 - Dice between fed values): mean {mean:.3f}; highest:")
+        for name, v in values[:3]:
+            say(f"  {v:.3f}  {layout.plain(name)}")
+
+
+def _show_differences(differences: Mapping[str, Mapping[str, Any]]) -> None:
+    pairs = [(true, value, c) for true, row in differences.items() for value, c in row.items() if c]
+    if not pairs:
+        return
+    if len(pairs) > DIFFERENCES:
+        say(f"{len(pairs)} paired differences between fed values are in {TABLE}")
+        return
+    cells = [f"{layout.number(c['difference'], 3, True)}\n{layout.interval(c, 3, True)}"
+             for *_, c in pairs]  # fmt: skip
+    columns = [
+        Column("pairs\n(subjects)", [f"{c['n']} ({c['subjects']})" for *_, c in pairs]),
+        Column("difference\n[95 %]", layout.aligned(cells)),
+        Column("p\n(true > other)", [layout.p_value(c["p_greater"]) for *_, c in pairs]),
+        Column("p\n(true ≠ other)", [layout.p_value(c["p_two_sided"]) for *_, c in pairs]),
+    ]
+    names = [f"{true} - {value}" for true, value, _ in pairs]
+    layout.show(
+        "Dice when fed the true value minus when fed another", "true - other", names, columns
+    )

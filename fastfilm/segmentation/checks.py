@@ -192,8 +192,6 @@ def _image_problems(
     problems = [] if wrong is None else [wrong]
     if a.size == 0:
         return problems
-    if not np.isfinite(nib.orientations.io_orientation(image.affine)).all():
-        problems.append(f"{path}: its affine is not usable: {image.affine.tolist()}")
     if wrong is None and a.min() == a.max():
         problems.append(f"{path}: every voxel is {a.min():g}")
     if path != first[0] and (difference := same_grid(first[1], image, tolerance)) is not None:

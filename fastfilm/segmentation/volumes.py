@@ -87,7 +87,8 @@ def read_volume(path: Path) -> NiftiVolume:
     A compressed file is read to its end, where its checksum is.
 
     Raises:
-        UserError: missing, empty, damaged or not NIfTI, not 3D, larger than the memory at hand; the file is named.
+        UserError: missing, empty, damaged or not NIfTI, not 3D, larger than the memory at hand, an affine that has
+            no inverse; the file is named.
     """
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path}: {dangling(path)}")
@@ -97,6 +98,8 @@ def read_volume(path: Path) -> NiftiVolume:
         raise UserError(f"{path}: the file is empty")
     try:
         image: Any = nib.load(path)
+        if not _invertible(image.affine):
+            raise UserError(f"{path}: its affine is not usable: {np.asarray(image.affine).tolist()}")
         _fits(path, image)
         array, longer = _voxels(path, image)
         remarks = dict(_remarks(image))
@@ -158,6 +161,14 @@ def shear(affine: Volume) -> float:
     axes = axes / np.maximum(np.sqrt((axes**2).sum(0)), 1e-300)
     cosines = axes.T @ axes
     return float(np.abs(cosines[np.triu_indices(3, 1)]).max())
+
+
+def _invertible(affine: Volume) -> bool:
+    axes = np.asarray(affine, np.float64)[:3, :3]
+    if not np.isfinite(affine).all() or not (axes != 0).any(0).all():
+        return False
+    axes = axes / np.sqrt((axes**2).sum(0))
+    return bool(abs(np.linalg.det(axes)) > 1e-6)
 
 
 def _apart(a: Volume, b: Volume, shape: tuple[int, ...]) -> float:

@@ -31,6 +31,7 @@ from .model_folder import (
 )
 from .network import divisor
 from .preprocessing import Normalisation, Preprocessing
+from .records import check_writable
 
 TOLERANCE = 1e-3
 """Largest difference of probabilities between ONNX Runtime and the model."""
@@ -59,7 +60,8 @@ def export_onnx(model: LoadedModel, path: Path) -> float | None:
         the largest difference from the model under ONNX Runtime; None where that is not installed.
 
     Raises:
-        UserError: the packages for ONNX are missing, or the exported model does not agree.
+        UserError: the packages for ONNX are missing, the network cannot be exported, the exported model does not
+            agree, or the file cannot be written; nothing is written then.
     """
     try:
         import onnx
@@ -79,35 +81,39 @@ def export_onnx(model: LoadedModel, path: Path) -> float | None:
     names = ["image", "metadata"][: len(example)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            whole,
-            example,
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in example),
-            input_names=names,
-            output_names=["probabilities"],
-        )
+        try:
+            program = torch.onnx.export(
+                whole,
+                example,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in example),
+                input_names=names,
+                output_names=["probabilities"],
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{model.folder}: cannot be exported as ONNX: {reason}") from error
     assert program is not None
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {"fastfilm": json.dumps(info.model_dump(mode="json"))})
     with atomic(path) as temporary:
         onnx.save(proto, str(temporary))
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        return None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for n in (1, 3):
-        inputs = given(n)
-        feed = {k: t.numpy() for k, t in zip(names, inputs, strict=True)}
-        with torch.no_grad():
-            expected = whole(*inputs).numpy()
-        worst = max(worst, float(np.abs(session.run(None, feed)[0] - expected).max()))
-    if not worst <= TOLERANCE:
-        path.unlink()
-        raise UserError(f"{path}: ONNX Runtime differs from the model by up to {worst:.2g}")
+        try:
+            import onnxruntime
+        except ModuleNotFoundError:
+            return None
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for n in (1, 3):
+            inputs = given(n)
+            feed = {k: t.numpy() for k, t in zip(names, inputs, strict=True)}
+            with torch.no_grad():
+                expected = whole(*inputs).numpy()
+            worst = max(worst, float(np.abs(session.run(None, feed)[0] - expected).max()))
+        # a file that does not agree is not moved into place
+        if not worst <= TOLERANCE:
+            raise UserError(f"{path}: ONNX Runtime differs from the model by up to {worst:.2g}")
     return worst
 
 
@@ -128,13 +134,28 @@ def import_ivadomed(
         metadata: the one key and its values in the order of the one-hot columns (ivadomed sorts them).
         contrasts: names of the image channels.
         labels: names of the outputs, without the background that ivadomed drops.
-        patch_size: (H, W) or (D, H, W).
+        patch_size: (H, W) or (D, H, W), numbers above 0.
         slice_axis: of a 2D network: 0, 1, 2 for right, anterior, superior.
 
     Raises:
-        UserError: not such weights, or names that do not fit their sizes.
+        UserError: not such weights, names that do not fit their sizes, are empty or there twice, a window that the
+            network cannot take, a folder that is not empty; nothing is written then.
     """
+    _check_folder(folder)
+    values = [v for several in metadata.values() for v in several]
+    for option, names in (
+        ("--contrast", contrasts),
+        ("--label", labels),
+        ("--metadata", list(metadata)),
+        ("--metadata", values),
+    ):
+        _check_names(option, names)
     state = _state(weights)
+    for name, t in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if not t.is_floating_point() or not bool(t.isfinite().all()):
+            raise UserError(f"{weights}: {name} must hold finite floating-point numbers")
     flat = "encoder.down_path.0.conv1.weight" in state
     try:
         network: FiLMedUNet | Modified3DUNet = (
@@ -144,6 +165,8 @@ def import_ivadomed(
         )
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{weights}: {error}") from error
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UserError(f"{weights}: not weights of such a network: {error}") from error
     own = dict(network.state_dict())
     outputs = int(own["last.weight"].shape[0]) if flat else 0
     if not flat:
@@ -159,9 +182,8 @@ def import_ivadomed(
     dims = network.spatial_dims if isinstance(network, FiLMedUNet) else 3
     first = state["encoder.down_path.0.conv1.weight" if flat else "conv3d_c1_1.weight"]
     size = network.metadata_size
-    values = sum(len(v) for v in metadata.values())
     for name, expected, got in (
-        ("--metadata values", size, values),
+        ("--metadata values", size, len(values)),
         ("--contrast", int(first.shape[1]), len(contrasts)),
         ("--label", outputs, len(labels)),
         ("--patch numbers", dims, len(patch_size)),
@@ -198,11 +220,31 @@ def import_ivadomed(
         divisor=divisor(config),
         training={"imported_from": weights.name, "with": f"fastfilm {fastfilm.__version__}"},
     )
+    # a multiple is needed by the one, at least as much by the other
+    step = info.divisor if config.name == "Modified3DUNet" else 1
+    if any(n % step or n < info.divisor for n in patch_size):
+        what = "multiples of" if step > 1 else "at least"
+        raise UserError(f"--patch: numbers must be {what} {info.divisor}, got {list(patch_size)}")
     load_weights(info.build(), own, str(weights))
-    save_weights(folder, "best", own)
+    save_weights(folder, "best", own, info)
     save_model(folder, info)
     load_model(folder)
     return info
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        held = "is a model" if (folder / "model.json").exists() else "are files"
+        raise UserError(f"{folder}: there {held} in it already; give another folder")
+    check_writable(folder)
+
+
+def _check_names(option: str, names: Sequence[str]) -> None:
+    for name in names:
+        if not name.strip():
+            raise UserError(f"{option}: a name is empty")
+        if list(names).count(name) > 1:
+            raise UserError(f"{option}: {name!r} is there twice")
 
 
 def _state(path: Path) -> dict[str, Tensor]:

@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 from fastfilm.segmentation.console import say
+from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.exchange import export_onnx
 from fastfilm.segmentation.model_folder import load_model
+from fastfilm.segmentation.records import check_writable
+
+SUFFIXES = (".onnx",)
 
 
 def command(
@@ -18,6 +22,13 @@ def command(
     weights: Annotated[str, typer.Option(help="best or final")] = "best",
 ) -> None:
     """Writes the network as ONNX, with the metadata row as second input, and checks it with ONNX Runtime."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{out}: must end in {' or '.join(SUFFIXES)}, got {out.suffix or 'no ending'}"
+        )
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder")
+    check_writable(out.parent)
     difference = export_onnx(load_model(model, weights=weights), out)
     checked = (
         "onnxruntime is not installed, not checked"

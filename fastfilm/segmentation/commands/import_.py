@@ -15,10 +15,10 @@ from fastfilm.segmentation.preprocessing import AXES
 
 def command(
     weights: Annotated[Path, typer.Argument(help="state_dict: .safetensors, or of torch.save")],
-    model: Annotated[Path, typer.Argument(help="model folder to write")],
+    model: Annotated[Path, typer.Argument(help="model folder to write; empty or not there yet")],
     contrast: Annotated[list[str], typer.Option(help="name of an image channel; repeat")],
     label: Annotated[list[str], typer.Option(help="name of an output, without background; repeat")],
-    patch: Annotated[str, typer.Option(help="window: H,W or D,H,W")],
+    patch: Annotated[str, typer.Option(help="window in voxels: H,W or D,H,W")],
     metadata: Annotated[
         str | None, typer.Option(help="KEY=VALUE,VALUE… in the order of the one-hot columns")
     ] = None,
@@ -30,13 +30,15 @@ def command(
     keys: dict[str, list[str]] = {}
     if metadata is not None:
         key, sign, values = metadata.partition("=")
-        if not sign:
+        if not (sign and key.strip() and values.strip()):
             raise UserError(f"--metadata takes KEY=VALUE,VALUE…, got {metadata!r}")
-        keys[key] = [v.strip() for v in values.split(",")]
+        keys[key.strip()] = [v.strip() for v in values.split(",")]
     try:
         size = [int(n) for n in patch.split(",")]
     except ValueError:
         raise UserError(f"--patch takes whole numbers, got {patch!r}") from None
+    if any(n < 1 for n in size):
+        raise UserError(f"--patch takes numbers above 0, got {patch!r}")
     info = import_ivadomed(
         weights,
         model,

@@ -339,6 +339,30 @@ def test_small_convolutions_are_its_own_and_large_ones_the_vendors(dtype: torch.
     assert cpu.covers_gradients(x, w, geometry)[0] == (single and vectors)
 
 
+@pytest.mark.parametrize("size", [(12, 12), (6, 5, 5)])
+def test_wide_convolutions_of_few_positions_round_alike_for_either_layout_of_the_weight(
+    size: tuple[int, ...],
+) -> None:
+    """A channels-last weight does not lead to oneDNN's sums in one register, as it does in eager PyTorch."""
+    one, none = (1,) * len(size), (0,) * len(size)
+    geometry = (one, one, one, False, none, 1)
+    x, w, _ = draw((2, 256, *size), (3,) * len(size), 128, torch.float32)
+    e = spec.channels_last(torch.randn(2, 128, *size))
+
+    def eager(x: Tensor, w: Tensor, e: Tensor) -> dict[str, Tensor]:
+        needs = None, *geometry, [True, False, False]
+        dx = torch.ops.aten.convolution_backward(e, x, w, *needs)[0]
+        return {"y": torch.convolution(x, w, None, *geometry), "x": dx}
+
+    exact = eager(x.double(), w.double(), e.double())
+    theirs = eager(x.contiguous(), w, e.contiguous())
+    for weight in (w, spec.channels_last(w)):
+        dx, _ = composed._gradients(cpu, e, x, weight, geometry, (True, False))
+        assert dx is not None
+        ours = {"y": composed._convolution(cpu, x, weight, None, geometry), "x": dx}
+        assert_as_good_as_eager(ours, exact, [(theirs, exact)], torch.float32)
+
+
 @pytest.mark.skipif(_C.instruction_set() != "avx2", reason="measured with AVX2")
 def test_convolutions_of_many_weights_are_the_vendors() -> None:
     geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)

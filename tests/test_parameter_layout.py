@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,14 @@ def converted() -> nn.Module:
     return fastfilm.convert(eager(), verbose=False)
 
 
-def image() -> Tensor:
-    return torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(1))
+def image(draw: int = 0) -> Tensor:
+    return torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(1 + 2 * draw))
 
 
-def trained(model: nn.Module, x: Tensor | None = None) -> nn.Module:
+def trained(model: nn.Module, x: Tensor | None = None, draw: int = 0) -> nn.Module:
     """``model`` with gradients."""
     out = model(image() if x is None else x)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)))
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2 + 2 * draw)))
     return model
 
 
@@ -116,17 +117,34 @@ def test_weights_that_were_made_channels_last_stay_so_and_their_gradients_are_as
 def test_either_layout_of_the_weights_gives_numbers_as_exact_as_eagers(
     make: Callable[[], nn.Module],
 ) -> None:
-    truth = [p.grad for p in trained(eager().double(), image().double()).parameters()]
-    theirs = [p.grad for p in trained(eager()).parameters()]
-    for layout in (torch.contiguous_format, torch.channels_last):
-        model = make()
-        if make is blocks:
-            for block, conv in zip(model, eager()[::3], strict=True):  # type: ignore[arg-type]
+    """The median over draws of each gradient's error: those of a few numbers are a matter of luck in one."""
+    models = {"eager": eager(), "contiguous": make(), "channels-last": make()}
+    if make is blocks:
+        for name in ("contiguous", "channels-last"):
+            for block, conv in zip(models[name], models["eager"][::3], strict=True):  # type: ignore[arg-type, index]
                 block.load_state_dict(conv.state_dict(), strict=False)
-        ours = [p.grad for p in trained(model.to(memory_format=layout)).parameters()]
-        for a, b, t in zip(ours, theirs, truth, strict=True):
-            if t.abs().max() > 1e-6:  # type: ignore[union-attr]
-                assert relative_error(a, t) <= 1.5 * relative_error(b, t) + 1.2e-7  # type: ignore[arg-type]
+    models["channels-last"].to(memory_format=torch.channels_last)
+    exact = eager().double()
+
+    def gradients(model: nn.Module, x: Tensor, draw: int) -> list[Tensor]:
+        model.zero_grad()
+        return [p.grad for p in trained(model, x, draw).parameters()]  # type: ignore[misc]
+
+    errors: dict[str, list[list[float]]] = {name: [] for name in models}
+    for draw in range(40):
+        truth = gradients(exact, image(draw).double(), draw)
+        # zero but for rounding: those of biases in front of a norm
+        told = [i for i, t in enumerate(truth) if t.abs().max() > 1e-6]
+        for name, model in models.items():
+            found = gradients(model, image(draw), draw)
+            errors[name].append([relative_error(found[i], truth[i]) for i in told])
+    medians = {
+        name: [statistics.median(e) for e in zip(*each, strict=True)]
+        for name, each in errors.items()
+    }
+    for name in ("contiguous", "channels-last"):
+        for mine, theirs in zip(medians[name], medians["eager"], strict=True):
+            assert mine <= 1.5 * theirs
 
 
 def _lbfgs(model: nn.Module) -> None:

@@ -256,16 +256,37 @@ def test_idle_taps_are_those_without_a_gradient(
         assert spec.has_idle_taps((size,), (kernel,), *geometry) == idle, size
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("channels", [64, 96, 256])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_wide_convolutions_round_no_more_than_contiguous_ones(dims: int) -> None:
+def test_wide_convolutions_round_no_more_than_contiguous_ones(
+    dims: int, channels: int, transposed: bool
+) -> None:
     torch.manual_seed(0)
-    x, w = torch.randn(2, 256, *[8] * dims), torch.randn(64, 256, *[3] * dims)
-    geometry = ([1] * dims, [1] * dims, [1] * dims, False, [0] * dims, 1)
+    x, w = torch.randn(2, channels, *[8] * dims), torch.randn(64, channels, *[3] * dims)
+    w = w.transpose(0, 1).contiguous() if transposed else w
+    geometry = ([1] * dims, [1] * dims, [1] * dims, transposed, [0] * dims, 1)
     exact = torch.convolution(x.double(), w.double(), None, *geometry)
-    eager = torch.convolution(x, w, None, *geometry)
-    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
-    ours = vendor.convolution(x.to(memory_format=layout), w, None, *geometry)
-    assert relative_error(ours, exact) <= 1.5 * relative_error(eager, exact) + 1.2e-7
+    e = torch.randn(exact.shape)
+    layout = spec.channels_last_format(dims + 2)
+    own, given = x.contiguous(memory_format=layout), e.contiguous(memory_format=layout)
+    pairs = [
+        (
+            vendor.convolution(own, w, None, *geometry),
+            torch.convolution(x, w, None, *geometry),
+            exact,
+        )
+    ]
+    backward = torch.ops.aten.convolution_backward.default
+    args = (None, *geometry, [True, True, False])
+    pairs += zip(
+        vendor.convolution_backward(given, own, w, *geometry, (True, True)),
+        backward(e, x, w, *args)[:2],
+        backward(e.double(), x.double(), w.double(), *args)[:2],
+        strict=True,
+    )
+    for ours, eager, true in pairs:
+        assert relative_error(ours, true) <= 1.5 * relative_error(eager, true) + 1.2e-7
 
 
 def test_strided_pointwise_convolutions_do_not_damage_the_heap() -> None:

@@ -37,6 +37,9 @@ than the copies that it needs."""
 _FEW_POSITIONS = 512
 """Positions of the result below which contiguous copies pay at ``vendor.WIDE`` channels."""
 
+_FEW_OF_CHANNELS_LAST = 32, 256
+"""The same for a channels-last weight, which would be copied too: of a convolution, of a gradient at the map."""
+
 _FEWEST_TILES = 128
 """Tiles of 2 x 2 positions below which it does not pay to transform the weights."""
 
@@ -51,7 +54,7 @@ _ONES = {3: (1,), 4: (1, 1), 5: (1, 1, 1)}
 """Strides of one, by the map's dimensions."""
 
 _Form = tuple[Any, ...]
-"""Type, shapes of map and weight, stride, padding, dilation, instruction set."""
+"""Type, shapes of map and weight, stride, padding, dilation, whether the weight is contiguous, instruction set."""
 
 
 def covers_convolution(
@@ -101,12 +104,13 @@ def _form(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> _Form | None:
     if groups != 1 or weight.dtype != x.dtype or x.dtype not in _DTYPES:
         return None
     numbers = tuple(stride), tuple(padding), tuple(dilation)
-    return x.dtype, x.shape, weight.shape, *numbers, _C.instruction_set()
+    plain = weight.is_contiguous()
+    return x.dtype, x.shape, weight.shape, *numbers, plain, _C.instruction_set()
 
 
 def _output(form: _Form) -> list[int]:
     """Spatial size of the result; empty where the kernels do not serve the form, or slowly."""
-    _, x, weight, stride, padding, dilation, instructions = form
+    _, x, weight, stride, padding, dilation, _, instructions = form
     kernel = weight[2:]
     if instructions == "baseline" or max(dilation) != 1 or not math.prod(x):
         return []
@@ -147,7 +151,7 @@ def _is_native(form: _Form) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _faster(form: _Form, finishing: bool, gradient: bool = False, packed: bool = False) -> bool:
-    dtype, x, weight, stride, *_, instructions = form
+    dtype, x, weight, stride, *_, plain, instructions = form
     out, narrow, (co, ci, *_) = _output(form), dtype != torch.float32, weight
     if not out:
         return False
@@ -164,7 +168,8 @@ def _faster(form: _Form, finishing: bool, gradient: bool = False, packed: bool =
         return _LONG <= ci < _HALF_WIDE if gradient else finishing and ci <= 16 and 15 <= co <= 16
     if ci >= _LONG:
         # to copy a few positions costs less than to pack the weights of many channels
-        return ci < vendor.WIDE or x[0] * math.prod(out) >= _FEW_POSITIONS
+        few = _FEW_POSITIONS if plain else _FEW_OF_CHANNELS_LAST[gradient]
+        return ci < vendor.WIDE or x[0] * math.prod(out) >= few
     return finishing and 10 * co >= 9 * 16 * math.ceil(co / 16)
 
 
@@ -186,7 +191,7 @@ def _by_winograd(
 def _faster_gradients(
     form: _Form, transposed: bool, output_padding: tuple[int, ...]
 ) -> tuple[bool, bool]:
-    dtype, x, weight, stride, padding, dilation, instructions = form
+    dtype, x, weight, stride, padding, *same = form
     if dtype != torch.float32:
         return False, False
     _, _, *kernel = weight
@@ -194,7 +199,7 @@ def _faster_gradients(
         # the convolution that this one is the gradient of
         each = zip(x[2:], kernel, stride, padding, output_padding, strict=True)
         size = [(s - 1) * t - 2 * p + k + more for s, k, t, p, more in each]
-        whole = (dtype, (x[0], weight[1], *size), weight, stride, padding, dilation, instructions)
+        whole = (dtype, (x[0], weight[1], *size), weight, stride, padding, *same)
         return _faster(whole, False), _weight_gradient(whole)
     if max(stride) > 1:
         return False, _weight_gradient(form)
@@ -203,7 +208,7 @@ def _faster_gradients(
         return False, False
     back = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
     turned = (weight[1], weight[0], *kernel)
-    mirrored = (dtype, (x[0], weight[0], *out), turned, stride, back, dilation, instructions)
+    mirrored = (dtype, (x[0], weight[0], *out), turned, stride, back, *same)
     native = len(x) == 5 and _is_native(form) and bool(_output(mirrored))
     return native or _faster(mirrored, False, True), _weight_gradient(form)
 

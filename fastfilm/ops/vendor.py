@@ -112,9 +112,13 @@ def _route(v: Tensor, weight: Tensor, geometry: tuple[Any, ...], kept: bool) -> 
     unsafe = reference.unsafe_channels_last(v) or _sums_by_groups(v, weight, groups, transposed)
     small = not unsafe and not transposed and _avoids_onednn(v, weight, groups)
     small = small and (weight.shape[1] < WIDE // 4 or _sums_in_parts())
-    long = not unsafe and not transposed and long_sums(v, weight, small, kept)
+    if transposed:
+        long = not unsafe and _long_transposed(v, weight, stride, groups)
+    else:
+        long = not unsafe and long_sums(v, weight, small, kept)
     # with AVX-512 the contiguous form rounds less, and the product was not measured
-    product = long and not small and not _sums_in_parts() and _multiplies(v, weight, geometry)
+    product = long and not (small or transposed or _sums_in_parts())
+    product = product and _multiplies(v, weight, geometry)
     return _Route(False, unsafe or long, small, product, not (unsafe or long or transposed))
 
 
@@ -199,7 +203,7 @@ def _route_backward(
     stride, padding, dilation, transposed, output_padding, groups = geometry
     rest = padding, dilation, transposed, output_padding
     wide, before = reference.precautions(v, weight, stride, *rest, weight_gradient=needs[1])
-    plain = weight.is_contiguous() and v.dtype == torch.float32 and v.device.type == "cpu"
+    plain = v.dtype == torch.float32 and v.device.type == "cpu"
     plain = plain and _prefers_contiguous(v, weight, stride, transposed, groups, needs)
     plain = plain or reference.unsafe_channels_last(v) or _overruns(v, weight, stride)
     plain = plain or _sums_by_groups(v, weight, groups, True)
@@ -224,16 +228,18 @@ def _overruns(v: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
 
 
 WIDE = 128
-"""Input channels (of a group) from which float32 sums on a CPU are taken in the form that rounds less."""
+"""Input channels (of a group) from which float32 sums on a CPU are taken in the form that rounds less; fewer of
+them where the kernel has several taps: see ``_wide``."""
 
 
 def long_sums(v: Tensor, weight: Tensor, small: bool = False, packed: bool = False) -> bool:
     """Whether a channels-last convolution would round visibly more than a contiguous one.
 
     On a CPU oneDNN adds up all of a channels-last float32 sum in one register, so that its error grows with
-    the root of the channels; at 256 it is three to four times that of its contiguous form, which is as fast
-    for so many (unless the map is so small that copying a channels-last weight would show). PyTorch's slow
-    convolution, which ``small`` maps would get, is more exact still.
+    the root of the channels; of its contiguous form, which adds up 16 channels and then these sums, it does not.
+    At 64 channels it is twice that of the contiguous form, and at 256 four times; from there on both are about as
+    fast (unless the map is so small that copying a channels-last weight would show). PyTorch's slow convolution,
+    which ``small`` maps would get, is more exact still.
     """
     width = weight.shape[1]
     if width < WIDE // 4 or v.dtype != torch.float32 or v.device.type != "cpu":
@@ -245,8 +251,31 @@ def long_sums(v: Tensor, weight: Tensor, small: bool = False, packed: bool = Fal
         pointwise = max(weight.shape[2:]) == 1
         heavy = not packed and _is_heavy(v, weight)
         return weight.is_contiguous() and (heavy or (pointwise and width >= 2 * WIDE))
-    few = v.shape[0] * math.prod(v.shape[2:]) < 256
-    return width >= WIDE and (weight.is_contiguous() or not few)
+    wide = _wide(weight) if _sums_in_parts() else WIDE
+    return width >= wide and (weight.is_contiguous() or not _has_few_positions(v))
+
+
+def _has_few_positions(v: Tensor) -> bool:
+    """Whether copying a wide channels-last weight would take much of the time of a convolution of ``v``."""
+    return v.shape[0] * math.prod(v.shape[2:]) < 256
+
+
+def _wide(weight: Tensor) -> int:
+    """Summed channels from which a channels-last gradient, or with AVX-512 a convolution, rounds visibly more."""
+    if max(weight.shape[2:]) == 1:
+        return WIDE
+    return WIDE // 2 if _sums_in_parts() else WIDE // 4
+
+
+def _long_transposed(v: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
+    """``long_sums`` of a transposed convolution: at unit stride alone, where it is an ordinary one."""
+    return (
+        max(stride) == 1
+        and v.dtype == torch.float32
+        and v.device.type == "cpu"
+        and weight.shape[0] // groups >= _wide(weight)
+        and (weight.is_contiguous() or not _has_few_positions(v))
+    )
 
 
 _HEAVY = 1 << 16
@@ -269,17 +298,20 @@ def _prefers_contiguous(
     """Whether gradients of float32 maps on a CPU are taken contiguously, to round less or to be faster.
 
     The gradient at a map of unit stride is a convolution that sums over the other channels: see ``long_sums``.
-    With AVX2 its channels-last form rounds visibly more from 32 channels on (1×1: from 128), and the weight's
-    takes 1.3 to 3.5 times as long for wide maps, but in 3D at unit stride.
+    Its channels-last form rounds visibly more from ``_wide`` channels on, and with AVX2 the weight's takes 1.3 to
+    3.5 times as long for wide maps, but in 3D at unit stride.
     """
     alike = not _sums_in_parts()  # both layouts of a convolution round alike
-    if alike and _is_heavy(v, weight):
+    plain = weight.is_contiguous()
+    if plain and alike and _is_heavy(v, weight):
         return True
     spatial = alike and max(weight.shape[2:]) > 1
     summed = weight.shape[1] if transposed else weight.shape[0] // groups
     unit = max(stride) == 1
-    if needs[0] and (transposed or unit) and summed >= (WIDE // 4 if spatial else WIDE):
-        return True
+    if needs[0] and (transposed or unit) and summed >= _wide(weight):
+        return plain or not _has_few_positions(v)
+    if not plain:
+        return False
     slow = spatial and not (v.dim() == 5 and unit) and max(weight.shape[:2]) >= WIDE // 2
     return slow and needs[1] and groups == 1
 
@@ -287,10 +319,11 @@ def _prefers_contiguous(
 def _sums_by_groups(v: Tensor, weight: Tensor, groups: int, gradient: bool) -> bool:
     """Whether a channels-last convolution of groups, or its gradients, rounds visibly more than a contiguous one.
 
-    On a CPU oneDNN multiplies matrices for contiguous float32 groups whose channels are not whole vectors, which
-    rounds less than its channels-last form: there gradients have 1.5 to 4 times the error, and so have values of
-    more than 8 channels of a group in 3D. Of groups of one channel this holds for gradients in 3D with AVX-512
-    alone. The contiguous form takes up to four times as long, which is the time of eager PyTorch.
+    On a CPU oneDNN multiplies matrices for contiguous float32 groups whose channels are not whole vectors, or with
+    AVX-512 adds up blocks of them, which rounds less than its channels-last form: there gradients have 1.5 to 4
+    times the error, and values of more than 8 channels of a group twice, in 3D and with AVX-512 in 2D too. This
+    holds for gradients of groups of one channel in 3D with AVX-512 alone. The contiguous form takes up to four
+    times as long, which is the time of eager PyTorch.
 
     Args:
         gradient: whether a gradient is taken, or a transposed convolution, which is one.
@@ -302,7 +335,7 @@ def _sums_by_groups(v: Tensor, weight: Tensor, groups: int, gradient: bool) -> b
         return False
     if max(pair) == 1:
         return gradient and v.dim() == 5 and _sums_in_parts()
-    return gradient or (v.dim() == 5 and pair[0] > 8)
+    return gradient or (pair[0] > 8 and (v.dim() == 5 or _sums_in_parts()))
 
 
 def _avoids_onednn(v: Tensor, weight: Tensor, groups: int) -> bool:

@@ -154,16 +154,18 @@ class KeyEncoder(Section):
             else:
                 x = float(value)
         except (TypeError, ValueError):
-            raise MetadataError(f"metadata {self.name!r} must be a number, got {value!r}") from None
+            hint = "" if any(c.isdigit() for c in str(value)) else self._spelling()
+            raise MetadataError(
+                f"metadata {self.name!r} must be a number, got {value!r}{hint}"
+            ) from None
         if not math.isfinite(x) or (self.log and x <= 0):
             kind = "a positive number" if self.log else "a finite number"
-            hint = (
-                f" (metadata.{self.name}.missing lists how a missing value is spelt)"
-                if x != x
-                else ""
-            )
+            hint = self._spelling() if math.isnan(x) else ""
             raise MetadataError(f"metadata {self.name!r} must be {kind}, got {value!r}{hint}")
         return math.log(x) if self.log else x
+
+    def _spelling(self) -> str:
+        return f" (if that stands for a missing value: metadata.{self.name}.missing)"
 
     def several(self, value: Any) -> list[str]:
         """The names in a multilabel value."""

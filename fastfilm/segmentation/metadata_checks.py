@@ -66,10 +66,8 @@ def coverage(found: Found, config: Config) -> list[str]:
         counts = Counter(ORIGINS[c.origins[name]] for c in found.cases if name in c.origins)
         lacking = [c.id for c in found.cases if name not in c.origins]
         where = ", ".join(f"{place} {n}" for place, n in counts.most_common())
-        line = f"{name}: {len(found.cases) - len(lacking)} of {len(found.cases)} cases have it ({where})"
-        if lacking:
-            line += f"; {len(lacking)} lack it: {_some(lacking)}"
-        lines.append(line)
+        line = f"{name}: in {len(found.cases) - len(lacking)} of {len(found.cases)} cases ({where})"
+        lines.append(line + (f"; missing in {_some(lacking)}" if lacking else ""))
     return lines
 
 

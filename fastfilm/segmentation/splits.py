@@ -35,7 +35,8 @@ def make_splits(
     units = _units(cases, same)
     if len(units) < config.folds:
         return [], [
-            f"{config.folds} folds need as many subjects with images of their own, got {len(units)}"
+            f"{config.folds} folds need as many subjects, got {len(units)} (splits.folds; subjects with identical"
+            " images count once)"
         ]
     rng = np.random.default_rng(config.seed)
     strata: dict[tuple[str, ...], list[list[str]]] = {}

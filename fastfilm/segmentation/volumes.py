@@ -75,10 +75,11 @@ class Remarks:
         for kind in REMARKS:
             files = self.files.get(kind, {})
             if files:
-                shown = [f"{p} ({d})" if d else p for p, d in sorted(files.items())[:2]]
-                more = ", …" if len(files) > 2 else ""
-                count = f"{len(files)} files" if len(files) > 1 else "1 file"
-                yield f"{count}: {REMARKS[kind]}: {', '.join(shown)}{more}"
+                path, detail = min(files.items())
+                count, such = (
+                    (f"{len(files)} files", "such as ") if len(files) > 1 else ("1 file", "")
+                )
+                yield f"{count}: {REMARKS[kind]}: {such}{path}" + (f" ({detail})" if detail else "")
 
 
 def read_volume(path: Path) -> NiftiVolume:
@@ -99,7 +100,9 @@ def read_volume(path: Path) -> NiftiVolume:
     try:
         image: Any = nib.load(path)
         if not _invertible(image.affine):
-            raise UserError(f"{path}: its affine is not usable: {np.asarray(image.affine).tolist()}")
+            raise UserError(
+                f"{path}: its affine is not usable: {np.asarray(image.affine).tolist()}"
+            )
         _fits(path, image)
         array, longer = _voxels(path, image)
         remarks = dict(_remarks(image))

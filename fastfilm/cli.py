@@ -73,6 +73,7 @@ def run(name: str, argv: Sequence[str]) -> int:
         print(f"fastfilm {name} needs {error.name}: {INSTALL}", file=sys.stderr)
         return 1
     from fastfilm.segmentation.errors import UserError
+    from fastfilm.segmentation.stopping import Stopped
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(module.command)
@@ -83,21 +84,20 @@ def run(name: str, argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"fastfilm {name}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as error:
-        return _interrupted(name, error)
+    except Stopped as stopped:
+        print(f"\nfastfilm {name}: {stopped.text or 'interrupted'}", file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     except Exception as error:
         # a wrong command line; the classes are click's, or those of typer's own copy of it
         if type(error).__name__ == "Abort":
-            return _interrupted(name, error.__cause__)
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            status = INTERRUPTED
+        elif hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return int(error.exit_code)
-        raise
+        else:
+            raise
+    if status == INTERRUPTED:
+        print(f"\nfastfilm {name}: interrupted", file=sys.stderr)
     return status
-
-
-def _interrupted(name: str, error: BaseException | None) -> int:
-    """Says so; the status is the signal's where the error knows it (``stopping.Stopped``)."""
-    print(f"\nfastfilm {name}: {str(error or '') or 'interrupted'}", file=sys.stderr)
-    status = getattr(error, "status", INTERRUPTED)
-    return status if isinstance(status, int) else INTERRUPTED

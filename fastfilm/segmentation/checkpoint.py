@@ -138,7 +138,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         a, b = (x.get(key, "not there") for x in (before, now))
         if a != b:
             secret = any(str(x).startswith("sha256:") for x in (a, b))
-            found.append(f"{key} is another one" if secret else f"{key} was {a}, is {b}")
+            found.append(f"{key}: not the same" if secret else f"{key} was {a}, is {b}")
     return found
 
 

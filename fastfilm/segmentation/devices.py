@@ -38,7 +38,7 @@ def choose(name: str | None = None, *, local: int = 0, world: int = 1) -> torch.
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or "not available").splitlines()[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0] or "not available"
         raise UserError(f"--device {name}: not there: {reason}") from error
     return device
 

@@ -132,15 +132,14 @@ class ModelInfo(Section):
         """Whether each label gets a file of its own: those that come from masks of their own may overlap."""
         return self.output != "classes" and any(not label.values for label in self.labels)
 
-    def build(self, pretrained: bool = False) -> nn.Module:
-        """The network without its weights."""
+    def build(self) -> nn.Module:
+        """The network without its weights; nothing is fetched."""
         return build_network(
             self.network,
             spatial_dims=self.spatial_dims,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
             metadata_size=self.metadata.size,
-            pretrained=pretrained,
         )
 
 

@@ -13,6 +13,7 @@ from fastfilm.nn import FiLMGenerator
 
 from .config import NetworkConfig
 from .errors import UserError
+from .offline import offline, switched_off
 
 TRUSTED = (
     "monai.networks.nets.",
@@ -31,9 +32,8 @@ def build_network(
     in_channels: int,
     out_channels: int,
     metadata_size: int,
-    pretrained: bool = False,
 ) -> nn.Module:
-    """The network, freshly initialised, without a final activation.
+    """The network, freshly initialised, without a final activation; nothing is fetched.
 
     Called as ``call(network, image, rows)``.
 
@@ -41,17 +41,13 @@ def build_network(
         spatial_dims: 2 or 3.
         in_channels, out_channels: channels of image and logits.
         metadata_size: columns of the metadata encoder; 0 builds an unconditioned network.
-        pretrained: leave settings of ``network.arguments`` alone that fetch weights from the internet; a model
-            that is loaded never does.
 
     Raises:
         UserError: settings that do not fit, a class that is not there.
     """
     try:
         if config.name == "condition":
-            return _conditioned(
-                config, spatial_dims, in_channels, out_channels, metadata_size, pretrained
-            )
+            return _conditioned(config, spatial_dims, in_channels, out_channels, metadata_size)
         common: dict[str, Any] = {
             "base_filters": config.base_filters,
             "metadata_size": metadata_size,
@@ -80,6 +76,8 @@ def build_network(
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"network: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        raise UserError(f"network: cannot be built: {str(error).splitlines()[0]}") from error
 
 
 def call(network: nn.Module, image: Tensor, rows: Tensor | None) -> Any:
@@ -135,24 +133,27 @@ def grow_metadata(network: nn.Module, column: int) -> None:
 
 
 def _conditioned(
-    config: NetworkConfig, dims: int, channels: int, out: int, metadata_size: int, pretrained: bool
+    config: NetworkConfig, dims: int, channels: int, out: int, metadata_size: int
 ) -> nn.Module:
     target = config.target or ""
     if not target.startswith(TRUSTED):
         raise ValueError(f"target must begin with one of {', '.join(TRUSTED)}, got {target!r}")
     module, _, name = target.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"target {target!r} cannot be imported: {error}") from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"target {target!r} is not a network class")
-    arguments = {k: _argument(v, channels, out, dims) for k, v in config.arguments.items()}
-    if not pretrained:
-        for key in ("encoder_weights", "pretrained"):
-            if key in arguments:
-                arguments[key] = None if key == "encoder_weights" else False
-    network = cls(**arguments)
+    with offline(target):
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"target {target!r} cannot be imported: {error}") from error
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise ValueError(f"target {target!r} is not a network class")
+        arguments = {k: _argument(v, channels, out, dims) for k, v in config.arguments.items()}
+        try:
+            network = cls(**switched_off(cls, arguments))
+        except UserError:
+            raise
+        except Exception as error:  # of another library
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{target} cannot be built with these arguments: {reason}") from error
     if metadata_size == 0:
         return network
     options: dict[str, Any] = {"order": config.order, "generator": config.generator}

@@ -9,22 +9,21 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from .dataset import quiet_worker
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal has ended a command.
+class Stopped(BaseException):
+    """A signal has ended a command; like KeyboardInterrupt, not an Exception.
 
     Attributes:
         number: of the signal.
+        text: what is there to be said about it.
         status: for the shell: 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, number: int, text: str = "") -> None:
-        super().__init__(text)
-        self.number, self.status = number, 128 + number
+        super().__init__(text or signal.Signals(number).name)
+        self.number, self.text, self.status = number, text, 128 + number
 
 
 class Stop:
@@ -63,10 +62,3 @@ def signals(handle: bool = True) -> Iterator[Stop]:
         for number, handler in before.items():
             # None: not set from Python, which has no way to set it again
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def undisturbed_worker(worker: int) -> None:
-    """In a loading process: signals to the whole group of processes are the main process's affair."""
-    quiet_worker(worker)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

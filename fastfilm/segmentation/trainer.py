@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from .cache import CachedCase
 from .checkpoint import NAME, State, seed_step
 from .config import Config
 from .console import bar, say
-from .dataset import Batch, Samples, collate
+from .dataset import Batch, Samples, collate, quiet_worker
 from .distributed import Processes
 from .errors import UserError
 from .losses import KnownLoss
@@ -31,7 +32,7 @@ from .network import call
 from .optimisation import Average, Progress, learning_rate, make_optimizer
 from .record import Record
 from .sampling import Draws, Steps, groups_by
-from .stopping import Stop, Stopped, undisturbed_worker
+from .stopping import SIGNALS, Stop, Stopped
 from .validation import Validated, validate
 
 MOST_STEPS = 250
@@ -353,6 +354,13 @@ class Trainer:
             pin_memory=p.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
+
+
+def undisturbed_worker(worker: int) -> None:
+    """In a loading process: signals to the whole group of processes are the main process's affair."""
+    quiet_worker(worker)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Clock:

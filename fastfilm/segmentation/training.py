@@ -28,6 +28,7 @@ from .lock import locked
 from .metadata import MetadataEncoder, MetadataError
 from .model_folder import LabelInfo, ModelInfo, read_info, save_model
 from .network import divisor
+from .offline import refuse_fetching
 from .optimisation import Progress
 from .plan import PlanFolder
 from .sources import Case
@@ -194,7 +195,7 @@ def _run(trainer: Trainer, start: Start) -> None:
         trainer.run()
     except Stopped as stopped:
         raise Stopped(
-            stopped.number, f"{start.folder}: {stopped or 'stopped at once'}{on()}"
+            stopped.number, f"{start.folder}: {stopped.text or 'stopped at once'}{on()}"
         ) from None
     except (UserError, MemoryError, RuntimeError) as error:
         reason = _reason(error)
@@ -234,8 +235,8 @@ def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
         "batch": start.plan.plan.batch_size,
         "--from": None if start.init is None else str(start.init),
         **_flat(config),
-        "the plan's subjects": _sha(start.plan.folds[start.fold]),
-        "the plan's model (encoder, preprocessing, patch size)": _sha(model),
+        "subjects of the fold": _sha(start.plan.folds[start.fold]),
+        "encoder, preprocessing or patch size": _sha(model),
     }
 
 
@@ -248,7 +249,7 @@ def surroundings(processes: Processes) -> dict[str, Any]:
         "PyTorch": torch.__version__,
         "processes": processes.world,
         "device": torch.cuda.get_device_name(device) if gpu else device.type,
-        **({} if gpu else {"threads": torch.get_num_threads()}),
+        **({} if gpu else {"number of threads": torch.get_num_threads()}),
         "CPU instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
@@ -304,6 +305,7 @@ def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
     )
     if start.init is not None:
         return start_from(start.init, info, cases, config)
+    refuse_fetching(config.network.arguments)
     network = info.build()
     if config.training.freeze == "all_but_generator":
         freeze_all_but_generator(network)

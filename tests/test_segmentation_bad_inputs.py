@@ -189,7 +189,17 @@ PLAN: list[Row] = [
         lambda w: w.settings(metadata={"tumor_type": {"values": ["astrocytoma"]}}),
         "expected one of astrocytoma",
     ),
-    ("no such split column", lambda w: w.settings(splits={"column": "part"}), "must be train, val or test"),
+    ("no such split column", lambda w: w.settings(splits={"column": "part"}), "no column 'part'"),
+    ("no column of annotations", lambda w: w.settings(data={"annotated_column": "tumor_typ"}),
+     "no column 'tumor_typ'.*did you mean 'tumor_type'"),
+    (
+        "no table of annotations",
+        lambda w: (w.table.unlink(), w.settings(data={"annotated_column": "x"}, metadata={})),
+        "no such table",
+    ),
+    ("a CSV column in BIDS", lambda w: w.settings(data={"labels": {"a": {"column": "x"}}}), "not for data.source"),
+    ("no such label contrast", lambda w: w.settings(data={"label_contrast": "flair"}), "did you mean 'FLAIR'"),
+    ("balance over no key", lambda w: w.settings(training={"balance": "tumour_type"}), "did you mean 'tumor_"),
     ("more folds than subjects", lambda w: w.settings(splits={"folds": 9}), "9 folds need as many subjects"),
     # sidecars
     (

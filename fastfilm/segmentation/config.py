@@ -373,9 +373,28 @@ class Config(Section):
                 raise ValueError(
                     f"output mode 'classes' needs labels that are values of one file, not {own}"
                 )
+        other = "column" if self.data.source == "bids" else "suffix"
+        for name, label in self.data.labels.items():
+            if getattr(label, other) is not None:
+                raise ValueError(
+                    f"data.labels.{name}.{other} is not for data.source {self.data.source}"
+                )
+        contrast = self.data.label_contrast
+        if contrast is not None and contrast not in self.data.contrasts:
+            raise ValueError(
+                f"data.label_contrast {contrast!r} is none of data.contrasts"
+                + did_you_mean(contrast, self.data.contrasts)
+            )
+        balance = self.training.balance
+        tasks = ["label"] if self.output.mode == "task" else []
+        if balance is not None and balance not in [*self.metadata, *tasks]:
+            raise ValueError(
+                f"training.balance {balance!r} is no metadata key{did_you_mean(balance, self.metadata)}"
+            )
         for name in self.splits.stratify:
             if name not in self.metadata:
-                raise ValueError(f"splits.stratify: {name!r} is no metadata key")
+                hint = did_you_mean(name, self.metadata)
+                raise ValueError(f"splits.stratify: {name!r} is no metadata key{hint}")
         return self
 
 

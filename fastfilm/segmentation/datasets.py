@@ -195,7 +195,8 @@ def _instead(folder: Path, image: str) -> str:
 def _participants(config: Config, found: Found) -> dict[str, dict[str, str]]:
     """Subject -> row."""
     path = config.data.root / config.data.table
-    needed = any(k.source == "table" for k in config.metadata.values()) or config.splits.column
+    needed = any(k.source == "table" for k in config.metadata.values())
+    needed = needed or bool(config.splits.column or config.data.annotated_column)
     if not os.path.lexists(path):
         if needed:
             found.problems.append(f"{path}: no such table")
@@ -211,6 +212,7 @@ def _participants(config: Config, found: Found) -> dict[str, dict[str, str]]:
             f"{path}: no column 'participant_id'; it has {', '.join(table.columns)}"
         )
         return {}
+    _named_columns(config, table, found)
     rows: dict[str, dict[str, str]] = {}
     for line, row in zip(table.lines, table.rows, strict=True):
         subject = row["participant_id"]
@@ -295,10 +297,21 @@ def _rows(config: Config) -> Found:
 def _columns(config: Config, table: Table, found: Found) -> None:
     """Names the columns that the configuration asks for and the table has not."""
     data = config.data
-    wanted = {*data.contrasts, *(c for c in [config.splits.column, data.annotated_column] if c)}
-    wanted |= {label.column or data.label_column for label in data.labels.values()}
+    wanted = {
+        *data.contrasts,
+        *(label.column or data.label_column for label in data.labels.values()),
+    }
     wanted |= {k for k, c in config.metadata.items() if c.source == "table"}
-    for column in sorted(wanted - set(table.columns)):
+    _need(table, wanted, found)
+    _named_columns(config, table, found)
+
+
+def _named_columns(config: Config, table: Table, found: Found) -> None:
+    _need(table, {c for c in (config.splits.column, config.data.annotated_column) if c}, found)
+
+
+def _need(table: Table, columns: set[str], found: Found) -> None:
+    for column in sorted(columns - set(table.columns)):
         found.problems.append(
             f"{table.path}: no column {column!r}; it has {', '.join(table.columns)}"
             + did_you_mean(column, table.columns)

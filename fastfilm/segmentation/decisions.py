@@ -21,6 +21,9 @@ LARGEST_2D, LARGEST_3D = 512 * 512, 128**3
 CPU_2D, CPU_3D = 256 * 256, 64**3
 """Voxels of a patch at most, on a GPU and without one."""
 
+LEFT = 6
+"""A case is named of which fewer voxels are left along an axis, where this many times more were."""
+
 KEPT_MAPS = 24
 """Bytes a training step needs, in float32 maps of the first level (measured: 8 to 18)."""
 
@@ -168,6 +171,11 @@ def demands(config: Config, plan: Plan, facts: Sequence[CaseFacts]) -> tuple[lis
         # the channels, one more while it is resampled, and the masks as bytes and as float32
         voxels = int(np.prod(grid, dtype=object))
         needs.append((voxels * (4 * (channels + 2) + 5 * labels), f, grid))
+        if any(n < LEFT and n * LEFT < m for n, m in zip(grid, f.shape, strict=True)):
+            notes.append(
+                f"{f.id}: {'x'.join(map(str, f.shape))} voxels of {_mm(f.spacing)} become"
+                f" {'x'.join(map(str, grid))}: hardly anything is left (is the unit of length right?)"
+            )
     most, case, grid = max(needs, key=lambda x: x[0])
     text = (
         f"{case.id}: {'x'.join(map(str, case.shape))} voxels of {_mm(case.spacing)} become"

@@ -175,6 +175,25 @@ def _bits(p: Tensor, exclusive: bool) -> Tensor:
     return (-torch.xlogy(p, p) - torch.xlogy(rest, rest)).amax(1, keepdim=True) / np.log(2)
 
 
+def check_options(model: LoadedModel, options: Options) -> list[str]:
+    """The planes across which the model's windows can be mirrored, in the order of their axes.
+
+    Raises:
+        UserError: a plane that is none of them; dropout samples of a network without dropout.
+    """
+    first = model.info.preprocessing.slice_axis
+    order = [int(first), *(a for a in range(3) if a != first)]
+    axes = [AXES[a] for a in order][3 - model.info.spatial_dims :]
+    for plane in options.flips:
+        if plane not in axes:
+            raise UserError(
+                f"the model takes {AXES[order[0]]} slices: flips must be {' or '.join(axes)}, got {plane}"
+            )
+    if options.samples and not droppable(model.network):
+        raise UserError("uncertainty needs a network with dropout; this one has none")
+    return axes
+
+
 class CaseNetwork:
     """Windows [N, C, *S] -> probabilities [N, K, *S] under one case's metadata.
 
@@ -189,18 +208,9 @@ class CaseNetwork:
         if model.encoder.size:
             modulate = getattr(model.network, "modulate", None)
             self.film = [r if modulate is None else modulate(r) for r in rows]
-        first = model.info.preprocessing.slice_axis
-        order = [int(first), *(a for a in range(3) if a != first)]
-        axes = [AXES[a] for a in order][3 - model.info.spatial_dims :]
-        for plane in options.flips:
-            if plane not in axes:
-                raise UserError(
-                    f"the model takes {AXES[order[0]]} slices: flips must be {' or '.join(axes)}, got {plane}"
-                )
+        axes = check_options(model, options)
         dims = [2 + axes.index(p) for p in options.flips]
         self.flips = [c for n in range(len(dims) + 1) for c in itertools.combinations(dims, n)]
-        if options.samples and not droppable(model.network):
-            raise UserError("uncertainty needs a network with dropout; this one has none")
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.options.samples:

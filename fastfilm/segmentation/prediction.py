@@ -20,7 +20,7 @@ import torch
 from .errors import UserError
 from .files import read_json, write_json
 from .images import label_dtype, write_like
-from .inference import Options, Predicted, predict
+from .inference import Options, Predicted, check_options, predict
 from .inputs import InputCase
 from .model_folder import LoadedModel
 from .names import file_name
@@ -88,6 +88,7 @@ def predict_cases(
     Raises:
         UserError: the output folder cannot be written, or holds the images.
     """
+    check_options(model, options)
     _check_names(model, cases, options, writing)
     for case in cases:
         for path in case.images:

@@ -164,7 +164,8 @@ def finish(
         places = dict.fromkeys(expected[n] for n in absent if n in expected)
         where = f"; looked for {', '.join(places)}" if places else ""
         found.problems.append(f"{case.id}: no label file for {', '.join(absent)}{where}")
-    if (absent and data.missing_labels == "skip") or (not labels and data.missing_labels == "mask"):
+    allowed = data.annotated_column is not None or data.missing_labels == "mask"
+    if (absent and data.missing_labels == "skip") or (not labels and allowed):
         # without any label there is nothing to learn from
         found.unlabelled.append(case.id)
         return
@@ -173,7 +174,8 @@ def finish(
 
 def split_of(config: Config, row: Mapping[str, str], where: str, found: Found) -> str | None:
     """The part of a fixed split that a row names; None without one."""
-    if config.splits.column is None:
+    if config.splits.column is None or config.splits.column not in row:
+        # a column or row that is not there is said once
         return None
     names = {"train": "train", "training": "train", "val": "val", "valid": "val"}
     names |= {"validation": "val", "test": "test"}

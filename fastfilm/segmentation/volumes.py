@@ -19,7 +19,7 @@ from .preprocessing import Volume
 MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
 """NIfTI's unit codes (metre, millimetre, micron) -> mm; any other code says nothing, and is taken as mm."""
 
-WORKING = 16
+WORKING = 24
 """Bytes a voxel that reading and measuring take beside the array itself."""
 
 ABSURD = 1e12

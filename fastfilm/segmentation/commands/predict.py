@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastfilm.segmentation import devices
+from fastfilm.segmentation import threads as cpu
 from fastfilm.segmentation.console import bar, say
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.inference import Options
@@ -59,6 +61,9 @@ def command(
     ] = False,
     batch: Annotated[int | None, typer.Option(help="windows at once")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: what is there")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="of the CPU; none: OMP_NUM_THREADS, else one a core")
+    ] = None,
     continue_: Annotated[
         bool, typer.Option("--continue", help="leave alone what is there already")
     ] = False,
@@ -74,7 +79,9 @@ def command(
         raise UserError(f"--overlap must be at least 0 and below 1, got {overlap}")
     if samples < 0 or (batch is not None and batch < 1):
         raise UserError(f"--samples and --batch must not be negative, got {samples} and {batch}")
-    loaded = load_model(model, _device(device), weights)
+    chosen = devices.choose(device)
+    cpu.use(threads, chosen)
+    loaded = load_model(model, chosen, weights)
     given = parse_meta(meta or [], loaded)
     options = Options(overlap, batch, tuple(flip or ()), samples, seed)  # type: ignore[arg-type]
     writing = Writing(keep_largest, fill_holes, probabilities)
@@ -131,18 +138,6 @@ def command(
         if swap is not None:
             write_swap(out, extra["swap"], listed)
     return _report(total, out)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _say_unknown(model: LoadedModel, cases: Sequence[InputCase], but: str) -> None:

@@ -255,6 +255,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
         UserError: it is not there, damaged, or of another program.
     """
     path = folder / "summary.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; fastfilm evaluate makes summary.json")
     return read_record(path, _Summary, "a summary of fastfilm evaluate").model_dump()
 
 

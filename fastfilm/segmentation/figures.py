@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from .errors import UserError
 from .evaluation import load_mask
 from .files import atomic
-from .inspection import Inspection, principal_components
+from .inspection import Inspection, principal_components, spread
 from .layout import number, plain
 from .preprocessing import Volume
 from .statistics import compare
@@ -31,11 +32,14 @@ MARKERS = "os^Dv<>"
 
 DPI = 110
 
-TALLEST = 150.0
+TALLEST = 60.0
 """Inches of a picture's height at most."""
 
 LEGEND = 42
 """Entries of a legend at most."""
+
+LAYERS = 24
+"""FiLM layers in a picture at most: those that the metadata change most."""
 
 
 def png(figure: Figure) -> bytes:
@@ -164,9 +168,8 @@ def paired_scatter(a: Mapping[Any, Any], b: Mapping[Any, Any], names: tuple[str,
         ylabel=f"Dice, {names[0]} - {names[1]}",
         xlim=(-0.6, len(labels) - 0.3),
     )
-    right.set_xticks(range(len(labels)), [text(n) for n in labels])
-    if len(labels) > 3:
-        right.tick_params("x", rotation=30, labelsize=8)
+    slanted = {"rotation": 30, "ha": "right", "fontsize": 8} if len(labels) > 3 else {}
+    right.set_xticks(range(len(labels)), [text(n) for n in labels], **slanted)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
@@ -208,6 +211,7 @@ def swap_heat_map(result: Mapping[str, Any]) -> Figure:
 
 def film_heat_maps(found: Inspection) -> Figure:
     """γ and β of every layer: rows are values, columns channels."""
+    found, said = _most_changed(found)
     n = len(found.layers)
     high = min(0.22 * len(found.values) + 0.62, TALLEST / n)
     # names of values that have room beside the rows
@@ -233,12 +237,14 @@ def film_heat_maps(found: Inspection) -> Figure:
         grid[-1, column].set_xlabel("channel")
         label = "γ (white: 1)" if column == 0 else "β (white: 0)"
         figure.colorbar(shown, ax=grid[:, column], label=label, shrink=0.8)
-    figure.suptitle(f"FiLM coefficients by {text(found.key)}", fontsize=11)
+    figure.suptitle(f"FiLM coefficients by {text(found.key)}{said}", fontsize=11)
     return figure
 
 
 def film_components(found: Inspection) -> Figure:
     """Values on the first two principal components of all layers' γ and β, and of each layer's."""
+    every = [np.concatenate([layer.gamma, layer.beta], 1) for layer in found.layers]
+    found, said = _most_changed(found)
     n = len(found.layers)
     columns = min(4, n + 1)
     rows = -(-(n + 1) // columns)
@@ -248,9 +254,8 @@ def film_components(found: Inspection) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[n + 1 :]:
         axes.set_axis_off()
-    each = [np.concatenate([layer.gamma, layer.beta], 1) for layer in found.layers]
-    parts = [("all layers", np.concatenate(each, 1))]
-    parts += [(layer.name, e) for layer, e in zip(found.layers, each, strict=True)]
+    parts = [("all layers", np.concatenate(every, 1))]
+    parts += [(la.name, np.concatenate([la.gamma, la.beta], 1)) for la in found.layers]
     for axes, (title, values) in zip(grid, parts, strict=False):
         at, share = principal_components(values)
         for i, name in enumerate(found.values):
@@ -271,8 +276,18 @@ def film_components(found: Inspection) -> Figure:
     figure.legend(
         handles, names, loc="outside lower center", ncols=min(columns, len(names)), fontsize=8
     )
-    figure.suptitle(f"γ and β by {text(found.key)}, principal components", fontsize=11)
+    figure.suptitle(f"γ and β by {text(found.key)}, principal components{said}", fontsize=11)
     return figure
+
+
+def _most_changed(found: Inspection) -> tuple[Inspection, str]:
+    """With ``LAYERS`` layers at most, and words on that for the title."""
+    n = len(found.layers)
+    if n <= LAYERS:
+        return found, ""
+    ranked = sorted(range(n), key=lambda i: spread(found.layers[i]), reverse=True)
+    kept = [found.layers[i] for i in sorted(ranked[:LAYERS])]
+    return replace(found, layers=kept), f" ({LAYERS} of {n} layers, those that differ most)"
 
 
 def _none(value: float | None) -> float:

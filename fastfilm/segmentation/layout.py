@@ -66,7 +66,8 @@ def table(
         while left and (not block or left[0].width() + 2 <= room):
             room -= left[0].width() + 2
             block.append(left.pop(0))
-        longest = max(cell_len(plain(n)) for n in (head, *names))
+        headings = [n for i, n in enumerate(names) if not any(c.cells[i] for c in block)]
+        longest = max(cell_len(plain(n)) for n in (head, *names) if n not in headings)
         first = min(longest, max(NAMES, NAMES + room))
         yield from _row(head, [c.head for c in block], block, first, bottom=True)
         yield "─" * (first + sum(c.width() + 2 for c in block))
@@ -78,6 +79,10 @@ def table(
 def _row(
     name: str, cells: Sequence[str], columns: Sequence[Column], first: int, bottom: bool = False
 ) -> Iterator[str]:
+    if not any(cells):
+        # a heading may run on over the columns
+        yield from fold(name, first + sum(c.width() + 2 for c in columns))
+        return
     parts = [fold(name, first), *(c.split("\n") for c in cells)]
     height = max(len(p) for p in parts)
     for part in parts:

@@ -134,8 +134,6 @@ def find_pairs(
     if chosen is None:
         files = [p for by_label in found.values() for p in by_label.values()]
         chosen = [(LabelInfo(name=str(v), values=[v], value=v), [v]) for v in _values_in(files)]
-        if not chosen:
-            raise UserError(f"{truth}: the truth has no label: every voxel that can be read is 0")
     pairs = []
     without: dict[str, list[str]] = {}
     for case, entry in known.cases.items():
@@ -320,16 +318,24 @@ def _matches(
 
 
 def _values_in(files: Sequence[Path]) -> list[int]:
-    """The values above 0 in any of the files; one that cannot be read is named when its case is."""
+    """The values above 0 in any of the files; a file that cannot be read is left to its case's evaluation.
+
+    Raises:
+        UserError: none in any file, or too many.
+    """
     values: set[int] = set()
+    wrong = ""
     for path in files:
         try:
             labels, _ = whole_labels(path, read_volume(path).array)
-        except UserError:
+        except UserError as error:
+            wrong = wrong or f"; {error}"
             continue
         values.update(int(v) for v in np.unique(labels) if v > 0)
         if len(values) > VALUES_AT_MOST:
             raise UserError(
                 f"{path}: more than {VALUES_AT_MOST} values: not labels, or name them with --label NAME=VALUE"
             )
+    if not values:
+        raise UserError(f"the truth has no label, {len(files)} files without a value above 0{wrong}")
     return sorted(values)

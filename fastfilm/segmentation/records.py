@@ -31,6 +31,8 @@ def read_record(path: Path, kind: type[R], title: str) -> R:
         UserError: no such file, not JSON, entries that are missing or of another type (the first few are named).
     """
     value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not {title}: no entries")
     try:
         return kind.model_validate(value)
     except ValidationError as error:

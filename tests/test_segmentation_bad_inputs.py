@@ -233,6 +233,26 @@ PLAN: list[Row] = [
         lambda w: w.settings(network={"depth": 9}, preprocessing={"patch_size": None}),
         "images are 16x16: depth can be at most 4",
     ),
+    (
+        "a network with pretrained weights",
+        lambda w: w.settings(
+            network={
+                "name": "condition", "depth": None, "target": "monai.networks.nets.EfficientNetBN",
+                "arguments": {"model_name": "efficientnet-b0", "pretrained": True},
+            },
+            preprocessing={"patch_size": None},
+        ),
+        "pretrained.*nothing is ever fetched|nothing is ever fetched.*pretrained",
+    ),
+    ("an activation that is none", lambda w: w.settings(network={"activation": "relo"}), "network: .*relo"),
+    (
+        "a network of elsewhere",
+        lambda w: w.settings(
+            network={"name": "condition", "depth": None, "target": "os.system"},
+            preprocessing={"patch_size": None},
+        ),
+        "target must begin with one of",
+    ),
     ("a patch of three numbers", lambda w: w.settings(preprocessing={"patch_size": [8, 8, 8]}), "needs 2 numbers"),
     ("no labels in the configuration", lambda w: w.settings(data={"labels": {}}), "data.labels"),
     ("a label of value 0", lambda w: w.settings(data={"labels": {"a": 0}}), "data.labels.a"),
@@ -448,11 +468,12 @@ def _option(*more: Any) -> Callable[[World], list[str]]:
     return lambda w: _train(w, *more)
 
 
-def _planned(w: World, **network: Any) -> None:
-    """A plan with another network."""
-    w.settings(network={"name": "condition", "depth": None, **network})
+def _replanned(w: World) -> World:
+    """The plan, of this world's own files."""
+    w.settings()
     shutil.rmtree(w.plan)
     assert main(["plan", str(w.root / "config.yaml"), str(w.plan)]) == 0
+    return w
 
 
 TRAIN: list[Row] = [
@@ -474,18 +495,8 @@ TRAIN: list[Row] = [
     ("a batch that cannot be shared", _option("--set", "training.batch_size=3", "--set", "training.accumulate=2"),
      "batch of 3 cannot be shared"),
     ("a model that is none", _option("--from", "/nowhere"), "nowhere: not a model folder"),
-    ("an image that is gone", lambda w: (shutil.rmtree(w.plan / "cache"), w.image(1).unlink()), "no such file"),
-    ("a damaged image", lambda w: (shutil.rmtree(w.plan / "cache"), flip(w.image(1))), "sub-01.*cannot be"),
-    (
-        "a network with pretrained weights",
-        lambda w: _planned(
-            w,
-            target="monai.networks.nets.FlexibleUNet",
-            arguments={"in_channels": "{in}", "out_channels": "{out}", "backbone": "efficientnet-b0",
-                       "pretrained": True},
-        ),
-        "pretrained.*nothing is ever fetched|nothing is ever fetched.*pretrained",
-    ),
+    ("an image that is gone", lambda w: _replanned(w).image(1).unlink(), "sub-01.*no such file"),
+    ("a damaged image", lambda w: flip(_replanned(w).image(1)), "sub-01.*cannot be"),
 ]  # fmt: skip
 
 
@@ -525,9 +536,9 @@ EVALUATE: list[Row] = [
     ("a truth folder without a match", lambda w: _evaluate(w, "--truth", w.model), "no truth in"),
     ("a truncated list of predictions", lambda w: cut(w.predicted / "predictions.json"), "predictions.json"),
     ("a list of predictions that is none", _manifest(lambda v: []), "predictions.json"),
-    ("an output that is gone", lambda w: next(w.predicted.glob("*.nii.gz")).unlink(), "no such file"),
+    ("outputs that are gone", lambda w: [p.unlink() for p in w.predicted.glob("*.gz")] and None, "no such file"),
     ("an output elsewhere", _manifest(lambda v: _first(v)["outputs"].update(labels="../../x.nii.gz")), "x.nii.gz"),
-    ("an output that was damaged", lambda w: [flip(p) for p in w.predicted.glob("*.nii.gz")], "cannot be read"),
+    ("damaged outputs", lambda w: [flip(p) for p in w.predicted.glob("*.gz")] and None, "cannot be read"),
     ("a tolerance of 0", _scored("--tolerance", "0"), "--tolerance must be"),
     ("a tolerance that is no number", _scored("--tolerance", "nan"), "--tolerance must be"),
     ("a metric that is none", _scored("--metrics", "Dise"), "did you mean 'Dice'"),

@@ -28,7 +28,10 @@ from .decisions import Plan, decide, demands
 from .errors import Problems, UserError
 from .files import atomic, json_text, read_json
 from .lock import locked
+from .metadata import MetadataEncoder
 from .metadata_checks import coverage, metadata_problems
+from .network import build_network
+from .offline import refuse_fetching
 from .sources import Case
 from .splits import Fold, make_splits
 
@@ -116,6 +119,7 @@ def _make_plan(
     wrong, more = demands(config, plan, facts)
     if wrong:
         raise Problems(f"{config.data.root}: problems in the data set", wrong)
+    _build(config, plan, found.cases)
     notes += more
     notes += coverage(found, config)
     texts = {
@@ -130,6 +134,21 @@ def _make_plan(
     texts["plan.json"] = json_text(plan.model_dump(mode="json"))
     _write_together(folder, texts)
     return PlanFolder(folder, config, plan, found.cases, folds), notes
+
+
+def _build(config: Config, plan: Plan, cases: Sequence[Case]) -> None:
+    """The network once, so that settings that it cannot take are found now; UserError says which."""
+    refuse_fetching(plan.network.arguments)
+    labels, mode = len(config.data.labels), config.output.mode
+    encoder = MetadataEncoder.fit({c.id: c.metadata for c in cases}, config.metadata)
+    task = labels if mode == "task" else 0
+    build_network(
+        plan.network,
+        spatial_dims=plan.spatial_dims,
+        in_channels=len(plan.preprocessing.channels),
+        out_channels=1 if task else labels + (mode == "classes"),
+        metadata_size=encoder.size + task,
+    )
 
 
 def _write_together(folder: Path, texts: dict[str, str]) -> None:

@@ -63,6 +63,21 @@ def run(name: str, argv: Sequence[str]) -> int:
     0: done. 1: an error that the user can mend (one readable message on stderr), or the extra is not installed.
     2: a wrong command line. 130: interrupted (143: by SIGTERM).
     """
+    from fastfilm.segmentation.stopping import Stopped
+
+    try:
+        status = _run(name, argv)
+    except Stopped as stopped:
+        print(f"\nfastfilm {name}: {stopped.text or 'interrupted'}", file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        print(f"\nfastfilm {name}: interrupted", file=sys.stderr)
+    return status
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
     try:
         file = f"{name}_" if keyword.iskeyword(name) else name
         module = importlib.import_module(f"fastfilm.segmentation.commands.{file}")
@@ -73,31 +88,21 @@ def run(name: str, argv: Sequence[str]) -> int:
         print(f"fastfilm {name} needs {error.name}: {INSTALL}", file=sys.stderr)
         return 1
     from fastfilm.segmentation.errors import UserError
-    from fastfilm.segmentation.stopping import Stopped
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(module.command)
     command = typer.main.get_command(app)
     try:
         status = command.main(list(argv), prog_name=f"fastfilm {name}", standalone_mode=False)
-        status = status if isinstance(status, int) else 0
+        return status if isinstance(status, int) else 0
     except UserError as error:
         print(f"fastfilm {name}: {error}", file=sys.stderr)
         return 1
-    except Stopped as stopped:
-        print(f"\nfastfilm {name}: {stopped.text or 'interrupted'}", file=sys.stderr)
-        return stopped.status
-    except KeyboardInterrupt:
-        status = INTERRUPTED
     except Exception as error:
         # a wrong command line; the classes are click's, or those of typer's own copy of it
         if type(error).__name__ == "Abort":
-            status = INTERRUPTED
-        elif hasattr(error, "show") and hasattr(error, "exit_code"):
+            return INTERRUPTED
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return int(error.exit_code)
-        else:
-            raise
-    if status == INTERRUPTED:
-        print(f"\nfastfilm {name}: interrupted", file=sys.stderr)
-    return status
+        raise

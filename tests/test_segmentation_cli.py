@@ -169,7 +169,7 @@ def test_ctrl_c_ends_with_130_and_training_can_go_on(
     plan: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
 ) -> None:
     options = ["--set", "training.epochs=400", "--set", f"training.workers={workers}"]
-    arguments = ["train", str(plan), str(tmp_path / "model"), "--resume", *options]
+    arguments = ["train", str(plan), str(tmp_path / "model"), *options]
 
     def work() -> int:
         # a test run in the background inherits that the signal is ignored
@@ -178,7 +178,7 @@ def test_ctrl_c_ends_with_130_and_training_can_go_on(
 
     process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(work()))
     process.start()
-    while not (tmp_path / "model" / "last.safetensors").exists():
+    while not (tmp_path / "model" / "best.safetensors").exists():
         time.sleep(0.01)
         assert process.is_alive()
     assert process.pid is not None
@@ -187,8 +187,9 @@ def test_ctrl_c_ends_with_130_and_training_can_go_on(
     assert process.exitcode == 130
     text = capfd.readouterr().err
     assert "interrupted" in text and "Traceback" not in text
+    assert "fastfilm train" in text and text.rstrip().endswith("--resume")
     assert not leftovers(tmp_path)
-    assert (tmp_path / "model" / "model.json").exists()
+    assert (tmp_path / "model" / "last.safetensors").exists()
     load_model(tmp_path / "model")
 
 

@@ -156,9 +156,11 @@ def test_a_new_configuration_that_would_fetch_is_refused_and_a_model_is_loaded_w
         "depth": None,
     }
     root = write_bids(tmp_path / "bids", count=4)
-    make_plan(parse(settings(root, network=network, metadata=[]), "test"), tmp_path / "plan")
+    patch = {"patch_size": [32, 64]}
+    config = parse(settings(root, network=network, metadata=[], preprocessing=patch), "test")
+    make_plan(config, tmp_path / "plan")
     plan = read_plan(tmp_path / "plan")
-    plan.config.network.arguments = {"pretrained": True}
+    plan.plan.network.arguments = {"pretrained": True}
     with pytest.raises(UserError, match="nothing is ever fetched"):
         train(Start(plan, 0, tmp_path / "model"), Processes(0, 1, torch.device("cpu")))
     info = ModelInfo(

@@ -245,7 +245,7 @@ class Trainer:
         if self.stop.asked is not None:
             self._save()
             step = self.state.progress.step
-            raise Stopped(self.stop.asked, f"stopped after step {step}, the state is saved")
+            raise Stopped(self.stop.asked, f"interrupted after step {step}, the state is saved")
 
     def _finish(self) -> None:
         progress = self.state.progress

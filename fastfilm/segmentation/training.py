@@ -195,7 +195,7 @@ def _run(trainer: Trainer, start: Start) -> None:
         trainer.run()
     except Stopped as stopped:
         raise Stopped(
-            stopped.number, f"{start.folder}: {stopped.text or 'stopped at once'}{on()}"
+            stopped.number, f"{start.folder}: {stopped.text or 'interrupted at once'}{on()}"
         ) from None
     except (UserError, MemoryError, RuntimeError) as error:
         reason = _reason(error)
@@ -305,7 +305,7 @@ def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
     )
     if start.init is not None:
         return start_from(start.init, info, cases, config)
-    refuse_fetching(config.network.arguments)
+    refuse_fetching(plan.network.arguments)
     network = info.build()
     if config.training.freeze == "all_but_generator":
         freeze_all_but_generator(network)

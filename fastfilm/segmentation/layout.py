@@ -59,16 +59,17 @@ def table(
 ) -> Iterator[str]:
     """The lines of a table; columns that do not fit into ``width`` follow in further blocks under each other."""
     yield from fold(title, width)
+    headings = [n for i, n in enumerate(names) if not any(c.cells[i] for c in columns)]
+    longest = max(cell_len(plain(n)) for n in (head, *names) if n not in headings)
+    least = min(NAMES, longest)
     left = list(columns)
     while left:
-        room = width - NAMES
+        room = width - least
         block: list[Column] = []
         while left and (not block or left[0].width() + 2 <= room):
             room -= left[0].width() + 2
             block.append(left.pop(0))
-        headings = [n for i, n in enumerate(names) if not any(c.cells[i] for c in block)]
-        longest = max(cell_len(plain(n)) for n in (head, *names) if n not in headings)
-        first = min(longest, max(NAMES, NAMES + room))
+        first = min(longest, max(least, least + room))
         yield from _row(head, [c.head for c in block], block, first, bottom=True)
         yield "─" * (first + sum(c.width() + 2 for c in block))
         for i, name in enumerate(names):

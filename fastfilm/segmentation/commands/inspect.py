@@ -46,5 +46,5 @@ def command(
         for layer in shown:
             say(f"  {spread(layer):8.4f}  {layer.name}")
         if len(shown) < len(i.layers):
-            say(f"  and {len(i.layers) - len(shown)} layers less; --layers prints all")
+            say(f"  {len(i.layers) - len(shown)} further layers differ less; --layers prints all")
     say(f"written to {out}: film.npz, heat maps and principal components of {len(found)} key(s)")

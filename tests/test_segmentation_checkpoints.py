@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation import trainer
-from fastfilm.segmentation.config import parse
+from fastfilm.segmentation.checkpoint import State, seed_step
+from fastfilm.segmentation.config import Training, parse
 from fastfilm.segmentation.distributed import Processes
 from fastfilm.segmentation.files import read_tensors
+from fastfilm.segmentation.optimisation import Average, Progress, make_optimizer
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.training import Start, train
 from fastfilm.segmentation.validation import Validated
@@ -160,3 +165,62 @@ def test_samples_are_changed_in_their_plane_where_slices_are_thick(
     plan = planned(bids, tmp_path / "plan", training={"epochs": 1, "steps_per_epoch": 1})
     train(Start(plan, 0, tmp_path / "model"), ONE)
     assert seen == [flat]
+
+
+def state(seed: int) -> State:
+    """After three steps; the scale of the loss has changed too."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+    made = State(
+        network=net,
+        optimizer=make_optimizer(net, Training()),
+        progress=Progress(),
+        average=Average(net, 0.9),
+        scaler=torch.amp.GradScaler("cpu", init_scale=2.0**seed, enabled=True),
+    )
+    assert made.average is not None
+    for step in range(3):
+        made.optimizer.zero_grad()
+        made.scaler.scale(net(torch.randn(2, 1, 5, 5)).square().sum()).backward()
+        made.scaler.step(made.optimizer)
+        made.scaler.update()
+        made.average.update(net, step)
+    return made
+
+
+def held(made: State) -> dict[str, Any]:
+    """Everything in it, as plain values."""
+    assert made.average is not None
+    optimizer = made.optimizer.state_dict()["state"]
+    parts = {"network": made.network.state_dict(), "average": made.average.state}
+    parts |= {f"optimizer {i}": dict(entries) for i, entries in optimizer.items()}
+    plain = {
+        f"{k} {n}": torch.as_tensor(v).tolist() for k, p in parts.items() for n, v in p.items()
+    }
+    return plain | {"progress": vars(made.progress), "scaler": made.scaler.state_dict()}
+
+
+def test_a_saved_state_comes_back_whole(tmp_path: Path) -> None:
+    saved, other = state(3), state(5)
+    for i, field in enumerate(dataclasses.fields(Progress)):
+        setattr(saved.progress, field.name, True if field.name == "finished" else i + 1)
+    differing = [k for k, v in held(saved).items() if held(other)[k] != v]
+    assert {k.split()[0] for k in differing} == {
+        "network",
+        "average",
+        "optimizer",
+        "progress",
+        "scaler",
+    }
+    saved.save(tmp_path, {"seed": 1})
+    other.load(tmp_path, {"seed": 1})
+    assert held(other) == held(saved)
+
+
+def test_random_numbers_differ_between_seeds_steps_and_processes() -> None:
+    drawn = set()
+    for seed, step, rank in itertools.product(range(3), range(5), range(4)):
+        for _ in range(2):
+            seed_step(seed, step, rank)
+            drawn.add(float(torch.rand(())))
+    assert len(drawn) == 3 * 5 * 4

@@ -1,4 +1,4 @@
-"""Faults in the package: fastfilm/ops, fastfilm/nn and fastfilm/convert."""
+"""Faults in the package: its public names, fastfilm/ops, fastfilm/nn and fastfilm/convert."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ UNET = "tests/test_unet.py tests/test_golden.py"
 REFERENCE = "tests/test_reference.py"
 
 FAULTS = (
+    # public names
+    Fault(
+        "package-a-room-takes-the-name-of-its-function",
+        "fastfilm/__init__.py",
+        "if name in _ROOMS and value is",
+        "if False and value is",
+        "tests/test_lazy_import.py -k order_of_imports",
+    ),
+    Fault(
+        "package-help-waits-for-the-arguments-of-tune",
+        "fastfilm/__main__.py",
+        "if argv and argv[0] == command.name:",
+        "if True:",
+        "tests/test_lazy_import.py -k nothing_heavy",
+    ),
     # ops
     Fault(
         "ops-dropout-before-the-norm-misses-its-square",

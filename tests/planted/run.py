@@ -24,11 +24,17 @@ from typing import TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # not this folder: its tables are no modules of their own
 
-from tests.planted import cpu, cuda, kernels, package  # noqa: E402
+from tests.planted import cpu, cuda, kernels, package, segmentation  # noqa: E402
 from tests.planted.fault import Fault  # noqa: E402
 from tests.planted.workshop import Stale, Workshop  # noqa: E402
 
-FAULTS: tuple[Fault, ...] = (*cpu.FAULTS, *cuda.FAULTS, *kernels.FAULTS, *package.FAULTS)
+FAULTS: tuple[Fault, ...] = (
+    *cpu.FAULTS,
+    *cuda.FAULTS,
+    *kernels.FAULTS,
+    *package.FAULTS,
+    *segmentation.FAULTS,
+)
 Task, Result = TypeVar("Task"), TypeVar("Result")
 CLEAN_LIMIT = 1200
 """Seconds that tests may take without a fault."""

@@ -62,6 +62,29 @@ def test_hd95_is_the_larger_of_both_directed_percentiles_in_mm(spacing) -> None:
     assert got == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_sheared_grid_is_measured_along_its_affine() -> None:
+    truth = np.zeros((14, 12, 11), bool)
+    truth[3:9, 3:8, 2:7] = True
+    prediction = np.roll(truth, (2, 1), (0, 2))
+    prediction[0, 0, 0] = True
+    axes = np.array([[0.9, 0.3, 0.0], [0.0, 1.1, 0.4], [0.2, 0.0, 2.0]])
+    a, b = (surface(m) @ axes.T for m in (prediction, truth))
+    d = np.linalg.norm(a[:, None] - b[None], axis=-1)
+    expected = max(np.percentile(d.min(1), 95), np.percentile(d.min(0), 95))
+    m = case_metrics(prediction, truth, axes)
+    assert m["HD95"] == pytest.approx(expected, rel=1e-6) and m["NSD"] is None
+    # one voxel more, of the parallelepiped's volume
+    assert m["volume_error"] == pytest.approx(np.linalg.det(axes) / 1000)
+    corners = np.array(list(itertools.product((0, 1), repeat=3))) * truth.shape @ axes.T
+    diagonal = max(np.linalg.norm(p - q) for p, q in itertools.combinations(corners, 2))
+    empty = case_metrics(np.zeros_like(truth), truth, axes)
+    assert empty["HD95"] == pytest.approx(diagonal) and empty["NSD"] is None
+    # axes that are turned and flipped, but at right angles, are not sheared
+    turned = np.array([[0, -1.5, 0], [0.8, 0, 0], [0, 0, -3.0]])
+    plain = case_metrics(prediction, truth, (0.8, 1.5, 3))
+    assert case_metrics(prediction, truth, turned) == pytest.approx(plain)
+
+
 def test_surface_dice_knows_millimetres() -> None:
     truth = np.zeros((20, 20, 20), bool)
     truth[5:15, 5:15, 5:15] = True
@@ -114,6 +137,18 @@ def test_intervals_resample_subjects_and_are_reproducible() -> None:
     assert (copies.low, copies.high) == pytest.approx((a.low, a.high))
     assert mean_of([None, None], ["a", "b"]).mean is None
     assert mean_of([None, 0.5], ["a", "b"]).n == 1
+
+
+def test_one_subject_has_no_interval_and_one_pair_no_test() -> None:
+    m = mean_of([0.5, 0.7, None], ["a", "a", "b"])
+    assert (m.mean, m.low, m.high, m.n, m.subjects) == (pytest.approx(0.6), None, None, 2, 1)
+    c = compare([0.5, 0.7], [0.4, 0.5], ["a", "a"])
+    assert (c.low, c.high, c.n, c.subjects) == (None, None, 2, 1) and c.p_two_sided is not None
+    c = compare([0.5, None], [0.4, 0.5], ["a", "b"])
+    assert (c.low, c.p_greater, c.p_less, c.p_two_sided, c.n) == (None, None, None, None, 1)
+    assert c.difference == pytest.approx(0.1) and c.effect == 1
+    c = compare([0.5, 0.7], [0.4, 0.5], ["a", "b"])
+    assert c.low == pytest.approx(0.1) and c.high == pytest.approx(0.2)
 
 
 def test_runs_are_compared_in_pairs() -> None:
@@ -220,6 +255,22 @@ def test_missing_truth_is_named_and_nothing_is_written(folders, capsys) -> None:
     assert not (pred / "summary.json").exists()
     assert run("evaluate", pred, "--label", "liver") == 1
     assert run("evaluate", pred / "none") == 1
+
+
+def test_sheared_files_are_said_by_name_and_give_no_nsd(folders, capsys) -> None:
+    pred, truth = folders
+    affine = np.eye(4)
+    affine[0, 1] = 0.2
+    for folder in folders:
+        path = folder / "b.nii.gz"
+        write(path, np.asarray(nib.load(path).dataobj), affine)
+    assert run("evaluate", pred, "--truth", truth, "--label", "liver=1") == 0
+    said = capsys.readouterr().out
+    assert said.count("sheared grids") == 1 and "b.nii.gz" in said and "NSD is not defined" in said
+    summary = json.loads((pred / "summary.json").read_text())
+    nsd = {c["case"]: c["metrics"]["1"]["NSD"] for c in summary["metric_per_case"]}
+    assert nsd["b"] is None and nsd["a"] is not None
+    assert summary["labels"]["1"]["metrics"]["NSD"]["n"] == 2
 
 
 def test_swapped_predictions_give_the_true_by_fed_table_and_a_report(tmp_path, capsys) -> None:

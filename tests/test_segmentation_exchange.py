@@ -59,6 +59,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     torch.save(net.to_ivadomed(), tmp_path / "w.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "bad.safetensors").write_bytes(b"hello" * 20)
+    first = "encoder.down_path.0.conv1.weight"
+    whole = dict(net.to_ivadomed())
+    torch.save({**whole, first: torch.zeros(3)}, tmp_path / "flat.pt")
+    torch.save({**whole, first: whole[first] * float("nan")}, tmp_path / "nan.pt")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
     end = ["--contrast", "T1w", "--label", "x", "--patch", "8,8"]
     for name, more, message in (
@@ -68,10 +73,43 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("text.pt", [], "without executing code"),
         ("module.pt", [], "without executing code"),
         ("none.pt", [], "no such file"),
+        ("w.pt", ["--metadata", "tumor_type="], "KEY=VALUE"),
+        ("w.pt", ["--metadata", "tumor_type=a,,b"], "a name is empty"),
+        ("w.pt", ["--metadata", "tumor_type=a,b,a"], "'a' is there twice"),
+        ("w.pt", ["--label", "x"], "'x' is there twice"),
+        ("w.pt", ["--contrast", "T1w"], "'T1w' is there twice"),
+        ("w.pt", ["--patch", "0,8"], "above 0"),
+        ("w.pt", ["--patch", "-8,8"], "above 0"),
+        ("w.pt", ["--metadata", "tumor_type=a,b,c", "--patch", "1,8"], "at least 2"),
+        ("bad.safetensors", [], "bad.safetensors: not a safetensors file"),
+        ("flat.pt", [], "flat.pt: not weights of such a network"),
+        ("nan.pt", [], "finite"),
     ):
         assert run("import", tmp_path / name, tmp_path / "model", *end, *more) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_is_there_is_not_overwritten(tmp_path: Path, capsys: Any) -> None:
+    net = fastfilm.FiLMedUNet(1, 1, depth=1, base_filters=2)
+    torch.save(net.to_ivadomed(), tmp_path / "w.pt")
+    argv = ["import", tmp_path / "w.pt", tmp_path / "model", "--contrast", "T1w", "--label", "x"]
+    argv += ["--patch", "8,8"]
+    assert run(*argv) == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    assert run(*argv) == 1
+    assert "there is a model in it already" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.onnx.gz", "folder.onnx"])
+def test_an_unknown_format_is_refused_before_anything_is_loaded(
+    tmp_path: Path, name: str, capsys: Any
+) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    assert run("export", tmp_path / "no-model", tmp_path / name) == 1
+    error = capsys.readouterr().err
+    assert name in error and "no-model" not in error
 
 
 def test_an_exported_model_takes_metadata_and_agrees(tmp_path: Path, capsys: Any) -> None:

@@ -150,7 +150,7 @@ def _evaluate(
 
 def _notes(lines: Sequence[str]) -> None:
     for line in dict.fromkeys(lines):
-        say(f"note: {line}")
+        say(f"note: {layout.plain(line)}")
 
 
 def _failures(failed: list[str]) -> int:

@@ -134,11 +134,15 @@ def find_pairs(
     if chosen is None:
         files = [p for by_label in found.values() for p in by_label.values()]
         chosen = [(LabelInfo(name=str(v), values=[v], value=v), [v]) for v in _values_in(files)]
+    names = {label.name for label in known.labels}
     pairs = []
     without: dict[str, list[str]] = {}
     for case, entry in known.cases.items():
         for label, written in chosen:
-            path = found[case].get(label.name if own or truth is None else "")
+            path = found[case].get(label.name)
+            if path is None and (truth is not None or label.name not in names):
+                # a label of the predictions that their truth leaves out was not annotated
+                path = found[case].get("")
             if path is None:
                 without.setdefault(label.name, []).append(case)
                 continue
@@ -158,6 +162,8 @@ def find_pairs(
                     image=image,
                 )
             )
+    if not pairs:
+        raise UserError(f"{folder}: no truth of {some([label.name for label, _ in chosen])}")
     where = f"in {truth}" if truth is not None else "known"
     notes = [
         f"{name}: no truth {where} for {len(cases)} of {len(known.cases)} cases: {some(cases)}"
@@ -236,6 +242,9 @@ def _truth(
     if truth is None:
         for case, entry in known.cases.items():
             found[case] = {k: Path(p) for k, p in entry.truth.items()}
+            if not known.separate and len(set(entry.truth.values())) == 1:
+                # of a label that the user makes of several
+                found[case][""] = Path(next(iter(entry.truth.values())))
             if not found[case]:
                 wrong.append(f"{case}: no truth; give --truth")
         return found, wrong
@@ -337,5 +346,7 @@ def _values_in(files: Sequence[Path]) -> list[int]:
                 f"{path}: more than {VALUES_AT_MOST} values: not labels, or name them with --label NAME=VALUE"
             )
     if not values:
-        raise UserError(f"the truth has no label, {len(files)} files without a value above 0{wrong}")
+        raise UserError(
+            f"the truth has no label, {len(files)} files without a value above 0{wrong}"
+        )
     return sorted(values)

@@ -33,8 +33,9 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 h1 { font-size: 1.6em } h2 { margin-top: 2em; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
 div.wide { overflow-x: auto }
-th, td { padding: .25em .8em; text-align: right; vertical-align: top; white-space: pre-line }
-th { border-bottom: 1px solid #888 } td.name, th.name { text-align: left; overflow-wrap: anywhere; min-width: 6em }
+th, td { padding: .25em .8em; text-align: right; vertical-align: top; white-space: pre }
+th { border-bottom: 1px solid #888 } td.name, th { white-space: pre-line }
+td.name, th.name { text-align: left; overflow-wrap: anywhere; min-width: 6em }
 tr:nth-child(even) { background: #f5f5f5 } img { max-width: 100% } p.note { color: #555; font-size: .9em }
 """
 
@@ -179,7 +180,7 @@ def _evaluation(page: _Page, summary: Mapping[str, Any]) -> None:
     page.sections.append(table(head, rows, names=2))
     page.note(
         "Mean, and below it the 95 % bootstrap interval over subjects (– for one subject). "
-        + summary["conventions"]
+        + summary["conventions"].replace("null", NONE, 1)
         + "."
     )
     for line in summary["notes"]:

@@ -44,7 +44,7 @@ def command(
         most = f"most in {ranked[0].name}, {spread(ranked[0]):.3g}"
         say(f"{plain(i.key)}: {len(i.values)} values, {len(i.layers)} layers; {most}")
         for layer in shown:
-            say(f"  {spread(layer):8.4f}  {layer.name}")
+            say(f"  {spread(layer):10.6f}  {layer.name}")
         if len(shown) < len(i.layers):
             say(f"  {len(i.layers) - len(shown)} further layers differ less; --layers prints all")
     say(f"written to {out}: film.npz, heat maps and principal components of {len(found)} key(s)")

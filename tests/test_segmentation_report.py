@@ -349,8 +349,11 @@ def swapped(folder: Path, true: dict[str, Any], fed: list[str], **more: Any) -> 
 def test_the_swap_table_fits_eighty_columns(tmp_path: Path, capsys: Any) -> None:
     fed = [f"value number {i}" for i in range(9)]
     swap = swapped(tmp_path, {f"c{i}": fed[i % 3] for i in range(4)}, fed)
+    write(tmp_path / "truth" / "c0.nii.gz", some() * 5)
     assert run("evaluate", swap, "--truth", tmp_path / "truth") == 0
     said = capsys.readouterr().out
+    # what is true of a file in every run is said once
+    assert said.count("note:") == 1 and "no label (5) in 1 file" in said
     assert max(cell_len(line) for line in table_lines(said)) <= 80
     table = json.loads((swap / "swap_table.json").read_text())
     for row in table["rows"].values():

@@ -39,6 +39,47 @@ class Evaluated:
     values: Values
 
 
+class Seen:
+    """What was remarkable in the files of an evaluation."""
+
+    def __init__(self) -> None:
+        self.remarks = Remarks()
+        self.soft: list[Path] = []
+        self.sheared: list[Path] = []
+        self.strange: dict[str, dict[Path, list[int]]] = {"truth": {}, "predictions": {}}
+
+    def update(self, other: Seen) -> None:
+        """Takes in what another evaluation saw."""
+        for kind, files in other.remarks.files.items():
+            self.remarks.files.setdefault(kind, {}).update(files)
+        self.soft += other.soft
+        self.sheared += other.sheared
+        for what, found in other.strange.items():
+            self.strange[what].update(found)
+
+    def lines(self) -> list[str]:
+        """One line a kind."""
+        lines = []
+        for what, files in self.strange.items():
+            if files:
+                values = sorted({v for found in files.values() for v in found})
+                lines.append(
+                    f"{what}: values that are no label ({listed(values)}) in {_files(list(files))}"
+                )
+        if self.soft:
+            lines.append(
+                f"soft masks (values between 0 and 1), cut at 1/2: {_files(list(dict.fromkeys(self.soft)))}"
+            )
+        if self.sheared:
+            lines.append(
+                "sheared grids: HD95 is measured along the affine, NSD is not defined there:"
+                f" {_files(list(dict.fromkeys(self.sheared)))}"
+            )
+        # said above with what it means here
+        self.remarks.files.pop("sheared", None)
+        return lines + list(self.remarks.lines())
+
+
 @dataclass
 class Evaluation:
     """What became of all pairs.
@@ -46,14 +87,20 @@ class Evaluation:
     Attributes:
         found: the metrics, case by case.
         failed: a line for each case that could not be evaluated.
-        notes: what is worth knowing about the files, a line each.
+        unpaired: a line on each label that has no truth in some cases.
+        seen: what was remarkable in the files.
         kinds: metadata key -> kind, where it is known.
     """
 
     found: list[Evaluated]
     failed: list[str]
-    notes: list[str]
+    unpaired: list[str] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
     kinds: dict[str, str] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """All that is worth knowing, a line each."""
+        return [*self.unpaired, *self.seen.lines()]
 
 
 def evaluate_pairs(
@@ -72,7 +119,7 @@ def evaluate_pairs(
     for pair in pairs.pairs:
         by_case.setdefault(pair.case, []).append(pair)
     done = progress(len(by_case))
-    seen = _Seen()
+    seen = Seen()
 
     def one(group: list[Pair]) -> list[Evaluated] | str:
         try:
@@ -89,7 +136,8 @@ def evaluate_pairs(
     return Evaluation(
         found=[e for r in results if not isinstance(r, str) for e in r],
         failed=[r for r in results if isinstance(r, str)],
-        notes=[*pairs.notes, *seen.lines()],
+        unpaired=pairs.notes,
+        seen=seen,
         kinds=pairs.kinds,
     )
 
@@ -150,7 +198,7 @@ def summarise(evaluation: Evaluation, tolerance: float, seed: int = 0) -> dict[s
         "bootstrap": {"seed": seed, "interval": 0.95, "unit": "subject"},
         "conventions": "null: not defined, and in no mean (label empty in truth and prediction);"
         " empty in one of them: Dice, IoU, NSD 0, HD95 the image's diagonal",
-        "notes": evaluation.notes,
+        "notes": evaluation.notes(),
         "failed": evaluation.failed,
     }
 
@@ -280,41 +328,11 @@ def load_mask(path: Path, values: Sequence[int] | None) -> tuple[NiftiVolume, Ma
     return volume, mask_of(path, whole_labels(path, volume.array)[0], values)
 
 
-class _Seen:
-    """What was remarkable in the files."""
-
-    def __init__(self) -> None:
-        self.remarks = Remarks()
-        self.soft: list[Path] = []
-        self.sheared: list[Path] = []
-        self.strange: dict[str, dict[Path, list[int]]] = {"truth": {}, "predictions": {}}
-
-    def lines(self) -> list[str]:
-        """One line a kind."""
-        lines = []
-        for what, files in self.strange.items():
-            if files:
-                values = sorted({v for found in files.values() for v in found})
-                lines.append(
-                    f"{what}: values that are no label ({listed(values)}) in {_files(list(files))}"
-                )
-        if self.soft:
-            lines.append(f"soft masks (values between 0 and 1), cut at 1/2: {_files(self.soft)}")
-        if self.sheared:
-            lines.append(
-                "sheared grids: HD95 is measured along the affine, NSD is not defined there:"
-                f" {_files(self.sheared)}"
-            )
-        # said above with what it means here
-        self.remarks.files.pop("sheared", None)
-        return lines + list(self.remarks.lines())
-
-
 def _files(paths: Sequence[Path]) -> str:
     return f"{len(paths)} file{'s' if len(paths) > 1 else ''}: {some(sorted(paths))}"
 
 
-def _case(group: Sequence[Pair], tolerance: float, seen: _Seen, foreign: bool) -> list[Evaluated]:
+def _case(group: Sequence[Pair], tolerance: float, seen: Seen, foreign: bool) -> list[Evaluated]:
     """One case: each file is read once."""
     read: dict[Path, tuple[NiftiVolume, NDArray[np.integer]]] = {}
     for path in dict.fromkeys(p for pair in group for p in (pair.truth, pair.prediction)):

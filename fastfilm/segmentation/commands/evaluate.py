@@ -23,6 +23,7 @@ from fastfilm.segmentation.counterfactual import (
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.evaluation import (
     Evaluation,
+    Seen,
     evaluate_pairs,
     read_summary,
     summarise,
@@ -86,7 +87,7 @@ def command(
         return _swapped(predictions, truth, to, labels, tolerance, seed)
     other = None if compare_with is None else read_summary(compare_with)
     evaluation = _evaluate(predictions, truth, labels, tolerance, to)
-    _notes(evaluation.notes)
+    _notes(evaluation.notes())
     if evaluation.found:
         summary = summarise(evaluation, tolerance, seed)
         compared = other and compare_summaries(summary, other, str(compare_with), seed)
@@ -234,7 +235,10 @@ def _swapped(
             e.pair.metadata = {**e.pair.metadata, swap.key: swap.true.get(e.pair.case)}
         if run.found:
             runs[fed.value] = run
-    _notes([line for run in runs.values() for line in run.notes])
+    seen = Seen()
+    for run in runs.values():
+        seen.update(run.seen)
+    _notes([*(line for run in runs.values() for line in run.unpaired), *seen.lines()])
     if runs:
         found = {value: run.found for value, run in runs.items()}
         kind = next(iter(runs.values())).kinds.get(swap.key)

@@ -137,7 +137,8 @@ def _means(values: dict[Key, tuple[str, float]]) -> Row:
 def _difference(a: dict[Key, tuple[str, float]], b: dict[Key, tuple[str, float]]) -> Row | None:
     keys = sorted(a.keys() & b.keys())
     found = compare([a[k][1] for k in keys], [b[k][1] for k in keys], [a[k][0] for k in keys])
-    if found is None:
+    if found is None or found.low is None or found.high is None:
+        # one subject has no interval
         return None
     return {
         "n": found.n,
@@ -182,7 +183,7 @@ def _paths(values: dict[str, dict[Key, tuple[str, float]]]) -> Row | None:
     same = sorted(networks["fused"].keys() & networks["eager"].keys())
     a, b = ([networks[path][k] for k in same] for path in ("fused", "eager"))
     found = compare(a, b, same)
-    if found is None or len(same) < 2:
+    if found is None or found.low is None or found.high is None:
         return None
     rows = {
         path: {"mean": round(float(np.mean(x)), 2), "std": round(float(np.std(x, ddof=1)), 2)}
@@ -229,7 +230,7 @@ def _swap(units: Sequence[dict[str, Any]]) -> Row | None:
         "dice": table,
         "diagonal_on_top": all(row[i] == max(row) for i, row in enumerate(table)),
         "own_against_others": None
-        if gain is None
+        if gain is None or gain.low is None or gain.high is None
         else {
             "difference": round(gain.difference, 2),
             "low": round(gain.low, 2),

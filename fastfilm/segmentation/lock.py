@@ -42,6 +42,8 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     """
     folder = Path(folder)
     made = not folder.exists()
+    if not made and not folder.is_dir():
+        raise UserError(f"{folder}: cannot be written: is not a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         status = folder.stat()

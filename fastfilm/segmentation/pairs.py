@@ -82,6 +82,7 @@ class Manifest(Record):
     separate: bool
     cases: dict[str, Entry]
     kinds: dict[str, str] = Field(default_factory=dict)
+    asked: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Manifest:
@@ -169,6 +170,12 @@ def find_pairs(
         f"{name}: no truth {where} for {len(cases)} of {len(known.cases)} cases: {some(cases)}"
         for name, cases in without.items()
     ]
+    lost = [case for case in known.asked if case not in known.cases]
+    if lost:
+        notes.append(
+            f"{len(lost)} of {len(known.asked)} cases have no prediction (they failed, or fastfilm predict was"
+            f" interrupted) and are in no mean: {some(lost)}"
+        )
     return Pairs(pairs, known.kinds, foreign, notes)
 
 

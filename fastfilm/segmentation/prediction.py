@@ -100,6 +100,7 @@ def predict_cases(
         "separate": separate(model),
         "kinds": {key.name: key.kind for key in model.encoder.keys},
         "options": {**vars(options), "flips": list(options.flips), **vars(writing)},
+        "asked": [case.id for case in cases],
         **(extra or {}),
     }
     settings = _settings(model, head)
@@ -290,7 +291,9 @@ def _check_names(
 
 def _settings(model: LoadedModel, head: Mapping[str, Any]) -> str:
     """Of everything but the case that decides a prediction."""
-    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    # which cases are asked for decides none of them
+    decides = {k: v for k, v in head.items() if k != "asked"}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
     for name in ("model.json", "best.safetensors", "final.safetensors"):
         path = model.folder / name
         if path.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import read_json, write_json
+from .files import write_json
 from .inputs import InputCase
 from .model_folder import LoadedModel
 
@@ -56,11 +56,3 @@ def case_under(case: InputCase, key: str, value: str | None) -> InputCase:
 def write_swap(out: Path, swap: Mapping[str, Any], folders: Sequence[Mapping[str, str]]) -> None:
     """OUT/swap.json: the key, the true value of each case, and the folder of each value that was fed."""
     write_json(out / SWAP, {**swap, "fed": list(folders)})
-
-
-def read_swap(out: Path) -> dict[str, Any]:
-    """What ``write_swap`` wrote."""
-    value = read_json(out / SWAP)
-    if not isinstance(value, dict) or not {"key", "true", "fed"} <= value.keys():
-        raise UserError(f"{out / SWAP}: not made by fastfilm predict --swap")
-    return value

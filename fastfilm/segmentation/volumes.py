@@ -32,7 +32,7 @@ REMARKS = {
     "unit": "no unit of length in the header; taken as mm",
     "orientation": "neither sform nor qform in the header; the axes are taken as left, anterior, superior",
     "qform": "the qform places voxels elsewhere than the sform; the sform is used",
-    "sheared": "the affine is sheared; the grid is worked on as if its axes were at right angles",
+    "sheared": "the axes are not at right angles; resampling and patches follow them as they are",
     "longer": "the file holds more than its header says; what follows is not read",
 }
 """What is worth knowing about a file, and how it is treated."""

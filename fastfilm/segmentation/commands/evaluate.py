@@ -32,6 +32,7 @@ from fastfilm.segmentation.evaluation import (
 from fastfilm.segmentation.files import write_json
 from fastfilm.segmentation.hints import did_you_mean
 from fastfilm.segmentation.layout import Column
+from fastfilm.segmentation.lock import locked
 from fastfilm.segmentation.metrics import METRICS
 from fastfilm.segmentation.pairs import find_pairs
 from fastfilm.segmentation.records import check_writable
@@ -78,6 +79,20 @@ def command(
     shown = _metrics(metrics)
     labels = None if label is None else _labels(label)
     to = to or predictions
+    with locked(to, "fastfilm evaluate"):
+        return _scored(predictions, truth, to, labels, tolerance, shown, compare_with, seed)
+
+
+def _scored(
+    predictions: Path,
+    truth: Path | None,
+    to: Path,
+    labels: Any,
+    tolerance: float,
+    shown: Sequence[str],
+    compare_with: Path | None,
+    seed: int,
+) -> int:
     if (predictions / SWAP).is_file():
         if compare_with is not None:
             raise UserError(

@@ -570,3 +570,13 @@ def test_bad_predictions_or_requests_are_not_scored_or_shown(
     world = copied(trained, tmp_path / "w")
     argv = change(world)
     refused(world, argv if isinstance(argv, list) else _evaluate(world), message, capsys)
+
+
+def test_cases_without_a_prediction_are_said(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = copied(trained, tmp_path / "w")
+    edit_json(world.predicted / "predictions.json", lambda v: v["asked"].append("ghost"))
+    assert main(_evaluate(world)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 of 4 cases have no prediction" in text and "ghost" in text

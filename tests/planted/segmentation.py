@@ -621,13 +621,6 @@ FAULTS = (
         OPTIMISATION,
     ),
     Fault(
-        "segmentation-optimisation-shared-weights-averaged-twice",
-        "fastfilm/segmentation/optimisation.py",
-        "and v.data_ptr() not in done",
-        "",
-        OPTIMISATION,
-    ),
-    Fault(
         "segmentation-optimisation-average-never-forgets",
         "fastfilm/segmentation/optimisation.py",
         "mean.lerp_(v, 1 - decay)",

@@ -55,6 +55,7 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "fastfilm", *words],
         cwd=folder,
@@ -62,6 +63,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -182,3 +184,19 @@ def test_of_two_trainings_into_one_folder_one_is_refused_and_the_other_whole(sid
     folds = read_json(side / "plan" / "splits.json")
     assert read_json(side / "shared" / "splits.json") == folds[fold]
     assert [line["epoch"] for line in read_log(side / "shared")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_training_saves_its_state(
+    side: Path, number: signal.Signals
+) -> None:
+    model = side / number.name
+    options = ["--set", "training.workers=2", "--set", "training.epochs=1000"]
+    process = start(side, "train", "plan", model.name, *options)
+    while not (model / "best.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    text = process.communicate()[1]
+    assert process.returncode == 128 + number, text
+    assert "the state is saved; go on with:" in text and "Traceback" not in text
+    assert saved_step(model) >= STEPS // 3

@@ -66,6 +66,7 @@ def start_from(
         "combine": info.combine,
         "missing_contrast": info.missing_contrast,
         "training": info.training,
+        "fastfilm": info.fastfilm,
     }
     return before.model_copy(update=update), network
 

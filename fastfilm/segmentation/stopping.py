@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -38,14 +39,28 @@ class Stop:
     def __init__(self) -> None:
         self.asked: int | None = None
         self.patient = False
+        self.replaced: dict[int, Any] = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if not self.patient or self.asked is not None:
             raise Stopped(number)
         self.asked = number
+        # a cluster signals the whole group: loading processes end, and PyTorch would raise in the middle of a step
+        self.replace(signal.SIGCHLD, signal.SIG_DFL)
         # not print: the signal may have come in the middle of one
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def replace(self, number: int, handler: Any) -> None:
+        """Sets a handler until ``restore``."""
+        self.replaced[number] = signal.signal(number, handler)
+
+    def restore(self) -> None:
+        """The handlers that were there before."""
+        for number, handler in self.replaced.items():
+            # None: not set from Python, which has no way to set it again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.replaced.clear()
 
 
 @contextlib.contextmanager
@@ -55,10 +70,9 @@ def signals(handle: bool = True) -> Iterator[Stop]:
     if not handle or threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop._handle) for number in SIGNALS}
     try:
+        for number in SIGNALS:
+            stop.replace(number, stop._handle)
         yield stop
     finally:
-        for number, handler in before.items():
-            # None: not set from Python, which has no way to set it again
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        stop.restore()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from .network import call
 from .optimisation import Average, Progress, learning_rate, make_optimizer
 from .record import Record
 from .sampling import Draws, Steps, groups_by
-from .stopping import SIGNALS, Stop, Stopped
+from .stopping import Stop, Stopped
 from .validation import Validated, validate
 
 MOST_STEPS = 250
@@ -112,7 +111,7 @@ class Trainer:
                     tick = start(left)
                     while progress.step < (progress.epoch + 1) * self.epoch_steps:
                         with clock.waiting():
-                            batch = next(batches)
+                            batch = self._next(batches)
                         self._step(batch)
                         self._stop_if_asked()
                         tick(f"{title}  loss {progress.loss_sum / progress.loss_steps:.4f}")
@@ -126,6 +125,14 @@ class Trainer:
             del batches
             if record is not None:
                 record.close()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except RuntimeError:
+            # a signal to the whole group of processes has ended those that load
+            self._stop_if_asked()
+            raise
 
     def _step(self, batch: Batch) -> None:
         """One optimiser step on this process's share of a batch."""
@@ -350,17 +357,10 @@ class Trainer:
             batch_sampler=Steps(step, self.steps, self.batch_size, p.rank, p.world),
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=undisturbed_worker,
+            worker_init_fn=quiet_worker,
             pin_memory=p.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
-
-
-def undisturbed_worker(worker: int) -> None:
-    """In a loading process: signals to the whole group of processes are the main process's affair."""
-    quiet_worker(worker)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class _Clock:

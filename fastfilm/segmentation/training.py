@@ -117,9 +117,10 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
         for left in start.folder.glob(".writing-*"):
             # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
-        save_model(start.folder, info)
-        write_config(config, start.folder / "config.yaml")
-        write_json(start.folder / "splits.json", start.plan.folds[start.fold])
+        if saved is None or not saved.progress.finished:
+            save_model(start.folder, info)
+            write_config(config, start.folder / "config.yaml")
+            write_json(start.folder / "splits.json", start.plan.folds[start.fold])
     cache = start.plan.path / "cache"
     arguments = (config.data, info.preprocessing, cache)
     # the first process makes what is missing, the others find it

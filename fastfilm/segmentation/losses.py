@@ -89,15 +89,11 @@ class KnownLoss:
             x, y = logits[rows], masks[rows][:, labels].to(logits.dtype)
             x, y = self._merged(x, y, labels) if self.exclusive else (x[:, labels], y)
             for name, term in self.terms.items():
-                loss = loss + self._sum(name, term(x, y), len(labels)) / totals[name].clamp(min=1)
+                # [N, K, *S], [N, K] or [N, 1]: means over space, summed over entries
+                values = term(x, y)
+                values = values.flatten(2).mean(2) if values.dim() > 2 else values
+                loss = loss + values.sum() / totals[name].clamp(min=1)
         return loss
-
-    def _sum(self, name: str, values: Tensor, labels: int) -> Tensor:
-        """[N, K, *S] or [N, K] or [N, 1]: means over space, summed over entries."""
-        values = values.flatten(2).mean(2) if values.dim() > 2 else values
-        if name == "focal" and self.exclusive:
-            values = values.sum(1)
-        return values.sum()
 
     @staticmethod
     def _merged(x: Tensor, y: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:

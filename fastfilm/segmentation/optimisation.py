@@ -117,14 +117,11 @@ class Average:
     def update(self, network: nn.Module, step: int) -> None:
         """After step number ``step`` (from 0); the first steps count more, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        done: dict[int, Tensor] = {}
         for k, v in network.state_dict().items():
-            mean = self.state[k]
-            if v.is_floating_point() and v.data_ptr() not in done:
-                mean.lerp_(v, 1 - decay)
-                done[v.data_ptr()] = mean
+            if v.is_floating_point():
+                self.state[k].lerp_(v, 1 - decay)
             else:
-                mean.copy_(done.get(v.data_ptr(), v))
+                self.state[k].copy_(v)
 
 
 def optimizer_tensors(

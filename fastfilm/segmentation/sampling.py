@@ -105,7 +105,7 @@ def place(draw: Draw, case: CachedCase, size: Sequence[int], foreground: float) 
     the patch, at a random place of it; else the patch is anywhere.
     """
     rng = draw.rng
-    # drawn in any case: the numbers that follow must not depend on the data
+    # drawn in any case, so that the share of foreground does not change the places
     wants, pick, spot = rng.random() < foreground, rng.random(), rng.random(len(size))
     where = case.where
     if draw.task is not None:

@@ -623,8 +623,8 @@ FAULTS = (
     Fault(
         "segmentation-optimisation-average-never-forgets",
         "fastfilm/segmentation/optimisation.py",
-        "mean.lerp_(v, 1 - decay)",
-        "mean.lerp_(v, decay)",
+        ".lerp_(v, 1 - decay)",
+        ".lerp_(v, decay)",
         OPTIMISATION,
     ),
     Fault(

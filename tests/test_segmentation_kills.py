@@ -166,7 +166,7 @@ def content(folder: Path, file: Path) -> Any:
     value = json.loads(text) if file.suffix == ".json" else text
     if isinstance(value, dict):
         # digests over paths and times of files
-        for key in ("settings", "digest", "id"):
+        for key in ("settings", "digest", "files"):
             value.pop(key, None)
     return value
 

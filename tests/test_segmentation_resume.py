@@ -21,6 +21,7 @@ from fastfilm.segmentation.distributed import Processes
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.lock import locked
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
+from fastfilm.segmentation.record import read_log
 from fastfilm.segmentation.stopping import Stopped
 from fastfilm.segmentation.trainer import Trainer
 from fastfilm.segmentation.training import Start, train
@@ -274,7 +275,9 @@ def test_the_state_is_saved_before_the_first_step_and_before_an_epoch_is_said(
         ("--set network.depth=1", "the rest is part of the plan"),
         ("--set training.validation_overlap=1", "training.validation_overlap"),
         ("--device gpu", "did you mean cuda?"),
-        ("--threads 0", "--threads must be at least 1, got 0"),
+        ("--threads 0", "--threads must be 1 to"),
+        ("--threads 99999999999999999999", "--threads must be 1 to"),
+        ("--set training.seed=99999999999999999999", "training.seed: Input should be less than"),
         ("--resume", "nothing to resume"),
         ("--fold 7", "fold must be 0 to 1, got 7"),
     ],
@@ -290,3 +293,16 @@ def test_a_wrong_command_line_is_one_clear_message(
     text = capsys.readouterr().err
     assert said in text and "Traceback" not in text
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", [b'{"st', b"3\n", b"\xff\xfe\n", b"{}\n"])
+def test_a_damaged_log_does_not_keep_a_training_from_going_on(
+    plan: PlanFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        train(Start(plan, 0, tmp_path / "model"), ONE)
+    with (tmp_path / "model" / "log.jsonl").open("ab") as file:
+        file.write(damage)
+    train(Start(plan, 0, tmp_path / "model", resume=True), ONE)
+    assert [line["epoch"] for line in read_log(tmp_path / "model")] == [1, 2]

@@ -317,7 +317,7 @@ class Training(Section):
     )
     checkpoint_minutes: float = Field(5.0, ge=0, description="between checkpoints inside an epoch")
     checkpoint_steps: Positive | None = Field(None, description="the same in steps")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     freeze: Literal["none", "all_but_generator"] = Field(
         "none", description="fine-tuning: what stays as it is"
     )

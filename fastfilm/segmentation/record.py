@@ -51,13 +51,16 @@ class Record:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; a line cut off by a kill is dropped."""
+    """The lines of log.jsonl, up to one that was cut off by a kill or is damaged."""
     path = folder / LOG
     lines = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(line))
+                value = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+                break
+            lines.append(value)
     return lines

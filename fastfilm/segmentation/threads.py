@@ -21,11 +21,12 @@ def use(n: int | None = None, device: torch.device | None = None) -> int:
         device: nothing is said if it is not the CPU.
 
     Raises:
-        UserError: n below 1.
+        UserError: n below 1, or more than any machine like this could use.
     """
     if n is not None:
-        if n < 1:
-            raise UserError(f"--threads must be at least 1, got {n}")
+        most = max(64, os.cpu_count() or 1)
+        if not 1 <= n <= most:
+            raise UserError(f"--threads must be 1 to {most}, got {n}")
         torch.set_num_threads(n)
     threads = torch.get_num_threads()
     if (device is None or device.type == "cpu") and (reason := crowded(threads)) is not None:

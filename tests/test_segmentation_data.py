@@ -410,3 +410,87 @@ def test_the_cache_is_made_once_anew_when_a_file_changes_and_never_by_halves(
     image(root, 1).write_bytes(b"")
     with pytest.raises(Problems, match=r"sub-01_FLAIR\.nii\.gz: the file is empty"):
         cached(cases, config.data, Preprocessing(), cache)
+
+
+def test_a_data_set_half_in_microns_is_planned_as_one_in_millimetres(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids")
+    config = settings(root, preprocessing={"spacing": "median", "patch_size": None})
+    expected, _ = make_plan(parse(config, "test"), tmp_path / "mm")
+    for i in (1, 3, 5):
+        for path in (image(root, i), label(root, i)):
+            old = nib.load(path)
+            made = nib.Nifti1Image(
+                np.asarray(old.dataobj), np.diag([1000.0] * 3 + [1]) @ old.affine
+            )
+            made.header.set_xyzt_units(xyz="micron")
+            nib.save(made, path)
+    made, _ = make_plan(parse(config, "test"), tmp_path / "mixed")
+    for mine, theirs in zip(
+        made.plan.preprocessing.spacing, expected.plan.preprocessing.spacing, strict=True
+    ):
+        assert mine == (None if theirs is None else pytest.approx(theirs, rel=1e-5))
+    assert made.plan.patch_size == expected.plan.patch_size
+
+
+def test_each_key_is_said_with_its_cases_and_where_it_was_found(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids")
+    (root / "FLAIR.json").write_text('{"EchoTime": 0.1}')
+    image(root, 2).with_name("sub-02_FLAIR.json").write_text('{"EchoTime": 0.2}')
+    image(root, 3).with_name("sub-03_FLAIR.json").write_text('{"EchoTime": null}')
+    config = settings(root, metadata={"EchoTime": {"kind": "continuous"}})
+    made, notes = make_plan(parse(config, "test"), tmp_path / "plan")
+    assert "tumor_type: in 6 of 6 cases (table 6)" in notes
+    (line,) = [n for n in notes if n.startswith("EchoTime")]
+    assert line == "EchoTime: in 5 of 6 cases (sidecar further up 4, sidecar 1); missing in sub-03"
+    values = [c.metadata["EchoTime"] for c in made.cases]
+    assert values == [0.1, 0.1, 0.2, None, 0.1, 0.1]
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids")
+    label(root, 4).unlink()
+    config = settings(root, data={"missing_labels": "skip", "exclude": ["sub-00", "sub-o1"]})
+    made, notes = make_plan(parse(config, "test"), tmp_path / "plan")
+    assert [c.subject for c in made.cases] == ["sub-01", "sub-02", "sub-03", "sub-05"]
+    assert any("1 cases left out for want of a label file" in n and "sub-04" in n for n in notes)
+    assert [n for n in notes if "data.exclude" in n] == [
+        "data.exclude: there is no subject or case 'sub-o1'; did you mean 'sub-01'?"
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "cases.json", "splits.json", "fingerprint.json"])
+def test_a_plan_of_files_that_were_not_written_together_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    root = write_bids(tmp_path / "bids")
+    make_plan(parse(settings(root), "test"), tmp_path / "plan")
+    make_plan(parse(settings(root, splits={"seed": 3, "folds": 3}), "test"), tmp_path / "other")
+    old = (tmp_path / "plan" / name).read_bytes()
+    (tmp_path / "plan" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    if (tmp_path / "plan" / name).read_bytes() == old:
+        read_plan(tmp_path / "plan")
+        (tmp_path / "plan" / name).write_bytes(old + b" ")
+    with pytest.raises(UserError, match=f"{name}: is not the file that plan.json was written with"):
+        read_plan(tmp_path / "plan")
+
+
+def test_a_plan_that_cannot_be_written_whole_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_bids(tmp_path / "bids")
+    before, _ = make_plan(parse(settings(root), "test"), tmp_path / "plan")
+    write = Path.write_text
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        if "splits" in text or '"val"' in text:
+            raise OSError(28, "No space left on device")
+        return write(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        make_plan(parse(settings(root, splits={"seed": 3}), "test"), tmp_path / "plan")
+    monkeypatch.undo()
+    assert read_plan(tmp_path / "plan") == before
+    assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == [
+        "cases.json", "config.yaml", "fingerprint.json", "plan.json", "splits.json",
+    ]  # fmt: skip

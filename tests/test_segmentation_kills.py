@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,8 +127,10 @@ def test_a_killed_training_goes_on_to_the_same_bytes(side: Path) -> None:
 def test_every_command_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     chance = random.Random(5)
     folders = [tmp_path / name for name in ("whole", "killed")]
+    data = write_bids(tmp_path / "bids", count=6)
     for folder in folders:
-        root = write_bids(folder / "bids", count=6)
+        # with the times of the files
+        root = shutil.copytree(data, folder / "bids")
         config = settings(root, network={"dropout": 0.2}, training=TRAINING)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     commands: list[tuple[Sequence[str], Sequence[str]]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import os
 from pathlib import Path
 from typing import Any
@@ -480,6 +481,19 @@ def test_what_stops_writing_leaves_no_half_of_a_case(
     capsys.readouterr()
     assert run(*argv, "--continue", "--keep-largest") == 1
     assert "other settings" in capsys.readouterr().err
+
+
+def test_continue_predicts_an_image_anew_that_has_changed(folder, tmp_path) -> None:
+    shutil.copytree(folder / "in", tmp_path / "in")
+    argv = ["predict", folder / "model", tmp_path / "in", tmp_path / "out"]
+    assert run(*argv) == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.nii.gz")}
+    image = nib.load(tmp_path / "in" / "b.nii.gz")
+    array = np.flip(np.asarray(image.dataobj), 0).copy()
+    nib.save(nib.Nifti1Image(array, image.affine), tmp_path / "in" / "b.nii.gz")
+    assert run(*argv, "--continue") == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.nii.gz")}
+    assert {n for n in before if before[n] != after[n]} == {"b.nii.gz"}
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(folder, tmp_path, capsys) -> None:

@@ -97,7 +97,7 @@ def predict_cases(
     head = {
         "model": str(model.folder.resolve()),
         "labels": [label.model_dump() for label in model.info.labels],
-        "separate": separate(model),
+        "separate": model.info.separate,
         "kinds": {key.name: key.kind for key in model.encoder.keys},
         "options": {**vars(options), "flips": list(options.flips), **vars(writing)},
         "asked": [case.id for case in cases],
@@ -131,12 +131,6 @@ def predict_cases(
             note()
         done()
     return outcome
-
-
-def separate(model: LoadedModel) -> bool:
-    """Whether each label gets a file of its own: those that come from masks of their own may overlap."""
-    info = model.info
-    return info.output != "classes" and any(not label.values for label in info.labels)
 
 
 def load_case(case: InputCase, remarks: Remarks | None = None) -> list[NiftiVolume | None]:
@@ -244,7 +238,7 @@ def _write(
         if found.entropy is not None and found.information is not None:
             write("entropy", found.entropy, "entropy of the mean prediction, bits")
             write("information", found.information, "mutual information, bits")
-        if separate(model):
+        if model.info.separate:
             for label, mask in zip(labels, found.masks, strict=True):
                 write(label.name, mask.astype(np.uint8), label.name)
         else:
@@ -269,7 +263,7 @@ def output_paths(
     ends = ends if writing.probabilities else []
     if options.samples:
         ends += [("entropy", "_entropy"), ("information", "_information")]
-    ends += [(name, f"_{name}") for name in labels] if separate(model) else [("labels", "")]
+    ends += [(name, f"_{name}") for name in labels] if model.info.separate else [("labels", "")]
     begin = case.file or file_name(case.id)
     return [(what, f"{begin}{file_name(end) if end else ''}.nii.gz") for what, end in ends]
 

@@ -117,6 +117,8 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
         for left in start.folder.glob(".writing-*"):
             # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
+        written = [start.folder / n for n in ("model.json", "config.yaml", "splits.json")]
+        written = [p for p in written if not p.exists()]
         if saved is None or not saved.progress.finished:
             save_model(start.folder, info)
             write_config(config, start.folder / "config.yaml")
@@ -125,8 +127,14 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
     arguments = (config.data, info.preprocessing, cache)
     # the first process makes what is missing, the others find it
     if processes.first:
-        with bar("preprocessing") as progress:
-            cached([*train_cases, *val_cases], *arguments, progress)
+        try:
+            with bar("preprocessing") as progress:
+                cached([*train_cases, *val_cases], *arguments, progress)
+        except UserError:
+            # not a model folder yet
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
     processes.wait()
     trainer = Trainer(
         config=config,

@@ -24,7 +24,16 @@ from typing import TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # not this folder: its tables are no modules of their own
 
-from tests.planted import cpu, cuda, kernels, package, segmentation  # noqa: E402
+from tests.planted import (  # noqa: E402
+    cpu,
+    cuda,
+    kernels,
+    package,
+    segmentation_data,
+    segmentation_files,
+    segmentation_results,
+    segmentation_training,
+)
 from tests.planted.fault import Fault  # noqa: E402
 from tests.planted.workshop import Stale, Workshop  # noqa: E402
 
@@ -33,7 +42,10 @@ FAULTS: tuple[Fault, ...] = (
     *cuda.FAULTS,
     *kernels.FAULTS,
     *package.FAULTS,
-    *segmentation.FAULTS,
+    *segmentation_data.FAULTS,
+    *segmentation_files.FAULTS,
+    *segmentation_results.FAULTS,
+    *segmentation_training.FAULTS,
 )
 Task, Result = TypeVar("Task"), TypeVar("Result")
 CLEAN_LIMIT = 1200

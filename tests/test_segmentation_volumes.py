@@ -163,7 +163,7 @@ def labels(values: list[float], dtype: Any = np.float64) -> tuple[list[int], boo
 
 
 def test_labels_that_are_nearly_whole_are_whole() -> None:
-    assert labels([0, 1.0000000591, 2.0004]) == ([0, 1, 2], False)
+    assert labels([0, 1.0000000591, 2.0004, 2.9996]) == ([0, 1, 2, 3], False)
     assert labels([0, 255], np.uint8) == ([0, 255], False)
     assert labels([-1e-7, 1], np.float32) == ([0, 1], False)
     assert labels([True, False], bool) == ([1, 0], False)

@@ -1,16 +1,26 @@
-"""Small editors of a data set, a plan or a model folder, for the table of bad inputs."""
+"""Bad inputs: small editors of a data set, a plan or a model folder, and what must come of them."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 import yaml
+
+from fastfilm.__main__ import main
+
+from .phantoms import settings, write_bids
+
+Row = tuple[str, Callable[["World"], Any], str]
+"""Name; what is done to the world, and the arguments of the command if it returns a list; message (a pattern)."""
 
 
 class World:
@@ -125,3 +135,33 @@ def bomb(path: Path, shape: tuple[int, ...] = (30000, 30000, 3000)) -> None:
     block.set_data_dtype(np.float32)
     block["vox_offset"] = 352
     path.write_bytes(gzip.compress(block.binaryblock + bytes(5000)))
+
+
+def write_world(root: Path) -> Path:
+    """A data set and a configuration."""
+    config = settings(write_bids(root / "bids"), training={"epochs": 1, "steps_per_epoch": 1})
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+def copied(source: Path, to: Path) -> World:
+    shutil.copytree(source, to, symlinks=True)
+    return World(to)
+
+
+def refused(
+    world: World, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command ends with status 1 and the message, and ``world.out`` is not there."""
+    capsys.readouterr()
+    status = main(argv)
+    text = " ".join(capsys.readouterr().err.split())
+    assert status == 1 and re.search(message, text), f"{status}: {text[:1500]}"
+    assert "Traceback" not in text
+    assert not world.out.exists(), sorted(world.out.rglob("*"))
+
+
+def table(rows: list[Row]) -> Any:
+    return pytest.mark.parametrize(
+        ("change", "message"), [pytest.param(r[1], r[2], id=r[0].replace(" ", "_")) for r in rows]
+    )

@@ -15,8 +15,11 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 import nibabel as nib
+import yaml
 
 from fastfilm import cli
+
+from .phantoms import settings, write_bids
 
 LESION = [("lesion", 1)]
 
@@ -382,3 +385,37 @@ def test_a_truth_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, ca
         error = capsys.readouterr().err
         assert "t/a.nii.gz: " in error and "Traceback" not in error
     assert not (tmp_path / "pred" / "summary.json").exists()
+
+
+def test_regions_that_overlap_are_written_and_scored_each_on_its_own(tmp_path: Path) -> None:
+    def regions(_: Any, mask: Any) -> Any:
+        mask = (mask > 0).astype(np.uint8)
+        mask[mask.shape[0] // 2 :][mask[mask.shape[0] // 2 :] > 0] = 2
+        mask[0, 0, 0] = 1
+        return mask
+
+    root = write_bids(tmp_path / "bids", labels=regions)
+    value = settings(
+        root,
+        data={"labels": {"whole": [1, 2], "core": 2}},
+        training={"epochs": 1, "steps_per_epoch": 1},
+    )
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(value))
+    plan, model, out = (tmp_path / n for n in ("plan", "model", "out"))
+    assert run("plan", tmp_path / "c.yaml", plan) == 0 and run("train", plan, model) == 0
+    assert run("predict", model, plan, out) == 0
+    # the truth itself as the prediction: each region is right although they overlap
+    manifest = json.loads((out / "predictions.json").read_text())
+    for entry in manifest["cases"].values():
+        assert set(entry["outputs"]) == {"whole", "core"}
+        truth = nib.load(entry["truth"]["core"])
+        labels = np.asarray(truth.dataobj)
+        for name, values in (("whole", (1, 2)), ("core", (2,))):
+            mask = np.isin(labels, values).astype(np.uint8)
+            nib.save(nib.Nifti1Image(mask, truth.affine), out / entry["outputs"][name])
+    for options in ([], ["--truth", root / "derivatives"]):
+        assert run("evaluate", out, *options) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert {d["name"]: d["metrics"]["Dice"]["mean"] for d in summary["labels"].values()} == {
+            "whole": 1.0, "core": 1.0,
+        }  # fmt: skip

@@ -146,6 +146,9 @@ def check_case(
     facts.digest = digest.hexdigest()
     masks = {}
     for path in sorted(set(case.labels.values())):
+        if path in case.images:
+            problems.append(f"{path}: is the label of {case.id} and its image")
+            continue
         mask = _read(path, problems, remarks)
         if mask is None:
             continue

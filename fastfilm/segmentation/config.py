@@ -96,6 +96,13 @@ class Data(Section):
     )
     exclude: list[str] = Field(default_factory=list, description="subjects or cases to leave out")
 
+    @field_validator("contrasts")
+    @classmethod
+    def _differ(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"contrasts must differ, got {value}")
+        return value
+
     @field_validator("labels", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
@@ -372,6 +379,13 @@ class Config(Section):
             if own:
                 raise ValueError(
                     f"output mode 'classes' needs labels that are values of one file, not {own}"
+                )
+            values = [v for label in self.data.labels.values() for v in label.values or []]
+            twice = sorted({v for v in values if values.count(v) > 1})
+            if twice:
+                raise ValueError(
+                    f"output mode 'classes' needs labels that exclude each other; value {twice[0]} is in several"
+                    " of them (mode 'channels' has labels that overlap)"
                 )
         other = "column" if self.data.source == "bids" else "suffix"
         for name, label in self.data.labels.items():

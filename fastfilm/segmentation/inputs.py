@@ -89,6 +89,7 @@ def find_inputs(
     table: Path | None = None,
     fold: int = 0,
     part: str = "val",
+    notes: list[str] | None = None,
 ) -> list[InputCase]:
     """The cases in ``source``, in the order of their names.
 
@@ -98,10 +99,12 @@ def find_inputs(
         info: of the model: contrasts and metadata keys.
         meta: key -> value that holds for all cases and goes before anything that is found.
         table: of metadata; none: participants.tsv in the folder, if there is one.
+        notes: gets a line on what is left out.
 
     Raises:
         UserError: nothing there that could be predicted, a table that cannot be read.
     """
+    said: list[str] = [] if notes is None else notes
     if (source / "plan.json").is_file():
         plan = read_plan(source)
         cases = [
@@ -112,11 +115,13 @@ def find_inputs(
             raise UserError(f"{source}: no case in part {part!r} of fold {fold}")
         return cases
     if source.is_dir():
-        groups = _folder(source, info)
+        groups = _folder(source, info, said)
     elif source.is_file():
         groups = {stem(source): {info.contrasts[0]: source}}
         if info.in_channels > 1:
-            groups = {k: g for k, g in _folder(source.parent, info).items() if source in g.values()}
+            groups = {
+                k: g for k, g in _folder(source.parent, info, said).items() if source in g.values()
+            }
     else:
         raise UserError(f"{source}: no such file or folder")
     if not groups:
@@ -134,7 +139,7 @@ def find_inputs(
     return cases
 
 
-def _folder(folder: Path, info: ModelInfo) -> dict[str, dict[str, Path]]:
+def _folder(folder: Path, info: ModelInfo, notes: list[str]) -> dict[str, dict[str, Path]]:
     """Case -> contrast -> file."""
     bids = any(p.is_dir() for p in folder.glob("sub-*"))
     if bids:
@@ -144,20 +149,37 @@ def _folder(folder: Path, info: ModelInfo) -> dict[str, dict[str, Path]]:
     files = [p for p in files if p.name.endswith(SUFFIXES) and not p.name.startswith(".")]
     one = info.in_channels == 1
     found = [(p, contrast_of(p, info.contrasts)) for p in files]
-    if one and not bids:
-        # whatever lies there is the image
-        return {stem(p): {c or info.contrasts[0]: p} for p, c in found}
     groups: dict[str, dict[str, Path]] = {}
+
+    def add(name: str, contrast: str, path: Path) -> None:
+        channels = groups.setdefault(name, {})
+        if contrast in channels:
+            raise UserError(
+                f"{path} and {channels[contrast]}: both are the image ({contrast}) of case {name}"
+            )
+        channels[contrast] = path
+
+    named = [p for p, c in found if c is not None]
+    if one and not bids and not named:
+        # whatever lies there is the image
+        for path in files:
+            add(stem(path), info.contrasts[0], path)
+        return groups
+    if one and not bids and len(named) < len(files):
+        notes.append(
+            f"{len(files) - len(named)} of {len(files)} files in {folder} are left out: their names do not end in"
+            f" {' or '.join(info.contrasts)}, as others do"
+        )
     for path, contrast in found:
         if contrast is None:
             continue
-        if info.combine == "samples":
-            groups[stem(path)] = {contrast: path}
+        if info.combine == "samples" or (one and not bids):
+            add(stem(path), contrast, path)
             continue
         entities, _ = parts(path)
         own = {k for k, _, _ in (e.partition("-") for e in contrast.split("_")[:-1])}
         name = "_".join(f"{k}-{v}" if v else k for k, v in entities.items() if k not in own)
-        groups.setdefault(name or stem(path), {})[contrast] = path
+        add(name or stem(path), contrast, path)
     return groups
 
 

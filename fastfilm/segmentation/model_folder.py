@@ -129,8 +129,14 @@ class ModelInfo(Section):
 
     @property
     def separate(self) -> bool:
-        """Whether each label gets a file of its own: those that come from masks of their own may overlap."""
-        return self.output != "classes" and any(not label.values for label in self.labels)
+        """Whether each label gets a file of its own: they may overlap.
+
+        Those from masks of their own may, and so do labels that share values (regions: ``whole: [1, 2]``,
+        ``core: 2``).
+        """
+        values = [v for label in self.labels for v in label.values]
+        own = any(not label.values for label in self.labels)
+        return self.output != "classes" and (own or len(set(values)) < len(values))
 
     def build(self) -> nn.Module:
         """The network without its weights; nothing is fetched."""

@@ -124,12 +124,13 @@ def find_pairs(
     chosen = None if labels is None else _given(labels, manifest)
     if chosen is None and manifest is not None:
         chosen = [(i, [] if known.separate else [i.value]) for i in manifest.labels]
-    own = [label.name for label, _ in chosen or []] if known.separate else []
+    own = [label.name for label, _ in chosen or [] if known.separate and not label.values]
+    common = any(label.values for label, _ in chosen or [])
     outputs = {
         case: {k: inside(folder, p, f"{folder / MANIFEST}: {case}") for k, p in e.outputs.items()}
         for case, e in known.cases.items()
     }
-    found, wrong = _truth(truth, folder, known, outputs, own)
+    found, wrong = _truth(truth, folder, known, outputs, own, common)
     if wrong:
         raise Problems(f"{folder}: problems in the evaluation", wrong)
     if chosen is None:
@@ -141,7 +142,7 @@ def find_pairs(
     for case, entry in known.cases.items():
         for label, written in chosen:
             path = found[case].get(label.name)
-            if path is None and (truth is not None or label.name not in names):
+            if path is None and label.values and (truth is not None or label.name not in names):
                 # a label of the predictions that their truth leaves out was not annotated
                 path = found[case].get("")
             if path is None:
@@ -242,8 +243,14 @@ def _truth(
     known: Manifest,
     outputs: Mapping[str, Mapping[str, Path]],
     own: Sequence[str],
+    common: bool,
 ) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Case -> label ("" for a file of all labels) -> file, and a line for each case that has none or too many."""
+    """Case -> label ("" for a file of all labels) -> file, and a line for each case that has none or too many.
+
+    Args:
+        own: labels with masks of their own in the truth.
+        common: other labels are values of one file.
+    """
     found: dict[str, dict[str, Path]] = {case: {} for case in known.cases}
     wrong = []
     if truth is None:
@@ -260,7 +267,7 @@ def _truth(
     matches = _matches(_files(truth, folder, taken), list(known.cases), own)
     for case in known.cases:
         mine = {label: files for (c, label), files in matches.items() if c == case}
-        whole = mine.pop("", None) if own else None
+        whole = mine.pop("", None) if own and not common else None
         if whole is not None and len(own) == 1:
             # a file that names no label can be of the only one
             mine.setdefault(own[0], whole)

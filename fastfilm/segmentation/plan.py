@@ -87,6 +87,8 @@ def make_plan(
         Problems: everything that is wrong with the data set, in one message; nothing is written then.
         UserError: another process writes to the folder, or it cannot be written.
     """
+    if (folder / "model.json").exists():
+        raise UserError(f"{folder}: holds a model: write the plan to another folder")
     with locked(folder, "fastfilm plan"):
         return _make_plan(config, folder, progress)
 
@@ -95,6 +97,7 @@ def _make_plan(
     config: Config, folder: Path, progress: Callable[[int], Callable[[], None]]
 ) -> tuple[PlanFolder, list[str]]:
     found = find_cases(config)
+    found.notes += _shared_labels(found.cases)
     facts, wrong, notes = check_cases(found.cases, config.data, progress(len(found.cases)))
     wrong = found.problems + wrong
     keys = metadata_keys(config)
@@ -210,6 +213,19 @@ def fingerprint(facts: Sequence[CaseFacts], keys: dict[str, MetadataKey]) -> dic
         },
         "metadata_keys": list(keys),
     }
+
+
+def _shared_labels(cases: Sequence[Case]) -> list[str]:
+    """A note on each label file that several subjects have."""
+    users: dict[Path, dict[str, None]] = {}
+    for case in cases:
+        for path in case.labels.values():
+            users.setdefault(path, {})[case.subject] = None
+    return [
+        f"{path} is the label of several subjects: {', '.join(subjects)}"
+        for path, subjects in users.items()
+        if len(subjects) > 1
+    ]
 
 
 def _identical(facts: Sequence[CaseFacts]) -> tuple[list[set[str]], list[str]]:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from . import memory
 from .config import Section
 from .errors import UserError
 
@@ -147,7 +148,8 @@ class Preprocessing(Section):
             affine: [4, 4], voxel -> mm, of that grid.
 
         Raises:
-            UserError: wrong number of channels, none there, different shapes, not 3D, NaN or infinity.
+            UserError: wrong number of channels, none there, different shapes, not 3D, NaN or infinity, more voxels
+                after resampling than the memory holds.
         """
         if len(images) != len(self.channels):
             raise UserError(
@@ -164,6 +166,13 @@ class Preprocessing(Section):
             if i.dtype.kind == "f" and not np.isfinite(i).all():
                 raise UserError("the image has values that are NaN or infinite")
         geometry = self.geometry(there, affine)
+        voxels = int(np.prod([int(n) for n in geometry.grid], dtype=object))
+        if 4 * voxels * (len(images) + 2) > memory.available():
+            raise UserError(
+                f"{'x'.join(map(str, there[0].shape))} voxels become {'x'.join(map(str, geometry.grid))} at the"
+                f" network's spacing and need {memory.gib(4 * voxels * (len(images) + 2))} of memory;"
+                f" {memory.gib(memory.available())} are free (is the unit of length right?)"
+            )
         out = np.zeros((len(images), *geometry.grid), np.float32)
         for c, image in enumerate(images):
             if image is not None:

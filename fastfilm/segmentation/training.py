@@ -99,6 +99,8 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
             f"the batch of {batch} cannot be shared by {processes.world} processes in"
             f" {config.training.accumulate} parts each (training.batch_size, training.accumulate)"
         )
+    if (start.folder / "plan.json").exists():
+        raise UserError(f"{start.folder}: holds a plan: train into another folder")
     saved = _saved(start)
     torch.manual_seed(config.training.seed)
     if processes.device.type == "cuda":

@@ -8,7 +8,7 @@ VOLUMES = "tests/test_segmentation_volumes.py"
 TABLES = "tests/test_segmentation_tables.py"
 PLANS = "tests/test_segmentation_data.py"
 FOLDERS = "tests/test_segmentation_model_folder.py"
-BAD = "tests/test_segmentation_bad_inputs.py -k planned"
+BAD = "tests/test_segmentation_bad_data_sets.py"
 
 FAULTS = (
     # volumes and labels

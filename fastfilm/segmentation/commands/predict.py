@@ -92,7 +92,12 @@ def command(
         )
     if single and continue_:
         raise UserError("--continue is for folders")
-    cases = find_inputs(source, loaded.info, meta=given, table=table, fold=fold, part=part)
+    notes: list[str] = []
+    cases = find_inputs(
+        source, loaded.info, meta=given, table=table, fold=fold, part=part, notes=notes
+    )
+    for note in notes:
+        say(f"note: {note}")
     if swap is not None:
         key, values = swap_values(swap, loaded)
         named = [(v, shown(v, loaded.encoder.values(key))) for v in values]

@@ -224,6 +224,19 @@ PLAN: list[Row] = [
         lambda w: w.image(1).with_name("sub-01_FLAIR.json").write_text("[]"),
         "sub-01_FLAIR.json: must be a JSON object",
     ),
+    (
+        "an object as a value",
+        lambda w: (
+            (w.bids / "FLAIR.json").write_text('{"Coil": {"name": "x"}}'),
+            w.settings(metadata={"Coil": {}}),
+        ),
+        "'Coil' must be text, a number or a list of them",
+    ),
+    (
+        "a DICOM file as an image",
+        lambda w: w.image(1).write_bytes(bytes(128) + b"DICM" + bytes(900)),
+        "it is a DICOM file; dcm2niix",
+    ),
     ("an annexed sidecar", lambda w: annexed(w.bids / "FLAIR.json"), "FLAIR.json: is a link to"),
     ("a broken sidecar", lambda w: (w.bids / "FLAIR.json").write_text("{"), "FLAIR.json: cannot be read as JSON"),
     # CSV

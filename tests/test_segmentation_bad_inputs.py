@@ -217,6 +217,13 @@ def _replanned(w: World) -> World:
 
 
 TRAIN: list[Row] = [
+    ("a folder without --contrast", lambda w: ["plan", str(w.bids), str(w.out)], "--contrast is needed.*FLAIR"),
+    ("a folder of no images", lambda w: ["plan", str(w.model), str(w.out)], "no images in sub-.*json files"),
+    (
+        "a label twice",
+        lambda w: ["plan", str(w.bids), str(w.out), "--contrast", "FLAIR", "--label", "a=1", "--label", "a=2"],
+        "--label: data.labels.a is given twice",
+    ),
     ("no plan", lambda w: shutil.rmtree(w.plan), "not a plan"),
     ("the plan as a model", lambda w: ["train", str(w.plan), str(w.plan)], "holds a plan"),
     ("a model as a plan", lambda w: ["plan", w.settings(), str(w.model)], "holds a model"),
@@ -232,6 +239,7 @@ TRAIN: list[Row] = [
     ("a key that is none", _option("--set", "training.epoch=3"), "training.epoch: unknown key; did you mean"),
     ("a value that is none", _option("--set", "training.epochs=abc"), "training.epochs: .*got 'abc'"),
     ("a setting of the plan", _option("--set", "network.depth=3"), "part of the plan"),
+    ("a setting twice", _option("--set", "training.epochs=3", "--set", "training.epochs=4"), "is given twice"),
     ("a setting without a value", _option("--set", "training.epochs"), "--set takes"),
     ("a setting that is no YAML", _option("--set", "training.epochs=["), "--set"),
     ("a batch that cannot be shared", _option("--set", "training.batch_size=3", "--set", "training.accumulate=2"),

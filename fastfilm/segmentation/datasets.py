@@ -60,7 +60,7 @@ def _nothing(data: Data) -> str:
     names = ", ".join(data.contrasts)
     if data.source == "csv":
         return names
-    ends = sorted({parts(p)[1] for p in _images(data.root)})
+    ends = contrasts_in(data.root)
     if ends:
         hint = "".join(did_you_mean(c, ends) for c in data.contrasts[:1])
         return f"{names}; the images are of {', '.join(ends)}{hint}"
@@ -143,6 +143,11 @@ def _say_left_out(found: Found, cases: list[str]) -> None:
         found.notes.append(
             f"{len(cases)} cases left out for want of a contrast (data.missing_contrast: skip): {some}"
         )
+
+
+def contrasts_in(root: Path) -> list[str]:
+    """Suffixes of the images in a BIDS folder: T1w, FLAIR, …"""
+    return sorted({parts(p)[1] for p in _images(root)})
 
 
 def _images(root: Path) -> Iterator[Path]:

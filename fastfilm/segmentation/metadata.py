@@ -144,6 +144,13 @@ class KeyEncoder(Section):
             )
         return row
 
+    def _plain(self, value: Any) -> None:
+        for v in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(v, Mapping | list | tuple):
+                raise MetadataError(
+                    f"metadata {self.name!r} must be text, a number or a list of them, got {value!r}"
+                )
+
     def number(self, value: Any) -> float:
         """A continuous value as a float; lists (echo times) are averaged."""
         try:
@@ -174,6 +181,7 @@ class KeyEncoder(Section):
 
     def _known(self, value: Any) -> NDArray[np.float32] | None:
         """The columns without "unknown"; None if the value counts as unknown."""
+        self._plain(value)
         row = np.zeros(self.known_width, np.float32)
         if self.kind == "continuous":
             x = self.number(value)
@@ -346,6 +354,14 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
                 f"metadata {name!r}: unseen 'unknown' needs dropout > 0, or missing values, that train it"
             ],
         )
+    wrong = []
+    for case, v in present.items():
+        try:
+            key._plain(v)
+        except MetadataError as error:
+            wrong.append(f"{case}: {error}")
+    if wrong:
+        raise Problems(name, wrong)
     if config.kind == "continuous":
         return _fit_continuous(key, config, present)
     if config.values is None:
@@ -354,7 +370,6 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
             found.update(key.several(v) if config.kind == "multilabel" else [as_category(v)])
         key.values = sorted(found)
         return key
-    wrong = []
     for case, v in present.items():
         try:
             key.encode(v)

@@ -14,6 +14,7 @@ import numpy as np
 from . import memory
 from .encoding import dangling
 from .errors import UserError
+from .hints import is_dicom
 from .preprocessing import Volume
 
 MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
@@ -112,6 +113,8 @@ def read_volume(path: Path) -> NiftiVolume:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "CRC" in reason or "decompress" in reason:
             reason = f"the compressed data are damaged ({reason})"
+        elif is_dicom(path):
+            reason = "it is a DICOM file; dcm2niix converts a series to NIfTI"
         raise UserError(f"{path}: cannot be read as NIfTI: {reason}") from error
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]

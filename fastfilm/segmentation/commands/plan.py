@@ -11,8 +11,11 @@ import yaml
 
 from fastfilm.segmentation.config import Config, override, parse, read_config
 from fastfilm.segmentation.console import bar, say
+from fastfilm.segmentation.datasets import contrasts_in
 from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.hints import contents
 from fastfilm.segmentation.plan import make_plan
+from fastfilm.segmentation.tables import read_table
 from fastfilm.segmentation.yaml_files import load_yaml
 
 
@@ -40,17 +43,25 @@ def command(
 
     Every file is read; whatever is wrong is listed at once and nothing is written.
     """
-    settings = dict(_setting(s, "--set") for s in set_ or [])
+    settings: dict[str, Any] = {}
+
+    def put(key: str, value: Any, option: str) -> None:
+        if key in settings:
+            raise UserError(f"{option}: {key} is given twice")
+        settings[key] = value
+
+    for text in set_ or []:
+        put(*_setting(text, "--set"), "--set")
     if output is not None:
-        settings["output.mode"] = output
+        put("output.mode", output, "--output")
     for name in metadata or []:
         key, _, kind = name.partition("=")
-        settings[f"metadata.{key}"] = {"kind": kind} if kind else {}
+        put(f"metadata.{key}", {"kind": kind} if kind else {}, "--metadata")
     if contrast:
-        settings["data.contrasts"] = contrast
+        put("data.contrasts", contrast, "--contrast")
     for text in label or []:
         name, values = _setting(text, "--label")
-        settings[f"data.labels.{name}"] = _values(text, values)
+        put(f"data.labels.{name}", _values(text, values), "--label")
     config = _config(data, settings)
     with bar("checking") as task:
         made, notes = make_plan(config, plan, task)
@@ -82,6 +93,12 @@ def _config(data: Path, settings: dict[str, Any]) -> Config:
         raise UserError(
             f"{data}: expected a .yaml configuration, a BIDS folder, a .csv or .tsv table"
         )
+    if "data.contrasts" not in settings:
+        there = contrasts_in(data) if source == "bids" else read_table(data).columns
+        if not there:
+            raise UserError(f"{data}: no images in sub-* folders: {contents(data)}")
+        what = "the images are of" if source == "bids" else "the table has the columns"
+        raise UserError(f"{data}: --contrast is needed: {what} {', '.join(there)}")
     value: dict[str, Any] = {"data": {"source": source, "root": str(data.resolve())}}
     for key, new in settings.items():
         override(value, key, new)

@@ -70,6 +70,7 @@ def command(
 def _changed(config: Config, changes: Sequence[str]) -> Config:
     """The plan's configuration with ``--set``'s values."""
     value = config.model_dump(mode="json")
+    given: set[str] = set()
     for text in changes:
         key, sign, new = text.partition("=")
         section = key.partition(".")[0]
@@ -83,5 +84,8 @@ def _changed(config: Config, changes: Sequence[str]) -> Config:
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--set {key}: {new!r} is not YAML: {reason}") from error
+        if key in given:
+            raise UserError(f"--set: {key} is given twice")
+        given.add(key)
         override(value, key, parsed)
     return parse(value, "--set")

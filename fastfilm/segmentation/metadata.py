@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from pydantic import Field
 from .config import MISSING, MetadataKey, Section
 from .density import density_edges
 from .errors import Problems, UserError
+
+T = TypeVar("T")
 
 
 class MetadataError(UserError):
@@ -354,14 +356,7 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
                 f"metadata {name!r}: unseen 'unknown' needs dropout > 0, or missing values, that train it"
             ],
         )
-    wrong = []
-    for case, v in present.items():
-        try:
-            key._plain(v)
-        except MetadataError as error:
-            wrong.append(f"{case}: {error}")
-    if wrong:
-        raise Problems(name, wrong)
+    _each(present, key._plain, name)
     if config.kind == "continuous":
         return _fit_continuous(key, config, present)
     if config.values is None:
@@ -370,26 +365,25 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
             found.update(key.several(v) if config.kind == "multilabel" else [as_category(v)])
         key.values = sorted(found)
         return key
-    for case, v in present.items():
+    _each(present, key.encode, name)
+    return key
+
+
+def _each(present: Mapping[str, Any], work: Callable[[Any], T], name: str) -> list[T]:
+    """``work`` on every case's value; Problems with all that do not fit."""
+    done, wrong = [], []
+    for case, value in present.items():
         try:
-            key.encode(v)
+            done.append(work(value))
         except MetadataError as error:
             wrong.append(f"{case}: {error}")
     if wrong:
         raise Problems(name, wrong)
-    return key
+    return done
 
 
 def _fit_continuous(key: KeyEncoder, config: MetadataKey, present: Mapping[str, Any]) -> KeyEncoder:
-    numbers, wrong = [], []
-    for case, v in present.items():
-        try:
-            numbers.append(key.number(v))
-        except MetadataError as error:
-            wrong.append(f"{case}: {error}")
-    if wrong:
-        raise Problems(key.name, wrong)
-    x = np.array(numbers)
+    x = np.array(_each(present, key.number, key.name))
     key.lowest, key.highest = float(x.min()), float(x.max())
     if config.scaling == "bins":
         key.edges = density_edges(x)

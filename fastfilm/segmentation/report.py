@@ -32,10 +32,11 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { margin-top: 2em; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-div.wide { overflow-x: auto }
-th, td { padding: .25em .8em; text-align: right; vertical-align: top; white-space: pre }
+div.wide { overflow-x: auto; font-size: .87em }
+th, td { padding: .25em .6em; text-align: right; vertical-align: top; white-space: pre }
 th { border-bottom: 1px solid #888 } td.name, th { white-space: pre-line }
-td.name, th.name { text-align: left; overflow-wrap: anywhere; min-width: 6em }
+td.name, th.name { text-align: left; overflow-wrap: anywhere; min-width: 5em }
+td.name + td.name, th.name + th.name { min-width: 11em }
 tr:nth-child(even) { background: #f5f5f5 } img { max-width: 100% } p.note { color: #555; font-size: .9em }
 """
 

@@ -12,8 +12,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .errors import UserError
@@ -88,7 +88,6 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
     dice.set(title="validation Dice", xlabel="epoch", ylabel="Dice", ylim=(0, 1))
     for axes in (loss, dice, rate):
         axes.grid(alpha=0.3)
-    for axes in (loss, dice, rate):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 

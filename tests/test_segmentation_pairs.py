@@ -292,7 +292,7 @@ def test_cells_of_the_table_are_no_formulas(tmp_path: Path) -> None:
         "'\rx,y",
         "'-",
         "",
-        "['=x']",
+        "'=x",
         "'+49 12",
     ]
     assert [row[f"meta_{k}"] for k in metadata] == expected
@@ -310,7 +310,7 @@ def test_cells_of_the_table_are_no_formulas(tmp_path: Path) -> None:
         ('{"labels": [{"name": "x", "values": [1], "value": 1}], "separate": false,'
          ' "cases": {"a": {"subject": 3, "outputs": {}}}}', "cases.a.subject"),
         ('{"labels": [{"name": "x", "values": [1], "value": 0}], "separate": false, "cases": {}}',
-         "a value below 1"),
+         "labels.0.value: Input should be greater"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )  # fmt: skip

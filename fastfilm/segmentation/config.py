@@ -5,10 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .encoding import read_text
 from .errors import Problems, UserError
@@ -18,16 +26,48 @@ from .yaml_files import load_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+LabelValue = Annotated[int, Field(ge=1, le=65535)]
+"""0 is the background; larger ones cannot be written."""
 
+PatchSide = Annotated[int, Field(ge=1, le=4096)]
 
 MISSING = {"bids": ("n/a",), "csv": ("n/a", "na", "nan", "none", "null")}
 """Spellings of a missing value, beside an empty cell, by ``data.source``; upper and lower case do not matter."""
 
 
 class Section(BaseModel):
-    """A part of the configuration; a key that it does not know is an error."""
+    """A part of the configuration; a key that it does not know is an error, and so is a number that is none."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without this True would pass as 1."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        wrong = _truth_value(value)
+        if wrong is not None and kinds & {int, float} and bool not in kinds:
+            raise ValueError(
+                f"must be a number, got {wrong!r} (YAML reads yes, no, on and off as True and False)"
+            )
+        return value
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The types in an annotation, those of literals too."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return {type(p) for p in parts}
+    if not parts:
+        return {annotation} if isinstance(annotation, type) else set()
+    return set().union(*map(_kinds, parts))
+
+
+def _truth_value(value: Any) -> bool | None:
+    """True or False where ``value`` is that, or a list with it."""
+    if isinstance(value, list | tuple):
+        return next((v for v in map(_truth_value, value) if v is not None), None)
+    return value if isinstance(value, bool) else None
 
 
 class Label(Section):
@@ -37,8 +77,8 @@ class Label(Section):
     ``suffix`` (BIDS) or ``column`` (CSV) says which file, and every voxel that is not 0 belongs to it.
     """
 
-    values: list[Positive] | None = Field(
-        None, description="values in the label file that make up this label"
+    values: list[LabelValue] | None = Field(
+        None, min_length=1, description="values in the label file that make up this label"
     )
     suffix: str | None = Field(None, description="BIDS: suffix of the label's own mask file")
     column: str | None = Field(None, description="CSV: column with the label's own mask file")
@@ -103,6 +143,14 @@ class Data(Section):
             raise ValueError(f"contrasts must differ, got {value}")
         return value
 
+    @model_validator(mode="after")
+    def _ignored(self) -> Data:
+        for name, label in self.labels.items():
+            both = sorted({*(label.values or [])} & {*self.ignore_values})
+            if both:
+                raise ValueError(f"ignore_values: {both[0]} is a value of the label {name!r}")
+        return self
+
     @field_validator("labels", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
@@ -134,7 +182,7 @@ class MetadataKey(Section):
         None,
         description="the values there are (ordered: lowest first); none: those of the training cases",
     )
-    separator: str = Field(";", description="multilabel: between the values")
+    separator: str = Field(";", min_length=1, description="multilabel: between the values")
     unseen: Literal["error", "unknown"] = Field(
         "error", description="a value not seen in training: refuse, or treat as missing"
     )
@@ -204,7 +252,7 @@ class PreprocessingConfig(Section):
     )
     nonzero: bool = Field(False, description="statistics of voxels that are not 0 only")
     crop: Literal["none", "nonzero"] = Field("nonzero", description="cut zero borders off")
-    patch_size: list[Positive] | None = Field(
+    patch_size: list[PatchSide] | None = Field(
         None, description="in network order (3D: slices first); none: chosen by plan"
     )
 
@@ -222,7 +270,9 @@ class NetworkConfig(Section):
     name: Literal["FiLMedUNet", "Modified3DUNet", "condition"] = Field(
         "FiLMedUNet", description="a network of fastfilm, or 'condition' for one of another library"
     )
-    depth: Positive | None = Field(None, description="FiLMedUNet: poolings; none: by patch size")
+    depth: Annotated[int, Field(ge=1, le=12)] | None = Field(
+        None, description="FiLMedUNet: poolings; none: by patch size"
+    )
     base_filters: Positive = Field(16, description="channels of the first level")
     norm: Literal["batch", "instance", "layer", "none"] = Field(
         "instance", description="FiLMedUNet"
@@ -498,14 +548,25 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def override(value: dict[str, Any], key: str, new: Any) -> None:
-    """Sets ``key`` (dotted) of a nested dictionary."""
+    """Sets ``key`` (dotted) of a nested dictionary; a section's settings are added to those that are there.
+
+    Raises:
+        UserError: ``key`` leads through something that has no keys.
+    """
     *parents, last = key.split(".")
     for parent in parents:
         inner = value.setdefault(parent, {})
-        if not isinstance(inner, dict):
+        if inner is None:
             inner = value[parent] = {}
+        if isinstance(inner, list):
+            # metadata: [tumor_type, site]
+            inner = value[parent] = {str(name): {} for name in inner}
+        if not isinstance(inner, dict):
+            raise UserError(f"{key}: {parent} has no keys, it is {inner!r}")
         value = inner
-    value[last] = new
+    old = value.get(last)
+    both = isinstance(old, dict) and isinstance(new, dict)
+    value[last] = {**old, **new} if both else new
 
 
 def write_config(config: Config, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from .errors import UserError
 from .evaluation import Evaluated, load_mask
 from .groups import MISSING, UNKNOWN, grouping
-from .records import Record, inside, read_record
+from .records import Measured, Plain, Record, inside, read_record
 from .statistics import compare, mean_of
 from .swap import SWAP
 
@@ -30,7 +30,7 @@ class Swap(Record):
     """What swap.json holds: the key, each case's own value of it, and the folder of each value that was fed."""
 
     key: str
-    true: dict[str, Any]
+    true: dict[str, Plain]
     fed: list[_Fed] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -43,9 +43,9 @@ class Swap(Record):
 
 
 class _Cell(Record):
-    mean: float | None
-    low: float | None
-    high: float | None
+    mean: Measured | None
+    low: Measured | None
+    high: Measured | None
     n: int
 
 
@@ -55,7 +55,7 @@ class Table(Record):
     key: str
     rows: dict[str, dict[str, _Cell]] = Field(min_length=1)
     differences: dict[str, dict[str, Any]]
-    sensitivity: dict[str, float]
+    sensitivity: dict[str, Measured]
 
     @model_validator(mode="after")
     def _full(self) -> Table:

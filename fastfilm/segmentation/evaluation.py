@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from .errors import UserError
 from .files import write_json, write_text
 from .groups import groupings
 from .labels import listed, mask_of, whole_labels
+from .metadata import as_category
 from .metrics import METRICS, Values, case_metrics, is_sheared
 from .pairs import Pair, Pairs, some
 from .postprocessing import Mask
-from .records import Record, read_record
+from .records import Measured, Plain, Record, read_record
 from .statistics import mean_of
 from .volumes import NiftiVolume, Remarks, read_volume, same_grid
 
@@ -225,7 +227,7 @@ def _cell(value: Any) -> Any:
     """A cell that a spreadsheet takes for text or a number, never for a formula."""
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
-    text = str(value)
+    text = ";".join(map(as_category, value)) if isinstance(value, list) else str(value)
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not number else text
 
@@ -240,16 +242,16 @@ class _Files(Record):
 class _Case(Record):
     case: str
     subject: str
-    metrics: dict[str, dict[str, float | None]]
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, dict[str, Measured | None]]
+    metadata: dict[str, Plain] = Field(default_factory=dict)
     image_file: str | None = None
     files: dict[str, _Files] = Field(default_factory=dict)
 
 
 class _Mean(Record):
-    mean: float | None
-    low: float | None
-    high: float | None
+    mean: Measured | None
+    low: Measured | None
+    high: Measured | None
     n: int
     subjects: int
 
@@ -261,7 +263,7 @@ class _Label(Record):
 
 
 class _Bootstrap(Record):
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**32)
 
 
 class _Summary(Record):
@@ -269,8 +271,8 @@ class _Summary(Record):
 
     metric_per_case: list[_Case]
     labels: dict[str, _Label]
-    foreground_mean: dict[str, float | None]
-    tolerance_mm: float
+    foreground_mean: dict[str, Measured | None]
+    tolerance_mm: Measured
     conventions: str
     bootstrap: _Bootstrap
     binned: list[str]
@@ -279,6 +281,13 @@ class _Summary(Record):
 
     @model_validator(mode="after")
     def _complete(self) -> _Summary:
+        for what, names in (
+            ("metric_per_case: the case", [c.case for c in self.metric_per_case]),
+            ("labels: the name", [d.name for d in self.labels.values()]),
+        ):
+            twice = next((n for n, count in Counter(names).items() if count > 1), None)
+            if twice is not None:
+                raise ValueError(f"{what} {twice!r} is there twice")
         means = [m for d in self.labels.values() for m in (d.metrics, *self._groups(d))]
         if not all(METRICS.keys() <= m.keys() for m in means):
             raise ValueError("labels: a metric is missing")
@@ -346,6 +355,8 @@ def _case(group: Sequence[Pair], tolerance: float, seen: Seen, foreign: bool) ->
     for pair in group:
         (prediction, predicted), (reference, true) = read[pair.prediction], read[pair.truth]
         if (difference := same_grid(prediction, reference)) is not None:
+            # evaluate has no option for it
+            difference = difference.removesuffix(" (data.grid_tolerance)")
             raise UserError(f"{pair.truth}: not on the grid of {pair.prediction}: {difference}")
         mask = mask_of(pair.prediction, predicted, pair.written)
         truth = mask_of(pair.truth, true, pair.label.values)

@@ -89,15 +89,18 @@ def grouping(
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a resolved metadata value is none."""
-    return value in (None, "", []) or (isinstance(value, float) and math.isnan(value))
+    """Whether a resolved metadata value is none, or a list of such."""
+    if isinstance(value, list | tuple):
+        return all(map(is_absent, value))
+    return value in (None, "") or (isinstance(value, float) and math.isnan(value))
 
 
 def _names(value: Any, kind: str | None) -> list[str]:
     if isinstance(value, list | tuple):
-        return [as_category(v) for v in value]
+        # a name that is there twice is one
+        return list(dict.fromkeys(as_category(v) for v in value if not is_absent(v)))
     if kind == "multilabel":
-        return [v.strip() for v in as_category(value).split(";") if v.strip()]
+        return list(dict.fromkeys(v.strip() for v in as_category(value).split(";") if v.strip()))
     return [as_category(value)]
 
 

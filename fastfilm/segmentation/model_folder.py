@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -34,15 +35,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 import fastfilm
 
-from .config import NetworkConfig, Positive, Section, problems
+from .config import LabelValue, NetworkConfig, PatchSide, Section, problems
 from .errors import Problems, UserError
 from .files import read_json, read_tensors, write_json, write_tensors
-from .metadata import MetadataEncoder
+from .metadata import KeyEncoder, MetadataEncoder
 from .network import build_network, call
 from .preprocessing import Preprocessed, Preprocessing, Volume
 
@@ -62,8 +63,8 @@ class LabelInfo(Section):
     """One label: its name, the values that stand for it in label files, the value written for it."""
 
     name: str
-    values: list[int] = Field(default_factory=list)
-    value: int
+    values: list[LabelValue] = Field(default_factory=list)
+    value: LabelValue
 
 
 class ModelInfo(Section):
@@ -102,9 +103,27 @@ class ModelInfo(Section):
     task_key: str | None = None
     metadata: MetadataEncoder
     preprocessing: Preprocessing
-    patch_size: list[Positive]
+    patch_size: list[PatchSide]
     divisor: int = Field(1, ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, value: list[LabelInfo]) -> list[LabelInfo]:
+        names = [label.name for label in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names must differ, got {names}")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _encodes(cls, value: MetadataEncoder) -> MetadataEncoder:
+        names = value.names()
+        if len(set(names)) < len(names):
+            raise ValueError(f"names of keys must differ, got {names}")
+        for key in value.keys:
+            _check_key(key)
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> ModelInfo:
@@ -149,6 +168,20 @@ class ModelInfo(Section):
         )
 
 
+def _check_key(key: KeyEncoder) -> None:
+    """Raises ValueError where the key would divide by zero, or give a value two meanings."""
+    edges = key.edges or []
+    for holds, what in (
+        (key.std > 0, f"std must be above 0, got {key.std}"),
+        (len(set(key.values)) == len(key.values), f"values must differ, got {key.values}"),
+        (all(a < b for a, b in itertools.pairwise(edges)), f"edges must ascend, got {edges}"),
+        (0 <= key.dropout <= 1, f"dropout must be 0 to 1, got {key.dropout}"),
+        (key.separator, "separator must not be empty"),
+    ):
+        if not holds:
+            raise ValueError(f"key {key.name!r}: {what}")
+
+
 @dataclass
 class LoadedModel:
     """A model ready to predict.
@@ -158,12 +191,14 @@ class LoadedModel:
         info: labels, contrasts, patch size, output mode …
         device: where it runs.
         folder: where it came from.
+        weights: name of the file they are from.
     """
 
     network: nn.Module
     info: ModelInfo
     device: torch.device
     folder: Path
+    weights: str = "best"
 
     @property
     def encoder(self) -> MetadataEncoder:
@@ -338,7 +373,7 @@ def load_model(
     network = info.build()
     load_weights(network, state, str(path))
     network.eval().to(device)
-    return LoadedModel(network, info, torch.device(device), Path(folder))
+    return LoadedModel(network, info, torch.device(device), Path(folder), weights)
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

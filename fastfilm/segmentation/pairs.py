@@ -18,7 +18,7 @@ from .labels import whole_labels
 from .model_folder import LabelInfo
 from .names import file_name
 from .prediction import MANIFEST
-from .records import Record, inside, read_record
+from .records import Plain, Record, inside, read_record
 from .sources import SUFFIXES, stem
 from .volumes import dangling, read_volume
 
@@ -71,7 +71,7 @@ class Entry(Record):
     subject: str
     outputs: dict[str, str]
     images: list[str | None] = Field(default_factory=list)
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: dict[str, Plain] = Field(default_factory=dict)
     truth: dict[str, str] = Field(default_factory=dict)
 
 
@@ -90,8 +90,6 @@ class Manifest(Record):
             every = [getattr(label, what) for label in self.labels]
             if len(set(every)) < len(every):
                 raise ValueError(f"labels: two have the same {what}")
-        if any(label.value < 1 for label in self.labels):
-            raise ValueError("labels: a value below 1")
         return self
 
 
@@ -114,7 +112,7 @@ def find_pairs(
 
     Raises:
         UserError: no such folder, no predictions, labels that do not fit, a damaged predictions.json.
-        Problems: cases without truth, or with several files that could be it.
+        Problems: cases without truth, with several files that could be it, or with a prediction as truth.
     """
     manifest = _manifest(folder)
     foreign = manifest is None
@@ -131,11 +129,18 @@ def find_pairs(
         for case, e in known.cases.items()
     }
     found, wrong = _truth(truth, folder, known, outputs, own, common)
+    predicted = {_identity(p) for files in outputs.values() for p in files.values()} - {None}
+    for case, by_label in found.items():
+        wrong += [
+            f"{case}: {path} is a prediction, and given as truth"
+            for path in dict.fromkeys(by_label.values())
+            if _identity(path) in predicted
+        ]
     if wrong:
         raise Problems(f"{folder}: problems in the evaluation", wrong)
     if chosen is None:
         files = [p for by_label in found.values() for p in by_label.values()]
-        chosen = [(LabelInfo(name=str(v), values=[v], value=v), [v]) for v in _values_in(files)]
+        chosen = [(_label(str(v), [v], v), [v]) for v in _values_in(files)]
     names = {label.name for label in known.labels}
     pairs = []
     without: dict[str, list[str]] = {}
@@ -216,13 +221,13 @@ def _given(
 ) -> list[tuple[LabelInfo, list[int]]]:
     """Each label, and its values in the predictions."""
     if manifest is None:
-        return [(LabelInfo(name=k, values=list(v), value=v[0]), list(v)) for k, v in labels.items()]
+        return [(_label(k, v, v[0]), list(v)) for k, v in labels.items()]
     known = {label.name: label for label in manifest.labels}
     written = {label.value for label in manifest.labels}
     chosen = []
     for name, values in labels.items():
         if name in known:
-            label = LabelInfo(name=name, values=list(values), value=known[name].value)
+            label = _label(name, values, known[name].value)
             chosen.append((label, [] if manifest.separate else [label.value]))
         elif manifest.separate or not set(values) <= written:
             theirs = ", ".join(f"{k}={label.value}" for k, label in known.items())
@@ -230,11 +235,16 @@ def _given(
                 f"--label {name}: the predictions have {theirs}{did_you_mean(name, known)}"
             )
         else:
-            chosen.append((LabelInfo(name=name, values=list(values), value=values[0]), [*values]))
+            chosen.append((_label(name, values, values[0]), [*values]))
     keys = [label.value for label, _ in chosen]
     if len(set(keys)) < len(keys):
         raise UserError("--label: two labels have the same value in the predictions")
     return chosen
+
+
+def _label(name: str, values: Sequence[int], value: int) -> LabelInfo:
+    """Of a file of another program, whose values may be larger than those that fastfilm writes."""
+    return LabelInfo.model_construct(name=name, values=list(values), value=value)
 
 
 def _truth(

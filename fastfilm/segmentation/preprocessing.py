@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from . import memory
 from .config import Section
@@ -24,6 +24,7 @@ AXES = ("sagittal", "coronal", "axial")
 """The plane of a slice across the first (right), second (anterior), third (superior) axis."""
 
 Volume = NDArray[Any]
+Millimetres = Annotated[float, Field(gt=0)]
 
 
 class Normalisation(Section):
@@ -41,7 +42,13 @@ class Normalisation(Section):
     low: float = 0.0
     high: float = 0.0
     mean: float = 0.0
-    std: float = 1.0
+    std: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _range(self) -> Normalisation:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got {self.low} and {self.high}")
+        return self
 
     def __call__(self, image: Volume) -> NDArray[np.float32]:
         """The normalised channel [D, H, W], float32. A constant image becomes zeros."""
@@ -134,7 +141,7 @@ class Preprocessing(Section):
     """
 
     slice_axis: Literal[0, 1, 2] = 2
-    spacing: tuple[float | None, float | None, float | None] = (None, None, None)
+    spacing: tuple[Millimetres | None, Millimetres | None, Millimetres | None] = (None, None, None)
     channels: list[Normalisation] = Field(default_factory=lambda: [Normalisation()])
     crop: bool = True
 

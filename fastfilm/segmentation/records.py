@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError
 from .files import read_json
@@ -17,6 +17,19 @@ class Record(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
+
+def _plain(value: Any) -> Any:
+    for v in value if isinstance(value, list) else [value]:
+        if isinstance(v, dict | list):
+            raise ValueError(f"must be text, a number or a list of them, got {v!r:.80}")
+    return value
+
+
+Plain = Annotated[Any, AfterValidator(_plain)]
+"""A metadata value: text, a number, or a list of them (several names at once)."""
+
+Measured = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
+"""A metric, or what is computed from metrics."""
 
 R = TypeVar("R", bound=Record)
 

@@ -38,6 +38,8 @@ from fastfilm.segmentation.pairs import find_pairs
 from fastfilm.segmentation.records import check_writable
 from fastfilm.segmentation.swap import SWAP
 
+COMPARISON = "comparison.json"
+
 SHOWN = ("Dice", "HD95", "NSD")
 
 WITH_INTERVALS = 6
@@ -68,7 +70,7 @@ def command(
         Path | None,
         typer.Option("--compare", help="evaluated folder of another run on the same cases"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the bootstrap", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="of the bootstrap", min=0, max=2**32 - 1)] = 0,
 ) -> int:
     """Scores predictions against the truth: summary.json, cases.csv and tables.
 
@@ -106,13 +108,23 @@ def _scored(
     if evaluation.found:
         summary = summarise(evaluation, tolerance, seed)
         compared = other and compare_summaries(summary, other, str(compare_with), seed)
+        _remove(to / COMPARISON, to / TABLE)
         write_summary(to, summary)
         _show(summary, shown)
         if compared:
-            write_json(to / "comparison.json", compared)
+            write_json(to / COMPARISON, compared)
             _show_comparison(compared, shown)
         say(f"written to {to}: summary.json, cases.csv{', comparison.json' if compared else ''}")
     return _failures(evaluation.failed)
+
+
+def _remove(*paths: Path) -> None:
+    """Results of an evaluation before this one, which would pass as this one's."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be removed: {error.strerror or error}") from error
 
 
 def _labels(texts: Sequence[str]) -> dict[str, list[int]]:
@@ -259,7 +271,9 @@ def _swapped(
         kind = next(iter(runs.values())).kinds.get(swap.key)
         result = {"key": swap.key, **swap_table(found, swap.true, seed, kind)}
         result["sensitivity"] = sensitivity(found)
+        _remove(to / COMPARISON)
         for value, run in runs.items():
+            _remove(folders[value] / COMPARISON)
             write_summary(folders[value], summarise(run, tolerance, seed))
         write_json(to / TABLE, result)
         _show_swap(result, list(runs))

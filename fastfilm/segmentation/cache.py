@@ -24,7 +24,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import check_case
 from .config import Data
+from .console import say
 from .errors import Problems, UserError
 from .files import read_json
 from .labels import mask_of, whole_labels
@@ -33,7 +35,7 @@ from .preprocessing import Preprocessing
 from .sources import Case
 from .volumes import read_volume, same_grid
 
-FORMAT = 2
+FORMAT = 3
 """Of the entries: one more where the same files make other arrays than before."""
 
 POINTS = 1000
@@ -102,6 +104,12 @@ class _Unreadable(UserError):
 def _one(case: Case, data: Data, preprocessing: Preprocessing, root: Path) -> CachedCase:
     folder = root / f"{file_name(case.id)}-{_digest(case, data, preprocessing)}"
     if not (folder / "info.json").is_file():
+        if case.stamps and case.stamped().stamps != case.stamps:
+            # not the files that the plan was made of
+            problems = check_case(case, data)[1]
+            if problems:
+                raise _Unreadable(f"has changed since the plan was made: {'; '.join(problems)}")
+            say(f"note: {case.id}: files have changed since the plan was made")
         try:
             arrays = _make(case, data, preprocessing)
         except UserError as error:
@@ -122,9 +130,8 @@ def _digest(case: Case, data: Data, preprocessing: Preprocessing) -> str:
     files = []
     for path in [*case.images, *case.labels.values()]:
         with contextlib.suppress(OSError):
-            if path is not None:
-                stat = path.stat()
-                files.append([str(path), stat.st_size, stat.st_mtime_ns])
+            stat = None if path is None else path.stat()
+            files.append(stat and [str(path), stat.st_size, stat.st_mtime_ns])
     labels = {n: label.model_dump() for n, label in data.labels.items()}
     value = [FORMAT, preprocessing.model_dump(), labels, sorted(case.labels), files]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

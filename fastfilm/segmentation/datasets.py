@@ -16,6 +16,7 @@ from .sources import (
     SUFFIXES,
     Case,
     Found,
+    Sidecar,
     contrast_of,
     find_entities,
     find_metadata,
@@ -43,10 +44,9 @@ def find_cases(config: Config) -> Found:
             )
     found.cases.sort(key=lambda c: c.id)
     if found.unlabelled:
-        some = ", ".join(found.unlabelled[:3]) + (", …" if len(found.unlabelled) > 3 else "")
         found.notes.append(
             f"{len(found.unlabelled)} cases left out for want of a label file"
-            f" (data.missing_labels: {data.missing_labels}): {some}"
+            f" (data.missing_labels: {data.missing_labels}): {_some(found.unlabelled)}"
         )
     if not found.cases and not found.problems:
         if found.unlabelled:
@@ -95,7 +95,9 @@ def _bids(config: Config) -> Found:
                 f"{path} and {channels[contrast]}: both are {contrast} of case {case}"
             )
         channels[contrast] = path
+    _contrasts_nowhere(data, {c for channels in groups.values() for c in channels}, found)
     left_out: list[str] = []
+    zeros: list[str] = []
     for (subject, case), channels in sorted(groups.items()):
         if _excluded(data, found, subject, case):
             continue
@@ -106,14 +108,17 @@ def _bids(config: Config) -> Found:
             continue
         if absent and data.missing_contrast == "error":
             found.problems.append(f"{case}: no image of contrast {', '.join(absent)}")
+        if absent:
+            zeros.append(case)
         labels, expected = _labels(data, channels, found)
         row = rows.get(subject)
         if row is None and rows and _uses_table(config, found.places.columns):
             found.problems.append(f"{data.root / data.table}: no row for {subject}")
         row = row or {}
-        first = channels[names[0]] if names[0] in channels else next(iter(channels.values()))
-        entities = find_entities(first, data.contrasts)
-        sidecar = sidecars.of(first, data.root)
+        first = channels.get(names[0])
+        entities = find_entities(first or next(iter(channels.values())), data.contrasts)
+        # those of another contrast would be other values
+        sidecar = Sidecar() if first is None else sidecars.of(first, data.root)
         found.places.entities |= entities.keys()
         found.places.sidecar |= sidecar.values.keys()
         metadata, origins = find_metadata(config.metadata, row, entities, sidecar)
@@ -128,7 +133,49 @@ def _bids(config: Config) -> Found:
         )
         finish(found, made, config, row, expected)
     _say_left_out(found, left_out)
+    _say_zeros(found, zeros, data)
+    _without_case(data, rows, {s for s, _ in groups}, found)
+    if found.several:
+        found.notes.append(
+            f"{len(found.several)} cases have label files of several contrasts, of which that of the first in"
+            f" data.contrasts is taken (data.label_contrast): {_some(found.several)}"
+        )
     return found
+
+
+def _contrasts_nowhere(data: Data, there: set[str], found: Found) -> None:
+    """Names contrasts that no case has, where some have others."""
+    for contrast in data.contrasts:
+        if there and contrast not in there:
+            known = contrasts_in(data.root) if data.source == "bids" else []
+            what = f"; the images are of {', '.join(known)}" if known else ""
+            found.problems.append(
+                f"{data.root}: no case has an image of contrast {contrast}{what}{did_you_mean(contrast, known)}"
+            )
+
+
+def _without_case(data: Data, rows: Mapping[str, object], used: set[str], found: Found) -> None:
+    """Notes on folders of subjects, and rows of the table, that make no case."""
+    folders = {p.name for p in data.root.glob("sub-*")}
+    idle = sorted(folders - used - set(data.exclude))
+    if idle:
+        found.notes.append(
+            f"{len(idle)} sub-* folders have no image of {', '.join(data.contrasts)}: {_some(idle)}"
+        )
+    rest = sorted(set(rows) - folders)
+    if rest:
+        found.notes.append(f"{len(rest)} rows of {data.table} have no folder: {_some(rest)}")
+
+
+def _say_zeros(found: Found, cases: list[str], data: Data) -> None:
+    if cases and data.missing_contrast == "zeros":
+        found.notes.append(
+            f"{len(cases)} cases lack a contrast, whose channel is zeros (data.missing_contrast): {_some(cases)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _excluded(data: Data, found: Found, *names: str) -> bool:
@@ -139,9 +186,8 @@ def _excluded(data: Data, found: Found, *names: str) -> bool:
 
 def _say_left_out(found: Found, cases: list[str]) -> None:
     if cases:
-        some = ", ".join(cases[:3]) + (", …" if len(cases) > 3 else "")
         found.notes.append(
-            f"{len(cases)} cases left out for want of a contrast (data.missing_contrast: skip): {some}"
+            f"{len(cases)} cases left out for want of a contrast (data.missing_contrast: skip): {_some(cases)}"
         )
 
 
@@ -152,9 +198,21 @@ def contrasts_in(root: Path) -> list[str]:
 
 def _images(root: Path) -> Iterator[Path]:
     for subject in sorted(root.glob("sub-*")):
-        for path in sorted(subject.rglob("*")):
-            if path.name.endswith(SUFFIXES) and path.name.startswith("sub-"):
-                yield path
+        seen: set[Path] = set()
+        found: list[Path] = []
+        for where, folders, names in os.walk(subject, followlinks=True):
+            real = Path(where).resolve()
+            if real in seen:
+                # a link to a folder above
+                folders.clear()
+                continue
+            seen.add(real)
+            found += [
+                Path(where, n)
+                for n in [*names, *folders]
+                if n.endswith(SUFFIXES) and n[:4] == "sub-"
+            ]
+        yield from sorted(found)
 
 
 def _labels(
@@ -183,10 +241,23 @@ def _labels(
                 if not there[0].exists():
                     found.problems.append(f"{there[0]}: {dangling(there[0])}")
                 files[name] = there[0]
+                if any(os.path.lexists(p) for p in _other_labels(data, images, image, suffix)):
+                    found.several.append(stem(image))
                 break
         else:
             expected.setdefault(name, f"the label of an image {data.label_contrast}")
     return files, expected
+
+
+def _other_labels(data: Data, images: list[Path], image: Path, suffix: str) -> list[Path]:
+    """Where the labels of the images behind ``image`` would be."""
+    return [
+        data.root
+        / data.derivatives
+        / p.parent.relative_to(data.root)
+        / f"{stem(p)}_{suffix}.nii.gz"
+        for p in images[images.index(image) + 1 :]
+    ]
 
 
 def _instead(folder: Path, image: str) -> str:
@@ -248,6 +319,8 @@ def _rows(config: Config) -> Found:
     _columns(config, table, found)
     if found.problems:
         return found
+    used = {c for c in data.contrasts if any(not is_blank(r[c]) for r in table.rows)}
+    _contrasts_nowhere(data, used, found)
     sidecars = Sidecars(found.problems.append)
     taken: dict[str, int] = {}
     left_out: list[str] = []
@@ -288,7 +361,9 @@ def _rows(config: Config) -> Found:
             taken[case] = line
             first = next(p for p in images if p is not None)
             column = next(c for c, p in paths.items() if p == first)
-            entities, sidecar = {"contrast": column}, sidecars.of(first)
+            entities = {"contrast": column}
+            # those of another contrast would be other values
+            sidecar = Sidecar() if images[0] is None else sidecars.of(first)
             found.places.entities |= entities.keys()
             found.places.sidecar |= sidecar.values.keys()
             metadata, origins = find_metadata(config.metadata, row, entities, sidecar)

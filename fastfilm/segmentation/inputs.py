@@ -22,7 +22,7 @@ from .sources import (
     parts,
     stem,
 )
-from .tables import read_table
+from .tables import Table, read_table
 
 
 @dataclass
@@ -37,6 +37,7 @@ class InputCase:
         labels: label -> file of the truth, where a plan knows it.
         problem: why it cannot be predicted, if it cannot.
         file: what its outputs' names begin with; None: made from the id.
+        suffix: what they end in.
     """
 
     id: str
@@ -46,6 +47,7 @@ class InputCase:
     labels: dict[str, Path] = field(default_factory=dict)
     problem: str | None = None
     file: str | None = None
+    suffix: str = ".nii.gz"
 
     @property
     def first(self) -> Path:
@@ -135,7 +137,7 @@ def find_inputs(
     bids = source if source.is_dir() and any(source.glob("sub-*/")) else None
     cases = []
     for name, channels in sorted(groups.items()):
-        cases.append(_case(name, channels, info, meta, rows, table, bids))
+        cases.append(_case(name, channels, info, meta, rows, bids))
     return cases
 
 
@@ -183,33 +185,76 @@ def _folder(folder: Path, info: ModelInfo, notes: list[str]) -> dict[str, dict[s
     return groups
 
 
-def _rows(table: Path) -> dict[str, dict[str, str]]:
-    """Rows by each name that they could go by."""
-    rows: dict[str, dict[str, str]] = {}
-    origin: dict[str, tuple[str, int]] = {}
-    names = ("participant_id", "case", "id", "subject", "image")
-    found = read_table(table)
-    if not set(names) & set(found.columns):
+STRICT, LOOSE, SUBJECTS = ("case", "image"), ("id",), ("participant_id", "subject")
+"""Columns that say which case a row is of; that may say it; that say whose it is."""
+
+
+def _rows(path: Path) -> Table:
+    """A table of metadata; UserError if its rows do not say what they are of, or two say the same."""
+    table = read_table(path)
+    names = (*SUBJECTS, *STRICT, *LOOSE)
+    if not set(names) & set(table.columns):
         raise UserError(
-            f"{table}: none of the columns {', '.join(names)} that say which case a row is of; it has"
-            f" {', '.join(found.columns)}"
+            f"{path}: none of the columns {', '.join(names)} that say which case a row is of; it has"
+            f" {', '.join(table.columns)}"
         )
-    for line, row in zip(found.lines, found.rows, strict=True):
-        given = [n for n in names if row.get(n)]
-        if not given:
-            raise UserError(f"{table}: line {line} does not say which case it is of")
-        for column in given:
-            name = stem(Path(row[column]))
-            # several rows of one subject: each case has its own by another column
-            if name in rows and rows[name] is not row and rows[name] != row:
-                if origin[name][0] == column and len(given) == 1:
-                    raise UserError(
-                        f"{table}: line {line}: a second row for {name!r} (the first is line {origin[name][1]})"
-                    )
-                if column == "subject":
-                    continue
-            rows[name], origin[name] = row, (column, line)
-    return rows
+    taken: dict[tuple[str, ...], int] = {}
+    for line, row in zip(table.lines, table.rows, strict=True):
+        if not any(row.get(n) for n in names):
+            raise UserError(f"{path}: line {line} does not say which case it is of")
+        strict = [n for n in STRICT if row.get(n)]
+        of = (
+            tuple(row[n] for n in strict)
+            if strict
+            else tuple(row.get(n, "") for n in (*LOOSE, *SUBJECTS, *_entities(row)))
+        )
+        if of in taken and table.rows[table.lines.index(taken[of])] != row:
+            raise UserError(
+                f"{path}: line {line}: a second row for {' '.join(o for o in of if o)!r} (the first is line"
+                f" {taken[of]})"
+            )
+        taken[of] = line
+    return table
+
+
+def _entities(row: Mapping[str, str]) -> list[str]:
+    """Columns that are BIDS entities: rows of one subject that differ in them are of different images."""
+    return [n for n in row if n.removesuffix("_id") in ("ses", "session", "run", "acq")]
+
+
+def _row_of(
+    table: Table, names: Sequence[str], entities: Mapping[str, str]
+) -> Mapping[str, str] | None:
+    """The row of a case; None if there is none.
+
+    Args:
+        names: that the case or its subject may go by.
+
+    Raises:
+        UserError: several rows could be it.
+    """
+    exact, subject = [], []
+    for row in table.rows:
+        strict = [stem(Path(row[n])) for n in STRICT if row.get(n)]
+        if strict:
+            exact += [row] if set(strict) & set(names) else []
+        elif any(row.get(n) in names for n in LOOSE if row.get(n)):
+            exact.append(row)
+        elif any(stem(Path(row[n])) in names for n in SUBJECTS if row.get(n)):
+            given = {n: row[n] for n in _entities(row) if row[n]}
+            if all(_agree(n, v, entities) for n, v in given.items()):
+                subject.append(row)
+    found = exact or subject
+    if len(found) > 1 and any(r != found[0] for r in found):
+        raise UserError(f"{table.path}: {len(found)} rows could be that of {names[0]}")
+    return found[0] if found else None
+
+
+def _agree(column: str, value: str, entities: Mapping[str, str]) -> bool:
+    """Whether a row's session, run … is the image's; an image without one takes any."""
+    name = column.removesuffix("_id").replace("session", "ses")
+    mine = entities.get(name)
+    return mine is None or value.removeprefix(f"{name}-") == mine
 
 
 def _case(
@@ -217,8 +262,7 @@ def _case(
     channels: Mapping[str, Path],
     info: ModelInfo,
     meta: Mapping[str, Any],
-    rows: Mapping[str, Mapping[str, str]] | None,
-    table: Path | None,
+    table: Table | None,
     root: Path | None,
 ) -> InputCase:
     if info.in_channels == 1:
@@ -235,17 +279,23 @@ def _case(
         return case
     keys = {k.name: k for k in info.metadata.keys if k.name not in meta and k.name != info.task_key}
     row: Mapping[str, str] | None = {}
-    if rows is not None:
-        candidates = [name, subject, subject.removeprefix("sub-"), stem(first)]
-        row = next((rows[n] for n in candidates if n in rows), None)
-        columns = next(iter(rows.values()), {})
-        wanted = [n for n, k in keys.items() if k.source in ("auto", "table") and n in columns]
+    if table is not None:
+        try:
+            row = _row_of(
+                table, [name, stem(first), subject, subject.removeprefix("sub-")], entities
+            )
+        except UserError as error:
+            case.problem = str(error)
+            return case
+        wanted = [n for n, k in keys.items() if k.source in ("auto", "table")]
+        wanted = [n for n in wanted if n in table.columns]
         if row is None and wanted:
-            case.problem = f"{table}: no row for {name} (metadata {', '.join(wanted)})"
+            case.problem = f"{table.path}: no row for {name} (metadata {', '.join(wanted)})"
             return case
     problems: list[str] = []
     sidecar = Sidecar()
-    if keys:
+    # those of another contrast would be other values
+    if keys and images[0] is not None:
         sidecar = Sidecars(problems.append).of(first, root or data_set_of(first))
     if problems:
         case.problem = problems[0]

@@ -43,7 +43,7 @@ def is_missing(value: Any, key: MetadataKey | KeyEncoder | None = None) -> bool:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     if isinstance(value, list | tuple):
-        return not value
+        return all(is_missing(v, key) for v in value)
     if not isinstance(value, str):
         return False
     text = value.strip()
@@ -53,6 +53,13 @@ def is_missing(value: Any, key: MetadataKey | KeyEncoder | None = None) -> bool:
         return False
     spellings = MISSING["bids"] if key.missing is None else key.missing
     return text.casefold() in {s.casefold() for s in spellings}
+
+
+def _float(value: Any) -> float:
+    # Python takes 1_000 for a number
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        raise ValueError
+    return float(value)
 
 
 def is_blank(cell: str) -> bool:
@@ -147,22 +154,23 @@ class KeyEncoder(Section):
         return row
 
     def _plain(self, value: Any) -> None:
-        for v in value if isinstance(value, list | tuple) else [value]:
+        several = isinstance(value, list | tuple)
+        for v in value if several else [value]:
             if isinstance(v, Mapping | list | tuple):
                 raise MetadataError(
                     f"metadata {self.name!r} must be text, a number or a list of them, got {value!r}"
                 )
+        if several and self.kind in ("category", "ordered"):
+            raise MetadataError(
+                f"metadata {self.name!r} is a list, {value!r}: kind multilabel takes several values at once"
+            )
 
     def number(self, value: Any) -> float:
         """A continuous value as a float; lists (echo times) are averaged."""
         try:
-            if isinstance(value, list | tuple):
-                x = float(np.mean([float(v) for v in value]))
-            elif isinstance(value, bool):
-                raise ValueError
-            else:
-                x = float(value)
-        except (TypeError, ValueError):
+            several = value if isinstance(value, list | tuple) else [value]
+            x = float(np.mean([_float(v) for v in several]))
+        except (TypeError, ValueError, OverflowError):
             hint = "" if any(c.isdigit() for c in str(value)) else self._spelling()
             raise MetadataError(
                 f"metadata {self.name!r} must be a number, got {value!r}{hint}"
@@ -188,7 +196,12 @@ class KeyEncoder(Section):
         if self.kind == "continuous":
             x = self.number(value)
             if self.edges is None:
-                row[0] = (x - self.mean) / self.std
+                with np.errstate(over="ignore"):
+                    row[0] = (x - self.mean) / self.std
+                if not np.isfinite(row[0]):
+                    raise MetadataError(
+                        f"metadata {self.name!r}: {value!r} is beyond all numbers; expected {self._expected()}"
+                    )
             else:
                 row[np.searchsorted(self.edges, x, side="right")] = 1
             return row
@@ -208,10 +221,26 @@ class KeyEncoder(Section):
                 row[i] = 1
         return row
 
+    def range_text(self) -> str:
+        """A continuous key's range in training."""
+        low, high = (math.exp(v) if self.log else v for v in (self.lowest, self.highest))
+        return f"{low:.6g} to {high:.6g}"
+
+    def outside(self, value: Any) -> bool:
+        """Whether a continuous value lies outside the training's range."""
+        if self.kind != "continuous" or is_missing(value, self):
+            return False
+        return not self.lowest <= self.number(value) <= self.highest
+
+    def unseen_value(self, value: Any) -> bool:
+        """Whether a value that training did not see counts as unknown."""
+        return (
+            self.kind != "continuous" and not is_missing(value, self) and self._known(value) is None
+        )
+
     def _expected(self) -> str:
         if self.kind == "continuous":
-            lo, hi = (math.exp(v) if self.log else v for v in (self.lowest, self.highest))
-            return f"a number (training had {lo:.6g} to {hi:.6g})"
+            return f"a number (training had {self.range_text()})"
         return "one of " + ", ".join(self.values)
 
 
@@ -364,6 +393,8 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
         for v in present.values():
             found.update(key.several(v) if config.kind == "multilabel" else [as_category(v)])
         key.values = sorted(found)
+        if not found:
+            raise Problems(name, [f"metadata {name!r} has no value in any training case"])
         return key
     _each(present, key.encode, name)
     return key
@@ -384,13 +415,21 @@ def _each(present: Mapping[str, Any], work: Callable[[Any], T], name: str) -> li
 
 def _fit_continuous(key: KeyEncoder, config: MetadataKey, present: Mapping[str, Any]) -> KeyEncoder:
     x = np.array(_each(present, key.number, key.name))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = float(x.mean()), float(x.std())
+    if not (math.isfinite(mean) and math.isfinite(std)):
+        raise Problems(
+            key.name,
+            [
+                f"metadata {key.name!r}: values of up to {np.abs(x).max():.3g} are beyond all numbers"
+            ],
+        )
     key.lowest, key.highest = float(x.min()), float(x.max())
     if config.scaling == "bins":
         key.edges = density_edges(x)
     else:
-        key.mean = float(x.mean())
-        # one value only: every other value is a deviation of its own size
-        key.std = float(x.std()) or 1.0
+        # one value only, to rounding: every other value is a deviation of its own size
+        key.mean, key.std = mean, std if std > 1e-9 * abs(mean) else 1.0
     return key
 
 

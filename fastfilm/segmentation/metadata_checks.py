@@ -44,9 +44,9 @@ def metadata_problems(
     for name, key in config.metadata.items():
         values = {c.id: c.metadata.get(name) for c in found.cases}
         if all(is_missing(v, key) for v in values.values()):
-            wrong.append(_nowhere(name, key, found.places))
+            wrong.append(_nowhere(name, key, found.places, config))
             continue
-        mine = _of_key(name, key, found.cases, folds)
+        mine = _of_key(name, key, found.cases, folds, notes)
         many = _numbers(key, values)
         if many is not None:
             text = (
@@ -71,7 +71,14 @@ def coverage(found: Found, config: Config) -> list[str]:
     return lines
 
 
-def _of_key(name: str, key: MetadataKey, cases: Sequence[Case], folds: Sequence[Fold]) -> list[str]:
+def train_value(rows: Mapping[str, Mapping[str, Any]], name: str, key: MetadataKey) -> Any:
+    """The first value that is there."""
+    return next(v for r in rows.values() if not is_missing(v := r[name], key))
+
+
+def _of_key(
+    name: str, key: MetadataKey, cases: Sequence[Case], folds: Sequence[Fold], notes: list[str]
+) -> list[str]:
     def row(case: Case) -> dict[str, Any]:
         return {name: case.metadata.get(name)}
 
@@ -90,6 +97,11 @@ def _of_key(name: str, key: MetadataKey, cases: Sequence[Case], folds: Sequence[
             for p in error.problems:
                 wrong.setdefault(p, []).append(f"fold {k}")
             continue
+        fitted = encoder[name]
+        if fitted.kind == "continuous" and fitted.lowest == fitted.highest:
+            notes.append(
+                f"metadata {name!r}: one value ({train_value(train, name, key)}) in all training cases of fold {k}"
+            )
         for case in cases:
             if case.id in train:
                 continue
@@ -119,13 +131,13 @@ def _numbers(key: MetadataKey, values: Mapping[str, Any]) -> int | None:
     return None if few or len(names) < 3 else len(names)
 
 
-def _nowhere(name: str, key: MetadataKey, places: Places) -> str:
+def _nowhere(name: str, key: MetadataKey, places: Places, config: Config) -> str:
     """Why a key has no value in any case."""
     looked: list[str] = []
     known: list[str] = []
     if key.source in ("auto", "table"):
         if places.table is None:
-            looked.append("there is no table")
+            looked.append(f"there is no table {config.data.root / config.data.table}")
         elif name in places.columns:
             return (
                 f"metadata {name!r} has no value in any case: column {name!r} of {places.table} is empty or"

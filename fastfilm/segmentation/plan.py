@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def make_plan(
         Problems: everything that is wrong with the data set, in one message; nothing is written then.
         UserError: another process writes to the folder, or it cannot be written.
     """
-    if (folder / "model.json").exists():
+    if os.path.exists(folder / "model.json"):
         raise UserError(f"{folder}: holds a model: write the plan to another folder")
     with locked(folder, "fastfilm plan"):
         return _make_plan(config, folder, progress)
@@ -118,6 +119,7 @@ def _make_plan(
         absent = sum(name not in f.voxels for f in facts)
         if empty or absent:
             notes.append(f"label {name!r}: empty in {empty} cases, not annotated in {absent}")
+    found.cases = [c.stamped() for c in found.cases]
     plan = decide(config, facts)
     wrong, more = demands(config, plan, facts)
     if wrong:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 
@@ -22,6 +24,7 @@ from .files import read_json, write_json
 from .images import label_dtype, write_like
 from .inference import Options, Predicted, check_options, predict
 from .inputs import InputCase
+from .metadata import is_missing
 from .model_folder import LoadedModel
 from .names import file_name
 from .postprocessing import fill_holes, keep_largest
@@ -90,12 +93,17 @@ def predict_cases(
     """
     check_options(model, options)
     _check_names(model, cases, options, writing)
+    for name in ("plan.json", "model.json"):
+        if listed and os.path.exists(out / name):
+            raise UserError(f"{out}: holds {name}: write to another folder")
     for case in cases:
         for path in case.images:
             if listed and path is not None and path.parent.resolve() == out.resolve():
                 raise UserError(f"{out}: holds the image {path.name}: write to another folder")
+    _check_targets(model, cases, out, options, writing, listed)
     head = {
         "model": str(model.folder.resolve()),
+        "weights": model.weights,
         "labels": [label.model_dump() for label in model.info.labels],
         "separate": model.info.separate,
         "kinds": {key.name: key.kind for key in model.encoder.keys},
@@ -115,22 +123,102 @@ def predict_cases(
 
     # shows at once whether the folder can be written
     note()
+    if listed and not go_on:
+        drop_results(out)
     for case in cases:
-        if case.id in old and _same(old[case.id], case) and _there(out, old[case.id]):
+        if case.id in old and _same(model, old[case.id], case) and _there(out, old[case.id]):
             outcome.kept.append(case.id)
         else:
             entries.pop(case.id, None)
+            if listed:
+                drop_results(out)
+                _drop_outputs(model, case, out, options, writing)
             try:
                 entries[case.id] = _one(model, case, out, options, writing, outcome)
                 outcome.done.append(case.id)
             except UserError as error:
                 outcome.failed[case.id] = str(error)
-            except (MemoryError, torch.OutOfMemoryError):
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
+                    "DefaultCPUAllocator" not in str(error)
+                ):
+                    raise
                 outcome.failed[case.id] = f"{case.first}: not enough memory for it"
             # what is done stays known if the next case is interrupted
             note()
         done()
     return outcome
+
+
+RESULTS = ("summary.json", "cases.csv", "comparison.json", "swap.json", "swap_table.json")
+"""What belongs to the predictions that were in a folder before."""
+
+MARK = b"fastfilm: "
+"""How the description in the header of every output begins."""
+
+
+def resolved(model: LoadedModel, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the model's keys; several at once (multilabel) as a list of names."""
+    values = {}
+    for name in model.metadata_keys():
+        if name in metadata:
+            key, value = model.encoder[name], metadata[name]
+            several = key.kind == "multilabel" and not is_missing(value, key)
+            values[name] = key.several(value) if several else value
+    return values
+
+
+def _check_targets(
+    model: LoadedModel,
+    cases: Sequence[InputCase],
+    out: Path,
+    options: Options,
+    writing: Writing,
+    listed: bool,
+) -> None:
+    """Refuses to write over images and labels of the cases, and over files of other programs in a folder."""
+    inputs = {p for c in cases for p in (*c.images, *c.labels.values()) if p is not None}
+    theirs = {(s.st_dev, s.st_ino): p for p in inputs if p.exists() and (s := p.stat())}
+    for case in cases:
+        for _, name in output_paths(model, case, options, writing):
+            path = out / name
+            if not path.exists():
+                continue
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in theirs:
+                raise UserError(
+                    f"{path}: is an image or a label of the cases: write to another folder, or give another name"
+                )
+            if listed and not _ours(path):
+                raise UserError(
+                    f"{path}: is there and was not written by fastfilm predict: write to another folder"
+                )
+
+
+def _ours(path: Path) -> bool:
+    try:
+        image: Any = nib.load(path)
+        return bytes(image.header["descrip"]).startswith(MARK)
+    except Exception:  # whatever it is, it is not ours
+        return False
+
+
+def drop_results(out: Path) -> None:
+    """Removes what was said of the predictions that were in the folder before."""
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def _drop_outputs(
+    model: LoadedModel, case: InputCase, out: Path, options: Options, writing: Writing
+) -> None:
+    """Removes what an earlier run wrote of a case, further maps included."""
+    every = output_paths(
+        model, case, replace(options, samples=1), replace(writing, probabilities=True)
+    )
+    for _, name in every:
+        if (out / name).exists() and _ours(out / name):
+            (out / name).unlink()
 
 
 def load_case(case: InputCase, remarks: Remarks | None = None) -> list[NiftiVolume | None]:
@@ -170,8 +258,7 @@ def _one(
     stamps = _stamps(case)
     volumes = load_case(case, outcome.remarks)
     affine = next(v for v in volumes if v is not None).affine
-    names = set(model.metadata_keys())
-    values = {k: v for k, v in case.metadata.items() if k in names}
+    values = resolved(model, case.metadata)
     try:
         model.encode(values, model.tasks()[0] if model.tasks() else None)
         ready = model.preprocess([None if v is None else v.array for v in volumes], affine)
@@ -265,7 +352,7 @@ def output_paths(
         ends += [("entropy", "_entropy"), ("information", "_information")]
     ends += [(name, f"_{name}") for name in labels] if model.info.separate else [("labels", "")]
     begin = case.file or file_name(case.id)
-    return [(what, f"{begin}{file_name(end) if end else ''}.nii.gz") for what, end in ends]
+    return [(what, f"{begin}{file_name(end) if end else ''}{case.suffix}") for what, end in ends]
 
 
 def _check_names(
@@ -315,9 +402,9 @@ def _manifest(out: Path, settings: str) -> dict[str, Any]:
     return dict(value["cases"])
 
 
-def _same(entry: Mapping[str, Any], case: InputCase) -> bool:
+def _same(model: LoadedModel, entry: Mapping[str, Any], case: InputCase) -> bool:
     images = [None if p is None else str(p.resolve()) for p in case.images]
-    given = {k: v for k, v in case.metadata.items() if k in entry["metadata"]}
+    given = resolved(model, case.metadata)
     return bool(
         entry["images"] == images
         and entry["metadata"] == given

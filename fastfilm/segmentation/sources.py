@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Case:
         metadata: key -> value as found, None where missing.
         split: "train", "val" or "test" where the data set says so.
         origins: key -> where its value was found: table, entity, sidecar, inherited sidecar.
+        stamps: file -> its size and time when it was checked.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Case:
     metadata: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
     origins: dict[str, str] = field(default_factory=dict)
+    stamps: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; inverse of ``from_json``."""
@@ -48,7 +50,14 @@ class Case:
             "metadata": self.metadata,
             "split": self.split,
             "origins": self.origins,
+            "stamps": self.stamps,
         }
+
+    def stamped(self) -> Case:
+        """With the size and time that its files have now."""
+        files = [*(p for p in self.images if p is not None), *self.labels.values()]
+        found = {str(p): p.stat() for p in dict.fromkeys(files) if p.exists()}
+        return replace(self, stamps={k: [s.st_size, s.st_mtime_ns] for k, s in found.items()})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Case:
@@ -61,6 +70,7 @@ class Case:
             metadata=dict(value["metadata"]),
             split=value["split"],
             origins=dict(value.get("origins", {})),
+            stamps=dict(value.get("stamps", {})),
         )
 
 
@@ -92,6 +102,7 @@ class Found:
         places: where metadata were looked for.
         unlabelled: the cases that were left out as no label file is there.
         excluded: names of ``data.exclude`` that are there.
+        several: cases with label files of several contrasts.
     """
 
     cases: list[Case] = field(default_factory=list)
@@ -100,6 +111,7 @@ class Found:
     places: Places = field(default_factory=Places)
     unlabelled: list[str] = field(default_factory=list)
     excluded: set[str] = field(default_factory=set)
+    several: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

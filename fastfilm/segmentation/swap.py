@@ -34,10 +34,16 @@ def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
         return key, [*encoder.values, *([None] if encoder.unknown else [])]
     values: list[str | None] = [v.strip() or None for v in given.split(",")]
     values = [None if v == UNKNOWN and v not in encoder.values else v for v in values]
+    rows: dict[bytes, str] = {}
     for v in values:
-        encoder.encode(v)
-        if values.count(v) > 1:
-            raise UserError(f"--swap {text}: {v or UNKNOWN!r} is there twice")
+        row, name = encoder.encode(v).tobytes(), v or UNKNOWN
+        if v is not None and encoder.unseen_value(v):
+            raise UserError(
+                f"--swap {text}: {v!r} was not in training; expected {', '.join(encoder.values)}"
+            )
+        if row in rows:
+            raise UserError(f"--swap {text}: {name!r} is there twice (as {rows[row]!r})")
+        rows[row] = name
     return key, values
 
 

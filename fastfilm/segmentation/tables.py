@@ -40,7 +40,7 @@ def read_table(path: Path) -> Table:
             cells than the header, a quotation mark that is not closed; file and line are named.
     """
     text = read_text(path)
-    delimiter = "\t" if path.suffix == ".tsv" else ","
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     columns: list[str] = []
     rows: list[dict[str, str]] = []

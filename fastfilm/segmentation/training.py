@@ -319,6 +319,9 @@ def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
     refuse_fetching(plan.network.arguments)
     network = info.build()
     if config.training.freeze == "all_but_generator":
+        say(
+            "note: training.freeze without --from: all weights but the generators' stay as they were drawn"
+        )
         freeze_all_but_generator(network)
     return info, network
 

@@ -137,6 +137,7 @@ def voxel_problems(path: Path, array: Volume) -> str | None:
         strange = int((~np.isfinite(array)).sum())
         if strange:
             return f"{path}: {strange} voxels are NaN or infinite"
+    if array.dtype.kind == "f" or array.dtype.itemsize == 8:
         largest = max(float(array.max()), -float(array.min()))
         if largest > ABSURD:
             count = int((np.abs(array) > ABSURD).sum())
@@ -193,6 +194,13 @@ def _unit(image: Any) -> int:
 
 def _fits(path: Path, image: Any) -> None:
     """Refuses what the memory does not hold, before anything of it is read."""
+    if isinstance(image, nib.Nifti1Image):
+        # nibabel takes an infinite slope for none
+        with nib.openers.ImageOpener(path) as file:
+            raw = type(image.header).from_fileobj(file, check=False)
+        for name in ("scl_slope", "scl_inter"):
+            if np.isinf(raw[name]):
+                raise UserError(f"{path}: {name} in its header is infinite")
     voxels = int(np.prod([int(n) for n in image.shape], dtype=object))
     scaled = any(float(x) != y for x, y in zip(image.header.get_slope_inter(), (1, 0), strict=True)
                  if x is not None)  # fmt: skip

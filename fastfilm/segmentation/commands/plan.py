@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,8 @@ def command(
     for text in label or []:
         name, values = _setting(text, "--label")
         put(f"data.labels.{name}", _values(text, values), "--label")
+    if os.path.exists(data) and os.path.abspath(data) == os.path.abspath(plan / "config.yaml"):
+        raise UserError(f"{data}: would be written over: write the plan to another folder")
     config = _config(data, settings)
     with bar("checking") as task:
         made, notes = make_plan(config, plan, task)

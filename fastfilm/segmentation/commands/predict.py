@@ -17,10 +17,16 @@ from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.inference import Options
 from fastfilm.segmentation.inputs import InputCase, find_inputs, parse_meta
 from fastfilm.segmentation.lock import locked
-from fastfilm.segmentation.metadata import is_missing
+from fastfilm.segmentation.metadata import MetadataError, is_missing
 from fastfilm.segmentation.model_folder import LoadedModel, load_model
 from fastfilm.segmentation.names import file_name
-from fastfilm.segmentation.prediction import Outcome, Writing, predict_cases
+from fastfilm.segmentation.prediction import (
+    Outcome,
+    Writing,
+    drop_results,
+    predict_cases,
+    resolved,
+)
 from fastfilm.segmentation.preprocessing import AXES
 from fastfilm.segmentation.sources import SUFFIXES
 from fastfilm.segmentation.swap import case_under, shown, swap_values, write_swap
@@ -109,7 +115,8 @@ def command(
         jobs: list[tuple[Path, Any]] = [
             (f, [case_under(c, key, v) for c in cases]) for f, v in folders
         ]
-        extra = {"swap": {"key": key, "true": {c.id: c.metadata.get(key) for c in cases}}}
+        true = {c.id: resolved(loaded, c.metadata).get(key) for c in cases}
+        extra = {"swap": {"key": key, "true": true}}
     else:
         jobs, extra, listed = [(out, cases)], {}, []
     _say_unknown(loaded, cases, "" if swap is None else swap.partition("=")[0])
@@ -117,7 +124,7 @@ def command(
         if out.resolve() in [p.resolve() for p in cases[0].images if p is not None]:
             raise UserError(f"{out}: is the image itself: give another name")
         jobs = [(out.parent, cases)]
-        cases[0].file = out.name.removesuffix(".gz").removesuffix(".nii")
+        cases[0].file, cases[0].suffix = _split(out)
     total = Outcome()
     with contextlib.nullcontext() if single else locked(out, "fastfilm predict"):
         for folder, these in jobs:
@@ -141,18 +148,44 @@ def command(
             total.timing.network += outcome.timing.network
             total.timing.around += outcome.timing.around
         if swap is not None:
+            drop_results(out)
             write_swap(out, extra["swap"], listed)
     return _report(total, out)
+
+
+def _split(out: Path) -> tuple[str, str]:
+    """A file's name without its ending, and the ending."""
+    end = next(s for s in SUFFIXES if out.name.endswith(s))
+    if out.name == end:
+        raise UserError(f"{out}: needs a name before {end}")
+    return out.name.removesuffix(end), end
 
 
 def _say_unknown(model: LoadedModel, cases: Sequence[InputCase], but: str) -> None:
     """A line for each key that is predicted as unknown: a forgotten table shall not pass for a known value."""
     for name in model.metadata_keys():
         key = model.encoder[name]
-        without = [c.id for c in cases if is_missing(c.metadata.get(name), key)]
-        if without and key.unknown and name != but:
-            some = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
-            say(f"{name} is unknown in {len(without)} of {len(cases)} cases: {some}")
+        if name == but:
+            continue
+        without, unseen, outside = [], [], []
+        for case in cases:
+            value = case.metadata.get(name)
+            # a value that cannot be taken is said with its case
+            with contextlib.suppress(MetadataError):
+                if is_missing(value, key):
+                    without.append(case.id)
+                elif key.unseen_value(value):
+                    unseen.append(f"{case.id} ({value})")
+                elif key.outside(value):
+                    outside.append(f"{case.id} ({value})")
+        for found, text in (
+            (without if key.unknown else [], "is unknown"),
+            (unseen, "has a value that was not in training, and counts as unknown,"),
+            (outside, f"is outside the training's range ({key.range_text()})"),
+        ):
+            if found:
+                some = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+                say(f"{name} {text} in {len(found)} of {len(cases)} cases: {some}")
 
 
 def _report(total: Outcome, out: Path) -> int:

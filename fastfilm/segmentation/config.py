@@ -565,8 +565,9 @@ def override(value: dict[str, Any], key: str, new: Any) -> None:
             raise UserError(f"{key}: {parent} has no keys, it is {inner!r}")
         value = inner
     old = value.get(last)
-    both = isinstance(old, dict) and isinstance(new, dict)
-    value[last] = {**old, **new} if both else new
+    if isinstance(old, dict) and isinstance(new, dict):
+        new = {**old, **new}
+    value[last] = new
 
 
 def write_config(config: Config, path: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -293,8 +294,8 @@ def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
     taken: set[int] = set()
     labels = []
     for i, (name, label) in enumerate(config.data.labels.items(), start=1):
-        value = (label.values or [i])[0]
-        value = value if value not in taken else max(taken) + 1
+        free = (n for n in (*(label.values or [i]), *itertools.count(1)) if n not in taken)
+        value = next(free)
         taken.add(value)
         labels.append(LabelInfo(name=name, values=label.values or [], value=value))
     single = config.data.combine == "samples"

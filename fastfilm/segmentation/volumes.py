@@ -196,7 +196,7 @@ def _fits(path: Path, image: Any) -> None:
     """Refuses what the memory does not hold, before anything of it is read."""
     if isinstance(image, nib.Nifti1Image):
         # nibabel takes an infinite slope for none
-        with nib.openers.ImageOpener(path) as file:
+        with nib.openers.ImageOpener(str(path)) as file:
             raw = type(image.header).from_fileobj(file, check=False)
         for name in ("scl_slope", "scl_inter"):
             if np.isinf(raw[name]):

@@ -294,8 +294,8 @@ def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
     taken: set[int] = set()
     labels = []
     for i, (name, label) in enumerate(config.data.labels.items(), start=1):
-        free = (n for n in (*(label.values or [i]), *itertools.count(1)) if n not in taken)
-        value = next(free)
+        wanted = itertools.chain(label.values or [i], itertools.count(1))
+        value = next(n for n in wanted if n not in taken)
         taken.add(value)
         labels.append(LabelInfo(name=name, values=label.values or [], value=value))
     single = config.data.combine == "samples"

@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import UserError
 from .evaluation import metric_of
+from .hints import some
 from .metrics import METRICS
 from .statistics import compare
 
@@ -45,8 +46,7 @@ def compare_summaries(
             notes.append(f"labels in {which} only: {', '.join(strange)}")
         only = {case for case, label in run if label in labels and (case, label) not in other}
         if only:
-            notes.append(f"{len(only)} cases in {which} only: {', '.join(sorted(only)[:3])}"
-                         + (", …" if len(only) > 3 else ""))  # fmt: skip
+            notes.append(f"{len(only)} cases in {which} only: {some(sorted(only))}")
     result: dict[str, Any] = {"other": name, "notes": notes, "labels": {k: {} for k in labels}}
     for metric in METRICS:
         if metric == "NSD" and tolerances[0] != tolerances[1]:

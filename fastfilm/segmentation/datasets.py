@@ -9,7 +9,7 @@ from pathlib import Path
 from .config import Config, Data
 from .encoding import dangling
 from .errors import UserError
-from .hints import contents, did_you_mean
+from .hints import contents, did_you_mean, some
 from .metadata import is_blank
 from .sidecars import Sidecars
 from .sources import (
@@ -46,7 +46,7 @@ def find_cases(config: Config) -> Found:
     if found.unlabelled:
         found.notes.append(
             f"{len(found.unlabelled)} cases left out for want of a label file"
-            f" (data.missing_labels: {data.missing_labels}): {_some(found.unlabelled)}"
+            f" (data.missing_labels: {data.missing_labels}): {some(found.unlabelled)}"
         )
     if not found.cases and not found.problems:
         if found.unlabelled:
@@ -138,7 +138,7 @@ def _bids(config: Config) -> Found:
     if found.several:
         found.notes.append(
             f"{len(found.several)} cases have label files of several contrasts, of which that of the first in"
-            f" data.contrasts is taken (data.label_contrast): {_some(found.several)}"
+            f" data.contrasts is taken (data.label_contrast): {some(found.several)}"
         )
     return found
 
@@ -160,22 +160,18 @@ def _without_case(data: Data, rows: Mapping[str, object], used: set[str], found:
     idle = sorted(folders - used - set(data.exclude))
     if idle:
         found.notes.append(
-            f"{len(idle)} sub-* folders have no image of {', '.join(data.contrasts)}: {_some(idle)}"
+            f"{len(idle)} sub-* folders have no image of {', '.join(data.contrasts)}: {some(idle)}"
         )
     rest = sorted(set(rows) - folders)
     if rest:
-        found.notes.append(f"{len(rest)} rows of {data.table} have no folder: {_some(rest)}")
+        found.notes.append(f"{len(rest)} rows of {data.table} have no folder: {some(rest)}")
 
 
 def _say_zeros(found: Found, cases: list[str], data: Data) -> None:
     if cases and data.missing_contrast == "zeros":
         found.notes.append(
-            f"{len(cases)} cases lack a contrast, whose channel is zeros (data.missing_contrast): {_some(cases)}"
+            f"{len(cases)} cases lack a contrast, whose channel is zeros (data.missing_contrast): {some(cases)}"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _excluded(data: Data, found: Found, *names: str) -> bool:
@@ -187,7 +183,7 @@ def _excluded(data: Data, found: Found, *names: str) -> bool:
 def _say_left_out(found: Found, cases: list[str]) -> None:
     if cases:
         found.notes.append(
-            f"{len(cases)} cases left out for want of a contrast (data.missing_contrast: skip): {_some(cases)}"
+            f"{len(cases)} cases left out for want of a contrast (data.missing_contrast: skip): {some(cases)}"
         )
 
 
@@ -229,10 +225,9 @@ def _labels(
     for name, label in data.labels.items():
         suffix = label.suffix or data.label_suffix
         for image in images:
-            folder = data.root / data.derivatives / image.parent.relative_to(data.root)
-            wanted = folder / f"{stem(image)}_{suffix}.nii.gz"
+            wanted = _label_path(data, image, suffix)
             if name not in expected:
-                expected[name] = str(wanted) + _instead(folder, stem(image))
+                expected[name] = str(wanted) + _instead(wanted.parent, stem(image))
             there = [p for p in (wanted, wanted.with_suffix("")) if os.path.lexists(p)]
             if len(there) > 1:
                 found.problems.append(f"{there[0]} and {there[1].name}: both are there")
@@ -241,7 +236,8 @@ def _labels(
                 if not there[0].exists():
                     found.problems.append(f"{there[0]}: {dangling(there[0])}")
                 files[name] = there[0]
-                if any(os.path.lexists(p) for p in _other_labels(data, images, image, suffix)):
+                rest = images[images.index(image) + 1 :]
+                if any(os.path.lexists(_label_path(data, other, suffix)) for other in rest):
                     found.several.append(stem(image))
                 break
         else:
@@ -249,15 +245,9 @@ def _labels(
     return files, expected
 
 
-def _other_labels(data: Data, images: list[Path], image: Path, suffix: str) -> list[Path]:
-    """Where the labels of the images behind ``image`` would be."""
-    return [
-        data.root
-        / data.derivatives
-        / p.parent.relative_to(data.root)
-        / f"{stem(p)}_{suffix}.nii.gz"
-        for p in images[images.index(image) + 1 :]
-    ]
+def _label_path(data: Data, image: Path, suffix: str) -> Path:
+    folder = data.root / data.derivatives / image.parent.relative_to(data.root)
+    return folder / f"{stem(image)}_{suffix}.nii.gz"
 
 
 def _instead(folder: Path, image: str) -> str:

@@ -23,10 +23,11 @@ from pydantic import Field, model_validator
 from .errors import UserError
 from .files import write_json, write_text
 from .groups import groupings
+from .hints import some
 from .labels import listed, mask_of, whole_labels
 from .metadata import as_category
 from .metrics import METRICS, Values, case_metrics, is_sheared
-from .pairs import Pair, Pairs, some
+from .pairs import Pair, Pairs
 from .postprocessing import Mask
 from .records import Measured, Plain, Record, read_record
 from .statistics import mean_of

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .errors import UserError
 from .evaluation import load_mask
 from .files import atomic
+from .hints import some
 from .inspection import Inspection, principal_components, spread
 from .layout import number, plain
 from .preprocessing import Volume
@@ -104,7 +105,7 @@ def overlays(summary: Mapping[str, Any], most: int = 6) -> tuple[Figure | None, 
         (cases if _shows(case) else left_out).append(case)
     said = ""
     if left_out:
-        names = ", ".join(c["case"] for c in left_out[:3]) + (", …" if len(left_out) > 3 else "")
+        names = some([c["case"] for c in left_out])
         said = f"{len(left_out)} cases cannot be shown, their image or masks are not there: {names}"
     if not cases:
         return None, said

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 LOOKED_AT = 5000
 """Files of a folder that are looked at."""
@@ -23,6 +24,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_lower = {k.casefold(): k for k in known}
     close = difflib.get_close_matches(word.casefold(), by_lower, 1, 0.7)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def some(names: Sequence[Any], most: int = 3) -> str:
+    """The first few, and a sign that there are more."""
+    return ", ".join(str(n) for n in names[:most]) + (", …" if len(names) > most else "")
 
 
 def contents(folder: Path) -> str:

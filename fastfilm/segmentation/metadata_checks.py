@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .config import Config, MetadataKey
 from .errors import Problems
-from .hints import did_you_mean
+from .hints import did_you_mean, some
 from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
 from .sources import Case, Found, Places
 from .splits import Fold
@@ -67,7 +66,7 @@ def coverage(found: Found, config: Config) -> list[str]:
         lacking = [c.id for c in found.cases if name not in c.origins]
         where = ", ".join(f"{place} {n}" for place, n in counts.most_common())
         line = f"{name}: in {len(found.cases) - len(lacking)} of {len(found.cases)} cases ({where})"
-        lines.append(line + (f"; missing in {_some(lacking)}" if lacking else ""))
+        lines.append(line + (f"; missing in {some(lacking)}" if lacking else ""))
     return lines
 
 
@@ -113,7 +112,7 @@ def _of_key(
                     f"{case.id} in fold {k}"
                 )
     hint = "splits.stratify spreads values over the folds, unseen: unknown accepts them"
-    return [f"{_some(where)}: {text}; {hint}" for text, where in wrong.items()]
+    return [f"{some(where)}: {text}; {hint}" for text, where in wrong.items()]
 
 
 def _numbers(key: MetadataKey, values: Mapping[str, Any]) -> int | None:
@@ -152,13 +151,9 @@ def _nowhere(name: str, key: MetadataKey, places: Places, config: Config) -> str
     if key.source in ("auto", "sidecar"):
         keys = sorted(places.sidecar)
         looked.append(
-            f"sidecars have {len(keys)} keys ({_some(keys, 8)})"
+            f"sidecars have {len(keys)} keys ({some(keys, 8)})"
             if keys
             else "no image has a JSON sidecar"
         )
         known += keys
     return f"metadata {name!r} has no value in any case: {'; '.join(looked)}{did_you_mean(name, known)}"
-
-
-def _some(names: Sequence[str | Path], most: int = SHOWN) -> str:
-    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from .errors import Problems, UserError
-from .hints import did_you_mean
+from .hints import did_you_mean, some
 from .labels import whole_labels
 from .model_folder import LabelInfo
 from .names import file_name
@@ -183,11 +183,6 @@ def find_pairs(
             f" interrupted) and are in no mean: {some(lost)}"
         )
     return Pairs(pairs, known.kinds, foreign, notes)
-
-
-def some(names: Sequence[Any], most: int = 3) -> str:
-    """The first few."""
-    return ", ".join(str(n) for n in names[:most]) + (", …" if len(names) > most else "")
 
 
 def _manifest(folder: Path) -> Manifest | None:

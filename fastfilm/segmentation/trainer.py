@@ -313,10 +313,6 @@ class Trainer:
         training, tasks = config.training, config.output.mode == "task"
         groups = None
         if training.balance is not None and not (tasks and training.balance == "label"):
-            if training.balance not in config.metadata:
-                raise UserError(
-                    f"training.balance must be a metadata key, got {training.balance!r}"
-                )
             groups = groups_by(self.train_cases, training.balance)
         known = [c.known for c in self.train_cases]
         draws = Draws(

@@ -14,6 +14,7 @@ from fastfilm.segmentation import devices
 from fastfilm.segmentation import threads as cpu
 from fastfilm.segmentation.console import bar, say
 from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.hints import some
 from fastfilm.segmentation.inference import Options
 from fastfilm.segmentation.inputs import InputCase, find_inputs, parse_meta
 from fastfilm.segmentation.lock import locked
@@ -184,8 +185,7 @@ def _say_unknown(model: LoadedModel, cases: Sequence[InputCase], but: str) -> No
             (outside, f"is outside the training's range ({key.range_text()})"),
         ):
             if found:
-                some = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
-                say(f"{name} {text} in {len(found)} of {len(cases)} cases: {some}")
+                say(f"{name} {text} in {len(found)} of {len(cases)} cases: {some(found)}")
 
 
 def _report(total: Outcome, out: Path) -> int:

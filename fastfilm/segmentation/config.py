@@ -572,5 +572,10 @@ def override(value: dict[str, Any], key: str, new: Any) -> None:
 
 def write_config(config: Config, path: str | Path) -> None:
     """The complete configuration as YAML, atomically."""
+    write_text(path, config_text(config))
+
+
+def config_text(config: Config) -> str:
+    """The complete configuration as YAML."""
     value = config.model_dump(mode="json")
-    write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

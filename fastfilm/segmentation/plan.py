@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from .checks import CaseFacts, check_cases
-from .config import Config, MetadataKey, problems, read_config
+from .config import Config, MetadataKey, config_text, problems, read_config
 from .datasets import find_cases
 from .decisions import Plan, decide, demands
 from .errors import Problems, UserError
@@ -128,9 +127,7 @@ def _make_plan(
     notes += more
     notes += coverage(found, config)
     texts = {
-        "config.yaml": yaml.safe_dump(
-            config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
-        ),
+        "config.yaml": config_text(config),
         "cases.json": json_text([c.to_json() for c in found.cases]),
         "splits.json": json_text(folds),
         "fingerprint.json": json_text(fingerprint(facts, keys)),

@@ -83,7 +83,8 @@ CUDA_DEPENDS = [
 ]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90a"
-PARTS = {"fastfilm._C": "CPU", "fastfilm._CUDA": "CUDA"}
+CPU, CUDA = "fastfilm.ops.launchers.cpu._C", "fastfilm.ops.launchers.cuda._CUDA"
+PARTS = {CPU: "CPU", CUDA: "CUDA"}
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -130,13 +131,11 @@ def extensions() -> list[Extension]:
     """The C++ extension and the CUDA extension, unless FASTFILM_CPU=0 and FASTFILM_CUDA=0 leave them out."""
     found = []
     if switch("FASTFILM_CPU", ("0", "1"), "1") == "1":
-        found.append(
-            Extension("fastfilm._C", SOURCES, depends=DEPENDS, language="c++", optional=True)
-        )
+        found.append(Extension(CPU, SOURCES, depends=DEPENDS, language="c++", optional=True))
     if switch("FASTFILM_CUDA", ("0", "1", "auto"), "auto") != "0":
         found.append(
             Extension(
-                "fastfilm._CUDA",
+                CUDA,
                 CUDA_SOURCES,
                 depends=[*CUDA_DEPENDS, *CUDA_KERNELS],
                 language="c++",
@@ -187,7 +186,7 @@ class BuildExt(build_ext):
 
             ext.include_dirs = [pybind11.get_include()]
             self._set_flags(ext)
-            if ext.name == "fastfilm._CUDA":
+            if ext.name == CUDA:
                 self._compile_kernels(ext)
             super().build_extension(ext)
         except ImportError:
@@ -259,7 +258,7 @@ class BuildExt(build_ext):
         if reason is not None:
             raise RuntimeError(f"no working C++17 compiler: {reason}")
         ext.extra_compile_args = [*FLAGS]
-        if ext.name == "fastfilm._CUDA":
+        if ext.name == CUDA:
             return
         ext.extra_compile_args.append("-pthread")
         ext.extra_link_args = ["-pthread"]
@@ -295,7 +294,11 @@ setup(
     # kernels/ is installed as fastfilm.kernels and must never be importable by its own name
     packages=[*find_packages(include=["fastfilm", "fastfilm.*"]), "fastfilm.kernels"],
     package_dir={"fastfilm": "fastfilm", "fastfilm.kernels": "kernels"},
-    package_data={"fastfilm": ["py.typed", "*.pyi"], "fastfilm.ops": ["tuned/*.json"]},
+    package_data={
+        "fastfilm": ["py.typed"],
+        "fastfilm.ops.launchers": ["*/*.pyi"],
+        "fastfilm.ops.choice": ["tuned/*.json"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
 )

@@ -102,7 +102,9 @@ def unlaunched() -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from fastfilm.ops import backends, fallback, vendor
+    from fastfilm.ops.choice import registry
+    from fastfilm.ops.launchers import triton as fallback
+    from fastfilm.ops.vendor import convolutions as vendor
 
     run = JITFunction.run
 
@@ -112,7 +114,7 @@ def unlaunched() -> Iterator[None]:
     driver.set_active(_Driver())
     with (
         patch.object(JITFunction, "run", no_run),
-        patch.object(backends, "interpreting", lambda: True),
+        patch.object(registry, "interpreting", lambda: True),
         patch.object(fallback, "STRICT", True),
         # a CPU's layout of weights, which its processor decides on
         patch.object(vendor, "_packs", lambda *given: False),

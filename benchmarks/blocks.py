@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.ops import reference
+from fastfilm.ops.spec import Geometry
 
 from .harness import saved_bytes
 from .providers import channels_last
@@ -196,9 +197,8 @@ def definition_tail(block: Block, y: Tensor, t: Tensors) -> Tensor:
 def definition(block: Block, t: Tensors) -> Tensor:
     """The block by fastfilm's reference; called with float64 tensors it is the yardstick."""
     dims = len(block.layer.size)
-    one, zero = (1,) * dims, (0,) * dims
     stride, padding = (block.layer.stride,) * dims, ((block.layer.kernel - 1) // 2,) * dims
-    y = reference.convolution(t.x, t.weight, t.bias, stride, padding, one, False, zero, 1)
+    y = reference.convolution(t.x, t.weight, t.bias, Geometry.ordinary(stride, padding))
     return definition_tail(block, y, t)
 
 

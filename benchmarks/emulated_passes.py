@@ -14,17 +14,16 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import fastfilm
-from fastfilm.ops import traffic
 
-from . import emulation
+from . import emulation, traffic
 
 H100 = (90, 132, 227 * 1024)
 DEPTH, FILTERS, SIZE = 4, 64, 64
@@ -37,15 +36,17 @@ def launching(folder: Path) -> Iterator[None]:
     library = folder / "_CUDA.so"
     extension = emulation.load(library if library.exists() else emulation.build(folder))
     extension.set_block_limit(1)
-    with emulation.serving(extension) as launchers, fastfilm.backend("cuda", "fused"):
-        device: Callable[[Any], Any] = launchers.convolutions._device
-        launchers.convolutions._device = lambda index: H100
+    with emulation.serving(extension), fastfilm.backend("cuda", "fused"):
+        from fastfilm.ops.choice import cuda_plans  # the one that has this extension
+
         try:
-            with warnings.catch_warnings():
+            with (
+                patch.object(cuda_plans, "_device", lambda index: H100),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore", RuntimeWarning)  # of numbers that mean nothing
                 yield
         finally:
-            launchers.convolutions._device = device
             extension.set_block_limit(0)
 
 

@@ -21,9 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import fastfilm
-from fastfilm import ops
-from fastfilm.ops import backends, recipe
+from fastfilm.ops import choice, launchers
+from fastfilm.ops.block import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = tuple(sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu")))
@@ -102,47 +101,59 @@ def load(library: Path) -> ModuleType:
     return module
 
 
+ROOM = "fastfilm.ops.launchers.cuda"
+MODULES = (
+    f"{ROOM}._CUDA",
+    f"{ROOM}.arguments",
+    f"{ROOM}.convolution",
+    f"{ROOM}.kernels",
+    f"{ROOM}.passes",
+    "fastfilm.ops.choice.cuda_plans",
+)
+"""The CUDA extension, and the modules that hold something of it."""
+
+
+def _taken(name: str) -> ModuleType | None:
+    """A module, taken out of the loaded ones; its package holds it too, and an import looks there first."""
+    package, _, own = name.rpartition(".")
+    vars(importlib.import_module(package)).pop(own, None)
+    return sys.modules.pop(name, None)
+
+
+def _put(name: str, module: ModuleType) -> None:
+    package, _, own = name.rpartition(".")
+    sys.modules[name] = module
+    setattr(importlib.import_module(package), own, module)
+
+
 @contextlib.contextmanager
 def installed(module: ModuleType) -> Iterator[ModuleType]:
-    """``fastfilm.ops.cuda`` on top of an emulated extension."""
-    name = "fastfilm._CUDA"
-    launchers = ("fastfilm.ops.cuda", "fastfilm.ops.cuda_convolution")
-    before = {k: sys.modules.pop(k, None) for k in (name, *launchers)}
-    # the package holds its modules too, and an import looks there first
-    attributes = {k: vars(ops).pop(k.rpartition(".")[2], None) for k in launchers}
-    sys.modules[name] = module
-    attribute = fastfilm.__dict__.get("_CUDA")
-    fastfilm._CUDA = module  # type: ignore[attr-defined]
+    """The backend ``cuda`` on top of an emulated extension."""
+    before = {name: _taken(name) for name in MODULES}
+    _put(MODULES[0], module)
     try:
-        yield importlib.import_module("fastfilm.ops.cuda")
+        yield importlib.import_module(f"{ROOM}.kernels")
     finally:
-        del fastfilm._CUDA  # type: ignore[attr-defined]
-        if attribute is not None:
-            fastfilm._CUDA = attribute  # type: ignore[attr-defined]
-        for k, v in before.items():
-            sys.modules.pop(k, None)
-            if v is not None:
-                sys.modules[k] = v
-        for k, v in attributes.items():
-            vars(ops).pop(k.rpartition(".")[2], None)
-            if v is not None:
-                setattr(ops, k.rpartition(".")[2], v)
+        for name, own in before.items():
+            _taken(name)
+            if own is not None:
+                _put(name, own)
 
 
 @contextlib.contextmanager
 def serving(module: ModuleType) -> Iterator[ModuleType]:
     """The backend ``cuda`` on CPU tensors, by an emulated extension."""
-    own = backends.BACKENDS["cuda"]
+    own = choice.BACKENDS["cuda"]
     here = replace(own, devices=("cpu", "cuda"), unavailable=lambda: None)
-    with installed(module) as launchers, backends.replaced({"cuda": launchers}):
-        backends.BACKENDS["cuda"] = here
-        backends._choose.cache_clear()
+    with installed(module) as kernels, launchers.replaced({"cuda": kernels}):
+        choice.BACKENDS["cuda"] = here
+        choice.forget()
         recipe.forget()
         try:
-            yield launchers
+            yield kernels
         finally:
-            backends.BACKENDS["cuda"] = own
-            backends._choose.cache_clear()
+            choice.BACKENDS["cuda"] = own
+            choice.forget()
             recipe.forget()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastfilm.ops import cost
+from fastfilm.tuning import cost
 
 from . import ddp
 from .networks import Network

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastfilm.ops import cost
+from fastfilm.tuning import cost
 
 from . import explain, machine
 from .campaign import targets

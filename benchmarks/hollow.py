@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastfilm
 from fastfilm import check
-from fastfilm.ops import library
-from fastfilm.ops.precision import float32_products
+from fastfilm.ops.spec import eager
+from fastfilm.ops.spec.precision import float32_products
 
 from .blocks import Block
 from .layers import LayerStep
@@ -68,7 +68,7 @@ class _Hollow(TorchDispatchMode):
 @contextlib.contextmanager
 def hollow() -> Iterator[None]:
     """Leaves large results as the allocator gives them; fastfilm goes its way of eager mode."""
-    with library.observed(), _Hollow():
+    with eager.observed(), _Hollow():
         yield
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfilm.ops import fallback, spec, views
-from fastfilm.ops.backends import BACKENDS
-from fastfilm.ops.operands import Gradient, Output
-from fastfilm.ops.tail import Kind
+from fastfilm.ops import spec
+from fastfilm.ops.choice import BACKENDS
+from fastfilm.ops.launchers import eager
+from fastfilm.ops.spec import Geometry, Gradient, Kind, Output, Source, TailTensors, views
 from fastfilm.tuning import facts, measure
 from fastfilm.tuning.shapes import Shape
 
@@ -84,7 +84,7 @@ def launchers(backend: str, library: str | None) -> Iterator[Any]:
         with emulation.installed(emulation.load(Path(library))) as kernels:
             yield kernels
     else:  # themselves, also where FASTFILM_WITHOUT leaves some out
-        name = "fastfilm.ops.cuda" if backend == "cuda" else "fastfilm.kernels"
+        name = "fastfilm.ops.launchers.cuda.kernels" if backend == "cuda" else "fastfilm.kernels"
         yield importlib.import_module(name)
 
 
@@ -142,13 +142,12 @@ def _joint(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
     for size in JOINT:
         shape = _shape(size, dtype)
         (x, weight, e, coef, *_), exact = _given(shape, device, seed=2)
-        stride, padding = (shape.stride,) * shape.dims, (shape.padding,) * shape.dims
-        if not kernels.covers_joint(e, weight, tuple(x.shape[2:]), stride, padding):
+        walk = Geometry.ordinary((shape.stride,) * shape.dims, (shape.padding,) * shape.dims)
+        if not kernels.covers_joint(e, weight, tuple(x.shape[2:]), walk):
             return None
-        outputs, sources = [Output(x.shape[1], x, coef, facts.ACT)], [(x, coef, facts.ACT)]
-        ((dx, dcoef),), dw, _ = kernels.joint_sources(
-            Gradient(e), weight, outputs, sources, stride, padding
-        )
+        outputs, sources = [Output(x.shape[1], x, coef, facts.ACT)], [Source(x, coef, facts.ACT)]
+        found = kernels.joint(Gradient(e), weight, outputs, sources, walk)
+        ((dx, dcoef),), dw, _ = found
         errors.append(_worst([dx, dcoef, dw], [exact[n] for n in ("dx", "dcoef", "dw")]))
     return max(errors)
 
@@ -166,7 +165,7 @@ def _pack(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
         x = x.to(device)
         for layout in (weight.contiguous(), spec.channels_last(weight)):
             w = layout.to(device)
-            y, _ = kernels.fprop(x, w, None, None, "none", None, "none", stride, padding, False)
+            y, _ = kernels.fprop([Source(x)], w, None, Geometry.ordinary(stride, padding))
             errors.append(_worst([y], [true]))
     return max(errors)
 
@@ -192,7 +191,7 @@ def _wide(values: Sequence[Any]) -> list[Any]:
 
 def _against_plain(kernels: Any, name: str, arguments: Sequence[Any]) -> float:
     """A launcher beside PyTorch's form of it in float64."""
-    exact = getattr(fallback, f"_{name}")(*_wide(arguments))
+    exact = getattr(eager, name)(*_wide(arguments))
     found = getattr(kernels, name)(*arguments)
     if isinstance(exact, Tensor):
         exact, found = [exact], [found]
@@ -225,7 +224,7 @@ def _moments(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
         pre = _draw(device, torch.float32, 2, size[1], seed=3).abs()
         dstats = _draw(device, torch.float32, 2, *size[:2], seed=4)
         errors.append(_against_plain(kernels, "moments", (y, pre, "leaky_relu")))
-        stats = fallback._moments(*_wide((y, pre)), "leaky_relu").float().to(device)
+        stats = eager.moments(*_wide((y, pre)), "leaky_relu").float().to(device)
         arguments = (dy, dstats, y, stats, pre, "leaky_relu")
         errors.append(_against_plain(kernels, "moments_backward", arguments))
     return max(errors)
@@ -246,20 +245,18 @@ def _taps(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
             assert view is not None
             maximum = view.kind == "max"
             shape = (n, c + 3, *view.size)
-            host = torch.device("cpu")
-            taps, exact_taps = (views.taps(view, tuple(inner), False, d) for d in (y.device, host))
+            taps = views.taps(view, tuple(inner), False, y.device)
+            source = Source(*_wide((y, coef)), "relu", view)
             found = _draw(device, dtype, *shape, seed=5)
             exact = found.cpu().double()
             kernels.gather_taps(y, coef, "relu", taps, maximum, found, 3)
-            fallback._gather_taps(*_wide((y, coef)), "relu", exact_taps, maximum, exact, 3)
+            eager.gather(source, exact, 3)
             errors.append(_worst([found], [exact]))
-            back, exact_back = (
-                views.taps(view, tuple(inner), not maximum, d) for d in (y.device, host)
-            )
+            back = views.taps(view, tuple(inner), not maximum, y.device)
             dout = _draw(device, dtype, *shape, seed=6)
             ours = kernels.gather_taps_backward(dout, 3, y, coef, "relu", back, maximum)
-            wide = (*_wide((dout, 3, y, coef)), "relu", exact_back, maximum)
-            errors.append(_worst(list(ours), list(fallback._gather_taps_backward(*wide))))
+            theirs = eager.gather_backward(dout.cpu().double(), 3, source)
+            errors.append(_worst(list(ours), list(theirs)))
     return max(errors)
 
 
@@ -288,19 +285,19 @@ def _coefficients(kernels: Any, device: str, dtype: torch.dtype) -> float | None
         stats = _draw(device, dtype, 2, n, c, seed=1).abs()
         vectors = [_draw(device, dtype, c, seed=s) for s in (2, 3, 4)]
         film = [_draw(device, dtype, n, c, seed=s) for s in (5, 6)]
-        tensors = (None, None, stats, *vectors, *film, None, None)
+        tensors = TailTensors(None, None, stats, *vectors, *film)
         if not kernels.covers_block(kind):
             return float("inf")
-        wide = tuple(_wide(tensors))
+        wide = TailTensors(*_wide(tensors))
         wide_kind = Kind(norm, "silu", kind.order, "end", 1, *rest[:5], True, True, True, False)
         found = kernels.block_coefficients(kind, 0.1, tensors, stats.device)
         host = torch.device("cpu")
-        exact = fallback._block_coefficients(wide_kind, 0.1, wide, host)
+        exact = eager.block_coefficients(wide_kind, 0.1, wide, host)
         errors.append(_worst([found], [exact]))
         dcoef = _draw(device, dtype, 7, n, c, seed=7)
         wanted = [t is not None for t in tensors]
         found = kernels.block_coefficients_backward(kind, tensors, dcoef, wanted)
-        exact_back = fallback._block_coefficients_backward(
+        exact_back = eager.block_coefficients_backward(
             wide_kind, wide, dcoef.cpu().double(), wanted
         )
         errors.append(_worst(found, exact_back))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, maps, spec
+from fastfilm.ops import choice, maps, spec
 
 from .blocks import SLOPE, Block, Tensors, make
 from .graphs import CaptureFailed, capture
@@ -131,9 +131,7 @@ class LayerStep:
         first = not self.block.layer.input_grad
         if not self.training or first or "prologue" in self.without:
             return joined([*self.raws])
-        device, dtype = self.t.x.device.type, self.t.x.dtype
-        one = (1,) * len(self.block.layer.size)
-        plan = backends.choose(backends.Request(device, dtype, len(one), one, one, one))
+        plan = choice.for_pass(self.t.x)
         sources = zip(self.raws, self.coefs, strict=True)
         return joined([fastfilm.DeferredMap(r, c, self.block.act, plan) for r, c in sources])
 

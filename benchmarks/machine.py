@@ -162,7 +162,7 @@ def _copy_rate(device: str, size: int, clock: Clock, tries: int, calls: int = 1)
 
 
 def _matrix_rate(device: str, dtype: str, clock: Clock, tries: int) -> float:
-    from fastfilm.ops.precision import float32_products
+    from fastfilm.ops.spec.precision import float32_products
 
     rate = 0.0
     with float32_products(dtype == "tf32"):

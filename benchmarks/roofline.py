@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastfilm.ops.cost import Ceilings, Convolution
+from fastfilm.tuning.cost import Ceilings, Convolution
 
 DTYPES = {
     "float32": torch.float32,

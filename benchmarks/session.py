@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfilm.machine import gpu_is_lost
-from fastfilm.ops.precision import float32_products
+from fastfilm.ops.spec.precision import float32_products
 
 from .harness import (
     Budget,

@@ -47,7 +47,7 @@ LAYERS = (
 
 def extension() -> Path | None:
     """The file of the CUDA extension; None where it was not built."""
-    spec = importlib.util.find_spec("fastfilm._CUDA")
+    spec = importlib.util.find_spec("fastfilm.ops.launchers.cuda._CUDA")
     return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
@@ -99,7 +99,7 @@ def _instructions(library: Path, target: str) -> dict[str, Counter[str]]:
 
 def _layouts(arch: int) -> tuple[dict[tuple[str, str, tuple[int, int]], int], dict[str, float]]:
     """Shared memory of the tiles that ``LAYERS`` use, and L2 traffic of 64 to 64 channels over its maps."""
-    module = importlib.import_module("fastfilm._CUDA")
+    module = importlib.import_module("fastfilm.ops.launchers.cuda._CUDA")
     shared: dict[tuple[str, str, tuple[int, int]], int] = {}
     traffic: dict[str, float] = {}
     for dtype, code in CODES.items():
@@ -127,7 +127,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     library = extension()
     if library is None:
         return []
-    built = importlib.import_module("fastfilm._CUDA").architectures.split(";")
+    built = importlib.import_module("fastfilm.ops.launchers.cuda._CUDA").architectures.split(";")
     found = []
     for target in built[-1:] if quick else built:
         arch = int(target.rstrip("af")) // 10 * 10

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fastfilm.ops import reference, spec, vendor
+from fastfilm.ops.spec import Geometry
 
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}
 """Largest relative error of one rounding; in float32, for which the survey does not look at rounding, of 32."""
@@ -73,9 +74,9 @@ class Form:
     channels_last: tuple[bool, bool, bool]
     seed: int
 
-    def geometry(self) -> tuple[Any, ...]:
-        lists = (list(self.stride), list(self.padding), list(self.dilation))
-        return *lists, self.transposed, list(self.output_padding), self.groups
+    def geometry(self) -> Geometry:
+        walk = self.stride, self.padding, self.dilation
+        return Geometry(*walk, self.transposed, self.output_padding, self.groups)
 
     def output(self) -> list[int]:
         numbers = self.stride, self.padding, self.dilation, self.transposed, self.output_padding
@@ -169,15 +170,15 @@ def results(form: Form, route: str, operands: list[Tensor]) -> Iterator[Tensor]:
     geometry = form.geometry()
     if route == "reference":
         x, w, e = (t.detach().requires_grad_() for t in operands)
-        y = reference.convolution(x, w, None, *geometry)
+        y = reference.convolution(x, w, None, geometry)
         yield y.detach()
         first = torch.autograd.grad(y, (x, w), e, create_graph=True)
         yield from (t.detach() for t in first)
         yield from torch.autograd.grad(first, (x, w, e), operands[:2])
         return
     if route == "fastfilm":
-        yield vendor.convolution(x, w, None, *geometry)
-        yield from vendor.convolution_backward(e, x, w, *geometry, (True, True))
+        yield vendor.convolution(x, w, None, geometry)
+        yield from vendor.convolution_backward(e, x, w, geometry, (True, True))
         return
     yield torch.convolution(x, w, None, *geometry)
     backward = torch.ops.aten.convolution_backward.default

@@ -439,7 +439,7 @@ void use_instruction_set(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of fastfilm; fastfilm.ops.cpu is their interface.";
+  m.doc() = "CPU kernels of fastfilm; fastfilm.ops.launchers.cpu is their interface.";
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("apply", &py_apply, py::arg("y"), py::arg("coef"), py::arg("v"), py::arg("dtype"),
         py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("threads"), release());

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .machine import devices, gpu_is_lost, section, versions
-from .ops import backends, conv_norm_film, precision
-from .ops.backends import BACKENDS, Backend
+from .ops import add_act, choice, conv_norm_film
+from .ops.choice import BACKENDS, Backend
 from .ops.maps import Map, interpolate, join, max_pool
-from .ops.residual import add_act
+from .ops.spec import precision
 
 DRAWS = 8
 """Draws of the inputs; PyTorch's error is its largest over them, since that of a short sum is itself random."""
@@ -114,7 +114,7 @@ def report(quick: bool = False) -> int:
     began = time.perf_counter()
     machine = [*versions(), *devices()]
     print(section("machine", machine, max(len(name) for name, _ in machine)) + "\n")
-    for name, reason, _ in backends.describe():
+    for name, reason, _ in choice.describe():
         if reason is not None:
             print(f"{name}: not checked, {reason}")
     # flushed: a run that is cut has shown what it found
@@ -163,7 +163,7 @@ _QUICK = (torch.float32, torch.bfloat16)
 
 def _devices(b: Backend) -> list[str]:
     if b.name == "triton":
-        return ["cpu"] if backends.interpreting() else ["cuda"]
+        return ["cpu"] if choice.interpreting() else ["cuda"]
     return [d for d in b.devices if d == "cpu" or torch.cuda.is_available()]
 
 
@@ -286,7 +286,7 @@ def _run(
     if case.norm == "batch":
         running = {"running_mean": vector(co), "running_var": vector(co).abs() + 0.5}
         running = {k: v.to(device) for k, v in running.items()}
-    with backends.backend(name, route):
+    with choice.backend(name, route):
         x: Map = conv_norm_film(
             leaves["x"],
             inner,

@@ -20,6 +20,7 @@ def versions() -> Table:
     import torch
 
     import fastfilm
+    from fastfilm.ops.choice.environment import installed
 
     return [
         ("fastfilm", fastfilm.__version__),
@@ -28,16 +29,6 @@ def versions() -> Table:
         ("triton", installed("triton")),
         ("numpy", numpy.__version__),
     ]
-
-
-def installed(package: str) -> str:
-    """Version of a package, without importing it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def devices() -> Table:

@@ -380,7 +380,7 @@ def block_coefficients(
     """Rows a, b, g, s, p, q, slope [7, N, C] of a block; moves its running statistics.
 
     Args:
-        kind: what the block consists of (see ``fastfilm.ops.tail.Kind``); ``covers_block`` must hold.
+        kind: what the block consists of (see ``fastfilm.ops.spec.Kind``); ``covers_block`` must hold.
         tensors: running mean and variance, moments [2, N, C], norm weight and bias, conv bias [C], γ, β, dropout
             mask [C], [1, C] or [N, C], slope [1] or [C]; None where absent.
     """

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,20 @@ def cuda(extension: ModuleType, request: pytest.FixtureRequest) -> Iterator[Modu
     with installed(extension) as launchers:
         yield launchers
     extension.set_seed(0)
+
+
+@contextlib.contextmanager
+def rounding(allowed: Callable[[], bool]) -> Iterator[None]:
+    """Rounds float32 products of the launchers where ``allowed`` says so: those of CPU tensors never are."""
+    from fastfilm.ops.choice import cuda_plans
+    from fastfilm.ops.launchers.cuda import convolution
+
+    def plan(shape: cuda_plans.Shape, on: Tensor) -> Any:
+        return cuda_plans._plan(shape, cuda_plans._device(on.device.index), allowed())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "plan", plan)
+        yield
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

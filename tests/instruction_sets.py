@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastfilm import _C
+from fastfilm.ops.launchers.cpu import _C
 
 
 @pytest.fixture(params=_C.instruction_sets())

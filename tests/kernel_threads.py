@@ -16,7 +16,7 @@ def splitting(count: int) -> Iterator[None]:
     With more than one, small maps are split and their tasks handed out last first. Three are the kernels' own, two
     may be OpenMP's.
     """
-    from fastfilm import _C
+    from fastfilm.ops.launchers.cpu import _C
 
     before = torch.get_num_threads
     torch.get_num_threads = lambda: count

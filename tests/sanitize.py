@@ -5,7 +5,8 @@ draws of the fuzz test. The sanitizers give every tensor memory of its own with 
 for a while when it is freed, and fill it with bytes 0xff, a NaN in each type, until it is written. The kernels run
 on three threads, and split small maps.
 
-As a pytest plugin (``-p tests.sanitize``) this file puts that build in the place of ``fastfilm._C``.
+As a pytest plugin (``-p tests.sanitize``) this file puts that build in the place of
+``fastfilm.ops.launchers.cpu._C``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def build(folder: Path) -> Path:
 
 
 def environment(library: Path) -> dict[str, str]:
-    """Variables for a process whose ``fastfilm._C`` is ``library``."""
+    """Variables for a process whose ``fastfilm.ops.launchers.cpu._C`` is ``library``."""
     runtimes = [
         subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")
@@ -76,11 +77,11 @@ def environment(library: Path) -> dict[str, str]:
 
 
 class _Finder(importlib.machinery.PathFinder):
-    """Finds ``fastfilm._C`` in the file of the sanitized build."""
+    """Finds ``fastfilm.ops.launchers.cpu._C`` in the file of the sanitized build."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        if name != "fastfilm._C":
+        if name != "fastfilm.ops.launchers.cpu._C":
             return None
         loader = importlib.machinery.ExtensionFileLoader(name, os.environ[LIBRARY])
         return importlib.util.spec_from_loader(name, loader)
@@ -95,13 +96,14 @@ def pytest_collection_modifyitems() -> None:
     import torch
     from torch import Tensor
 
-    from fastfilm import _C
-    from fastfilm.ops import cpu
+    from fastfilm.ops import spec
+    from fastfilm.ops.launchers.cpu import _C
+    from fastfilm.ops.launchers.cpu import kernels as cpu
 
     assert _C.__file__ == os.environ[LIBRARY]
 
     def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
-        return torch.empty(shape, dtype=like.dtype, memory_format=cpu.FORMATS[len(shape)])
+        return torch.empty(shape, dtype=like.dtype, memory_format=spec.FORMATS[len(shape)])
 
     cpu.workspace = fresh
     torch.get_num_threads = lambda: 3
@@ -110,7 +112,7 @@ def pytest_collection_modifyitems() -> None:
 
 OVERREAD = """
 import tests.sanitize, torch
-from fastfilm import _C
+from fastfilm.ops.launchers.cpu import _C
 y, coef, v = torch.ones(8, 3), torch.ones(7, 3), torch.ones(9, 3)
 _C.apply(y.data_ptr(), coef.data_ptr(), v.data_ptr(), 0, 0, 1, 8, 3, 1)
 print("right")

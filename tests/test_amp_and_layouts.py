@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import backends, spec
+from fastfilm.ops import choice, spec
 from tests.yardstick import relative_error
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -17,7 +17,7 @@ BACKENDS = [
     pytest.param(
         n,
         marks=()
-        if (why := backends.BACKENDS[n].unavailable()) is None
+        if (why := choice.BACKENDS[n].unavailable()) is None
         else pytest.mark.skip(reason=why),
     )
     for n in ("cpu", "reference")

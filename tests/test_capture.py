@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 import fastfilm
 from fastfilm.nn.metadata import as_metadata
-from fastfilm.ops import backends, capture, coefficients, fallback, residual, views
-from fastfilm.ops.cuda_arguments import Launch
-from fastfilm.ops.maps import interpolate, join, max_pool
+from fastfilm.ops import choice
+from fastfilm.ops.launchers import triton as fallback
+from fastfilm.ops.launchers.cuda.arguments import Launch
+from fastfilm.ops.maps import interpolate, join, max_pool, residual
+from fastfilm.ops.reference import coefficients
+from fastfilm.ops.spec import capture, views
 
 CPU = torch.device("cpu")
-TRITON = backends.BACKENDS["triton"].unavailable()
+TRITON = choice.BACKENDS["triton"].unavailable()
 needs_triton = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 Switch = Callable[[bool], None]

@@ -170,7 +170,7 @@ def test_per_sample_gradients_are_those_of_a_loop(backend: str | None) -> None:
 
 
 def test_a_forced_backend_inside_a_transform_raises_one_clear_error() -> None:
-    if fastfilm.ops.backends.BACKENDS["cpu"].unavailable() is not None:
+    if fastfilm.ops.choice.BACKENDS["cpu"].unavailable() is not None:
         pytest.skip("the backend cpu is not available")
     module = block()
     for transform in (vmap, grad):

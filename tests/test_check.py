@@ -15,9 +15,9 @@ import torch
 
 import fastfilm.check
 from fastfilm.__main__ import main
-from fastfilm.ops import backends
+from fastfilm.ops import choice, launchers
 
-BACKENDS = backends.BACKENDS
+BACKENDS = choice.BACKENDS
 HERE = [b.name for b in BACKENDS.values() if b.unavailable() is None and b.name != "triton"]
 needs_cpu = pytest.mark.skipif("cpu" not in HERE, reason="the C++ extension was not built")
 
@@ -88,7 +88,7 @@ def test_quick_checks_less(here: None) -> None:
 
 
 def broken(name: str, how: Callable[..., Any]) -> tuple[ModuleType, str, Callable[..., Any]]:
-    kernels = BACKENDS["cpu"].kernels()
+    kernels = launchers.of("cpu")
     real = getattr(kernels, name)
     return kernels, name, lambda *args, **options: how(real(*args, **options))
 
@@ -126,13 +126,13 @@ def test_a_wrong_launcher_is_found_and_the_status_is_1(
 def test_a_wrong_view_is_found(
     here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = BACKENDS["cpu"].kernels().gather
+    real = launchers.of("cpu").gather
 
-    def gather(raw: Any, coef: Any, act: str, view: Any, out: torch.Tensor, at: int) -> None:
-        real(raw, coef, act, view, out, at)
-        out[:, at] *= 1.001
+    def gather(source: Any, out: torch.Tensor, first: int) -> None:
+        real(source, out, first)
+        out[:, first] *= 1.001
 
-    monkeypatch.setattr(BACKENDS["cpu"].kernels(), "gather", gather)
+    monkeypatch.setattr(launchers.of("cpu"), "gather", gather)
     assert main(["check", "--quick"]) == 1
     wrong = [r for r in lines(capsys.readouterr().out) if "WRONG" in r]
     assert wrong and all("behind" in r for r in wrong)
@@ -153,7 +153,7 @@ def test_a_launcher_that_raises_is_a_failure_with_its_reason(
 def test_unavailable_backends_are_named_with_their_reason(
     here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(backends, "describe", lambda: [("triton", "no CUDA device", "")])
+    monkeypatch.setattr(choice, "describe", lambda: [("triton", "no CUDA device", "")])
     assert main(["check", "--quick"]) == 0
     assert "triton: not checked, no CUDA device" in capsys.readouterr().out
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import weakref
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastfilm.ops import backends, fused_coefficients, recipe, spec
-from fastfilm.ops.tail import Kind, Tail
+from fastfilm.ops import choice, launchers, reference, spec
+from fastfilm.ops.block import recipe
+from fastfilm.ops.spec import Kind, TailTensors
 from tests.yardstick import relative_error
 
 FUSED = ("cpu", "triton")
+MOMENTUM = 0.3
 NAMES = ("norm_weight", "norm_bias", "running_mean", "running_var", "gamma", "beta", "dropout_mask")
 
 
-def launchers(name: str) -> ModuleType:
-    backend = backends.BACKENDS[name]
+def kernels_of(name: str) -> Any:
+    backend = choice.BACKENDS[name]
     reason = backend.unavailable()
-    if reason is None and name == "triton" and not backends.interpreting():
+    if reason is None and name == "triton" and not choice.interpreting():
         reason = "the interpreter is not active"
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
-    return backend.kernels()
+    return launchers.of(name)
+
+
+class Fused(torch.autograd.Function):
+    """A backend's coefficients, with its gradients, as a block takes them."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, kind: Kind, *tensors: Tensor | None) -> Tensor:
+        ctx.kernels, ctx.kind = kernels, kind
+        # running statistics have moved on by the backward pass
+        ctx.save_for_backward(*((None, None, *tensors[2:]) if kind.update else tensors))
+        given = TailTensors(*tensors)
+        coef: Tensor = kernels.block_coefficients(kind, MOMENTUM, given, torch.device("cpu"))
+        return coef
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        wanted, given = ctx.needs_input_grad[2:], TailTensors(*ctx.saved_tensors)
+        return (
+            None,
+            None,
+            *ctx.kernels.block_coefficients_backward(ctx.kind, given, grads[0], wanted),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +95,7 @@ class Case:
 
     def run(
         self,
-        kernels: ModuleType | None,
+        kernels: Any,
         dtype: torch.dtype,
         strided: bool = False,
         seed: int = 0,
@@ -121,15 +144,13 @@ class Case:
         if strided:
             for name in ("gamma", "beta", "norm_weight"):
                 made[name] = torch.stack([made[name], made[name]], -1)[..., 0]  # type: ignore[list-item]
-        tail = Tail(kind, 0.3, *(made[k] for k in NAMES), slope)
-        like = torch.empty(n, c, 5, 7, dtype=small)
-        coef = (
-            tail.defined_coefficients(like, bias, leaves["stats"])
-            if kernels is None
-            else tail.coefficients(like, bias, leaves["stats"], kernels, True)
+        tensors = TailTensors(
+            **{k: made[k] for k in NAMES}, bias=bias, slope=slope, stats=leaves["stats"]
         )
         if kernels is not None and kernels.covers_block(kind):
-            assert "BlockCoefficients" in type(coef.grad_fn).__name__ or not coef.requires_grad
+            coef = Fused.apply(kernels, kind, *tensors)
+        else:
+            coef = reference.of_block(kind, tensors, stats.device, MOMENTUM)
         # the pivots are constants of a backend's own choosing near the mean: compare what they make
         a, b, g, s, p, q, row = coef
         weights = torch.cos(torch.arange(coef.numel(), dtype=torch.float64)).reshape(coef.shape)
@@ -152,7 +173,7 @@ class Case:
         return {k: v.detach() for k, v in found.items()}
 
 
-def check(case: Case, kernels: ModuleType) -> None:
+def check(case: Case, kernels: Any) -> None:
     """Error against float64 at most 1.5 times the definition's in float32, plus an ulp.
 
     The error of a sum of a few numbers is itself random: the definition's is the largest over some draws.
@@ -197,7 +218,7 @@ def check(case: Case, kernels: ModuleType) -> None:
 def test_every_norm_order_and_dropout(
     norm: str, order: str, position: str | None, backend: str
 ) -> None:
-    kernels = launchers(backend)
+    kernels = kernels_of(backend)
     if norm == "none" and position == "norm":
         with pytest.raises(ValueError, match="needs a norm"):
             Case(norm=norm, order=order, position=position).run(None, torch.float32)
@@ -210,7 +231,7 @@ def test_every_norm_order_and_dropout(
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_parts_absent_shared_rows_and_types(backend: str, data: st.DataObject) -> None:
-    kernels = launchers(backend)
+    kernels = kernels_of(backend)
     absent = ("bias", "norm_weight", "norm_bias", "gamma", "beta")
     batch = data.draw(st.sampled_from((1, 3)))
     channels = data.draw(st.sampled_from((2, 6, 34)))
@@ -235,7 +256,7 @@ def test_parts_absent_shared_rows_and_types(backend: str, data: st.DataObject) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_are_rounded_as_pytorch_rounds_them(dtype: torch.dtype) -> None:
     """Halves to even, numbers below the smallest normal one, infinities and NaN."""
-    kernels = launchers("cpu")
+    kernels = kernels_of("cpu")
     scale = torch.logspace(-9, 5, 29)
     numbers = torch.randn(40, generator=torch.Generator().manual_seed(0)).to(dtype).float()
     # half way between two neighbours, and a little beside it
@@ -244,11 +265,13 @@ def test_gradients_are_rounded_as_pytorch_rounds_them(dtype: torch.dtype) -> Non
     x = torch.cat([numbers.outer(scale).flatten(), between, between * 2**-16, special, -special])
     case = Case(norm="none", order="conv-norm-act-film", batch=1, channels=len(x))
     beta = torch.zeros(1, len(x), dtype=dtype)
-    tensors = [None] * 7 + [beta, None, None]
+    tensors = TailTensors(beta=beta)
     dcoef = torch.zeros(7, 1, len(x))
     dcoef[spec.S, 0] = x
     wanted = [t is not None for t in tensors]
-    found = kernels.block_coefficients_backward(case.kind(wide=False), tensors, dcoef, wanted)[7]
+    grads = kernels.block_coefficients_backward(case.kind(wide=False), tensors, dcoef, wanted)
+    found = TailTensors(*grads).beta
+    assert found is not None
     assert torch.equal(found[0].nan_to_num(1.5), x.to(dtype).nan_to_num(1.5))
     assert torch.equal(found[0].isnan(), x.isnan())
 
@@ -258,7 +281,7 @@ def test_strided_numbers_are_read_where_they_lie(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """γ and β are halves of one tensor; memory that is free again is overwritten at once."""
-    kernels = launchers(backend)
+    kernels = kernels_of(backend)
     case = Case(rows=(3, 3))
     expected = case.run(kernels, torch.float32)
     contiguous = Tensor.contiguous
@@ -278,12 +301,9 @@ def test_strided_numbers_are_read_where_they_lie(
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_the_block_calls_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launchers(backend)
-    calls = []
-    real = fused_coefficients.block_coefficients
-    monkeypatch.setattr(
-        fused_coefficients, "block_coefficients", lambda *a: (calls.append(1), real(*a))[1]
-    )
+    kernels, calls = kernels_of(backend), []
+    real = kernels.block_coefficients
+    monkeypatch.setattr(kernels, "block_coefficients", lambda *a: (calls.append(1), real(*a))[1])
     import fastfilm
 
     with fastfilm.backend(backend):
@@ -293,7 +313,7 @@ def test_the_block_calls_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_mask_with_a_gradient_takes_the_definition(backend: str) -> None:
-    launchers(backend)
+    kernels_of(backend)
     import fastfilm
 
     mask = torch.rand(2, 3, requires_grad=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastfilm
 from benchmarks.emulation import installed
-from fastfilm.ops import backends, conv, spec
+from fastfilm.ops import choice, launchers, spec
 from tests import emulated
 from tests.emulated import extension, library
 
@@ -51,11 +51,11 @@ def check(kernels: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", COMMON, ids=str)
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_a_small_common_part_stays_on_average(name: str, dtype: torch.dtype) -> None:
-    backend = backends.BACKENDS[name]
-    if backend.unavailable() is not None or (name == "triton" and not backends.interpreting()):
+    backend = choice.BACKENDS[name]
+    if backend.unavailable() is not None or (name == "triton" and not choice.interpreting()):
         pytest.skip(backend.unavailable() or "the interpreter is not active")
-    module = "fastfilm.kernels" if name == "triton" else backend.module
-    check(importlib.import_module(module), dtype)
+    unguarded = name == "triton"
+    check(importlib.import_module("fastfilm.kernels") if unguarded else launchers.of(name), dtype)
 
 
 @needs_compiler
@@ -70,8 +70,8 @@ def test_a_small_common_part_stays_on_average_in_cuda(
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", ["batch", "instance", "none"])
 def test_a_gpus_bias_is_pending_on_the_raw_map(norm: str, training: bool) -> None:
-    triton = backends.BACKENDS["triton"]
-    if triton.unavailable() is not None or not backends.interpreting():
+    triton = choice.BACKENDS["triton"]
+    if triton.unavailable() is not None or not choice.interpreting():
         pytest.skip(triton.unavailable() or "the interpreter is not active")
     torch.manual_seed(0)
     shapes = {"x": (2, 3, 6, 5), "weight": (4, 3, 3, 3), "bias": (4,), "gamma": (2, 4)}
@@ -90,7 +90,7 @@ def test_a_gpus_bias_is_pending_on_the_raw_map(norm: str, training: bool) -> Non
 
     exact = run("reference", None)
     ours = run("triton", "composed")
-    assert not conv.adds_bias(ours[2].plan) and conv.adds_bias("cpu/composed")
+    assert not ours[2].plan.adds_bias and spec.Plan("cpu", "composed").adds_bias
     bare = torch.nn.functional.conv2d(given["x"], given["weight"], padding=1)
     torch.testing.assert_close(ours[2].raw, bare)
     for a, b in zip((ours[0], *ours[1]), (exact[0], *exact[1]), strict=True):

@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import backends, tables
+from fastfilm.ops import choice
+from fastfilm.ops.choice import tables
 from tests.case import SLOW
 from tests.yardstick import relative_error
 
-CPU = backends.BACKENDS["cpu"]
+CPU = choice.BACKENDS["cpu"]
 pytestmark = [
     pytest.mark.skipif(CPU.unavailable() is not None, reason=str(CPU.unavailable())),
     pytest.mark.filterwarnings("ignore"),
@@ -120,12 +122,9 @@ def test_the_graph_consists_of_our_operators() -> None:
     assert any("fastfilm" in name for name in recorder.operators())
 
 
-class Compiled:
-    """Stands in for the compiled CUDA kernels."""
-
-    @staticmethod
-    def why_not(dtype: torch.dtype, channels: tuple[int, int], *rest: object) -> str | None:
-        return "no tile fits" if channels[0] > 100 else None
+def fits(dtype: torch.dtype, channels: tuple[int, int], *rest: object) -> str | None:
+    """Stands in for what the compiled CUDA kernels say of a shape."""
+    return "no tile fits" if channels[0] > 100 else None
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -135,34 +134,32 @@ def test_choices_of_a_gpu_are_followed_in_one_graph(
 ) -> None:
     """Tables in files, modules of machine code and properties of a device are none of the graph's business."""
 
-    def choice(x: Tensor) -> tuple[Tensor, str]:
+    def chosen(x: Tensor) -> tuple[Tensor, str]:
         one = (1, 1)
         shape = {
             "channels": tuple(weight.shape[1::-1]),
             "output": tuple(x.shape[2:]),
             "batch": x.shape[0],
         }
-        request = backends.Request("cuda", torch.bfloat16, 2, (3, 3), one, one, **shape)
-        return x + 1, backends.choose(request)
+        request = choice.Request("cuda", torch.bfloat16, 2, (3, 3), one, one, **shape)
+        return x + 1, str(choice.choose(request))
 
     weight = nn.Parameter(torch.zeros(64, channels, 3, 3))
-    cuda = replace(backends.BACKENDS["cuda"], unavailable=lambda: None)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", cuda)
+    cuda = replace(choice.BACKENDS["cuda"], unavailable=lambda: None)
+    monkeypatch.setitem(choice.BACKENDS, "cuda", cuda)
+    monkeypatch.setattr(choice, "cuda_plans", SimpleNamespace(why_not=fits), raising=False)
     monkeypatch.setattr(tables, "architecture", lambda: "sm_90")
     bucket = tables.key(torch.bfloat16, 2, (channels, 64), (3, 3), (1, 1), (16, 16))
     tables.in_force.cache_clear()
-    backends._choose.cache_clear()
+    choice.forget()
     try:
-        with (
-            backends.replaced({"cuda": Compiled()}),
-            tables.trying({bucket: tables.Entry("cuda/fused", {}, {})}),
-        ):
-            compiled = torch.compile(choice, backend="eager", fullgraph=True, dynamic=dynamic)
+        with tables.trying({bucket: tables.Entry("cuda/fused", {}, {})}):
+            compiled = torch.compile(chosen, backend="eager", fullgraph=True, dynamic=dynamic)
             assert compiled(torch.zeros(2, 1, 16, 16))[1] == plan
             assert compiled(torch.zeros(2, 1, 64, 64))[1] == "reference/eager"
     finally:
         tables.in_force.cache_clear()
-        backends._choose.cache_clear()
+        choice.forget()
 
 
 def test_recompilations_are_counted_and_none_is_needless() -> None:

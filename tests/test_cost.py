@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastfilm.ops import cost
+from fastfilm.tuning import cost
 
 ROOT = Path(__file__).resolve().parents[1]
 if "benchmarks" not in sys.modules:

@@ -8,14 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import conv as composed
-from fastfilm.ops import spec, vendor
-from fastfilm.ops.prepared import PreparedWeight
+from fastfilm.ops import spec
+from fastfilm.ops.block import PreparedWeight
+from fastfilm.ops.spec import Geometry
+from fastfilm.ops.vendor import convolutions as vendor
 
 from .yardstick import assert_as_good_as_eager, assert_threads_do_not_change_bits
 
-_C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
-from fastfilm.ops import cpu  # noqa: E402
+_C = pytest.importorskip("fastfilm.ops.launchers.cpu._C", reason="the C++ extension was not built")
+from fastfilm.ops.launchers.cpu import convolution as own  # noqa: E402
+from fastfilm.ops.launchers.cpu import kernels as cpu  # noqa: E402
+from fastfilm.ops.launchers.cpu import rules  # noqa: E402
 
 from .instruction_sets import instruction_set  # noqa: E402
 from .kernel_threads import kernel_threads  # noqa: E402
@@ -197,7 +200,7 @@ def test_every_route_rounds_as_little_as_contiguous_eager(
     dims = len(shape) - 2
     more = (k % 2,) * dims if transposed else (0,) * dims
     pad = 0 if k == 2 else k // 2
-    geometry = ((stride,) * dims, (pad,) * dims, (1,) * dims, transposed, more, 1)
+    geometry = Geometry((stride,) * dims, (pad,) * dims, (1,) * dims, transposed, more, 1)
     found = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -215,10 +218,10 @@ def test_every_route_rounds_as_little_as_contiguous_eager(
         exact = eager(x.double(), w.double(), e.double())
         found.append((eager(x, w, e), exact))
     xc, ec = spec.channels_last(x), spec.channels_last(e)
-    y = composed._convolution(cpu, xc, w, None, geometry)
-    kept = composed._convolution(cpu, xc, w, None, geometry, PreparedWeight().pack)
+    y = cpu.convolution(xc, w, None, geometry)
+    kept = cpu.convolution(xc, w, None, geometry, PreparedWeight().pack)
     assert_as_good_as_eager({"y": kept}, exact, found, torch.float32)
-    dx, dw = composed._gradients(cpu, ec, xc, w, geometry, (True, True))
+    dx, dw = cpu.convolution_gradients(ec, xc, w, geometry, (True, True))
     assert dx is not None and dw is not None
     assert_as_good_as_eager({"y": y, "x": dx, "weight": dw}, exact, found, torch.float32)
 
@@ -274,13 +277,13 @@ def test_blocks_of_few_channels_take_it_and_keep_their_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     used: list[int] = []
-    own = cpu.convolve
+    convolve = own.convolve
 
     def watched(*args: object, **more: object) -> Tensor:
         used.append(1)
-        return own(*args, **more)  # type: ignore[arg-type]
+        return convolve(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cpu, "convolve", watched)
+    monkeypatch.setattr(own, "convolve", watched)
     torch.manual_seed(0)
     block = fastfilm.ConvNormFiLM2d(6, 4, norm="instance")
     x = torch.randn(2, 6, 12, 16, requires_grad=True)
@@ -310,33 +313,30 @@ def test_blocks_of_few_channels_take_it_and_keep_their_gradients(
     [{"dilation": (2, 2)}, {"transposed": True}, {"groups": 2}, {"padding": (3, 1)}],
 )  # fmt: skip
 def test_other_geometries_are_the_vendors(change: dict[str, object]) -> None:
-    geometry = {
-        "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "transposed": False,
-        "output_padding": (0, 0), "groups": 1,
-    }  # fmt: skip
+    geometry = Geometry.ordinary((1, 1), (1, 1))
     x, w, _ = draw((1, 8, 16, 16), (3, 3), 4, torch.float32)
     if _C.instruction_set() != "baseline":
-        assert cpu.covers_convolution(x, w, tuple(geometry.values()))
-    assert not cpu.covers_convolution(x, w, tuple((geometry | change).values()))
-    assert not cpu.covers_convolution(x.double(), w.double(), tuple(geometry.values()))
+        assert rules.covers_convolution(x, w, geometry)
+    assert not rules.covers_convolution(x, w, geometry._replace(**change))
+    assert not rules.covers_convolution(x.double(), w.double(), geometry)
 
 
 @pytest.mark.skipif(_C.instruction_set() == "baseline", reason="needs wide vectors")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_small_convolutions_are_its_own_and_large_ones_the_vendors(dtype: torch.dtype) -> None:
-    geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    geometry = Geometry.ordinary((1, 1), (1, 1))
     x, w, _ = draw((2, 24, 8, 8), (3, 3), 24, dtype)
-    assert cpu.covers_convolution(x, w, geometry) == (dtype == torch.float32)
-    assert cpu.covers_convolution(x[..., :3], w, geometry)
+    assert rules.covers_convolution(x, w, geometry) == (dtype == torch.float32)
+    assert rules.covers_convolution(x[..., :3], w, geometry)
     x, w, _ = draw((2, 24, 64, 64), (3, 3), 40, dtype)
-    assert not cpu.covers_convolution(x, w, geometry)
+    assert not rules.covers_convolution(x, w, geometry)
     # long sums, which oneDNN's channels-last form rounds worse with AVX-512 alone, and its gradients with AVX2 too
     x, w, _ = draw((2, 40, 64, 64), (3, 3), 40, dtype)
     single, vectors = dtype == torch.float32, _C.instruction_set() == "avx512"
-    assert cpu.covers_convolution(x, w, geometry) == (single and vectors)
-    assert cpu.covers_gradients(x, w, geometry)[0] == single
+    assert rules.covers_convolution(x, w, geometry) == (single and vectors)
+    assert rules.covers_gradients(x, w, geometry)[0] == single
     x, w, _ = draw((2, 80, 64, 64), (3, 3), 80, dtype)
-    assert cpu.covers_gradients(x, w, geometry)[0] == (single and vectors)
+    assert rules.covers_gradients(x, w, geometry)[0] == (single and vectors)
 
 
 @pytest.mark.parametrize("size", [(12, 12), (6, 5, 5)])
@@ -344,8 +344,7 @@ def test_wide_convolutions_of_few_positions_round_alike_for_either_layout_of_the
     size: tuple[int, ...],
 ) -> None:
     """A channels-last weight does not lead to oneDNN's sums in one register, as it does in eager PyTorch."""
-    one, none = (1,) * len(size), (0,) * len(size)
-    geometry = (one, one, one, False, none, 1)
+    geometry = Geometry.ordinary((1,) * len(size), (1,) * len(size))
     x, w, _ = draw((2, 256, *size), (3,) * len(size), 128, torch.float32)
     e = spec.channels_last(torch.randn(2, 128, *size))
 
@@ -357,51 +356,50 @@ def test_wide_convolutions_of_few_positions_round_alike_for_either_layout_of_the
     exact = eager(x.double(), w.double(), e.double())
     theirs = eager(x.contiguous(), w, e.contiguous())
     for weight in (w, spec.channels_last(w)):
-        dx, _ = composed._gradients(cpu, e, x, weight, geometry, (True, False))
+        dx, _ = cpu.convolution_gradients(e, x, weight, geometry, (True, False))
         assert dx is not None
-        ours = {"y": composed._convolution(cpu, x, weight, None, geometry), "x": dx}
+        ours = {"y": cpu.convolution(x, weight, None, geometry), "x": dx}
         assert_as_good_as_eager(ours, exact, [(theirs, exact)], torch.float32)
 
 
 @pytest.mark.skipif(_C.instruction_set() != "avx2", reason="measured with AVX2")
 def test_convolutions_of_many_weights_are_the_vendors() -> None:
-    geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    geometry = Geometry.ordinary((1, 1), (1, 1))
     x, w, _ = draw((2, 256, 2, 2), (3, 3), 128, torch.float32)
-    assert not cpu.covers_convolution(x, w, geometry)
-    assert cpu.covers_gradients(x, w, geometry) == (False, False)
+    assert not rules.covers_convolution(x, w, geometry)
+    assert rules.covers_gradients(x, w, geometry) == (False, False)
     x, w, _ = draw((2, 64, 4, 4), (3, 3), 64, torch.float32)
-    assert cpu.covers_convolution(x, w, geometry)
+    assert rules.covers_convolution(x, w, geometry)
     # fewer, where the vendor has them in its own layout
-    assert not cpu.covers_convolution(x, w, geometry, True, packed=True)
+    assert not rules.covers_convolution(x, w, geometry, True, packed=True)
     x, w, _ = draw((2, 32, 4, 4), (3, 3), 32, torch.float32)
-    assert cpu.covers_convolution(x, w, geometry, True, packed=True)
+    assert rules.covers_convolution(x, w, geometry, True, packed=True)
 
 
 @pytest.mark.skipif(_C.instruction_set() == "baseline", reason="needs wide vectors")
 def test_the_gradients_of_small_float32_convolutions_are_its_own() -> None:
-    geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    geometry = Geometry.ordinary((1, 1), (1, 1))
     x, w, _ = draw((2, 24, 8, 8), (3, 3), 24, torch.float32)
-    assert cpu.covers_gradients(x, w, geometry) == (True, True)
-    assert cpu.covers_gradients(x.bfloat16(), w.bfloat16(), geometry) == (False, False)
-    strided = ((2, 2), *geometry[1:])
-    assert cpu.covers_gradients(x, w, strided) == (False, True)
-    assert cpu.covers_gradients(x, w, (*geometry[:3], True, *geometry[4:])) == (True, True)
+    assert rules.covers_gradients(x, w, geometry) == (True, True)
+    assert rules.covers_gradients(x.bfloat16(), w.bfloat16(), geometry) == (False, False)
+    strided = geometry._replace(stride=(2, 2))
+    assert rules.covers_gradients(x, w, strided) == (False, True)
+    assert rules.covers_gradients(x, w, geometry._replace(transposed=True)) == (True, True)
     # a map that PyTorch convolves without oneDNN, though not the gradient, which has more channels
     x, w, _ = draw((1, 12, 32, 40, 4), (3, 3, 3), 24, torch.float32)
-    one, none = (1, 1, 1), (0, 0, 0)
-    assert cpu.covers_gradients(x, w, (one, one, one, False, none, 1)) == (True, True)
+    assert rules.covers_gradients(x, w, Geometry.ordinary((1,) * 3, (1,) * 3)) == (True, True)
     # of one input channel most of each vector of the weight's gradient is empty
     x, w, _ = draw((2, 1, 64, 64), (3, 3), 32, torch.float32)
-    assert cpu.covers_gradients(x, w, geometry) == (True, False)
+    assert rules.covers_gradients(x, w, geometry) == (True, False)
 
 
 @pytest.mark.skipif(_C.instruction_set() == "baseline", reason="needs wide vectors")
 def test_weights_gradients_of_any_size_are_its_own_unless_the_vendors_are_as_fast() -> None:
-    geometry = ((1, 1, 1), (1, 1, 1), (1, 1, 1), False, (0, 0, 0), 1)
+    geometry = Geometry.ordinary((1,) * 3, (1,) * 3)
     vectors = _C.instruction_set() == "avx512"
     for ci, co, expected in ((8, 8, True), (24, 24, True), (32, 32, not vectors), (1, 8, False)):
         x, w, _ = draw((2, ci, 20, 20, 20), (3, 3, 3), co, torch.float32)
-        assert cpu.covers_gradients(x, w, geometry)[1] == expected, (ci, co)
+        assert rules.covers_gradients(x, w, geometry)[1] == expected, (ci, co)
 
 
 @pytest.mark.usefixtures("kernel_threads")
@@ -429,9 +427,9 @@ def test_weights_gradients_of_large_maps_round_as_little_as_eagers_contiguous_on
 
 
 def test_one_small_sample_is_the_vendors_from_fewer_products_on() -> None:
-    geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    geometry = Geometry.ordinary((1, 1), (1, 1))
     x, w, _ = draw((2, 24, 8, 8), (3, 3), 24, torch.float32)
-    assert not cpu.covers_convolution(x[:1], w, geometry)
+    assert not rules.covers_convolution(x[:1], w, geometry)
 
 
 @pytest.mark.parametrize(
@@ -500,5 +498,5 @@ def test_the_launcher_names_the_bad_argument() -> None:
 
 def test_the_vendors_convolution_agrees() -> None:
     x, w, b = draw((1, 8, 16, 32), (3, 3), 8, torch.float32)
-    theirs = vendor.convolution(x, w, b, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    theirs = vendor.convolution(x, w, b, Geometry.ordinary((1, 1), (1, 1)))
     torch.testing.assert_close(cpu.convolve(x, w, b, (1, 1)), theirs, rtol=1e-5, atol=1e-5)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastfilm.ops import reference, spec
 
-_C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
-from fastfilm.ops import cpu  # noqa: E402
+_C = pytest.importorskip("fastfilm.ops.launchers.cpu._C", reason="the C++ extension was not built")
+from fastfilm.ops.launchers.cpu import kernels as cpu  # noqa: E402
 
 from .instruction_sets import instruction_set  # noqa: E402
 from .kernel_threads import kernel_threads  # noqa: E402

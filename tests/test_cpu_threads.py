@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastfilm.ops import spec, views
+from fastfilm.ops import spec
+from fastfilm.ops.spec import views
 
-_C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
-from fastfilm.ops import cpu  # noqa: E402
+_C = pytest.importorskip("fastfilm.ops.launchers.cpu._C", reason="the C++ extension was not built")
+from fastfilm.ops.launchers.cpu import kernels as cpu  # noqa: E402
 
 from .kernel_threads import splitting  # noqa: E402
 from .sanitize import LIBRARY  # noqa: E402
@@ -83,8 +84,11 @@ def seen(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
     ):
         assert view is not None
         out = numbers(n, c, *view.size, dtype=dtype, seed=3)
-        found.append(cpu.gather_backward(out, 0, y, coef, "silu", view))
-        cpu.gather(y, coef, "silu", view, out, 0)
+        source = spec.Source(y, coef, "silu", view)
+        gradient, _ = cpu.gather_backward(out, 0, source)
+        assert gradient is not None
+        found.append(gradient)
+        cpu.gather(source, out, 0)
         found.append(out)
     return found
 
@@ -94,9 +98,9 @@ def sums(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
     y, y2, dv = (numbers(*sizes.map, dtype=dtype, seed=s) for s in range(3))
     coef = numbers(7, *sizes.map[:2], dtype=wide, seed=4)
     slope = coef[0, 0].contiguous()
-    arguments = (y, coef, "none", y2, coef.flip(0), slope, "leaky_relu")
-    gradients = cpu.residual_backward(dv, *arguments)
-    return [cpu.residual(*arguments), *(t for t in gradients if t is not None)]
+    addends = spec.Addends(y, coef, "none", y2, coef.flip(0), slope, "leaky_relu")
+    gradients = cpu.residual_backward(dv, addends)
+    return [cpu.residual(addends), *(t for t in gradients if t is not None)]
 
 
 KERNELS = (passes, convolutions, seen, sums)

@@ -13,8 +13,9 @@ from fastfilm.ops import spec
 from .test_cpu_convolution import conv, draw
 from .yardstick import assert_as_good_as_eager, assert_threads_do_not_change_bits
 
-_C = pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
-from fastfilm.ops import cpu, cpu_convolution  # noqa: E402
+_C = pytest.importorskip("fastfilm.ops.launchers.cpu._C", reason="the C++ extension was not built")
+from fastfilm.ops.launchers.cpu import convolution, rules  # noqa: E402
+from fastfilm.ops.launchers.cpu import kernels as cpu  # noqa: E402
 
 from .instruction_sets import instruction_set  # noqa: E402
 from .kernel_threads import kernel_threads  # noqa: E402
@@ -37,14 +38,14 @@ CASES = (
 @pytest.fixture
 def winograd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Winograd's form for every convolution that it can serve."""
-    kept = cpu_convolution._convolution, cpu_convolution._mirrored
+    kept = convolution._convolution, convolution._mirrored
 
     def everywhere(
         dtype: torch.dtype, batch: int, out: object, weight: tuple[int, ...], instructions: str
     ) -> bool:
         return dtype == torch.float32 and tuple(weight[-2:]) == (3, 3)
 
-    monkeypatch.setattr(cpu_convolution, "_by_winograd", everywhere)
+    monkeypatch.setattr(convolution, "by_winograd", everywhere)
     for cache in kept:
         cache.cache_clear()
     yield
@@ -100,7 +101,7 @@ def test_its_bits_do_not_depend_on_threads(winograd: None) -> None:
 def _taken(shape: tuple[int, ...], co: int, dtype: torch.dtype = torch.float32, k: int = 3) -> bool:
     dims = len(shape) - 2
     weight = (co, shape[1], *(k,) * dims)
-    return cpu_convolution._by_winograd(dtype, shape[0], shape[2:], weight, "avx512")
+    return rules.by_winograd(dtype, shape[0], shape[2:], weight, "avx512")
 
 
 def test_where_it_is_taken() -> None:
@@ -110,12 +111,12 @@ def test_where_it_is_taken() -> None:
     assert not _taken((1, 64, 16, 16), 64)  # too few tiles for their weights
     assert not _taken((4, 64, 32, 32), 64, torch.bfloat16) and not _taken((4, 64, 32, 32), 64, k=1)
     for other in ("avx2", "baseline"):
-        assert not cpu_convolution._by_winograd(torch.float32, 4, (32, 32), (64, 64, 3, 3), other)
+        assert not rules.by_winograd(torch.float32, 4, (32, 32), (64, 64, 3, 3), other)
 
 
 def test_a_kernel_of_other_sizes_is_refused() -> None:
     x, w, _ = draw((1, 4, 6, 6), (1, 3), 4, torch.float32)
-    kernels, _, shape = cpu_convolution._convolution(
+    kernels, _, shape = convolution._convolution(
         x.dtype, x.shape, w.shape, w.stride(), (1, 1), (0, 1), _C.instruction_set()
     )
     y = torch.empty(shape)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import fastfilm
 
-pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
-from fastfilm.ops import cpu
+pytest.importorskip("fastfilm.ops.launchers.cpu._C", reason="the C++ extension was not built")
+from fastfilm.ops.launchers.cpu import kernels as cpu
 
 
 def test_it_is_used_again_by_its_own_thread_only() -> None:

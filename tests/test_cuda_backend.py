@@ -12,8 +12,8 @@ import torch
 
 import fastfilm
 from benchmarks.emulation import serving
-from fastfilm.ops import backends, tables
-from fastfilm.ops.backends import BACKENDS, Request, why_not_architecture
+from fastfilm.ops import choice
+from fastfilm.ops.choice import BACKENDS, Request, registry, tables, why_not_architecture
 from tests import emulated
 from tests.case import Case
 from tests.emulated import extension, library
@@ -82,9 +82,9 @@ def test_a_block_in_inference_is_finished_by_the_convolution(
     emulation: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = []
-    inner = emulation.fprop_sources
+    inner = emulation.fprop
     monkeypatch.setattr(
-        emulation, "fprop_sources", lambda *a, **k: finished.append(a[5]) or inner(*a, **k)
+        emulation, "fprop", lambda *a, **k: finished.append(k["finish"]) or inner(*a, **k)
     )
     x, weight = torch.randn(1, 8, 6, 7), torch.randn(8, 8, 3, 3)
     options: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_a_block_in_inference_is_finished_by_the_convolution(
     }
     with torch.no_grad(), fastfilm.backend("cuda", "fused"):
         ours = fastfilm.conv_norm_film(x, weight, **options)
-    assert len(finished) == 1 and finished[0] is not None  # the coefficients of the output
+    assert len(finished) == 1 and finished[0].coef is not None  # the coefficients of the output
     with torch.no_grad(), fastfilm.backend("reference"):
         theirs = fastfilm.conv_norm_film(x, weight, **options)
     assert isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
@@ -121,13 +121,13 @@ def test_what_the_fused_route_refuses_is_said(
     emulation: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b = BACKENDS["cuda"]
-    assert backends.why_not_fused(b, REQUEST) is None
+    assert choice.why_not_fused(b, REQUEST) is None
     assert "kernel size must be 1 or 3" in str(
-        backends.why_not_fused(b, replace(REQUEST, kernel=(5, 5)))
+        choice.why_not_fused(b, replace(REQUEST, kernel=(5, 5)))
     )
-    assert "batch must be <= 65535" in str(backends.why_not_fused(b, replace(REQUEST, batch=70000)))
-    monkeypatch.setattr(emulation.convolutions, "_device", lambda index: (86, 28, 16 * 1024))
-    assert backends.why_not_fused(b, REQUEST) == ("no tile fits into 16384 bytes of shared memory")
+    assert "batch must be <= 65535" in str(choice.why_not_fused(b, replace(REQUEST, batch=70000)))
+    monkeypatch.setattr("fastfilm.ops.choice.cuda_plans._device", lambda index: (86, 28, 16 * 1024))
+    assert choice.why_not_fused(b, REQUEST) == ("no tile fits into 16384 bytes of shared memory")
 
 
 @needs_compiler
@@ -136,14 +136,14 @@ def test_it_is_chosen_only_where_it_was_measured_or_forced(
 ) -> None:
     triton = replace(BACKENDS["triton"], unavailable=lambda: None)
     monkeypatch.setitem(BACKENDS, "triton", triton)
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-    assert backends.choose(REQUEST).startswith("triton/")
+    monkeypatch.setattr(registry, "interpreting", lambda: False)
+    assert choice.choose(REQUEST).backend == "triton"
     with fastfilm.backend("cuda"):
-        assert backends.choose(REQUEST).startswith("cuda/")
+        assert choice.choose(REQUEST).backend == "cuda"
     key = tables.key(torch.bfloat16, 16, (64, 64), (3, 3), (1, 1), (256, 256))
-    backends._choose.cache_clear()
+    choice.forget()
     with tables.trying({key: tables.Entry("cuda/fused", {}, {})}):
-        assert backends.choose(REQUEST) == "cuda/fused"
+        assert str(choice.choose(REQUEST)) == "cuda/fused"
 
 
 @without_gpu

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfilm.ops import reference
-from fastfilm.ops.operands import Gradient
+from fastfilm.ops.spec import Geometry, Gradient, NormInput, Output, Pending, Source
 from tests import emulated
 from tests.emulated import TOLERANCE, close, cuda, draw, extension, library
 
@@ -43,6 +43,10 @@ class Layer:
         padding = self.kernel // 2 if self.padding is None else self.padding
         return (self.stride,) * len(self.size), (padding,) * len(self.size)
 
+    @property
+    def walk(self) -> Geometry:
+        return Geometry.ordinary(*self.geometry)
+
     def convolve(self, v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         conv = F.conv2d if len(self.size) == 2 else F.conv3d
         return conv(v, weight, bias, *self.geometry)
@@ -63,25 +67,26 @@ def check_layer(cuda: Any, layer: Layer) -> None:
     wide = [t.double().requires_grad_() for t in (x, weight, coef)]
     xd, wd, cd = wide
 
-    y, stats = cuda.fprop(
-        x, weight, bias, coef, layer.act, pre, layer.pre_act, *layer.geometry, True
-    )
+    source = Source(x, coef, layer.act)
+    seen = NormInput(pre, layer.pre_act)
+    y, stats = cuda.fprop([source], weight, bias, layer.walk, seen)
     exact = layer.convolve(reference.materialise(xd, cd, layer.act), wd, bias.double())
     close(y, exact, layer.dtype)
     close(stats, reference.moments(exact.detach(), pre.double(), layer.pre_act), layer.dtype)
 
     e = draw(*exact.shape, seed=4, dtype=layer.dtype)
     dx, dweight, dcoef = torch.autograd.grad(exact, wide, e.double())
-    ours, ours_coef = cuda.dgrad(e, weight, x, coef, layer.act, *layer.geometry)
+    output = Output(ci, x, coef, layer.act)
+    ((ours, ours_coef),) = cuda.dgrad(Gradient(e), weight, [output], layer.size, layer.walk)
     close(ours, dx, layer.dtype)
     close(ours_coef, dcoef, torch.float32)
-    close(cuda.wgrad(e, x, weight, coef, layer.act, *layer.geometry), dweight, layer.dtype)
+    close(cuda.wgrad(Gradient(e), [source], weight, layer.walk)[0], dweight, layer.dtype)
 
     plain = layer.convolve(xd, wd, None)
-    y, stats = cuda.fprop(x, weight, None, None, "none", None, "none", *layer.geometry, False)
+    y, stats = cuda.fprop([Source(x)], weight, None, layer.walk)
     close(y, plain, layer.dtype)
     assert stats.numel() == 0
-    ours, none = cuda.dgrad(e, weight, x, None, "none", *layer.geometry)
+    ((ours, none),) = cuda.dgrad(Gradient(e), weight, [Output(ci, x)], layer.size, layer.walk)
     close(ours, torch.autograd.grad(plain, xd, e.double())[0], layer.dtype)
     assert none is None
 
@@ -133,35 +138,35 @@ def test_two_sources_follow_each_other_in_the_channels(cuda: Any, dtype: torch.d
     )
     coef, weight = draw(7, n, 24, seed=2), layer.draw_weight()
     for sources in (
-        [(first, coef, "elu"), (second, None, "none")],
-        [(first, None, "none"), (second, coef[..., :11], "gelu_tanh")],
+        [Source(first, coef, "elu"), Source(second)],
+        [Source(first), Source(second, coef[..., :11], "gelu_tanh")],
     ):
         parts = [
             x.double() if c is None else reference.materialise(x.double(), c.double(), act)
-            for x, c, act in sources
+            for x, c, act, *_ in sources
         ]
         v = torch.cat(parts, 1)
-        tail = (None, "none", None, "none", *layer.geometry, False)
-        y, _ = cuda.fprop_sources(sources, weight, None, *tail)
+        y, _ = cuda.fprop(sources, weight, None, layer.walk)
         wide = weight.double().requires_grad_()
         exact = layer.convolve(v, wide, None)
         close(y, exact, dtype)
         e = draw(n, co, *layer.size, seed=3, dtype=dtype)
         (dweight,) = torch.autograd.grad(exact, wide, e.double())
-        ours, _ = cuda.wgrad_sources(Gradient(e), sources, weight, *layer.geometry)
+        ours, _ = cuda.wgrad(Gradient(e), sources, weight, layer.walk)
         close(ours, dweight, dtype)
-    swapped = [(second, None, "none"), (first, None, "none")]
+    swapped = [Source(second), Source(first)]
     with pytest.raises(
         ValueError, match="channels of the first of two sources must be a multiple of"
     ):
-        cuda.fprop_sources(swapped, weight, None, *tail)
+        cuda.fprop(swapped, weight, None, layer.walk)
 
 
 def test_the_finished_block(cuda: Any) -> None:
     layer = Layer((7, 9), (8, 24), dtype=HALF)
     x, weight = draw(2, 8, 7, 9, dtype=HALF), layer.draw_weight()
     coef, out, bias = draw(7, 2, 8, seed=1), draw(7, 2, 24, seed=2), draw(24, seed=3)
-    v = cuda.fprop_apply(x, weight, bias, coef, "relu", out, "gelu", *layer.geometry)
+    read, finish = [Source(x, coef, "relu")], Pending(out, "gelu")
+    v, _ = cuda.fprop(read, weight, bias, layer.walk, finish=finish)
     pending = reference.materialise(x.double(), coef.double(), "relu")
     raw = layer.convolve(pending, weight.double(), bias.double())
     close(v, reference.materialise(raw, out.double(), "gelu"), HALF)
@@ -175,7 +180,7 @@ def test_the_finished_block(cuda: Any) -> None:
 def test_layouts_of_other_gpus(
     cuda: Any, monkeypatch: pytest.MonkeyPatch, device: tuple[int, int, int]
 ) -> None:
-    monkeypatch.setattr(cuda.convolutions, "_device", lambda index: device)
+    monkeypatch.setattr("fastfilm.ops.choice.cuda_plans._device", lambda index: device)
     for layer in (
         Layer((18, 20), (40, 48)),
         Layer((9, 20), (40, 48), stride=2, batch=1),
@@ -185,7 +190,7 @@ def test_layouts_of_other_gpus(
 
 
 def test_a_layout_that_does_not_fit_says_so(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.convolutions, "_device", lambda index: (75, 40, 32 * 1024))
+    monkeypatch.setattr("fastfilm.ops.choice.cuda_plans._device", lambda index: (75, 40, 32 * 1024))
     with pytest.raises(RuntimeError, match="no tile fits into 32768 bytes of shared memory"):
         check_layer(cuda, Layer((9, 9), (64, 64)))
 
@@ -195,10 +200,10 @@ def test_sizes_that_do_not_fit_are_named(
     cuda: Any, size: tuple[int, int], padding: tuple[int, int]
 ) -> None:
     """A result larger than map and zeros allow would be read from beyond the map."""
-    x = draw(1, 8, 4, 4)
-    cuda.convolution(x, (8, 8), (4, 4), (3, 3), (1, 1), (1, 1))
+    x, weight = draw(1, 8, 4, 4), draw(8, 8, 3, 3)
+    cuda.convolution(x, weight, (4, 4), Geometry.ordinary((1, 1), (1, 1)))
     with pytest.raises(ValueError, match=r"out must be in \[1, "):
-        cuda.convolution(x, (8, 8), size, (3, 3), (1, 1), padding)
+        cuda.convolution(x, weight, size, Geometry.ordinary((1, 1), padding))
 
 
 def test_the_order_of_the_threads_does_not_change_a_bit(extension: ModuleType) -> None:
@@ -212,12 +217,11 @@ def test_the_order_of_the_threads_does_not_change_a_bit(extension: ModuleType) -
     with emulated.installed(extension) as cuda:
         for seed in (0, 3):
             extension.set_seed(seed)
-            y, stats = cuda.fprop(
-                x, weight, None, coef, "relu", None, "none", *layer.geometry, True
-            )
-            tail = (coef, "relu", *layer.geometry)
-            dw = cuda.wgrad(e, x, weight, *tail)
-            results.append((y, stats, *cuda.dgrad(e, weight, x, *tail), dw))
+            read, outputs = [Source(x, coef, "relu")], [Output(24, x, coef, "relu")]
+            y, stats = cuda.fprop(read, weight, None, layer.walk, NormInput())
+            dw, _ = cuda.wgrad(Gradient(e), read, weight, layer.walk)
+            ((dx, dcoef),) = cuda.dgrad(Gradient(e), weight, outputs, layer.size, layer.walk)
+            results.append((y, stats, dx, dcoef, dw))
         extension.set_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -232,8 +236,7 @@ TENSOR_FLOAT = {
 
 def check_rounded(cuda: Any, layer: Layer) -> None:
     """``check_layer`` with float32 products rounded to ten bits behind the point, and no worse."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda.convolutions, "_tf32", lambda x: True)
+    with pytest.MonkeyPatch.context() as patch, emulated.rounding(lambda: True):
         # cut off rather than rounded, it would be half as much again
         patch.setitem(TOLERANCE, SINGLE, 4e-4)
         check_layer(cuda, layer)
@@ -256,9 +259,7 @@ def test_weights_of_any_layout(cuda: Any) -> None:
         weight.contiguous(memory_format=torch.channels_last),
         weight.transpose(2, 3).contiguous().transpose(2, 3),
     ):
-        results.append(
-            cuda.fprop(x, w, None, None, "none", None, "none", *layer.geometry, False)[0]
-        )
+        results.append(cuda.fprop([Source(x)], w, None, layer.walk)[0])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -288,8 +289,10 @@ def test_elements_beyond_two_to_the_31(
     exact = layer.convolve(pending, weight.double(), None)[..., -16:, -16:]
     with emulated.installed(extension) as cuda:
         # so many multiprocessors that the last block has the last tile, or two
-        monkeypatch.setattr(cuda.convolutions, "_device", lambda index: (90, 1 << 17, 227 * 1024))
-        conv = cuda.convolution(x, (40, 40), shape[2:], (3, 3), *layer.geometry)
+        monkeypatch.setattr(
+            "fastfilm.ops.choice.cuda_plans._device", lambda index: (90, 1 << 17, 227 * 1024)
+        )
+        conv = cuda.convolution(x, weight, shape[2:], layer.walk)
         monkeypatch.undo()
         work = torch.zeros(conv.forward_workspace(), dtype=torch.uint8)
         source = (x.data_ptr(), coef.data_ptr(), 40, 1)

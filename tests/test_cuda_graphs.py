@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import residual, views
-from fastfilm.ops.backends import BACKENDS
+from fastfilm.ops.choice import BACKENDS
+from fastfilm.ops.maps import residual
+from fastfilm.ops.spec import views
 from tests.yardstick import relative_error
 
 pytestmark = [

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import forks, maps, traffic
+from benchmarks import traffic
+from fastfilm.ops import maps
 from fastfilm.ops.maps import DeferredMap
+from fastfilm.ops.spec import forks
 from tests import emulated
 from tests.emulated import extension, library
 from tests.test_cuda_backend import emulation
@@ -118,12 +120,12 @@ def _launches(
 def test_every_map_is_written_once_and_read_once(emulation: ModuleType) -> None:
     forward, backward = _launches(emulation)
     moved = [k for k in forward if k.passes and k.name != "fill_"]  # the test run's own
-    assert {k.name for k in moved} == {"fprop_sources", "fprop_finished"}
+    assert {k.name for k in moved} == {"fprop"}
     # one map in and one out, a second source at the two concatenations, and the last one's unfinished output
     assert [k.passes for k in moved] == [2.0] * 6 + [3.0, 2.0, 3.0, 2.0, 3.0]
     names = [k.name for k in backward if k.passes]
     assert not {"moments_backward", "apply_backward", "add", "gather"} & set(names)
-    assert names.count("joint_sources") == 10 and names.count("wgrad_sources") == 1
+    assert names.count("joint") == 10 and names.count("wgrad") == 1
 
 
 def _block(ci: int, co: int) -> fastfilm.ConvNormFiLM2d:
@@ -243,5 +245,5 @@ def test_inference_writes_each_map_once(emulation: ModuleType) -> None:
             ours = net(image, rows)
     torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
     moved = [k for k in launches if k.passes and k.name != "fill_"]
-    assert {k.name for k in moved} == {"fprop_sources"}
+    assert {k.name for k in moved} == {"fprop"}
     assert sum(k.passes for k in moved) == 2 * 11 + 2

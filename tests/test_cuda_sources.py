@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfilm.ops import reference, views
-from fastfilm.ops.operands import Gradient, Output
-from fastfilm.ops.views import View
+from fastfilm.ops import reference
+from fastfilm.ops.spec import Geometry, Gradient, NormInput, Output, Source, views
+from fastfilm.ops.spec.views import View
 from tests import emulated
 from tests.emulated import close, cuda, draw, extension, library
 
@@ -97,8 +97,9 @@ def check_sources(cuda: Any, call: Call, joint: bool) -> None:
     weight = draw(call.channels, channels, *[call.kernel] * dims, seed=20)
     weight = (weight / (channels * call.kernel**dims) ** 0.5).to(call.dtype)
     geometry = ((call.stride,) * dims, (call.kernel // 2,) * dims)
+    walk = Geometry.ordinary(*geometry)
     pre = draw(2, call.channels, seed=21).abs()
-    sources = list(zip(raws, coefs, acts, seen, strict=True))
+    sources = [Source(*parts) for parts in zip(raws, coefs, acts, seen, strict=True)]
     assert cuda.covers_sources(sources)
 
     leaves = [t.double().requires_grad_() for t in (*raws, *(c for c in coefs if c is not None))]
@@ -113,9 +114,7 @@ def check_sources(cuda: Any, call: Call, joint: bool) -> None:
     exact = convolve(torch.cat(shown, 1), wide, None, *geometry)
     exact_stats = reference.moments(exact, wide_pre, call.act)
 
-    y, stats = cuda.fprop_sources(
-        sources, weight, None, pre, call.act, None, "none", *geometry, True
-    )
+    y, stats = cuda.fprop(sources, weight, None, walk, NormInput(pre, call.act))
     close(y, exact.detach(), call.dtype)
     close(stats, exact_stats.detach(), call.dtype)
 
@@ -132,7 +131,7 @@ def check_sources(cuda: Any, call: Call, joint: bool) -> None:
     gradient = Gradient(dy, y, stats, dstats, pre, call.act)
     others: list[Tensor | None] = []
     outputs = []
-    for i, (raw, coef, act, view) in enumerate(sources):
+    for i, (raw, coef, act, view, _) in enumerate(sources):
         leads = view is None or view.kind == "max"
         other = draw(*raw.shape, seed=40 + i, dtype=call.dtype) if leads else None
         others.append(other)
@@ -141,14 +140,12 @@ def check_sources(cuda: Any, call: Call, joint: bool) -> None:
             if leads
             else Output(raw.shape[1])
         )
-    assert cuda.covers_joint(dy, weight, call.size, *geometry) == call.joint
+    assert cuda.covers_joint(dy, weight, call.size, walk) == call.joint
     if joint:
-        grads, dweight, summed = cuda.joint_sources(
-            gradient, weight, outputs, sources, *geometry, sums=True
-        )
+        grads, dweight, summed = cuda.joint(gradient, weight, outputs, sources, walk, sums=True)
     else:
-        grads = cuda.dgrad_sources(gradient, weight, outputs, call.size, *geometry)
-        dweight, summed = cuda.wgrad_sources(gradient, sources, weight, *geometry, sums=True)
+        grads = cuda.dgrad(gradient, weight, outputs, call.size, walk)
+        dweight, summed = cuda.wgrad(gradient, sources, weight, walk, sums=True)
     close(dweight, exact_grads[-1], call.dtype)
     close(summed, dpre, call.dtype)
     (shown_grads,) = (
@@ -179,16 +176,16 @@ def test_one_kernel_computes_both_gradients(cuda: Any, call: str) -> None:
 def test_a_map_with_a_scale_and_no_moments(cuda: Any) -> None:
     x, weight = draw(2, 8, 5, 6, dtype=HALF), draw(3, 8, 3, 3, seed=1, dtype=HALF)
     dv, scale = draw(2, 3, 5, 6, seed=2, dtype=HALF), draw(2, 3, seed=3)
-    geometry, output = ((1, 1), (1, 1)), [Output(8)]
+    walk, output = Geometry.ordinary((1, 1), (1, 1)), [Output(8)]
     leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
     e = dv.double() * scale.double()[:, :, None, None]
-    dx, dw = torch.autograd.grad(F.conv2d(*leaves, None, *geometry), leaves, e)
-    sources, gradient = [(x, None, "none")], Gradient(dv, scale=scale)
+    dx, dw = torch.autograd.grad(F.conv2d(*leaves, padding=1), leaves, e)
+    sources, gradient = [Source(x)], Gradient(dv, scale=scale)
     for grads, dweight, sums in (
-        cuda.joint_sources(gradient, weight, output, sources, *geometry, sums=True),
+        cuda.joint(gradient, weight, output, sources, walk, sums=True),
         (
-            cuda.dgrad_sources(gradient, weight, output, (5, 6), *geometry),
-            *cuda.wgrad_sources(gradient, sources, weight, *geometry, sums=True),
+            cuda.dgrad(gradient, weight, output, (5, 6), walk),
+            *cuda.wgrad(gradient, sources, weight, walk, sums=True),
         ),
     ):
         close(grads[0][0], dx, HALF)
@@ -198,35 +195,30 @@ def test_a_map_with_a_scale_and_no_moments(cuda: Any) -> None:
 
 def test_an_output_that_nobody_wants_costs_nothing(cuda: Any) -> None:
     x, weight = draw(1, 16, 4, 4), draw(8, 16, 3, 3, seed=1)
-    dy, geometry = draw(1, 8, 4, 4, seed=2), ((1, 1), (1, 1))
+    dy, walk = draw(1, 8, 4, 4, seed=2), Geometry.ordinary((1, 1), (1, 1))
     outputs = [Output(8, wanted=False), Output(8)]
-    (none, _), (dx, _) = cuda.dgrad_sources(Gradient(dy), weight, outputs, (4, 4), *geometry)
+    (none, _), (dx, _) = cuda.dgrad(Gradient(dy), weight, outputs, (4, 4), walk)
     assert none is None
     leaf = x.double().requires_grad_()
-    (exact,) = torch.autograd.grad(
-        F.conv2d(leaf, weight.double(), None, *geometry), leaf, dy.double()
-    )
+    (exact,) = torch.autograd.grad(F.conv2d(leaf, weight.double(), padding=1), leaf, dy.double())
     close(dx, exact[:, 8:], SINGLE)
 
 
 def test_bad_sources_are_refused(cuda: Any) -> None:
     x, weight = draw(1, 8, 4, 4), draw(8, 8, 3, 3, seed=1)
-    dy, geometry = draw(1, 8, 4, 4, seed=2), ((1, 1), (1, 1))
+    dy, walk = draw(1, 8, 4, 4, seed=2), Geometry.ordinary((1, 1), (1, 1))
     half = views.pooling("max", (4, 4), (2, 2), (2, 2), (0, 0))
-    tail = (None, None, "none", None, "none", *geometry, False)
     two = draw(8, 16, 3, 3, seed=1)
     with pytest.raises(ValueError, match="same batch and size"):
-        cuda.fprop_sources([(x, None, "none"), (x, None, "none", half)], two, *tail)
+        cuda.fprop([Source(x), Source(x, view=half)], two, None, walk)
     with pytest.raises(ValueError, match="y needs stats and dstats"):
-        cuda.dgrad_sources(Gradient(dy, dy), weight, [Output(8)], (4, 4), *geometry)
+        cuda.dgrad(Gradient(dy, dy), weight, [Output(8)], (4, 4), walk)
     lapping = views.pooling("max", (8, 8), (3, 3), (2, 2), (1, 1))
     with pytest.raises(ValueError, match="must not overlap"):
         wide = Output(8, draw(1, 8, 8, 8), None, "none", lapping)
-        cuda.dgrad_sources(Gradient(dy), weight, [wide], (4, 4), *geometry)
+        cuda.dgrad(Gradient(dy), weight, [wide], (4, 4), walk)
     with pytest.raises(ValueError, match="into must be"):
-        cuda.dgrad_sources(
-            Gradient(dy), weight, [Output(8, into=draw(1, 8, 2, 2))], (4, 4), *geometry
-        )
-    assert not cuda.covers_sources([(x, None, "none")] * 3)
+        cuda.dgrad(Gradient(dy), weight, [Output(8, into=draw(1, 8, 2, 2))], (4, 4), walk)
+    assert not cuda.covers_sources([Source(x)] * 3)
     odd = draw(1, 3, 4, 4)
-    assert not cuda.covers_sources([(odd, None, "none"), (x, None, "none")])
+    assert not cuda.covers_sources([Source(odd), Source(x)])

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends
+from fastfilm.ops import choice
 
 from .case import Case
 
-HERE = [b.name for b in backends.BACKENDS.values() if b.unavailable() is None]
+HERE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
 PLANS = [("reference", None), ("cpu", "composed"), ("triton", "fused"), ("triton", "composed")]
 every = pytest.mark.parametrize(
     ("backend", "route"),

@@ -12,13 +12,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfilm
-from fastfilm.ops import backends, maps, spec
+from fastfilm.ops import choice, maps, spec
 
 BACKENDS = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            backends.BACKENDS[name].unavailable() is not None, reason="not available"
+            choice.BACKENDS[name].unavailable() is not None, reason="not available"
         ),
     )
     for name in ("cpu", "reference")
@@ -217,7 +217,7 @@ class _Convolved(TorchDispatchMode):
 
 
 @pytest.mark.skipif(
-    backends.BACKENDS["cpu"].unavailable() is not None, reason="the extension is not built"
+    choice.BACKENDS["cpu"].unavailable() is not None, reason="the extension is not built"
 )
 def test_second_derivatives_of_16_bit_convolutions_are_float32_on_a_cpu() -> None:
     """They convolve maps with maps, forms that no rule about PyTorch's faults looks at."""

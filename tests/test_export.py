@@ -173,7 +173,7 @@ def test_export_in_strict_mode_takes_the_same_operators() -> None:
 def test_a_forced_backend_stays_in_the_exported_graph() -> None:
     """The check of the graphs above would see an operator of ours."""
     net = Block("batch", "conv-act-norm-film").eval()
-    if fastfilm.ops.backends.BACKENDS["cpu"].unavailable() is not None:
+    if fastfilm.ops.choice.BACKENDS["cpu"].unavailable() is not None:
         pytest.skip("the C++ extension was not built")
     with fastfilm.backend("cpu"):
         program = torch.export.export(net, (draw(2, 1, 6, 5), draw(2, 8)))

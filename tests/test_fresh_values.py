@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops.prepared import PreparedWeight
+from fastfilm.ops.block import PreparedWeight
 
 from .yardstick import relative_error
 

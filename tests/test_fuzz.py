@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, environment, spec
+from fastfilm.ops import choice, launchers, spec
+from fastfilm.ops.choice import environment
 
 pytestmark = pytest.mark.skipif(
-    backends.BACKENDS["cpu"].unavailable() is not None, reason="the C++ extension was not built"
+    choice.BACKENDS["cpu"].unavailable() is not None, reason="the C++ extension was not built"
 )
 ASKED = environment.read("FASTFILM_FUZZ_EXAMPLES")
 REFUSALS = (TypeError, ValueError, NotImplementedError)
@@ -365,7 +366,7 @@ def test_random_calls_agree_with_the_reference_or_are_refused_by_name(call: Call
 
 @pytest.mark.parametrize("name", ["apply", "moments"])
 def test_a_wrong_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = backends.BACKENDS["cpu"].kernels()
+    kernels = launchers.of("cpu")
     real = getattr(kernels, name)
     monkeypatch.setattr(kernels, name, lambda *args, **options: real(*args, **options) * 1.01)
     inner = test_random_calls_agree_with_the_reference_or_are_refused_by_name.hypothesis.inner_test

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.nn import FiLMedUNet, FiLMGenerator, Modified3DUNet, ivadomed
-from fastfilm.ops import backends
+from fastfilm.ops import choice
 from tests.case import SLOW
 
 HERE = Path(__file__).parent / "golden"
@@ -55,8 +55,8 @@ def load(data: dict[str, Any]) -> FiLMedUNet | Modified3DUNet:
 
 
 def forced(backend: str, route: str | None) -> Any:
-    reason = backends.BACKENDS[backend].unavailable()
-    if reason is None and backend == "triton" and not backends.interpreting():
+    reason = choice.BACKENDS[backend].unavailable()
+    if reason is None and backend == "triton" and not choice.interpreting():
         reason = "the interpreter is not active"
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")

@@ -11,8 +11,8 @@ import torch
 
 import fastfilm
 from benchmarks.emulation import serving
-from fastfilm.ops import backends, left_out
-from fastfilm.ops.backends import BACKENDS, Request
+from fastfilm.ops import choice
+from fastfilm.ops.choice import BACKENDS, Request, choosing, left_out, registry
 from tests import emulated
 from tests.case import Case
 from tests.emulated import extension, library
@@ -60,17 +60,17 @@ def test_a_forward_kernel_left_out_takes_its_type_off_the_fused_route(
 ) -> None:
     triton = replace(BACKENDS["triton"], unavailable=lambda: None)
     monkeypatch.setitem(BACKENDS, "triton", triton)
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(registry, "interpreting", lambda: False)
     other = replace(REQUEST, dtype=torch.float16)
     with left_out.without("triton:fprop:bfloat16"):
-        assert "left out" in str(backends.why_not_fused(triton, REQUEST))
-        assert backends.why_not_fused(triton, other) is None
-        assert backends.choose(REQUEST) == "triton/composed"
+        assert "left out" in str(choice.why_not_fused(triton, REQUEST))
+        assert choice.why_not_fused(triton, other) is None
+        assert str(choice.choose(REQUEST)) == "triton/composed"
         with fastfilm.backend("triton", "fused"), pytest.raises(NotImplementedError, match="left"):
-            backends.choose(REQUEST)
+            choice.choose(REQUEST)
     with left_out.without("triton"):
-        assert backends.choose(REQUEST) == "reference/eager"
-    assert backends.why_not_fused(triton, REQUEST) is None
+        assert str(choice.choose(REQUEST)) == "reference/eager"
+    assert choice.why_not_fused(triton, REQUEST) is None
 
 
 CALL = Case(norm="instance", running=False, size=(5, 6))
@@ -85,8 +85,8 @@ def test_what_is_left_out_never_runs_and_the_rest_does_its_work(
     family: str, emulation: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the automatic choice falls on the CUDA kernels, as a measured table makes it
-    monkeypatch.setattr(backends, "automatic", lambda device: "cuda")
-    monkeypatch.setattr(backends, "UNMEASURED", "fused")
+    monkeypatch.setattr(choosing, "automatic", lambda device: "cuda")
+    monkeypatch.setattr(choosing, "UNMEASURED", "fused")
     left = [e.family for e in left_out.parse(f"cuda:{family}")]
     for name in (n for f in left for n in left_out.FAMILIES["cuda"][str(f)]):
         if not name.startswith("covers"):

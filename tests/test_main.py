@@ -12,8 +12,8 @@ import torch
 
 import fastfilm
 from fastfilm.__main__ import COMMANDS, main
-from fastfilm.ops.backends import BACKENDS
-from fastfilm.ops.environment import VARIABLES
+from fastfilm.ops.choice import BACKENDS
+from fastfilm.ops.choice.environment import VARIABLES
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> str:
@@ -39,7 +39,7 @@ def test_info_says_why_a_backend_is_unavailable(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fastfilm.ops.backends.describe", lambda: [("triton", "no CUDA device", "cuda; float32")]
+        "fastfilm.ops.choice.describe", lambda: [("triton", "no CUDA device", "cuda; float32")]
     )
     assert "unavailable: no CUDA device" in report(capsys)
 

@@ -17,15 +17,17 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfilm
 from fastfilm.nn.blocks import ConvNormFiLM2d
-from fastfilm.ops import assemble, backends, maps, reference, spec, views
-from fastfilm.ops.assemble import Source
+from fastfilm.ops import choice, launchers, maps, reference, spec
+from fastfilm.ops.launchers import composed
 from fastfilm.ops.maps import DeferredMap, Joined
+from fastfilm.ops.maps.assembled import assembled
+from fastfilm.ops.spec import Plan, Source, views
 from tests.kernel_threads import splitting
 from tests.yardstick import relative_error
 
-CPU = backends.BACKENDS["cpu"]
+CPU = choice.BACKENDS["cpu"]
 needs_cpu = pytest.mark.skipif(CPU.unavailable() is not None, reason=str(CPU.unavailable()))
-PLAN = "cpu/composed"
+PLAN = Plan("cpu", "composed")
 
 
 def coefficients(n: int, c: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -62,14 +64,14 @@ def run(
     act: str,
     seen: list[views.View | None],
     weights: Tensor,
-    plan: str | None,
+    plan: Plan | None,
 ) -> list[Tensor]:
     """The joined map and the gradients at raw maps and coefficients; in PyTorch without a plan."""
     raws = [r.clone().requires_grad_() for r in raws]
     coefs = [None if c is None else c.clone().requires_grad_() for c in coefs]
     if plan is not None:
         sources = [Source(r, c, act, v) for r, c, v in zip(raws, coefs, seen, strict=True)]
-        joined = assemble.assembled(sources, plan)
+        joined = assembled(sources, plan)
     else:
         parts = [
             views.seen(r if c is None else reference.materialise(r, c, act), v)
@@ -82,7 +84,7 @@ def run(
     return [joined.detach(), *grads]
 
 
-def check_view(data: st.DataObject, plan: str, dtype: torch.dtype, longest: int) -> None:
+def check_view(data: st.DataObject, plan: Plan, dtype: torch.dtype, longest: int) -> None:
     """One drawn map and view against PyTorch in float64, value and gradients."""
     dims = data.draw(st.sampled_from((2, 3)))
     size, view = data.draw(drawn_views(dims, longest))
@@ -121,10 +123,10 @@ def test_views_are_pytorchs(data: st.DataObject) -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_views_by_triton_are_pytorchs(data: st.DataObject) -> None:
-    triton = backends.BACKENDS["triton"]
-    if triton.unavailable() is not None or not backends.interpreting():
+    triton = choice.BACKENDS["triton"]
+    if triton.unavailable() is not None or not choice.interpreting():
         pytest.skip(triton.unavailable() or "the interpreter is not active")
-    check_view(data, "triton/composed", torch.float32, 4)
+    check_view(data, Plan("triton", "composed"), torch.float32, 4)
 
 
 @needs_cpu
@@ -163,7 +165,7 @@ def test_a_maximum_of_nan_is_nan_and_its_gradient_goes_to_the_first_of_equals() 
     raw = torch.zeros(1, 2, 4, 4)
     raw[0, 0, 1, 1] = float("nan")
     view = views.pooling("max", (4, 4), (2, 2), (2, 2), (0, 0))
-    ours = assemble.write([Source(raw, None, "none", view)], CPU.kernels())
+    ours = composed.write(launchers.of("cpu"), [Source(raw, None, "none", view)])
     assert torch.equal(ours.isnan(), F.max_pool2d(raw, 2).isnan())
     weights = torch.arange(8.0).reshape(1, 2, 2, 2) + 1
     raw = torch.zeros(1, 2, 4, 4)
@@ -182,21 +184,21 @@ def test_rounding_decides_on_the_border_of_two_positions_as_in_pytorch(
 ) -> None:
     raw = torch.arange(3.0 * length).reshape(1, 1, 3, length)
     view = views.resizing(mode, (3, length), (3, out), None, False)
-    ours = assemble.write([Source(raw, None, "none", view)], CPU.kernels())
+    ours = composed.write(launchers.of("cpu"), [Source(raw, None, "none", view)])
     assert torch.equal(ours, F.interpolate(raw, size=(3, out), mode=mode))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_maximum_compares_values_as_they_are_written(backend: str) -> None:
     """In bfloat16 512 + 1 and 512 + 1.0078 are one number: the gradient goes to the first."""
-    own = backends.BACKENDS[backend]
-    if own.unavailable() is not None or (backend == "triton" and not backends.interpreting()):
+    own = choice.BACKENDS[backend]
+    if own.unavailable() is not None or (backend == "triton" and not choice.interpreting()):
         pytest.skip(own.unavailable() or "the interpreter is not active")
     raw = torch.tensor([1.0, 1.0078125, 0.0, 1.0]).reshape(1, 1, 2, 2).to(torch.bfloat16)
     coef = torch.tensor([1.0, 512.0, 1.0, 0.0, 0.0, 0.0, 0.0]).reshape(7, 1, 1)
     view = views.pooling("max", (2, 2), (2, 2), (2, 2), (0, 0))
     weights = torch.ones(1, 1, 1, 1)
-    found = run([raw], [coef], "relu", [view], weights, plan=f"{backend}/composed")
+    found = run([raw], [coef], "relu", [view], weights, plan=Plan(backend, "composed"))
     expected = run([raw], [coef], "relu", [view], weights, plan=None)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
@@ -208,7 +210,7 @@ def test_negative_scale_pools_the_smallest_raw_value() -> None:
     coef = torch.zeros(7, 1, 3)
     coef[spec.A], coef[spec.G] = 1.0, torch.tensor([-2.0, 0.0, 1.0])
     view = views.pooling("max", (6, 6), (2, 2), (2, 2), (0, 0))
-    ours = assemble.write([Source(raw, coef, "none", view)], CPU.kernels())
+    ours = composed.write(launchers.of("cpu"), [Source(raw, coef, "none", view)])
     torch.testing.assert_close(
         ours[:, :1], -2 * -F.max_pool2d(-raw[:, :1], 2), rtol=1e-6, atol=1e-6
     )
@@ -492,8 +494,8 @@ def test_only_raw_convolution_outputs_are_kept() -> None:
 
 def test_triton_graph_is_the_reference() -> None:
     """A maximum over windows that overlap is PyTorch's business; the rest is Triton's, interpreted."""
-    triton = backends.BACKENDS["triton"]
-    if triton.unavailable() is not None or not backends.interpreting():
+    triton = choice.BACKENDS["triton"]
+    if triton.unavailable() is not None or not choice.interpreting():
         pytest.skip(triton.unavailable() or "the interpreter is not active")
     torch.manual_seed(0)
     steps = ["max", "concat", "residual"]

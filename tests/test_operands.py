@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import block, spec, vendor
-from fastfilm.ops.prepared import PreparedWeight
-from fastfilm.ops.residual import add_act
+from fastfilm.ops import add_act, spec
+from fastfilm.ops.block import Call, PreparedWeight, run
+from fastfilm.ops.spec import Geometry, Options, TailTensors
+from fastfilm.ops.vendor import convolutions as vendor
 from tests.test_amp_and_layouts import BACKENDS
 from tests.yardstick import relative_error
 
@@ -250,24 +251,22 @@ def test_inference_of_a_block_with_strange_tensors(
         value = geometry[i]
         geometry[i] = (value,) * dims if isinstance(value, int) else value
     kept = PreparedWeight()
-    chosen = block.Options(None, None, False, 1e-5, "prelu", None, spec.ORDERS[0], "end")
+    chosen = Options(activation="prelu", order=spec.ORDERS[0], dropout_position="end")
 
-    def run(tensors: dict[str, Tensor], prepared: PreparedWeight | None) -> Tensor:
-        tail = [tensors[k] for k in ("gamma", "beta", "dropout_mask", "slope")]
+    def inferred(given: dict[str, Tensor], prepared: PreparedWeight | None) -> Tensor:
+        names = ("bias", "gamma", "beta", "dropout_mask", "slope")
+        tensors = TailTensors(**{k: given[k] for k in names})
+        call = Call(given["weight"], Geometry(*geometry), chosen, tensors, prepared=prepared)
         with torch.no_grad():
-            v = block.run(
-                *(tensors["x"], tensors["weight"], tensors["bias"], tuple(geometry), chosen),
-                (None, None, None, None, *tail),
-                *(0.0, False, prepared),
-            )
+            v = run(given["x"], call)
         assert isinstance(v, Tensor)
         return v
 
     for weight in (strange["weight"], torch._neg_view(strange["weight"]), strange["weight"]):
         tensors = strange | {"weight": weight}
-        expected = run({k: dense(t) for k, t in tensors.items()}, None).double()
+        expected = inferred({k: dense(t) for k, t in tensors.items()}, None).double()
         for _ in range(2):
-            assert relative_error(run(tensors, kept), expected) < TOLERANCE[dtype]
+            assert relative_error(inferred(tensors, kept), expected) < TOLERANCE[dtype]
 
 
 GEOMETRY = {
@@ -291,10 +290,10 @@ def test_the_packed_route_of_the_vendor_takes_any_layout(
         ones, none = (1,) * len(kernel), (0,) * len(kernel)
         tensors = torch.randn(size), torch.randn(8, 4 // groups, *kernel), torch.randn(8)
         x, weight, bias = (layout(t) for t in tensors)
-        geometry = (ones, none, ones, False, none, groups)
+        geometry = Geometry(ones, none, ones, False, none, groups)
         with torch.no_grad():
             y = vendor.convolution(
-                spec.channels_last(x), weight, bias, *geometry, lambda w, form, make: make(w)
+                spec.channels_last(x), weight, bias, geometry, lambda w, form, make: make(w)
             )
             wide = (dense(t).double() for t in (x, weight, bias))
             assert relative_error(y, torch.convolution(*wide, *geometry)) < 1e-5
@@ -351,13 +350,13 @@ def test_strides_of_axes_of_one_element_may_be_any_numbers_for_the_vendor(
     strides = [s if n > 1 else 21 for n, s in zip(weight.shape, weight.stride(), strict=True)]
     strange = torch.empty_strided(weight.shape, strides).copy_(weight)
     one, padding = (1,) * dims, tuple(k // 2 for k in kernel)
-    geometry = one, padding, one, transposed, (0,) * dims, groups
+    geometry = Geometry(one, padding, one, transposed, (0,) * dims, groups)
     exact = [t.double().requires_grad_() for t in (x, weight)]
     y64 = torch.convolution(*exact, None, *geometry)
     e = torch.randn(y64.shape)
     y64.backward(e.double())
-    y = vendor.convolution(x, strange, None, *geometry)
-    dx, dw = vendor.convolution_backward(e, x, strange, *geometry, (True, True))
+    y = vendor.convolution(x, strange, None, geometry)
+    dx, dw = vendor.convolution_backward(e, x, strange, geometry, (True, True))
     assert dx is not None and dw is not None
     for found, truth in ((y, y64), (dx, exact[0].grad), (dw, exact[1].grad)):
         assert truth is not None and relative_error(found, truth) < 1e-5
@@ -368,7 +367,7 @@ def test_kernels_of_the_cpu_refuse_tensors_of_other_devices() -> None:
     y, coef = torch.zeros(1, 2, 3, 3), torch.zeros(7, 1, 2)
     for given in ((y.to("meta"), coef), (y, coef.to("meta"))):
         with pytest.raises(ValueError, match="must be on the CPU, got meta"):
-            fastfilm.ops.backends.BACKENDS["cpu"].kernels().apply(*given, "none")
+            fastfilm.ops.launchers.of("cpu").apply(*given, "none")
 
 
 @pytest.mark.parametrize("layout", [column, negated, odd])

@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 
 import fastfilm
-from fastfilm.ops import backends, library, spec
+from fastfilm.ops import choice, spec
+from fastfilm.ops.operators import library
 
-AVAILABLE = [b.name for b in backends.BACKENDS.values() if b.unavailable() is None]
+AVAILABLE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
 PLANS = ["cpu/composed"] if "cpu" in AVAILABLE else []
-if "triton" in AVAILABLE and backends.interpreting():
+if "triton" in AVAILABLE and choice.interpreting():
     PLANS += ["triton/composed", "triton/fused"]
 
 Arguments = tuple[Any, ...]

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, spec
+from fastfilm.ops import choice, launchers, spec
 from tests.case import SLOW
 
-AVAILABLE = [b.name for b in backends.BACKENDS.values() if b.unavailable() is None]
+AVAILABLE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
 
 
 @pytest.fixture(params=[n for n in ("cpu", "triton") if n in AVAILABLE])
 def kernels(request: pytest.FixtureRequest) -> str:
     """A backend with kernels of its own that runs on CPU tensors here."""
     name = str(request.param)
-    if name == "triton" and not backends.interpreting():
+    if name == "triton" and not choice.interpreting():
         pytest.skip("Triton's interpreter is not active")
     return name
 
@@ -236,13 +236,13 @@ def test_backend_is_restored_and_per_thread() -> None:
 
     with fastfilm.backend("reference"):
         seen: list[str | None] = []
-        thread = threading.Thread(target=lambda: seen.append(backends._forced.backend))
+        thread = threading.Thread(target=lambda: seen.append(choice.forced()[0]))
         thread.start()
         thread.join()
         assert seen == [None]
         with pytest.raises(RuntimeError), fastfilm.backend(None):
             raise RuntimeError
-        assert backends._forced.backend == "reference"
+        assert choice.forced() == ("reference", None)
 
 
 def test_a_forced_backend_holds_in_the_threads_of_autograd(
@@ -252,15 +252,15 @@ def test_a_forced_backend_holds_in_the_threads_of_autograd(
     import threading
 
     seen: list[tuple[str | None, str | None]] = []
-    launchers = backends.BACKENDS[kernels].kernels()
+    backend = launchers.of(kernels)
     for name in ("apply_backward", "block_coefficients_backward", "moments_backward"):
-        real = getattr(launchers, name)
+        real = getattr(backend, name)
 
         def spy(*args: Any, real: Any = real, **options: Any) -> Any:
-            seen.append(backends.forced()[:2])
+            seen.append(choice.forced())
             return real(*args, **options)
 
-        monkeypatch.setattr(launchers, name, spy)
+        monkeypatch.setattr(backend, name, spy)
 
     def differentiate(threaded: bool) -> list[Tensor]:
         torch.manual_seed(0)
@@ -282,7 +282,7 @@ def test_a_forced_backend_holds_in_the_threads_of_autograd(
         assert torch.equal(a, b)
     # all of the three kinds, in both runs
     assert len(seen) >= 6 and set(seen) == {(kernels, "composed")}
-    assert backends.forced()[:2] == (None, None)
+    assert choice.forced() == (None, None)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 6, 5), (2, 3, 0, 5)])

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.emulation import serving
 from fastfilm import check
-from fastfilm.ops import backends, precision
-from fastfilm.ops.precision import float32_products, tf32
+from fastfilm.ops import choice
+from fastfilm.ops.spec import precision
+from fastfilm.ops.spec.precision import float32_products, tf32
 from tests import emulated
 from tests.emulated import extension, library
 
@@ -22,7 +23,7 @@ CUDNN: Any = torch.backends.cudnn
 MATRICES: Any = torch.backends.cuda.matmul
 newer = pytest.mark.skipif(not hasattr(CUDNN, "conv"), reason="PyTorch before 2.9")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
-TRITON = backends.BACKENDS["triton"].unavailable()
+TRITON = choice.BACKENDS["triton"].unavailable()
 CASE, BOUND = check.TENSOR_FLOAT
 AT_START = CUDNN.allow_tf32, MATRICES.allow_tf32
 
@@ -71,12 +72,21 @@ def check_kernels(allowed: bool) -> None:
 
 
 @pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler")
-def test_the_cuda_kernels_round_on_a_gpu_alone(extension: ModuleType) -> None:
-    x: Any = SimpleNamespace(is_cuda=True)
-    with emulated.installed(extension) as launchers, float32_products(True):
-        assert launchers.convolutions._tf32(x)
+def test_the_cuda_kernels_round_on_a_gpu_alone(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    sizes = (8, 8), (8, 8), (3, 3), (1, 1), (1, 1)
+    with emulated.installed(extension), float32_products(True):
+        from fastfilm.ops.choice import cuda_plans
+
+        def rounds(dtype: torch.dtype) -> bool:
+            return bool(cuda_plans.plan(cuda_plans.Shape(dtype, 1, (8, 8), *sizes), x))
+
+        monkeypatch.setattr(cuda_plans, "_plan", lambda shape, device, tf32: tf32)
+        assert rounds(torch.float32) and not rounds(torch.float16)
         x.is_cuda = False
-        assert not launchers.convolutions._tf32(x)
+        assert not rounds(torch.float32)
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -124,9 +134,7 @@ def test_check_runs_in_ieee_and_keeps_the_callers_setting(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("allowed", [False, True])
 def test_the_block_of_check_errs_as_its_flag_says(allowed: bool, extension: ModuleType) -> None:
     bound = BOUND if allowed else None
-    with serving(extension) as launchers:
-        # the emulation runs on CPU tensors, which are not rounded otherwise
-        launchers.convolutions._tf32 = lambda x: tf32()
+    with serving(extension), emulated.rounding(tf32):
         row = check._row("cuda", "fused", CASE, torch.float32, "cpu", bound)
     assert row.status == "ok" and row.dtype == ("tf32" if allowed else "float32")
     low, high = (1e-4, BOUND) if allowed else (0.0, 1e-6)
@@ -136,7 +144,7 @@ def test_the_block_of_check_errs_as_its_flag_says(allowed: bool, extension: Modu
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_float32_and_tf32_on_a_gpu(name: str) -> None:
-    reason = backends.BACKENDS[name].unavailable()
+    reason = choice.BACKENDS[name].unavailable()
     if reason is not None:
         pytest.skip(reason)
     exact, rounded = (

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import vendor
+from fastfilm.ops.vendor import convolutions as vendor
 
 from .yardstick import relative_error
 
-pytest.importorskip("fastfilm._C", reason="the C++ extension was not built")
+pytest.importorskip("fastfilm.ops.launchers.cpu._C", reason="the C++ extension was not built")
 
 ONEDNN = (
     hasattr(torch.ops.mkldnn, "_convolution_pointwise") and torch.backends.mkldnn.is_available()
@@ -129,20 +129,19 @@ def test_inference_in_bfloat16_runs_on_every_cpu(call: Callable[..., Tensor], di
 
 
 def test_winograds_form_keeps_what_it_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastfilm import _C
-    from fastfilm.ops import cpu_convolution
+    from fastfilm.ops.launchers.cpu import _C, convolution, rules
 
     shapes = (40, 36), (32, 32, 3, 3)
-    if not cpu_convolution._by_winograd(torch.float32, 2, *shapes, _C.instruction_set()):
+    if not rules.by_winograd(torch.float32, 2, *shapes, _C.instruction_set()):
         pytest.skip("this processor has no AVX-512")
     made: list[tuple[int, ...]] = []
-    real = cpu_convolution._transformed
+    real = convolution._transformed
 
     def noted(kernels: object, weight: Tensor) -> Tensor:
         made.append(tuple(weight.shape))
         return real(kernels, weight)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cpu_convolution, "_transformed", noted)
+    monkeypatch.setattr(convolution, "_transformed", noted)
     torch.manual_seed(0)
     model = fastfilm.ConvNormFiLM2d(32, 32, norm="batch").eval()
     x = torch.randn(2, 32, 40, 36).contiguous(memory_format=torch.channels_last)

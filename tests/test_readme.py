@@ -11,7 +11,7 @@ import torch
 
 import fastfilm
 from fastfilm.ops import spec
-from fastfilm.ops.backends import BACKENDS
+from fastfilm.ops.choice import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

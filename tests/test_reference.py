@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastfilm
 from fastfilm.ops import reference, spec
-from fastfilm.ops.coefficients import coefficients, norm_statistics
+from fastfilm.ops.reference.coefficients import coefficients, norm_statistics
 
 FLOAT64 = torch.float64
 

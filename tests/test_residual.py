@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastfilm
-from fastfilm.ops import backends, maps, reference, residual, spec
-from fastfilm.ops.maps import DeferredMap
-from fastfilm.ops.residual import Sum, add_act
+from fastfilm.ops import add_act, choice, launchers, maps, reference, spec
+from fastfilm.ops.maps import DeferredMap, residual
+from fastfilm.ops.maps.residual import Sum
 from tests.case import SLOW
 from tests.yardstick import (
     assert_as_good_as_eager,
@@ -23,10 +23,10 @@ from tests.yardstick import (
     relative_error,
 )
 
-AVAILABLE = [b.name for b in backends.BACKENDS.values() if b.unavailable() is None]
+AVAILABLE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
 needs_cpu = pytest.mark.skipif("cpu" not in AVAILABLE, reason="the C++ extension was not built")
 BACKENDS = ["cpu"] if "cpu" in AVAILABLE else []
-if "triton" in AVAILABLE and backends.interpreting():
+if "triton" in AVAILABLE and choice.interpreting():
     BACKENDS += ["triton"]
 
 FORMS = [
@@ -64,8 +64,9 @@ def both(
     y, other, coef = leaves["y"], leaves["other"], leaves.get("coef")
     other_coef, slope = leaves.get("other_coef"), leaves.get("slope")
     if backend is not None:
-        x = DeferredMap(y, coef, inner, f"{backend}/composed")
-        skip = DeferredMap(other, other_coef, "none", f"{backend}/composed")
+        plan = spec.Plan(backend, "composed")
+        x = DeferredMap(y, coef, inner, plan)
+        skip = DeferredMap(other, other_coef, "none", plan)
         v = add_act(x, skip, outer, slope)
     else:
         first = y if coef is None else reference.materialise(y, coef, inner)
@@ -106,7 +107,7 @@ def test_value_and_gradients_are_as_good_as_eagers(
 def test_every_instruction_set_and_number_of_threads_gives_the_same_sum(
     shape: tuple[int, ...],
 ) -> None:
-    from fastfilm import _C
+    from fastfilm.ops.launchers.cpu import _C
 
     exact = both(None, "none", "silu", (True, True), torch.float64, shape, torch.float32, 0)
     threads, before = torch.get_num_threads(), _C.instruction_set()
@@ -204,7 +205,7 @@ def test_second_derivative(pending: tuple[bool, bool], backend: str) -> None:
     y, other = (torch.randn(2, 2, 3, 3, dtype=dtype, requires_grad=True) for _ in range(2))
     coefs = [torch.randn(7, 2, 2, dtype=dtype, requires_grad=True) for _ in range(2)]
     slope = torch.rand(2, dtype=dtype, requires_grad=True)
-    plan = f"{backend}/composed"
+    plan = spec.Plan(backend, "composed")
 
     def run(y: Tensor, other: Tensor, slope: Tensor, *coefs: Tensor) -> Tensor:
         rest = list(coefs)
@@ -226,7 +227,7 @@ def test_second_derivative(pending: tuple[bool, bool], backend: str) -> None:
     for who in (backend, "cpu"):
         if "cpu" not in AVAILABLE:
             pytest.skip("the C++ extension was not built")
-        plan = f"{who}/composed"
+        plan = spec.Plan(who, "composed")
         grads = torch.autograd.grad(run(*inputs).pow(2).sum(), inputs, create_graph=True)
         second_ = torch.autograd.grad(sum(g.pow(2).sum() for g in grads), inputs)
         if expected is not None:
@@ -240,7 +241,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Launches of the passes over maps."""
     if "cpu" not in AVAILABLE:
         pytest.skip("the C++ extension was not built")
-    kernels, made = backends.BACKENDS["cpu"].kernels(), []
+    kernels, made = launchers.of("cpu"), []
     for name in ("apply", "residual", "residual_backward", "apply_backward"):
         real = getattr(kernels, name)
 

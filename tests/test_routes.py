@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import emulation
+from benchmarks import emulation, traffic
 from benchmarks.harness import QUICK, Budget, HostClock
 from benchmarks.layers import LayerStep, steady
 from benchmarks.record import FAILED, OK, SKIPPED, Record
 from benchmarks.roofline import Ceilings
 from benchmarks.session import Session
 from benchmarks.suites import routes
-from fastfilm.ops import traffic
 from tests import emulated
 from tests.emulated import extension, library
 
@@ -61,11 +60,11 @@ def launched(subject: routes.Subject, route: str, direction: str) -> set[str]:
 @pytest.mark.parametrize(
     ("route", "direction", "expected"),
     [
-        ("cuda/fused", "forward", {"fprop_sources"}),
-        ("cuda/fused", "input gradient", {"dgrad_sources"}),
-        ("cuda/fused", "weight gradient", {"wgrad_sources"}),
-        ("cuda/fused", "both gradients", {"dgrad_sources", "wgrad_sources"}),
-        ("cuda/joint", "both gradients", {"joint_sources"}),
+        ("cuda/fused", "forward", {"fprop"}),
+        ("cuda/fused", "input gradient", {"dgrad"}),
+        ("cuda/fused", "weight gradient", {"wgrad"}),
+        ("cuda/fused", "both gradients", {"dgrad", "wgrad"}),
+        ("cuda/joint", "both gradients", {"joint"}),
     ],
 )
 def test_a_direction_launches_its_own_convolution_alone(
@@ -73,7 +72,7 @@ def test_a_direction_launches_its_own_convolution_alone(
 ) -> None:
     assert launched(PLAIN, route, direction) == expected
     # the gradient of the resized half is led back by a pass of its own
-    back = {"gather_taps_backward"} if direction in ("input gradient", "both gradients") else set()
+    back = {"gather_backward"} if direction in ("input gradient", "both gradients") else set()
     assert launched(JOINED, route, direction) == expected | back
 
 
@@ -113,7 +112,7 @@ def test_a_layer_gets_a_row_of_each_route_and_direction(
 def test_a_wrong_kernel_has_a_failed_row_without_a_time_and_the_others_go_on(
     cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = cuda.wgrad_sources
+    right = cuda.wgrad
 
     def wrong(*args: Any) -> Any:
         dweight, dpre = right(*args)
@@ -122,8 +121,8 @@ def test_a_wrong_kernel_has_a_failed_row_without_a_time_and_the_others_go_on(
     def broken(*args: Any) -> Any:
         raise RuntimeError("dgrad: no")
 
-    monkeypatch.setattr(cuda, "wgrad_sources", wrong)
-    monkeypatch.setattr(cuda, "dgrad_sources", broken)
+    monkeypatch.setattr(cuda, "wgrad", wrong)
+    monkeypatch.setattr(cuda, "dgrad", broken)
     session = session_of()
     routes.measure(session, PLAIN, DTYPE, ["cuda/fused", "cuda/joint"])
     rows = {(r.mode, r.provider): r for r in session.record.rows}
@@ -193,7 +192,7 @@ def test_a_steady_call_takes_what_was_made_before_it() -> None:
 
 
 def test_where_no_route_runs_the_cpus_own_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes.backends, "why_not_plan", lambda plan, request: f"no {plan}")
+    monkeypatch.setattr(routes.choice, "why_not_plan", lambda plan, request: f"no {plan}")
     usable, missing = routes.routes("cpu", "float32")
     assert usable == ["cpu/composed"]
     assert missing["cuda/joint"] == "no cuda/fused" and set(missing) == set(routes.ROUTES)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import subclasses
-from fastfilm.ops.residual import add_act
+from fastfilm.ops import add_act
+from fastfilm.ops.spec import subclasses
 from tests.yardstick import relative_error
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastfilm.ops import backends, routing, tables, tiles
-from fastfilm.ops.backends import Request
-from fastfilm.ops.tables import Entry, Table
+from fastfilm.ops import choice
+from fastfilm.ops.choice import Request, registry, tables
+from fastfilm.ops.choice.tables import Entry, Table
+from fastfilm.ops.launchers import tiles
+from fastfilm.ops.spec import Geometry, Gradient, Source
 
 SHAPE: tuple[Any, ...] = (torch.bfloat16, 16, (64, 64), (3, 3), (1, 1), (320, 256))
 KEY = tables.key(*SHAPE)
@@ -36,7 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         monkeypatch.setattr(
             tables, name, {"architecture": lambda: "sm_90", "about": lambda: ABOUT}[name]
         )
-    monkeypatch.setattr(backends, "why_not_backend", lambda b, request: None)
+    monkeypatch.setattr(registry, "why_not_backend", lambda b, request: None)
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setenv("FASTFILM_TUNED", str(tmp_path / "own"))
     forget()
@@ -46,7 +48,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def forget() -> None:
     tables.in_force.cache_clear()
-    backends._choose.cache_clear()
+    choice.forget()
 
 
 def many(count: int) -> Table:
@@ -122,11 +124,11 @@ def test_merging_keeps_what_is_there_and_prefers_what_is_new(tmp_path: Path) -> 
 
 def test_the_users_table_stands_in_front_of_the_shipped_one(gpu: Path) -> None:
     tables.write(Table("sm_90", {}, {KEY: COMPOSED}), gpu / "shipped" / "sm_90.json")
-    found = routing.measured(*SHAPE)
+    found = tables.measured(*SHAPE)
     assert found is not None and found.plan == "triton/composed"
     forget()
     tables.write(Table("sm_90", ABOUT, {KEY: FUSED}), gpu / "own" / "sm_90.json")
-    found = routing.measured(*SHAPE)
+    found = tables.measured(*SHAPE)
     assert found is not None and found.plan == "triton/fused"
 
 
@@ -136,7 +138,7 @@ def test_the_users_table_from_another_machine_is_left_out_with_a_warning(
 ) -> None:
     tables.write(Table("sm_90", ABOUT | change, {KEY: FUSED}), gpu / "own" / "sm_90.json")
     with pytest.warns(RuntimeWarning, match="is not used: it was measured with"):
-        assert routing.measured(*SHAPE) is None
+        assert tables.measured(*SHAPE) is None
     assert "not used" in str(tables.describe())
 
 
@@ -145,7 +147,7 @@ def test_a_broken_table_of_the_users_does_not_stop_a_call(gpu: Path) -> None:
     path.parent.mkdir()
     path.write_text("{")
     with pytest.warns(RuntimeWarning, match="is not used"):
-        assert routing.measured(*SHAPE) is None
+        assert tables.measured(*SHAPE) is None
 
 
 def test_every_shipped_table_is_readable_and_of_its_architecture() -> None:
@@ -161,16 +163,16 @@ def test_every_shipped_table_is_readable_and_of_its_architecture() -> None:
 def test_the_dispatcher_takes_what_was_measured(gpu: Path, route: str) -> None:
     entry = Entry(f"triton/{route}", {}, {})
     with tables.trying({KEY: entry}):
-        assert backends.choose(request_of()) == f"triton/{route}"
+        assert str(choice.choose(request_of())) == f"triton/{route}"
     forget()
-    assert backends.choose(request_of()) == "triton/composed"
+    assert str(choice.choose(request_of())) == "triton/composed"
 
 
 def test_what_is_forced_stands_above_what_was_measured(gpu: Path) -> None:
-    with tables.trying({KEY: FUSED}), backends.backend("triton", "composed"):
-        assert backends.choose(request_of()) == "triton/composed"
-    with tables.trying({KEY: FUSED}), backends.backend("reference"):
-        assert backends.choose(request_of()) == "reference/eager"
+    with tables.trying({KEY: FUSED}), choice.backend("triton", "composed"):
+        assert str(choice.choose(request_of())) == "triton/composed"
+    with tables.trying({KEY: FUSED}), choice.backend("reference"):
+        assert str(choice.choose(request_of())) == "reference/eager"
 
 
 @pytest.mark.parametrize(
@@ -188,18 +190,18 @@ def test_a_convolution_that_a_key_does_not_describe_takes_no_entry(
 ) -> None:
     entry = Entry("reference/eager", {}, {})
     with tables.trying({KEY: entry}):
-        assert backends.measured(request_of(**changes), None) is None
+        assert choice.measured(request_of(**changes), None) is None
 
 
 def test_a_measured_plan_that_cannot_serve_here_is_left_out(
     gpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tables.trying({KEY: Entry("elsewhere/fused", {}, {})}):
-        assert backends.choose(request_of()).startswith("triton/")
+        assert choice.choose(request_of()).backend == "triton"
     forget()
-    monkeypatch.setattr(backends, "why_not_fused", lambda b, request: "no")
+    monkeypatch.setattr(registry, "why_not_fused", lambda b, request: "no")
     with tables.trying({KEY: FUSED}):
-        assert backends.choose(request_of()) == "triton/composed"
+        assert str(choice.choose(request_of())) == "triton/composed"
 
 
 class OnGpu:
@@ -217,14 +219,14 @@ def test_launchers_get_the_measured_tile(gpu: Path) -> None:
 
     x, w, e = OnGpu(16, 64, 320, 256), OnGpu(64, 64, 3, 3), OnGpu(16, 64, 320, 256)
     entry = Entry("triton/fused", {"fprop": (8, 8, 64, 32, 4, 3), "wgrad": (64, 32, 64, 4, 2)}, {})
-    call = (None, None, "none", None, "none", (1, 1), (1, 1), True)
+    walk, read, upstream = Geometry.ordinary((1, 1), (1, 1)), [Source(x)], Gradient(e)  # type: ignore[arg-type]
     with tables.trying({KEY: entry}):
-        assert tiles.TILED["fprop"](x, w, *call)["config"] == conv_fprop.Config(8, 8, 64, 32, 4, 3)
-        assert tiles.TILED["fprop_apply"](x, w, *call)["config"].th == 8
-        found = tiles.TILED["wgrad"](e, x, w, None, "none", (1, 1), (1, 1))
+        found = tiles.TILED["fprop"](read, w, None, walk)
+        assert found["config"] == conv_fprop.Config(8, 8, 64, 32, 4, 3)
+        found = tiles.TILED["wgrad"](upstream, read, w, walk)
         assert found["config"] == conv_wgrad.Config(64, 32, 64, 4, 2)
-        assert tiles.TILED["dgrad"](e, w, x, None, "none", (1, 1), (1, 1)) == {}
-    assert tiles.TILED["fprop"](x, w, *call) == {}
+        assert tiles.TILED["dgrad"](upstream, w, None, (320, 256), walk) == {}
+    assert tiles.TILED["fprop"](read, w, None, walk) == {}
 
 
 def fastest(call: Callable[[], object], times: int, repeats: int = 7) -> float:
@@ -260,11 +262,11 @@ def test_a_lookup_takes_less_than_two_microseconds(gpu: Path) -> None:
     """On a machine that builds the key in 1 µs; one that is slower at that moment has as much longer."""
     table = many(400).merged(Table("sm_90", {}, {KEY: FUSED}))
     tables.write(table, gpu / "shipped" / "sm_90.json")
-    assert routing.measured(*SHAPE) is not None
+    assert tables.measured(*SHAPE) is not None
     ratios = []
     for _ in range(20):
         key = fastest(lambda: tables.key(*SHAPE), 5000, repeats=3)
-        ratios.append(fastest(lambda: routing.measured(*SHAPE), 5000, repeats=3) / key)
+        ratios.append(fastest(lambda: tables.measured(*SHAPE), 5000, repeats=3) / key)
         if ratios[-1] < 2e-6 / 1e-6:
             return
     pytest.fail(f"a lookup took {min(ratios):.1f} times as long as building its key")

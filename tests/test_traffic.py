@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, traffic
+from benchmarks import traffic
+from fastfilm.ops import choice, launchers
 
-CPU = backends.BACKENDS["cpu"]
+CPU = choice.BACKENDS["cpu"]
 needs_cpu = pytest.mark.skipif(CPU.unavailable() is not None, reason=str(CPU.unavailable()))
 
 
@@ -100,7 +101,8 @@ def test_counting_changes_nothing_and_ends() -> None:
     assert "gather" in names and not any("pool" in n or "upsample" in n for n in names)
     before = len(launches)
     step()
-    assert len(launches) == before and CPU.kernels().__name__ == "fastfilm.ops.cpu"
+    assert len(launches) == before
+    assert launchers.of("cpu").__name__ == "fastfilm.ops.launchers.cpu.kernels"
 
 
 @needs_cpu
@@ -121,8 +123,8 @@ def test_a_network_moves_half_of_eagers_maps_forward() -> None:
 
 
 def test_the_fused_route_loads_once_and_stores_once() -> None:
-    triton = backends.BACKENDS["triton"]
-    if triton.unavailable() is not None or not backends.interpreting():
+    triton = choice.BACKENDS["triton"]
+    if triton.unavailable() is not None or not choice.interpreting():
         pytest.skip(triton.unavailable() or "the interpreter is not active")
     torch.manual_seed(0)
     blocks = [fastfilm.ConvNormFiLM2d(3, 3, norm="instance") for _ in range(2)]

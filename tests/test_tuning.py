@@ -16,7 +16,8 @@ import torch
 
 import fastfilm
 from fastfilm.__main__ import main
-from fastfilm.ops import backends, tables
+from fastfilm.ops import choice
+from fastfilm.ops.choice import tables
 from fastfilm.tuning import binary, clock, facts, measure, search, shapes, space
 from fastfilm.tuning.facts import Facts
 from fastfilm.tuning.search import PRUNED, SKIPPED, TIMED, WRONG, Search
@@ -82,7 +83,7 @@ def test_convolutions_that_no_tile_serves_are_left_out() -> None:
     ]  # fmt: skip
     assert shapes.of_request(base) == FLAT
     for change in changes:
-        assert shapes.of_request(backends.Request(**(vars(base) | change))) is None
+        assert shapes.of_request(choice.Request(**(vars(base) | change))) is None
 
 
 def test_a_programs_place_on_a_multiprocessor() -> None:
@@ -160,7 +161,7 @@ def test_static_facts_are_those_of_the_very_binary_that_a_launch_takes(tmp_path:
 
 def _subject(shape: Shape = TINY) -> measure.Subject:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    if not backends.interpreting():
+    if not choice.interpreting():
         pytest.skip("needs Triton's interpreter")
     return measure.Subject(shape, "cpu", full=False)
 

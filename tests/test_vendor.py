@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastfilm.ops import reference, spec, vendor
+from fastfilm.ops import reference, spec
+from fastfilm.ops.spec import Geometry
+from fastfilm.ops.vendor import convolutions as vendor
+from fastfilm.ops.vendor import faults
 
 from .yardstick import relative_error
 
@@ -28,14 +31,14 @@ def test_a_single_small_volume_has_eagers_values_and_gradients(
     ci, co = channels
     x, w = torch.randn(1, ci, 6, 7, 8), torch.randn(co, ci, 3, 3, 3)
     b = torch.randn(co) if bias else None
-    geometry = ([stride] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1)
+    geometry = Geometry.ordinary((stride,) * 3, (1,) * 3)
     used = []
     direct = torch.ops.aten.mkldnn_convolution.default
     monkeypatch.setattr(
         torch.ops.aten.mkldnn_convolution, "default", lambda *a: used.append(1) or direct(*a)
     )
     channels_last = x.to(memory_format=torch.channels_last_3d)
-    ours = vendor.convolution(channels_last, w, b, *geometry)
+    ours = vendor.convolution(channels_last, w, b, geometry)
     exact_enough = ci < 32 or "AVX512" in torch.backends.cpu.get_cpu_capability()
     assert used == [1] * (torch.backends.mkldnn.is_available() and exact_enough)
     dy = torch.randn(ours.shape)
@@ -45,14 +48,14 @@ def test_a_single_small_volume_has_eagers_values_and_gradients(
     backward = torch.ops.aten.convolution_backward
     args = (None, *geometry, [True, True, False])
     values += zip(
-        vendor.convolution_backward(dy, channels_last, w, *geometry, (True, True)),
+        vendor.convolution_backward(dy, channels_last, w, geometry, (True, True)),
         backward(dy, x, w, *args)[:2],
         backward(dy.double(), x.double(), w.double(), *args)[:2],
         strict=True,
     )
     for mine, theirs, true in values:
         assert relative_error(mine, true) <= 1.5 * relative_error(theirs, true) + 1.2e-7
-    only, none = vendor.convolution_backward(dy, channels_last, w, *geometry, (True, False))
+    only, none = vendor.convolution_backward(dy, channels_last, w, geometry, (True, False))
     assert none is None
     assert only.shape == x.shape
 
@@ -67,7 +70,8 @@ def test_kernels_that_stand_in_padding(dims: int, kernel: int, transposed: bool)
     sizes = itertools.product((1, 2, 6), repeat=dims)
     dtypes = itertools.cycle((torch.bfloat16, torch.float16, torch.float32))
     for size, stride, padding in itertools.product(sizes, (1, 2, 3), (1, 2)):
-        geometry = ([stride] * dims, [padding] * dims, [1] * dims, transposed, [0] * dims, 1)
+        steps, ones, zeros = (stride,) * dims, (1,) * dims, (0,) * dims
+        geometry = Geometry(steps, (padding,) * dims, ones, transposed, zeros, 1)
         out = spec.conv_output_size(size, [kernel] * dims, *geometry[:4])
         if min(out) < 1:
             continue
@@ -80,9 +84,9 @@ def test_kernels_that_stand_in_padding(dims: int, kernel: int, transposed: bool)
         backward = torch.ops.aten.convolution_backward
         args = (None, *geometry, [True, True, False])
         truths = [exact, *backward(e.double(), x.double(), w.double(), *args)[:2]]
-        found = [vendor.convolution(x, w, None, *geometry)]
-        found += vendor.convolution_backward(e, x, w, *geometry, (True, True))
-        found.append(reference.convolution(x, w, None, *geometry))
+        found = [vendor.convolution(x, w, None, geometry)]
+        found += vendor.convolution_backward(e, x, w, geometry, (True, True))
+        found.append(reference.convolution(x, w, None, geometry))
         truths.append(exact)
         bounds = [4e-3] * 4
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -148,13 +152,13 @@ def test_weight_gradients_of_kernels_longer_than_the_map_are_padded_before_and_f
 ) -> None:
     """oneDNN's kernels for AVX-512 read and write elsewhere there; they need that CPU to be seen."""
     zero = (0,) * len(size)
-    geometry = (stride, padding, (dilation,) * len(size), transposed, zero, 1)
+    geometry = Geometry(stride, padding, (dilation,) * len(size), transposed, zero, 1)
     x, w = torch.randn(2, 8, *size).to(dtype), torch.randn(8, 8, *kernel).to(dtype)
     seen = _asked(monkeypatch)
-    y = vendor.convolution(x, w, None, *geometry)
-    vendor.convolution_backward(y, x, w, *geometry, (True, False))
-    vendor.convolution_backward(y, x, w, *geometry, (True, True))
-    reference.convolution(x, w, None, *geometry)
+    y = vendor.convolution(x, w, None, geometry)
+    vendor.convolution_backward(y, x, w, geometry, (True, False))
+    vendor.convolution_backward(y, x, w, geometry, (True, True))
+    reference.convolution(x, w, None, geometry)
     plain = (dtype, True)
     careful = (torch.float32, False) if longer else plain
     assert seen == [plain, plain, careful, careful]
@@ -173,8 +177,9 @@ def test_no_weight_gradient_has_a_kernel_that_reaches_over_both_ends_of_the_padd
             p,
             d,
         )
-        geometry = (strides, padding, dilation, transposed, [0] * 3)
-        out = spec.conv_output_size(whole, kernel, *geometry)[axis]
+        sizes = tuple(strides), tuple(padding), tuple(dilation)
+        geometry = Geometry(*sizes, transposed, (0,) * 3, 1)
+        out = geometry.output_size(whole, kernel)[axis]
         if out < 1:
             continue
         read, positions = (out, size) if transposed else (size, out)
@@ -184,7 +189,7 @@ def test_no_weight_gradient_has_a_kernel_that_reaches_over_both_ends_of_the_padd
         reaching += 1
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             x, w = torch.empty(1, 1, *whole, dtype=dtype), torch.empty(1, 1, *kernel, dtype=dtype)
-            wide, before = reference.precautions(x, w, *geometry, weight_gradient=True)
+            wide, before = faults.precautions(x, w, geometry, weight_gradient=True)
             assert before
             assert wide == (dtype != torch.float32)
     assert reaching > 500
@@ -194,7 +199,7 @@ def test_graphs_for_all_sizes_convolve_16_bit_types_in_float32() -> None:
     """The sizes are not known when the graph is made, so none of them can be seen to be safe."""
 
     def both(x: Tensor, w: Tensor) -> Tensor:
-        return reference.convolution(x, w, None, *([1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1))
+        return reference.convolution(x, w, None, Geometry.ordinary((1,) * 3, (1,) * 3))
 
     x, w = torch.randn(2, 4, 5, 6, 7).bfloat16(), torch.randn(4, 4, 3, 3, 3).bfloat16()
     graph = make_fx(both, tracing_mode="symbolic")(x, w)
@@ -212,7 +217,8 @@ def test_grouped_convolutions_round_no_more_than_contiguous_ones(
 ) -> None:
     """Channels of a group that are not whole vectors: oneDNN's channels-last form has up to 4 times the error."""
     ci, co = channels
-    geometry = ([1] * dims, [1] * dims, [1] * dims, transposed, [0] * dims, 3)
+    ones = (1,) * dims
+    geometry = Geometry(ones, ones, ones, transposed, (0,) * dims, 3)
     layout = spec.channels_last_format(dims + 2)
     backward = torch.ops.aten.convolution_backward.default
     args = (None, *geometry, [True, True, False])
@@ -227,8 +233,8 @@ def test_grouped_convolutions_round_no_more_than_contiguous_ones(
         truths = [exact, *backward(e.double(), x.double(), w.double(), *args)[:2]]
         eager = [torch.convolution(x, w, None, *geometry), *backward(e, x, w, *args)[:2]]
         x, e = x.contiguous(memory_format=layout), e.contiguous(memory_format=layout)
-        found = [vendor.convolution(x, w, None, *geometry)]
-        found += vendor.convolution_backward(e, x, w, *geometry, (True, True))
+        found = [vendor.convolution(x, w, None, geometry)]
+        found += vendor.convolution_backward(e, x, w, geometry, (True, True))
         ours.append([relative_error(*pair) for pair in zip(found, truths, strict=True)])
         theirs.append([relative_error(*pair) for pair in zip(eager, truths, strict=True)])
     for mine, eager_error in zip(
@@ -265,14 +271,15 @@ def test_wide_convolutions_round_no_more_than_contiguous_ones(
     torch.manual_seed(0)
     x, w = torch.randn(2, channels, *[8] * dims), torch.randn(64, channels, *[3] * dims)
     w = w.transpose(0, 1).contiguous() if transposed else w
-    geometry = ([1] * dims, [1] * dims, [1] * dims, transposed, [0] * dims, 1)
+    ones = (1,) * dims
+    geometry = Geometry(ones, ones, ones, transposed, (0,) * dims, 1)
     exact = torch.convolution(x.double(), w.double(), None, *geometry)
     e = torch.randn(exact.shape)
     layout = spec.channels_last_format(dims + 2)
     own, given = x.contiguous(memory_format=layout), e.contiguous(memory_format=layout)
     pairs = [
         (
-            vendor.convolution(own, w, None, *geometry),
+            vendor.convolution(own, w, None, geometry),
             torch.convolution(x, w, None, *geometry),
             exact,
         )
@@ -280,7 +287,7 @@ def test_wide_convolutions_round_no_more_than_contiguous_ones(
     backward = torch.ops.aten.convolution_backward.default
     args = (None, *geometry, [True, True, False])
     pairs += zip(
-        vendor.convolution_backward(given, own, w, *geometry, (True, True)),
+        vendor.convolution_backward(given, own, w, geometry, (True, True)),
         backward(e, x, w, *args)[:2],
         backward(e.double(), x.double(), w.double(), *args)[:2],
         strict=True,
@@ -308,25 +315,23 @@ def test_strided_pointwise_convolutions_do_not_damage_the_heap() -> None:
 def test_what_is_remembered_holds_for_one_form_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight gradient needs a padded map here, and the gradient at the map alone does not."""
     monkeypatch.setattr(vendor, "_routes", {})
-    padded, pad = [], reference.padded
+    padded, pad = [], faults.padded
 
-    def note(x: Tensor, padding: list[int]) -> Tensor:
+    def note(x: Tensor, padding: tuple[int, ...]) -> Tensor:
         padded.append(True)
         return pad(x, padding)
 
-    monkeypatch.setattr(reference, "padded", note)
+    monkeypatch.setattr(faults, "padded", note)
     torch.manual_seed(0)
     x, w, e = torch.randn(2, 4, 2, 6, 6), torch.randn(4, 4, 3, 3, 3), torch.randn(2, 4, 2, 6, 6)
-    one, none = [1, 1, 1], [0, 0, 0]
+    geometry = Geometry.ordinary((1,) * 3, (1,) * 3)
     for needs in ((True, False), (True, True), (True, False)):
         padded.clear()
-        vendor.convolution_backward(e, x, w, one, one, one, False, none, 1, needs)
+        vendor.convolution_backward(e, x, w, geometry, needs)
         assert bool(padded) == needs[1], needs
     # and as many routes as there are forms, each found again
     forms = len(vendor._routes)
     for size in (6, 7, 6):
         y = torch.randn(1, 4, size, size)
-        vendor.convolution(
-            y, torch.ones(4, 4, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-        )
+        vendor.convolution(y, torch.ones(4, 4, 3, 3), None, Geometry.ordinary((1, 1), (1, 1)))
     assert len(vendor._routes) == forms + 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops.precision import float32_products
+from fastfilm.ops.spec.precision import float32_products
 
 from .. import providers
 from ..networks import NETWORKS, Network

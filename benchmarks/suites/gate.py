@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import backends, traffic
+from fastfilm.ops import choice
 
+from .. import traffic
 from ..harness import saved_bytes
 from ..record import FAILED, Row
 from ..session import Case, Session
@@ -143,11 +144,11 @@ def tiles(path: Path) -> Iterator[Figure]:
 def figures(static: str | None) -> Iterator[Figure]:
     """All that can be counted here."""
     for name, route in PLANS:
-        b = backends.BACKENDS[name]
+        b = choice.BACKENDS[name]
         if (
             b.unavailable() is None
             and ("cpu" in b.devices)
-            and (name != "triton" or backends.interpreting())
+            and (name != "triton" or choice.interpreting())
         ):
             yield from maps(name, route)
     yield from python()

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfilm
-from fastfilm.ops import traffic
-from fastfilm.ops.precision import float32_products
+from fastfilm.ops.spec.precision import float32_products
 
-from .. import emulated_passes, emulation, providers
+from .. import emulated_passes, emulation, providers, traffic
 from ..eager import DoubleConv, FilmForm
 from ..harness import TookTooLong, peak_bytes, tensor_peak_bytes, time_limit
 from ..networks import NETWORKS, Network

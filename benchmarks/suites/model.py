@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops.precision import float32_products
+from fastfilm.ops.spec.precision import float32_products
 
 from .. import providers, volume
 from ..graphs import CaptureFailed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.ops import reference, spec
-from fastfilm.ops.precision import float32_products
+from fastfilm.ops.spec.precision import float32_products
 
 from .. import blocks, providers
 from ..blocks import Block, Tensors

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import backends, conv, left_out, reference
-from fastfilm.ops.precision import float32_products
+from fastfilm.ops import choice, launchers, reference
+from fastfilm.ops.choice import left_out
+from fastfilm.ops.spec import Geometry, Plan
+from fastfilm.ops.spec.precision import float32_products
 
 from .. import blocks, emulation, report
 from ..blocks import Block, Tensors
@@ -138,8 +140,9 @@ def scope(route: str) -> Iterator[None]:
 def routes(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
     """The routes that run here, and why the others do not; on a CPU without any of them its own backend's."""
     one = (1, 1)
-    request = backends.Request(device, DTYPES[dtype], 2, one, one, one)
-    reasons = {r: backends.why_not_plan(r.replace("joint", "fused"), request) for r in ROUTES}
+    request = choice.Request(device, DTYPES[dtype], 2, one, one, one)
+    plans = {r: Plan.of(r.replace("joint", "fused")) for r in ROUTES}
+    reasons = {r: choice.why_not_plan(plan, request) for r, plan in plans.items()}
     missing = {r: reason for r, reason in reasons.items() if reason is not None}
     usable = [r for r in ROUTES if r not in missing]
     return usable or ["cpu/composed"], missing
@@ -147,9 +150,10 @@ def routes(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
 
 def has_joint(step: LayerStep) -> bool:
     """Whether one kernel computes both gradients of a layer."""
-    layer, kernels = step.block.layer, backends.BACKENDS["cuda"].kernels()
+    layer, kernels = step.block.layer, launchers.of("cuda")
     ones = (1,) * len(layer.size)
-    found: bool = kernels.covers_joint(step.t.upstream, step.t.weight, layer.size, ones, ones)
+    walk = Geometry.ordinary(ones, ones)
+    found: bool = kernels.covers_joint(step.t.upstream, step.t.weight, layer.size, walk)
     return found
 
 
@@ -197,7 +201,7 @@ class Truth:
         if isinstance(v, fastfilm.DeferredMap):
             # by its definition: the layer itself leaves the output pending
             raw, coef = v.raw, v.coef
-            biased, act = conv.adds_bias(v.plan), v.act
+            biased, act = v.plan is None or v.plan.adds_bias, v.act
             v = raw if coef is None else reference.materialise(raw, coef, act)
             y = raw
             if not biased and step.t.bias is not None:
@@ -338,7 +342,7 @@ def _direction(
             case.mode == "both gradients" and has_joint(truth.make())
         ):
             continue
-        if route == "triton/fused" and session.quick and slow and backends.interpreting():
+        if route == "triton/fused" and session.quick and slow and choice.interpreting():
             session.skip(
                 case, f"fastfilm-{route}", "left out of a quick run: slow in the interpreter"
             )

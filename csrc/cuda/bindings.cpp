@@ -372,7 +372,7 @@ py::tuple py_device() {
 }  // namespace
 
 PYBIND11_MODULE(_CUDA, m) {
-  m.doc() = "CUDA kernels of fastfilm; fastfilm.ops.cuda is their interface.";
+  m.doc() = "CUDA kernels of fastfilm; fastfilm.ops.launchers.cuda is their interface.";
   m.attr("architectures") = FASTFILM_CUDA_ARCHS;
   m.def("device", &py_device);
   m.def("reduction_workspace", &py_reduction_workspace, py::arg("dtype"), py::arg("n"), py::arg("s"), py::arg("c"));

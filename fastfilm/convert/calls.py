@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastfilm.ops import block, maps
+from fastfilm.ops import add_act, maps
+from fastfilm.ops.block import Call, Moving, PreparedWeight, run
 from fastfilm.ops.maps import DeferredMap, Map
-from fastfilm.ops.prepared import PreparedWeight
-from fastfilm.ops.recipe import Geometry, Options
-from fastfilm.ops.residual import add_act
+from fastfilm.ops.spec import Geometry, Options, TailTensors
 
 _WEIGHTS = 16
 """Weights of which one block keeps prepared forms."""
@@ -51,15 +50,6 @@ class Block:
         *tensors: Tensor | None,
     ) -> Tensor | DeferredMap:
         """The group's output [N, C, *S], a map for the next call if ``deferred``."""
-        if self.geometry is None:
-            return block.run_on_map(
-                maps.plain(x),
-                self.options,
-                tensors,
-                momentum,
-                bool(self.deferred),
-            )
-        assert weight is not None
         kept = None
         if self.prepares and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             kept = self.prepared.get(id(weight))
@@ -67,13 +57,12 @@ class Block:
                 if len(self.prepared) == _WEIGHTS:
                     self.prepared.clear()
                 kept = self.prepared[id(weight)] = PreparedWeight()
-        return block.run(
-            *(x, weight, bias, self.geometry, self.options),
-            tensors,
-            momentum,
-            self.deferred,
-            kept,
-        )
+        norm_weight, norm_bias, mean, var, *rest = tensors
+        tail = TailTensors(mean, var, None, norm_weight, norm_bias, bias, *rest)
+        moving, deferred = Moving(momentum), self.deferred
+        if self.geometry is None:
+            x, deferred = maps.plain(x), bool(deferred)
+        return run(x, Call(weight, self.geometry, self.options, tail, moving, deferred, kept))
 
 
 class Sum:
@@ -118,12 +107,12 @@ def checkpointed(
         options: of the original call.
     """
 
-    def run(*inputs: Any) -> Any:
+    def again(*inputs: Any) -> Any:
         own = iter(inputs)
         return body(*(next(own) if i else g for g, i in zip(given, is_input, strict=True)))
 
     inputs = [g for g, i in zip(given, is_input, strict=True) if i]
-    return checkpoint(run, *inputs, **options)
+    return checkpoint(again, *inputs, **options)
 
 
 def in_layout(x: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 
-from fastfilm.ops import fallback, subclasses
+from fastfilm.ops.launchers import triton
+from fastfilm.ops.spec import subclasses
 
 from . import backend, closed, functions, polyfills
 from .report import Calls, Report
@@ -307,7 +308,7 @@ def _configured(callback: Any, conversion: Conversion) -> Any:
             return found
         except Exception as error:
             if isinstance(error, faults):
-                if fallback.STRICT:
+                if triton.STRICT:
                     raise
                 text = str(error).strip().splitlines() or [""]
                 warnings.warn(

@@ -138,7 +138,7 @@ POOLS: tuple[Any, ...] = (
 )
 JOINS: tuple[Any, ...] = (torch.cat, torch.concat, torch.concatenate)
 VIEWS: tuple[Any, ...] = (*POOLS, *JOINS, F.interpolate)
-"""Functions that give a map which a convolution can read unwritten (see ``fastfilm.ops.views``)."""
+"""Functions that give a map which a convolution can read unwritten (see ``fastfilm.ops.spec.views``)."""
 
 ANY_LAYOUT: frozenset[Any] = frozenset(
     (

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastfilm.ops import spec, vendor
+from fastfilm.ops import spec
+from fastfilm.ops.vendor import convolutions as vendor
 
 from . import functions
 from .effects import Effects, same, shape, value

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastfilm.ops import maps
-from fastfilm.ops.recipe import Options
+from fastfilm.ops.spec import Options
 
 from . import calls, functions, layouts
 from .effects import Effects, same, shape, value, writes

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfilm.ops import subclasses
+from fastfilm.ops.spec import subclasses
 
 from .blocks import ConvNormFiLM3d
 

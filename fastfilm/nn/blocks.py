@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import DeferredMap, block, distributed, spec
+from fastfilm.ops import DeferredMap, spec
+from fastfilm.ops.block import Call, Moving, PreparedWeight, run
 from fastfilm.ops.maps import Map
-from fastfilm.ops.prepared import PreparedWeight
-from fastfilm.ops.recipe import Options
+from fastfilm.ops.reference import distributed
+from fastfilm.ops.spec import Geometry, Options, TailTensors
 
 from . import norms
 
@@ -221,36 +222,28 @@ class ConvNormFiLM(nn.Module):
             keep = 1 - self.dropout
             mask = torch.full((x.shape[0], self.out_channels), keep, device=x.device)
             mask = torch.bernoulli(mask).div_(keep)
+        (weight, bias, slope), geometry = self._tensors(), self._geometry()
         layer = self._modules["norm_layer"]
-        norm = norms.NONE
-        if layer is not None:
-            kind = None if norms.hooked(layer) else norms.kind_of(layer)
-            if kind is None:
-                return self._around(layer, x, gamma, beta, mask, deferred)
-            norm = norms.read(layer, kind, self.sync_group)
-        weight, bias, slope = self._tensors()
+        norm = norms.NONE if layer is None else norms.read(layer, self.sync_group)
+        if norm is None:
+            assert layer is not None
+            return self._around(layer, x, gamma, beta, mask, deferred)
         learned = slope if isinstance(slope, Tensor) else None
-        return block.run(
+        return run(
             x,
-            weight,
-            bias,
-            (self.stride, self.padding, self.dilation, False, self._no_padding, self.groups),
-            Options(
-                norm.kind,
-                norm.num_groups,
-                norm.training,
-                norm.eps,
-                self.activation,
-                slope if learned is None else None,
-                self.order,
-                self.dropout_position,
-                norm.group is not None,
+            Call(
+                weight,
+                geometry,
+                Options(
+                    *(norm.kind, norm.num_groups, norm.training, norm.eps, self.activation),
+                    slope if learned is None else None,
+                    *(self.order, self.dropout_position, norm.group is not None),
+                ),
+                TailTensors(*norm.statistics, None, *norm.affine, bias, gamma, beta, mask, learned),
+                Moving(norm.momentum, norm.group),
+                deferred,
+                self._prepared,
             ),
-            (*norm.tensors, gamma, beta, mask, learned),
-            norm.momentum,
-            deferred,
-            self._prepared,
-            norm.group,
         )
 
     def _around(
@@ -269,30 +262,29 @@ class ConvNormFiLM(nn.Module):
         first, early = self.order == "conv-act-norm-film", self.dropout_position == "norm"
         active = self.activation, number, "conv-norm-act-film", "end"
         passive = "none", None, "conv-norm-act-film", "end"
-        nothing = None, None, None, None
-        y = block.run(
-            x,
-            weight,
-            bias,
-            (self.stride, self.padding, self.dilation, False, self._no_padding, self.groups),
-            Options("none", None, False, 1e-5, *(active if first else passive)),
-            (*nothing, None, None, mask if early else None, learned if first else None),
-            0.0,
-            False,
+        tensors = TailTensors(
+            bias=bias, dropout_mask=mask if early else None, slope=learned if first else None
         )
-        y = layer(y)
+        own = Options("none", None, False, 1e-5, *(active if first else passive))
+        y = layer(run(x, Call(weight, self._geometry(), own, tensors)))
+        rest = TailTensors(
+            gamma=gamma,
+            beta=beta,
+            dropout_mask=None if early else mask,
+            slope=None if first else learned,
+        )
         options = Options(
-            "none",
-            None,
-            False,
-            1e-5,
-            "none" if first else self.activation,
-            None if first else number,
-            self.order,
-            "end" if early else self.dropout_position,
+            activation="none" if first else self.activation,
+            slope=None if first else number,
+            order=self.order,
+            dropout_position="end" if early else self.dropout_position,
         )
-        rest = (*nothing, gamma, beta, None if early else mask, None if first else learned)
-        return block.run_on_map(y, options, rest, 0.0, bool(deferred))
+        return run(y, Call(None, None, options, rest, deferred=bool(deferred)))
+
+    def _geometry(self) -> Geometry:
+        """The convolution's, as the attributes have it now."""
+        sizes = self.stride, self.padding, self.dilation
+        return Geometry(*sizes, False, self._no_padding, self.groups)
 
     def _tensors(self) -> tuple[Any, ...]:
         """weight, bias, slope."""

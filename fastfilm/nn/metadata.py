@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfilm.ops import capture
-from fastfilm.ops.library import direct
+from fastfilm.ops.spec import capture, direct
 
 Metadata = Tensor | np.ndarray | Sequence[Any]
 

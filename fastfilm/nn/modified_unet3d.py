@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfilm.ops import conv_norm_film, maps, norm_film, spec, subclasses
+from fastfilm.ops import conv_norm_film, maps, norm_film, spec
 from fastfilm.ops.maps import Map
+from fastfilm.ops.spec import subclasses
 
 from . import ivadomed
 from .attention_gate import AttentionGate3d

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fastfilm.ops import capture, distributed
+from fastfilm.ops.reference import distributed
+from fastfilm.ops.spec import capture
 
 NORMS: dict[type[nn.Module], str] = {
     nn.BatchNorm2d: "batch",
@@ -35,7 +36,8 @@ class Norm(NamedTuple):
         kind, num_groups, eps: see ``fastfilm.conv_norm_film``.
         training: statistics come from the map, not from the running ones.
         momentum: of the running statistics in this call.
-        tensors: weight, bias, running_mean, running_var: [C] each, or None.
+        affine: weight and bias, [C] each or None.
+        statistics: running mean and variance, [C] each or None.
         group: processes whose batches are normalised together.
     """
 
@@ -44,7 +46,8 @@ class Norm(NamedTuple):
     training: bool = False
     eps: float = 1e-5
     momentum: float = 0.0
-    tensors: tuple[Tensor | None, ...] = (None, None, None, None)
+    affine: tuple[Tensor | None, Tensor | None] = (None, None)
+    statistics: tuple[Tensor | None, Tensor | None] = (None, None)
     group: dist.ProcessGroup | None = None
 
 
@@ -105,13 +108,17 @@ def make(
     return None
 
 
-def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
+def read(layer: Any, sync_group: distributed.Group = None) -> Norm | None:
     """What PyTorch's own forward of ``layer`` would do now; counts the batch as it does.
 
+    None where the layer has hooks or computes something of its own: it is to be called as the module that it is.
+
     Args:
-        kind: see ``kind_of``.
         sync_group: of a batch norm, beside that of a ``torch.nn.SyncBatchNorm``.
     """
+    kind = None if hooked(layer) else kind_of(layer)
+    if kind is None:
+        return None
     # ``torch.nn.Module`` finds an attribute ten times slower than these dictionaries do, which lack the computed
     # ones: parametrised, pruned, spread over processes
     held, buffers, eps = layer._parameters, layer._buffers, layer.eps
@@ -120,7 +127,7 @@ def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
     except KeyError:
         weight, bias = layer.weight, layer.bias
     if kind == "group":
-        return Norm(kind, layer.num_groups, False, eps, 0.0, (weight, bias, None, None))
+        return Norm(kind, layer.num_groups, False, eps, 0.0, (weight, bias))
     try:
         mean, var = buffers["running_mean"], buffers["running_var"]
         count = buffers["num_batches_tracked"]
@@ -145,4 +152,4 @@ def read(layer: Any, kind: str, sync_group: distributed.Group = None) -> Norm:
         else:
             training = mean is None and var is None
     momentum = 0.0 if momentum is None else float(momentum)
-    return Norm(kind, None, training, eps, momentum, (weight, bias, mean, var), group)
+    return Norm(kind, None, training, eps, momentum, (weight, bias), (mean, var), group)

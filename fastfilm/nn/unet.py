@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfilm.ops import maps, spec, subclasses
+from fastfilm.ops import maps, spec
 from fastfilm.ops.maps import Map
+from fastfilm.ops.spec import subclasses
 
 from . import ivadomed
 from .blocks import ConvNormFiLM2d, ConvNormFiLM3d, DoubleConv

@@ -1,21 +1,25 @@
-"""The operators: schemas, shape functions, gradients, backend choice, and the float64-capable reference."""
+"""The operators behind fastfilm's modules: what a user calls, and what each room below is for.
 
-from . import consumers, conv, flops, pointwise, residual
-from .backends import backend
-from .functional import conv_norm_film, materialise, moments, norm_film
+Each room imports from those before it: ``spec`` (names and structs), ``choice`` (which backend and route),
+``vendor`` (PyTorch's convolutions), ``reference`` (the definition of right), ``launchers`` (the kernels of each
+backend), ``operators`` (for compilers and tracers), ``maps`` (not yet written), ``block`` (one block).
+"""
+
+from .block import functional, torch_convolutions
+from .block.functional import conv_norm_film, materialise, moments, norm_film
+from .choice import backend
 from .maps import DeferredMap
+from .maps.residual import add_act
+from .operators import convolution, flops, pointwise, residual
 
 flops.watch()
 
 __all__ = [
     "DeferredMap",
+    "add_act",
     "backend",
-    "consumers",
-    "conv",
     "conv_norm_film",
     "materialise",
     "moments",
     "norm_film",
-    "pointwise",
-    "residual",
 ]

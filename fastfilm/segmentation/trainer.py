@@ -35,7 +35,7 @@ from .stopping import Stop, Stopped
 from .validation import Validated, validate
 
 MOST_STEPS = 250
-"""Of an epoch whose length is not configured."""
+"""Most steps in an epoch when ``steps_per_epoch`` is not set."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -19,9 +19,10 @@ from unittest.mock import patch
 
 import torch
 
-from fastfilm.ops import cost, spec
-from fastfilm.ops.tiles import config
+from fastfilm.ops import spec
+from fastfilm.ops.launchers.tiles import config
 
+from . import cost
 from .binary import SHARED_LIMIT, read_binary, resident
 from .shapes import Shape
 from .space import RANKED, Candidate, estimated

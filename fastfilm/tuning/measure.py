@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfilm.ops import conv, reference
+from fastfilm.ops import reference
+from fastfilm.ops.operators import convolution
+from fastfilm.ops.spec import Geometry
 
 from . import facts
 from .shapes import Shape
@@ -150,10 +152,8 @@ class Subject:
                 self._large |= both
         return self._large[family]
 
-    def _geometry(self, shape: Shape) -> tuple[Any, ...]:
-        ones = (1,) * shape.dims
-        stride, padding = (shape.stride,) * shape.dims, (shape.padding,) * shape.dims
-        return stride, padding, ones, False, (0,) * shape.dims, 1
+    def _geometry(self, shape: Shape) -> Geometry:
+        return Geometry.ordinary((shape.stride,) * shape.dims, (shape.padding,) * shape.dims)
 
     def _pending(self, coef: Tensor) -> tuple[Tensor | None, str]:
         return (coef, facts.ACT) if self.shape.affine else (None, "none")
@@ -161,7 +161,7 @@ class Subject:
     def _forward(self, plan: str, given: facts.Given) -> tuple[Tensor, Tensor]:
         x, weight, _, coef, bias, pre = given
         tail = (*self._geometry(self.shape), True, plan)
-        return conv.conv_fwd(x, weight, bias, *self._pending(coef), pre, facts.ACT, *tail)
+        return convolution.conv(x, weight, bias, *self._pending(coef), pre, facts.ACT, *tail)
 
     def _backward(
         self,
@@ -175,7 +175,7 @@ class Subject:
         norm = (pre, facts.ACT) if after else (None, "none")
         head = (e, dstats, x, weight, *self._pending(coef), *norm, y, stats)
         tail = (*self._geometry(self.shape), plan, self.shape.affine or after is None, True)
-        return conv.conv_bwd(*head, *tail)
+        return convolution.conv_backward(*head, *tail)
 
     def why_wrong_plan(self, plan: str) -> str | None:
         """What is wrong with a whole plan's results on the reduced map; None if nothing."""

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastfilm.ops import backends, recipe, tables
-from fastfilm.ops.tables import FAMILIES, Entry, Table
+from fastfilm.ops import choice
+from fastfilm.ops.block import recipe
+from fastfilm.ops.choice import tables
+from fastfilm.ops.choice.tables import FAMILIES, Entry, Table
+from fastfilm.ops.spec import Plan
 
 from .clock import Clock, clock_for, median_seconds
 from .facts import Compilers, Facts, predicted
@@ -119,7 +122,7 @@ class Search:
 
     def _shape(self, shape: Shape, waiting: dict[Candidate, Future[Facts]]) -> Entry | None:
         subject = None
-        if self.timed or backends.interpreting():
+        if self.timed or choice.interpreting():
             subject = Subject(shape, self.device, full=bool(self.timed))
         best: dict[str, tuple[float, tuple[int, ...]]] = {}
         for candidate, found in self._worthwhile(shape, waiting):
@@ -231,10 +234,10 @@ def plans(shape: Shape, device: str) -> list[str]:
     request = shape.request(device)
     return [
         f"{name}/{route}"
-        for name in backends.BACKENDS
+        for name in choice.BACKENDS
         if name != "reference"
         for route in ("fused", "composed")
-        if backends.why_not_plan(f"{name}/{route}", request) is None
+        if choice.why_not_plan(Plan(name, route), request) is None
     ]
 
 
@@ -249,7 +252,7 @@ def save(search: Search, path: Path) -> Table:
     for key, entry in search.entries():
         table = tables.merge_into(path, Table(arch, tables.about(), {key: entry}))
     tables.in_force.cache_clear()
-    backends._choose.cache_clear()
+    choice.forget()
     recipe.forget()
     return table
 

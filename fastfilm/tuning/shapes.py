@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfilm.ops import backends, cost, recipe, tables
-from fastfilm.ops.backends import Request
+from fastfilm.ops import choice
+from fastfilm.ops.block import recipe
+from fastfilm.ops.choice import Request, tables
+
+from . import cost
 
 IMAGE_CHANNELS = 4
 """An input with so few channels is taken for the image: nothing is pending on it, and it has no gradient."""
@@ -53,7 +56,7 @@ class Shape:
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """What ``routing.measured`` takes."""
+        """What ``tables.measured`` takes."""
         ones = (1,) * self.dims
         kernel, stride = (tuple(k * o for o in ones) for k in (self.kernel, self.stride))
         return self.dtype, self.batch, self.channels, kernel, stride, self.output
@@ -117,7 +120,7 @@ def of_model(call: Callable[..., object], *inputs: Tensor, **options: Tensor) ->
 
     It is called once, with gradients as they are set. Convolutions that are not fastfilm's are not seen.
     """
-    with recipe.unremembered(), backends.watched() as seen:
+    with recipe.unremembered(), choice.watched() as seen:
         call(*inputs, **options)
     found = dict.fromkeys(s for s in map(of_request, seen) if s is not None)
     return sorted(found, key=lambda s: -s.convolution().flops)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-from fastfilm.ops import cost
-from fastfilm.ops.tables import FAMILIES
+from fastfilm.ops.choice.tables import FAMILIES
 
+from . import cost
 from .binary import SHARED_LIMIT
 from .shapes import Shape
 

@@ -26,8 +26,8 @@ FAULTS = (
     Fault(
         "triton-gradient-at-the-slope-without-g",
         "kernels/common.py",
-        "row_sum(dv * g[None, :] * activate_slope_grad(z, ACT))",
-        "row_sum(dv * activate_slope_grad(z, ACT))",
+        "dslope += dv * g[None, :] * activate_slope_grad(z, ACT)",
+        "dslope += dv * activate_slope_grad(z, ACT)",
         f"{KERNELS} -k 'every_activation and prelu and interpreter'",
     ),
     Fault(
@@ -105,15 +105,15 @@ FAULTS = (
     Fault(
         "triton-count-of-one-block-for-all",
         "kernels/spatial_moments.py",
-        "seen += count",
-        "seen = count",
+        "tl.minimum(first + iters * BS, S)",
+        "tl.minimum(first + BS, S)",
         BLOCKS,
     ),
     Fault(
         "triton-slope-sums-of-the-last-block-alone",
-        "kernels/pointwise.py",
-        "dslope += dslope_i",
-        "dslope = dslope_i",
+        "kernels/common.py",
+        "dslope += dv * g[None, :] * activate_slope_grad(z, ACT)",
+        "dslope = dv * g[None, :] * activate_slope_grad(z, ACT)",
         BLOCKS,
     ),
     Fault(
@@ -141,8 +141,8 @@ FAULTS = (
     Fault(
         "triton-view-read-from-the-first-channel",
         "kernels/taps.py",
-        "at = to[:, None] * K + first + channel[None, :]",
-        "at = to[:, None] * K + channel[None, :]",
+        "(az * HO + ay).to(tl.int64) * WO) * K + first",
+        "(az * HO + ay).to(tl.int64) * WO) * K",
         VIEWS,
     ),
     # the [N, C] algebra

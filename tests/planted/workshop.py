@@ -73,7 +73,7 @@ class Workshop:
             ("csrc/bindings.cpp", *(f"csrc/cpu/{name}" for name in cpu)),
             tuple(CPU_FLAGS),
             self.tree / "build/planted/cpu",
-            self.tree / f"fastfilm/_C{suffix}",
+            self.tree / f"fastfilm/ops/launchers/cpu/_C{suffix}",
         )
         self.cuda = Extension(
             (*(f"csrc/cuda/{name}" for name in cuda), "csrc/emulation/emulation.cpp"),
@@ -92,7 +92,8 @@ class Workshop:
         if like is None:
             for extension in (self.cpu, self.cuda) if emulated else (self.cpu,):
                 self._build(extension, extension.sources, extension.objects)
-            self.in_use = self._python("from fastfilm import _C; print(_C.instruction_set())")
+            imported = "from fastfilm.ops.launchers.cpu import _C"
+            self.in_use = self._python(f"{imported}; print(_C.instruction_set())")
             self._check_imports()
 
     def _python(self, code: str) -> str:
@@ -104,8 +105,9 @@ class Workshop:
 
     def _check_imports(self) -> None:
         """The tests of this copy must import the package, the kernels and the extension of this copy."""
-        code = "import fastfilm, fastfilm.kernels, fastfilm._C as c; print(fastfilm.__file__)"
-        found = self._python(f"{code}; print(fastfilm.kernels.__file__); print(c.__file__)")
+        code = "import fastfilm, fastfilm.kernels, fastfilm.ops.launchers.cpu._C as c"
+        printed = "; ".join(f"print({m}.__file__)" for m in ("fastfilm", "fastfilm.kernels", "c"))
+        found = self._python(f"{code}; {printed}")
         assert all(Path(f).is_relative_to(self.tree) for f in found.splitlines()), found
 
     def _build(self, extension: Extension, sources: tuple[str, ...], folder: Path) -> None:

@@ -1,0 +1,200 @@
+"""One block, as the modules call it: from a recipe and tensors to the map, finished or pending.
+
+``functional`` holds the same behind keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import choice, reference
+from ..maps.assembled import flat
+from ..maps.deferred import DeferredMap, Joined, Map, readable
+from ..operators import pointwise
+from ..spec import (
+    Geometry,
+    NormInput,
+    Options,
+    Source,
+    TailTensors,
+    direct,
+    layout_of,
+    subclasses,
+)
+from . import function, recipe, tail
+from .function import Work
+from .prepared import PreparedWeight, dense
+from .recipe import Recipe
+from .tail import Moving
+
+
+class Call(NamedTuple):
+    """One call of a block.
+
+    Attributes:
+        weight: of the convolution; None: the block is what follows one, on a map that exists already.
+        geometry: as the caller gave it.
+        deferred: "always" hands the map on unwritten even where finishing it in place is the shorter way for
+            most consumers: a residual addition reads it unwritten.
+        prepared: where the caller keeps what inference makes of the weight.
+    """
+
+    weight: Tensor | None
+    geometry: Geometry | None
+    options: Options
+    tensors: TailTensors
+    moving: Moving = Moving()
+    deferred: bool | str = False
+    prepared: PreparedWeight | None = None
+
+
+def run(x: Map, call: Call) -> Tensor | DeferredMap:
+    """``fastfilm.conv_norm_film`` or ``norm_film`` with its arguments packed."""
+    ordinary = subclasses.PLAIN.issuperset(map(type, (call.weight, *call.tensors)))
+    if not ordinary or type(x) is not Tensor:
+        origin = subclasses.among((x,) if ordinary else (x, call.weight, *call.tensors))
+        if origin:
+            again: Tensor | DeferredMap = subclasses.through(run, origin, x, call)
+            return again
+        x = readable(x)
+    sources = [Source(x)] if isinstance(x, Tensor) else _sources(x, ordinary)
+    first = sources[0]
+    # a view, or a second source, is there in eager mode alone
+    like = first.raw if len(sources) == 1 and first.view is None else _seen(sources)
+    if call.weight is not None:
+        dtype = _autocast_dtype(first.raw)
+        if dtype is not None:
+            call = call._replace(weight=_cast(call.weight, dtype, call.prepared))
+            sources = [s._replace(raw=s.raw.to(dtype)) for s in sources]
+            like = like.to(dtype)
+    eager = ordinary and direct(first.raw, first.coef)
+    how = recipe.of_call(eager, like, call.weight, call.geometry, call.options, call.tensors)
+    if how.plain:
+        return _plain(x, call, how, like.dtype)
+    return _direct(x, sources, call, how) if eager else _traced(sources[0], call, how)
+
+
+def _sources(x: DeferredMap | Joined, ordinary: bool) -> list[Source]:
+    """What the block reads: more than a raw map and what is pending on it in eager mode alone."""
+    if isinstance(x, DeferredMap) and x.view is None:
+        # no branch: a consumer of the map itself is its only one as a rule
+        return [Source(x.raw, x.coef, x.act)]
+    sources = x.sources()
+    if x._tensor is None and ordinary and direct(sources[0].raw):
+        return sources
+    return [Source(x.tensor())]
+
+
+def _seen(sources: Sequence[Source]) -> Tensor:
+    """A tensor of the shape, type and device of what the block sees of several sources, or of a view."""
+    first = sources[0]
+    channels = sum(s.raw.shape[1] for s in sources)
+    return first.raw.new_empty(1).expand(first.raw.shape[0], channels, *first.size)
+
+
+def _autocast_dtype(raw: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where it is on and changes a map like this one."""
+    if isinstance(raw, Tensor) and raw.dtype != torch.float64 and not raw.is_meta:
+        device = raw.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, prepared: PreparedWeight | None) -> Tensor:
+    """``weight`` in autocast's dtype; in inference on a CPU the one that was prepared."""
+    kept = prepared is not None and not torch.is_grad_enabled() and weight.dtype != dtype
+    if kept and weight.device.type == "cpu" and direct(weight) and dense(weight):
+        assert prepared is not None
+        return prepared.cast(weight, dtype)
+    return weight.to(dtype)
+
+
+def _plain(x: Map, call: Call, how: Recipe, dtype: torch.dtype) -> Tensor | DeferredMap:
+    """The block step by step in PyTorch."""
+    v = (x if isinstance(x, Tensor) else x.tensor()).to(dtype)
+    y, bias = v, call.tensors.bias
+    if call.weight is not None and how.geometry is not None:
+        # a channels-last weight would make the map channels-last too
+        weight = call.weight.contiguous() if v.is_contiguous() else call.weight
+        added = None if bias is None else bias.to(weight.dtype)
+        y = reference.convolution(v, weight, added, how.geometry)
+    v = layout_of(v, tail.eager(how.kind, call.tensors, y, call.moving))
+    return DeferredMap(v, None, "none", choice.EAGER) if call.deferred else v
+
+
+def _direct(x: Map, sources: list[Source], call: Call, how: Recipe) -> Tensor | DeferredMap:
+    """The block in eager mode."""
+    weight, tensors, deferred, graded = (
+        call.weight,
+        call.tensors,
+        call.deferred,
+        torch.is_grad_enabled(),
+    )
+    result = "raw" if how.bare else "pending" if deferred else "written"
+    if deferred and not graded and _finishes(call, how):
+        result = "written"
+        if isinstance(x, DeferredMap) and x.view is None:
+            # written once for all its consumers, where it would be written for each
+            sources = [Source(x.tensor().to(sources[0].raw.dtype))]
+    work = Work(how, call.moving, result)
+    s = sources[0]
+    maps = (s.raw, s.coef) if len(sources) == 1 else flat(sources)
+    # without the moments of y nothing but the weight may need gradients: of frozen networks nothing does
+    if graded and (how.kind.uses_input or _needs_grad(weight, *tensors, *maps)):
+        found = function.apply(work, sources, weight, *tensors, *maps)
+        y, coef = found if result == "pending" else (found, None)
+    else:
+        keep = None if graded or call.prepared is None else call.prepared.pack
+        y, v, coef, *_ = function.values(work, sources, weight, tensors, None, keep)
+        y = v if result == "written" else y
+    if result == "written":
+        done: Tensor = y
+        return done
+    pending = result == "pending"
+    if not deferred:
+        done = y
+        return done
+    return DeferredMap(
+        y, coef if pending else None, how.kind.activation if pending else "none", how.plan
+    )
+
+
+def _finishes(call: Call, how: Recipe) -> bool:
+    """Whether inference finishes the map in place, which beats a pass of its own later."""
+    convolves = how.geometry is not None and how.plan.route == "composed"
+    return convolves and call.deferred != "always"
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _traced(source: Source, call: Call, how: Recipe) -> Tensor | DeferredMap:
+    """The block in PyTorch's operators and ours, for a compiler or tracer that watches."""
+    kind, plan, geometry, weight = how.kind, how.plan, how.geometry, call.weight
+    raw, coef, act, *_ = source
+    added, seen, tensors = tail.prepared(kind, plan, call.tensors, raw)
+    pending = bool(call.deferred) and (torch.is_grad_enabled() or not _finishes(call, how))
+    operators, stats = torch.ops.fastfilm, None
+    if weight is None or geometry is None:
+        y, stats = raw, None if seen is None else pointwise.moments_of(raw, seen, plan)
+    else:
+        if seen is None and not pending:
+            known = reference.of_block(kind, tensors, raw.device, *call.moving)
+            if not _needs_grad(raw, weight, coef, known):
+                given = raw, weight, added, coef, act, known, kind.activation, *geometry, str(plan)
+                done: Tensor = operators.conv_apply(*given)
+                return done
+        moments = seen is not None, str(plan)
+        head = raw, weight, added, coef, act, *(seen or NormInput())
+        y, stats = operators.conv(*head, *geometry, *moments)
+    tensors = tensors._replace(stats=None if seen is None else stats)
+    found = reference.of_block(kind, tensors, raw.device, *call.moving)
+    if pending:
+        return DeferredMap(y, found, kind.activation, plan)
+    return pointwise.written(y, found, kind.activation, plan)

@@ -1,0 +1,30 @@
+"""Which backend and route serve a call, and why another one does not."""
+
+from .choosing import (
+    EAGER,
+    UNMEASURED,
+    automatic,
+    backend,
+    choose,
+    exporting,
+    for_pass,
+    forced,
+    forget,
+    measured,
+    state,
+    traced,
+    watched,
+    why_not_plan,
+)
+from .registry import (
+    BACKENDS,
+    ROUTES,
+    Backend,
+    Fused,
+    Request,
+    describe,
+    interpreting,
+    why_not_architecture,
+    why_not_backend,
+    why_not_fused,
+)

@@ -1,0 +1,86 @@
+"""The CUDA kernels of one convolution: their layout in shared memory, and whether one fits on this GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launchers.cuda import _CUDA
+from ..spec import precision
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+"""The types' numbers in the CUDA kernels."""
+
+Sizes = tuple[int, ...]
+
+
+class Shape(NamedTuple):
+    """What the layout of a convolution depends on, beside the GPU.
+
+    Attributes:
+        channels: of the input and of the output.
+        size, out: spatial sizes of what the convolution sees and of its result.
+    """
+
+    dtype: torch.dtype
+    batch: int
+    channels: tuple[int, int]
+    size: Sizes
+    out: Sizes
+    kernel: Sizes
+    stride: Sizes
+    padding: Sizes
+
+
+def three(values: Sequence[int], depth: int) -> tuple[int, int, int]:
+    """Two or three numbers as three, ``depth`` in front."""
+    return (depth, values[0], values[1]) if len(values) == 2 else (*values,)  # type: ignore[return-value]
+
+
+def why_not(
+    dtype: torch.dtype, channels: tuple[int, int], kernel: Sizes, stride: Sizes
+) -> str | None:
+    """Why no layout of the convolution fits into the current GPU; None if one does."""
+    out = (16,) * len(kernel)
+    size = tuple(n * s for n, s in zip(out, stride, strict=True))
+    padding = tuple(k // 2 for k in kernel)
+    try:
+        _plan(Shape(dtype, 1, channels, size, out, kernel, stride, padding), _device(None)).check()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def plan(shape: Shape, on: Tensor) -> _CUDA.Convolution:
+    """The kernels of one shape, with the layout that suits the GPU of ``on`` (the current one)."""
+    tf32 = shape.dtype == torch.float32 and on.is_cuda and precision.tf32()
+    return _plan(shape, _device(on.device.index), tf32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _device(index: int | None) -> tuple[int, int, int]:
+    return _CUDA.device()
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: Shape, device: tuple[int, int, int], tf32: bool = False) -> _CUDA.Convolution:
+    if len(set(shape.stride)) != 1:
+        raise ValueError(f"stride must be the same in every dimension, got {shape.stride}")
+    return _CUDA.Convolution(
+        dtype=DTYPES[shape.dtype],
+        dims=len(shape.size),
+        n=shape.batch,
+        ci=shape.channels[0],
+        co=shape.channels[1],
+        in_size=three(shape.size, 1),
+        out_size=three(shape.out, 1),
+        kernel=three(shape.kernel, 1),
+        padding=three(shape.padding, 0),
+        stride=shape.stride[0],
+        device=device,
+        tf32=tf32,
+    )

@@ -1,0 +1,99 @@
+"""The [N, C]-sized algebra of a block as one C++ call each way; it agrees with ``reference.of_block``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...spec import Kind, TailTensors, dense
+from . import _C
+from .arguments import DTYPES
+
+_NORMS = {"none": 0, "batch": 1, "instance": 2, "group": 3, "layer": 3}
+_ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
+_POSITIONS = {"end": 0, "film": 1, "norm": 2}
+
+
+@functools.lru_cache(maxsize=4096)
+def _algebra(kind: Kind) -> _C.Coefficients:
+    return _C.Coefficients(
+        wide=kind.wide,
+        norm=_NORMS[kind.norm],
+        order=_ORDERS[kind.order],
+        position=_POSITIONS[kind.dropout_position],
+        use_input=kind.uses_input,
+        update=kind.update,
+        n=kind.batch,
+        c=kind.channels,
+        groups=kind.groups,
+        count=kind.count,
+        eps=kind.eps,
+        slope=kind.slope,
+    )
+
+
+def _readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Dense, with their values in their memory."""
+    return [
+        t
+        if t is None or (t.is_contiguous() and not t.is_neg() and not t._is_zerotensor())
+        else dense.contiguous(t.detach())
+        for t in tensors
+    ]
+
+
+def _arguments(tensors: Sequence[Tensor | None]) -> tuple[list[int], int, tuple[int, ...]]:
+    """Addresses, types (four bits each) and rows, as ``_C.Coefficients`` takes them."""
+    addresses, types, rows = [], 0, [1, 1, 1, 1]
+    for i, t in enumerate(tensors):
+        if t is None:
+            addresses.append(0)
+            continue
+        addresses.append(t.data_ptr())
+        types |= DTYPES[t.dtype] << 4 * i
+        if i >= 6:  # γ, β, mask: [C] and [1, C] have one row; the slope counts its values
+            rows[i - 6] = t.numel() if i == 9 else t.shape[0] if t.dim() == 2 else 1
+    return addresses, types, tuple(rows)
+
+
+def covers_block(kind: Kind) -> bool:
+    """Whether ``block_coefficients`` serves such a block: it serves all."""
+    return True
+
+
+def block_coefficients(
+    kind: Kind, momentum: float, tensors: TailTensors, device: torch.device
+) -> Tensor:
+    """Rows a, b, g, s, p, q, slope [7, N, C]; see ``reference.of_block``."""
+    dtype = torch.float64 if kind.wide else torch.float32
+    coef = torch.empty((7, kind.batch, kind.channels), dtype=dtype, device=device)
+    readable = _readable(tensors)
+    _algebra(kind).forward(momentum, *_arguments(readable), coef.data_ptr())
+    if kind.update:
+        written = []
+        for theirs, ours in zip(tensors[:2], readable[:2], strict=True):
+            assert theirs is not None and ours is not None
+            if ours is not theirs:
+                theirs.copy_(ours)
+            elif not theirs.is_inference():
+                written.append(theirs)  # behind PyTorch's back
+        torch.autograd.graph.increment_version(written)
+    return coef
+
+
+def block_coefficients_backward(
+    kind: Kind, tensors: Sequence[Tensor | None], dcoef: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``block_coefficients`` at the ``wanted`` of its tensors, in their dtypes."""
+    grads: list[Tensor | None] = [
+        torch.empty(t.shape, dtype=t.dtype) if want and t is not None else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+    dcoef = dense.contiguous(dcoef.to(torch.float64 if kind.wide else torch.float32))
+    addresses = [0 if t is None else t.data_ptr() for t in grads]
+    readable = _readable(tensors)  # held by name: the call gets addresses only
+    _algebra(kind).backward(*_arguments(readable), dcoef.data_ptr(), addresses)
+    return grads

@@ -1,0 +1,147 @@
+"""Passes of the C++ kernels over channels-last maps in host memory: affine, moments and residual sums.
+
+The maths is that of ``reference.materialise``, ``reference.moments`` and ``reference.residual``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec import Addends
+
+# after torch: the extension then finds torch's own OpenMP runtime loaded and asks it, not another, for its places
+from ..arguments import addresses
+from . import _C
+from .arguments import FORMATS, call_of, feature_map, map_like, numbers_of
+
+
+def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
+    """v = g * (act(a * (y - p) + b; slope) - q) + s.
+
+    Args:
+        y: [N, C, *S], channels-last.
+        coef: [7, N, C], rows a, b, g, s, p, q, slope.
+        act: activation name.
+        in_place: overwrite ``y``.
+
+    Returns:
+        v [N, C, *S] in y's dtype, channels-last.
+    """
+    y = feature_map("y", y)
+    coef = numbers_of("coef", coef, y, 7, y.shape[0], y.shape[1])
+    v = y if in_place else torch.empty_like(y, memory_format=FORMATS[y.dim()])
+    _C.apply(y.data_ptr(), coef.data_ptr(), v.data_ptr(), *call_of(y, act))
+    return v
+
+
+def apply_backward(
+    dv: Tensor, y: Tensor, coef: Tensor, act: str, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``apply`` at ``y`` ([N, C, *S]; in dv's memory if ``in_place``) and at ``coef``."""
+    y = feature_map("y", y)
+    dv = map_like("dv", dv, y)
+    coef = numbers_of("coef", coef, y, 7, y.shape[0], y.shape[1])
+    dy = dv if in_place else torch.empty_like(y, memory_format=FORMATS[y.dim()])
+    dcoef = torch.empty_like(coef)
+    _C.apply_backward(*addresses(dv, y, coef, dy, dcoef), *call_of(y, act))
+    return dy, dcoef
+
+
+def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
+    """Mean and biased variance over space of u = act(y + shift; slope).
+
+    Args:
+        y: [N, C, *S], channels-last.
+        pre: [2, C], shift and slope; None: the moments of ``y`` itself, whatever ``act`` is.
+        act: activation name.
+
+    Returns:
+        [2, N, C], float32 (float64 for a float64 ``y``).
+    """
+    y = feature_map("y", y)
+    if pre is not None:
+        pre = numbers_of("pre", pre, y, 2, y.shape[1])
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    stats = torch.empty((2, y.shape[0], y.shape[1]), dtype=dtype)
+    _C.moments(
+        y.data_ptr(), 0 if pre is None else pre.data_ptr(), stats.data_ptr(), *call_of(y, act)
+    )
+    return stats
+
+
+def moments_backward(
+    dy: Tensor | None, dstats: Tensor, y: Tensor, stats: Tensor, pre: Tensor | None, act: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``moments`` at ``y``, added to ``dy``, and at ``pre``.
+
+    Args:
+        dy: gradient that reached ``y`` by other ways, or None.
+        dstats: gradient [2, N, C] at the moments.
+        y: what the moments were taken of.
+        stats: the moments [2, N, C].
+        pre: as in ``moments``.
+        act: as in ``moments``.
+
+    Returns:
+        e [N, C, *S] in y's dtype, and dpre [2, C] (None without ``pre``), whose first row is the sum of
+        e: the gradient of the shift, and of a bias that y already has.
+    """
+    y = feature_map("y", y)
+    if dy is not None:
+        dy = map_like("dy", dy, y)
+    dstats = numbers_of("dstats", dstats, y, 2, y.shape[0], y.shape[1])
+    stats = numbers_of("stats", stats, y, 2, y.shape[0], y.shape[1])
+    dpre = None
+    if pre is not None:
+        pre = numbers_of("pre", pre, y, 2, y.shape[1])
+        dpre = torch.empty_like(pre)
+    e = torch.empty_like(y, memory_format=FORMATS[y.dim()])
+    _C.moments_backward(*addresses(dy, dstats, y, stats, pre, e, dpre), *call_of(y, act))
+    return e, dpre
+
+
+def residual(addends: Addends) -> Tensor:
+    """v = outer(M(y; coef, act) + M(other; other_coef); slope), see ``spec.Addends``."""
+    read, (y, *_), (inside, call) = _addends(addends)
+    v = torch.empty_like(y, memory_format=FORMATS[y.dim()])
+    _C.residual(*addresses(*read), *(inside, v.data_ptr(), *call))
+    return v
+
+
+def residual_backward(
+    dv: Tensor, addends: Addends, at_other: bool = True
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``residual`` at y, coef, other (None unless ``at_other``), other_coef and slope."""
+    read, (y, coef, other_coef, slope), (inside, call) = _addends(addends)
+    dv = map_like("dv", dv, y)
+    dy = torch.empty_like(y, memory_format=FORMATS[y.dim()])
+    dother = torch.empty_like(dy) if at_other else None
+    dcoef, dother_coef = (None if c is None else torch.empty_like(c) for c in (coef, other_coef))
+    dslope = None if slope is None else torch.empty(y.shape[:2], dtype=slope.dtype)
+    made = addresses(dy, dcoef, dother, dother_coef, dslope)
+    _C.residual_backward(*addresses(dv, *read), *(inside, *made, *call))
+    return dy, dcoef, dother, dother_coef, None if dslope is None else dslope.sum(0)
+
+
+def _addends(addends: Addends) -> tuple[list[Any], tuple[Any, ...], tuple[bool, tuple[Any, ...]]]:
+    """What the kernels read, in their order; y and the numbers; what ``_side`` says."""
+    y = feature_map("y", addends.y)
+    other = map_like("other", addends.other, y)
+    n, c = y.shape[:2]
+    coef, other_coef = (
+        None if t is None else numbers_of("coef", t, y, 7, n, c)
+        for t in (addends.coef, addends.other_coef)
+    )
+    slope = None if addends.slope is None else numbers_of("slope", addends.slope, y, c)
+    read = [y, coef, other, other_coef, slope]
+    return read, (y, coef, other_coef, slope), _side(y, addends.act, addends.outer)
+
+
+def _side(y: Tensor, act: str, outer: str) -> tuple[bool, tuple[int, ...]]:
+    """Whether the activation is that of the sum, and the trailing arguments."""
+    if act != "none" and outer != "none":
+        raise ValueError(f"act or outer must be 'none', got {act!r} and {outer!r}")
+    return act == "none", call_of(y, outer if act == "none" else act)

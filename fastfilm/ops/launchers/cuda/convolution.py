@@ -1,0 +1,365 @@
+"""Launchers of the CUDA convolutions: forward, gradients at the inputs and at the weight.
+
+An input is a map or the concatenation of two, each with what is pending on it and as its consumer sees it; the
+gradient at the raw output is given by its parts. Neither is ever written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...choice.cuda_plans import Shape, plan, three
+from ...spec import (
+    Geometry,
+    Gradient,
+    NormInput,
+    Output,
+    Pending,
+    Source,
+    SourceGradient,
+    dense,
+    views,
+)
+from ..arguments import activation_code, address, addresses
+from . import _CUDA
+from .arguments import FORMATS, empty_map, feature_map, numbers, on_device, stream_of
+
+MOST_TAPS = 8
+"""Taps along one axis of a view that a convolution reads itself."""
+
+Sizes = tuple[int, ...]
+
+
+def covers_sources(sources: Sequence[Source]) -> bool:
+    """Whether the convolutions read such sources as they are: else they are written first."""
+    if len(sources) > 2:
+        return False
+    raw = sources[0].raw
+    if len(sources) == 2 and raw.shape[1] * raw.element_size() % 16:
+        return False
+    for raw, _, _, view, _ in sources:
+        if view is not None:
+            taps = views.taps(view, tuple(raw.shape[2:]), False, raw.device)
+            if any(index.shape[1] > MOST_TAPS for index, _ in taps):
+                return False
+    return True
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    out: Sequence[int],
+    geometry: Geometry,
+    size: Sequence[int] | None = None,
+) -> _CUDA.Convolution:
+    """The kernels of one convolution, with the layout that suits x's GPU.
+
+    Args:
+        x: a map of the convolution's type, batch and device.
+        weight: [Co, Ci, *K].
+        out: spatial size of the result; ``size``: of what the convolution sees, if that is not ``x``.
+    """
+    (co, ci, *kernel), size = weight.shape, x.shape[2:] if size is None else size
+    sizes = tuple(size), tuple(out), tuple(kernel), geometry.stride, geometry.padding
+    with on_device(x):
+        return plan(Shape(x.dtype, x.shape[0], (ci, co), *sizes), x)
+
+
+def _strides(weight: Tensor) -> tuple[int, ...]:
+    """Of [co, ci, kd, kh, kw]."""
+    s = weight.stride()
+    return s if len(s) == 5 else (*s[:2], 0, *s[2:])
+
+
+def _sources(sources: Sequence[Source]) -> tuple[list[Any], list[tuple[int, ...]]]:
+    """What must stay alive, and what the extension takes."""
+    kept: list[Any] = []
+    given: list[tuple[int, ...]] = []
+    size, batch = sources[0].size, sources[0].raw.shape[0]
+    for source in sources:
+        x, coef, act, view, _ = source
+        x = feature_map("x", x)
+        coef = None if coef is None else numbers("coef", coef, 7, *x.shape[:2])
+        found: Sizes
+        found = (
+            *addresses(x, coef),
+            x.shape[1],
+            activation_code(act if coef is not None else "none"),
+        )
+        if source.size != size or x.shape[0] != batch:
+            raise ValueError(
+                f"the sources must have the same batch and size {size}, got {source.size}"
+            )
+        if view is not None:
+            taps = views.taps(view, tuple(x.shape[2:]), False, x.device)
+            kept.append(taps)
+            axes = tuple(n for i, w in taps for n in (i.data_ptr(), w.data_ptr(), i.shape[1]))
+            found += (*axes, *three(x.shape[2:], 1), int(view.kind == "max"))
+        kept += [x, coef]
+        given.append(found)
+    return kept, given
+
+
+def _gradient(given: Gradient, n: int, co: int) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """What must stay alive, and what the extension takes."""
+    dy = feature_map("dy", given.dy)
+    scale = None if given.scale is None else numbers("scale", given.scale, n, co)
+    if given.y is None:
+        return [dy, scale], (dy.data_ptr(), 0, 0, 0, 0, address(scale), 0)
+    if given.stats is None or given.dstats is None:
+        raise ValueError("y needs stats and dstats")
+    y = feature_map("y", given.y, dy)
+    stats, dstats = (
+        numbers("stats", given.stats, 2, n, co),
+        numbers("dstats", given.dstats, 2, n, co),
+    )
+    pre = None if given.pre is None else numbers("pre", given.pre, 2, co)
+    kept = [dy, y, stats, dstats, pre, scale]
+    return kept, (*addresses(*kept), activation_code(given.pre_act))
+
+
+def _check_weight(weight: Tensor, x: Tensor, channels: int) -> None:
+    if weight.dtype != x.dtype or weight.dim() != x.dim() or weight.shape[1] != channels:
+        raise ValueError(
+            f"weight must be [co, {channels}, *kernel] of {x.dtype}, got {tuple(weight.shape)} of {weight.dtype}"
+        )
+
+
+def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
+    """``weight`` channels-last: a tile's input channels are read side by side."""
+    _check_weight(weight, x, channels)
+    return dense.channels_last(weight)
+
+
+def _bytes(count: int, like: Tensor) -> Tensor:
+    return torch.empty(max(count, 16), dtype=torch.uint8, device=like.device)
+
+
+def fprop(
+    sources: Sequence[Source],
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    norm_input: NormInput | None = None,
+    finish: Pending | None = None,
+    raw: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of one map or of the concatenation of two, each behind its own pending affine.
+
+    Args:
+        weight: [Co, ΣCi, *K], K 1 or 3 in every dimension, in any layout.
+        bias: [Co], added before the output is rounded and its moments are taken.
+        norm_input: whose moments are taken; None: none are.
+        finish: coefficients [7, N, Co] and activation with which the output is finished.
+        raw: the unfinished output is wanted too.
+
+    Returns:
+        y [N, Co, *T], and its moments [2, N, Co] (empty without ``norm_input``), or with ``raw`` the unfinished y.
+    """
+    x = sources[0].raw
+    n, co = x.shape[0], weight.shape[0]
+    weight = _weight(weight, x, sum(s.raw.shape[1] for s in sources))
+    kept, given = _sources(sources)
+    pre, pre_act = norm_input or NormInput()
+    out_coef, out_act = finish or Pending()
+    bias = None if bias is None else numbers("bias", bias, co)
+    pre = None if pre is None else numbers("pre", pre, 2, co)
+    out_coef = None if out_coef is None else numbers("out_coef", out_coef, 7, n, co)
+    seen = sources[0].size
+    size = geometry.output_size(seen, weight.shape[2:])
+    conv = convolution(x, weight, size, geometry, seen)
+    y = torch.empty((n, co, *size), dtype=x.dtype, device=x.device, memory_format=FORMATS[x.dim()])
+    unfinished = empty_map(y) if raw else None
+    wanted = norm_input is not None
+    stats = torch.empty((2, n, co) if wanted else (0,), dtype=torch.float32, device=x.device)
+    work = _bytes(conv.forward_workspace(), x)
+    with on_device(x):
+        conv.forward(
+            sources=given,
+            weight=weight.data_ptr(),
+            strides=_strides(weight),
+            bias=address(bias),
+            pre=address(pre),
+            pre_act=activation_code(pre_act),
+            out_coef=address(out_coef),
+            out_act=activation_code(out_act),
+            y=y.data_ptr(),
+            raw=address(unfinished),
+            stats=stats.data_ptr() if wanted else 0,
+            workspace=work.data_ptr(),
+            stream=stream_of(x),
+        )
+    del kept
+    return y, stats if unfinished is None else unfinished
+
+
+def dgrad(
+    gradient: Gradient,
+    weight: Tensor,
+    outputs: Sequence[Output],
+    size: Sizes,
+    geometry: Geometry,
+) -> list[SourceGradient]:
+    """Gradients at the raw map of each source, channels-last, and at its coefficients [7, N, C].
+
+    Without ``raw`` and ``window`` that is the gradient at what the convolution saw of the source, [N, C, *size].
+
+    Args:
+        weight: [Co, ΣC, *K].
+        size: spatial size of what the convolution saw.
+
+    Returns:
+        (dx, dcoef) of each output: None where nothing is wanted, or pending.
+    """
+    dy = gradient.dy
+    weight = _weight(weight, dy, sum(o.channels for o in outputs))
+    kept, given = _gradient(gradient, *dy.shape[:2])
+    conv = convolution(dy, weight, dy.shape[2:], geometry, size)
+    found, described, held = _outputs(outputs, dy, size)
+    work = _bytes(conv.backward_workspace(), dy)
+    with on_device(dy):
+        conv.backward(
+            gradient=given,
+            weight=weight.data_ptr(),
+            strides=_strides(weight),
+            outputs=described,
+            workspace=work.data_ptr(),
+            stream=stream_of(dy),
+        )
+    del kept, held
+    return found
+
+
+def _outputs(
+    outputs: Sequence[Output], dy: Tensor, size: tuple[int, ...]
+) -> tuple[list[SourceGradient], list[tuple[int, ...]], list[Tensor | None]]:
+    """(dx, dcoef) of each output, what the extension takes, and what must stay alive."""
+    found, described, kept = [], [], []
+    for output in outputs:
+        dx, dcoef, held, numbers_of = _output(output, dy, size)
+        found.append((dx, dcoef))
+        described.append(numbers_of)
+        kept += held
+    return found, described, kept
+
+
+def _output(
+    output: Output, dy: Tensor, size: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], tuple[int, ...]]:
+    """dx, dcoef, what must stay alive, and what the extension takes."""
+    channels, raw, coef, act, window, into, wanted = output
+    if not wanted:
+        return None, None, [], (0, 0, channels, 0, 0, 0, 0)
+    n = dy.shape[0]
+    if coef is not None:
+        coef = numbers("coef", coef, 7, n, channels)
+    shape = (n, channels, *size)
+    if window is not None:
+        if raw is None or not views.disjoint(window) or any(window.padding):
+            raise ValueError("a window needs its map, no padding and must not overlap the next")
+        shape = tuple(raw.shape)
+    if coef is None and window is None:
+        raw = None  # only its shape matters
+    if raw is not None and (tuple(raw.shape) != shape or raw.dtype != dy.dtype):
+        raise ValueError(f"raw must be {shape} of {dy.dtype}, got {tuple(raw.shape)}, {raw.dtype}")
+    if raw is not None:
+        feature_map("raw", raw)
+    if into is None:
+        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=FORMATS[dy.dim()])
+    else:
+        dx = feature_map("into", into)
+        if tuple(dx.shape) != shape or dx.dtype != dy.dtype:
+            raise ValueError(f"into must be {shape} of {dy.dtype}, got {tuple(dx.shape)}")
+    dcoef = None if coef is None else torch.empty_like(coef)
+    act = act if coef is not None else "none"
+    described: tuple[int, ...] = (
+        *(address(raw), address(coef), channels, activation_code(act)),
+        *(dx.data_ptr(), address(dcoef), int(into is not None)),
+    )
+    if window is not None:
+        described += (*three(window.kernel, 1), *three(window.stride, 1), *three(shape[2:], 1))
+    return dx, dcoef, [raw, coef], described
+
+
+def wgrad(
+    gradient: Gradient,
+    sources: Sequence[Source],
+    weight: Tensor,
+    geometry: Geometry,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dW, of ``weight``'s shape and dtype, channels-last.
+
+    With ``sums`` also dpre [2, Co]: Σ e, and the gradient at the slopes of ``gradient.pre``.
+    """
+    x, dy = sources[0].raw, gradient.dy
+    _check_weight(weight, x, sum(s.raw.shape[1] for s in sources))
+    kept, given = _sources(sources)
+    held, gradient_numbers = _gradient(gradient, *dy.shape[:2])
+    conv = convolution(dy, weight, dy.shape[2:], geometry, sources[0].size)
+    dweight, dpre = _weight_results(weight, dy, sums)
+    work = _bytes(conv.weight_gradient_workspace(), x)
+    with on_device(x):
+        conv.weight_gradient(
+            gradient=gradient_numbers,
+            sources=given,
+            dweight=dweight.data_ptr(),
+            dpre=address(dpre),
+            workspace=work.data_ptr(),
+            stream=stream_of(x),
+        )
+    del kept, held
+    return dweight, dpre
+
+
+def _weight_results(weight: Tensor, dy: Tensor, sums: bool) -> tuple[Tensor, Tensor | None]:
+    dweight = torch.empty(
+        weight.shape, dtype=dy.dtype, device=dy.device, memory_format=FORMATS[dy.dim()]
+    )
+    shape = (2, weight.shape[0])
+    dpre = torch.empty(shape, dtype=torch.float32, device=dy.device) if sums else None
+    return dweight, dpre
+
+
+def covers_joint(dy: Tensor, weight: Tensor, size: Sizes, geometry: Geometry) -> bool:
+    """Whether ``joint`` serves a convolution of maps of ``size``."""
+    joint: bool = convolution(dy, weight, dy.shape[2:], geometry, size).has_joint()
+    return joint
+
+
+def joint(
+    gradient: Gradient,
+    weight: Tensor,
+    outputs: Sequence[Output],
+    sources: Sequence[Source],
+    geometry: Geometry,
+    sums: bool = False,
+) -> tuple[list[SourceGradient], Tensor, Tensor | None]:
+    """``dgrad`` and ``wgrad`` by one kernel, which reads each map once."""
+    dy = gradient.dy
+    size = sources[0].size
+    weight = _weight(weight, dy, sum(o.channels for o in outputs))
+    conv = convolution(dy, weight, dy.shape[2:], geometry, size)
+    kept, given = _gradient(gradient, *dy.shape[:2])
+    found, described, held = _outputs(outputs, dy, size)
+    read, sources_given = _sources(sources)
+    dweight, dpre = _weight_results(weight, dy, sums)
+    work = _bytes(conv.joint_workspace(), dy)
+    with on_device(dy):
+        conv.joint(
+            gradient=given,
+            weight=weight.data_ptr(),
+            strides=_strides(weight),
+            outputs=described,
+            sources=sources_given,
+            dweight=dweight.data_ptr(),
+            dpre=address(dpre),
+            workspace=work.data_ptr(),
+            stream=stream_of(dy),
+        )
+    del kept, held, read
+    return found, dweight, dpre

@@ -1,0 +1,1 @@
+"""The ``fastfilm::`` operators: schemas, shape functions, gradients, autocast rules."""

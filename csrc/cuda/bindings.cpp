@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "convolution.h"
+#include "calls.h"
 #include "pointwise.h"
 #ifdef FASTFILM_EMULATED
 #include "primitives.h"

@@ -1,4 +1,4 @@
-#include "backward.h"
+#include "backward_epilogue.h"
 #include "pack.h"
 
 namespace fastfilm::cuda {

@@ -1,8 +1,8 @@
-#include "conv.h"
-#include "convolution.h"
+#include "calls.h"
+#include "convolve.h"
+#include "merge_partials.h"
 #include "operands.h"
 #include "pack.h"
-#include "second_stage.h"
 
 namespace fastfilm::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // channels, block of input channels and depth of the taps one slab [taps, bn, bk], swizzled and padded with zeros.
 #pragma once
 
-#include "convolution.h"
+#include "calls.h"
 
 namespace fastfilm::cuda {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "affine.h"
-#include "second_stage.h"
+#include "merge_partials.h"
 
 namespace fastfilm::cuda {
 namespace {

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "affine.h"
-#include "convolution.h"
+#include "calls.h"
 
 namespace fastfilm::cuda {
 

@@ -1,6 +1,6 @@
-#include "convolution.h"
+#include "calls.h"
+#include "merge_partials.h"
 #include "operands.h"
-#include "second_stage.h"
 
 namespace fastfilm::cuda {
 namespace {

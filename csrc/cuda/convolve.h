@@ -32,7 +32,7 @@ struct NoCompanion {
   FF_DEVICE NoCompanion(const Params&, const ConvPlan&, int) {}
 };
 
-// Operand: see operands.h. Companion: what else is computed from the slabs, see joint.cu. Epilogue: `Params`; `State`, kept over the tiles of a block; its constructor, which loads the
+// Operand: see operands.h. Companion: what else is computed from the slabs, see both_gradients.cu. Epilogue: `Params`; `State`, kept over the tiles of a block; its constructor, which loads the
 // constants of a chunk; `write`, which gets the products of one voxel; and `finish`, which merges the states of a block.
 template <class T, int kN, int kK, template <class, int> class OperandOf, template <class> class EpilogueOf,
           template <class, int, int> class CompanionOf = NoCompanion>

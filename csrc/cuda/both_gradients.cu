@@ -1,7 +1,7 @@
 // Both gradients of a convolution from one slab: each map is read once. The slab holds the raw gradient with its halo,
 // which the gradient at the input multiplies with the weights; the tile of the activated input beside it gives, with
 // the same slab, the products of the gradient at the weight.
-#include "backward.h"
+#include "backward_epilogue.h"
 #include "pack.h"
 
 namespace fastfilm::cuda {

@@ -1,4 +1,4 @@
-#include "second_stage.h"
+#include "merge_partials.h"
 
 #include "affine.h"
 #include "pointwise.h"

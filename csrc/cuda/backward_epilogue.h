@@ -1,10 +1,10 @@
 // What becomes of the gradient at a convolution's input: the epilogue of the kernels that compute it.
 #pragma once
 
-#include "conv.h"
-#include "convolution.h"
+#include "calls.h"
+#include "convolve.h"
+#include "merge_partials.h"
 #include "operands.h"
-#include "second_stage.h"
 
 namespace fastfilm::cuda {
 

@@ -1,5 +1,5 @@
-// Python bindings. Tensors arrive as addresses and sizes, so that no PyTorch header is needed and one build
-// serves every version of it.
+// Python bindings of the CPU kernels. Tensors arrive as addresses and sizes, so no PyTorch header is needed and one
+// build serves all versions of PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -163,7 +163,7 @@ void py_residual_backward(Address dv, Address y, Address coef, Address y2, Addre
   if (!call.empty()) residual_backward(call.map, dv_, in, out);
 }
 
-// Five numbers an axis: in, out, and the addresses of start, index and weight.
+// The view that `axes` describes with five numbers an axis: in, out, and the addresses of start, index and weight.
 View view_of(const std::array<int64_t, 15>& axes, bool maximum) {
   View view;
   view.maximum = maximum;
@@ -217,8 +217,8 @@ void py_maximum_backward(Address y, Address coef, Address dout, int64_t dout_str
   if (!call.empty()) maximum_backward(call.map, view, y_, coef_, dout_, dout_stride, dv_);
 }
 
-// A convolution of one form; made once, called for every map of that form. Sizes are [N, Ci, Co], then three of each:
-// map, kernel, zeros in front, result, stride.
+// A convolution of one form, made once and called for every map of that form. Its sizes are [N, Ci, Co], then three
+// each of the map, the kernel, the zeros in front, the result and the stride.
 class PyConvolution {
  public:
   PyConvolution(int dtype, const std::array<int64_t, 18>& sizes, const std::array<int64_t, 5>& strides) {
@@ -233,7 +233,7 @@ class PyConvolution {
       conv_.out[i] = sizes[12 + i];
       conv_.stride[i] = sizes[15 + i];
       if (conv_.kernel[i] < 1 || conv_.stride[i] < 1) throw std::invalid_argument("kernel and stride must be positive");
-      // as much behind as in front, at most
+      // behind the map there may be as many zeros as in front
       const int64_t last = (conv_.out[i] - 1) * conv_.stride[i] + conv_.kernel[i];
       if (conv_.out[i] > 0 && last > conv_.size[i] + 2 * conv_.before[i]) {
         throw std::invalid_argument("the result is larger than map and zeros allow");
@@ -247,7 +247,7 @@ class PyConvolution {
     if (c.y) convolve(conv_, c.x, c.weight, c.bias, c.coef, static_cast<Activation>(act), c.y, threads);
   }
 
-  // `transformed`: 0, or what `transform` wrote; the weight is not read then.
+  // `transformed` is 0, or the address of a weight that `transform` wrote; `weight` is not read then.
   void run_winograd(Address x, Address weight, Address bias, Address coef, Address y, int act, int threads,
                     Address transformed) const {
     check_winograd();
@@ -282,7 +282,7 @@ class PyConvolution {
     const Call out(kFloat32, 0, conv_.n, conv_.out[0] * conv_.out[1] * conv_.out[2], conv_.co, 1);
     const void* x_ = in.feature_map("x", x);
     const void* e_ = out.feature_map("e", e);
-    // not empty where there is nothing to sum: the gradient is then zero
+    // the gradient is zero, not empty, where there is nothing to sum
     void* dkernel_ = Call(kFloat32, 0, 1, 1, conv_.co * conv_.ci, 1).feature_map("dkernel", dkernel);
     convolve_kernel_gradient(conv_, static_cast<const float*>(x_), static_cast<const float*>(e_),
                              static_cast<float*>(dkernel_), threads);
@@ -315,7 +315,7 @@ class PyConvolution {
   Convolution conv_;
 };
 
-// The algebra of one kind of block; made once, called for every map of that kind.
+// The algebra of one kind of block, made once and called for every map of that kind.
 constexpr int kTensors = 10;
 
 class Coefficients {

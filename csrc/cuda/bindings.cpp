@@ -1,5 +1,5 @@
-// Python bindings of the CUDA kernels. Tensors arrive as addresses, sizes and a stream, so that no PyTorch header
-// is needed and one build serves every version of it.
+// Python bindings of the CUDA kernels. Tensors arrive as addresses, sizes and a stream, so no PyTorch header is needed
+// and one build serves all versions of PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,7 +36,7 @@ void check_storage(int storage) {
   }
 }
 
-// An address that is present and lies on `align` bytes.
+// An address as a pointer; an error if it is null or not a multiple of `align`.
 template <class T = void>
 T* pointer(const char* name, Address address, size_t align = 4) {
   if (address == 0) throw std::invalid_argument(std::string(name) + " is null");
@@ -66,7 +66,7 @@ struct Call {
     check_range("s", s, 1, std::numeric_limits<int64_t>::max() / 64 / n / c);
     map = {storage, act, n, s, c, reinterpret_cast<Stream>(stream)};
   }
-  // A feature map, aligned to its elements; whole chunks are used where it lies on 16 bytes.
+  // A feature map, aligned to its elements. Kernels take 16 bytes at a time where it lies on 16 bytes.
   void* feature_map(const char* name, Address address) const {
     return pointer(name, address, map.storage == kFloat32 ? 4 : 2);
   }
@@ -150,12 +150,13 @@ class Convolution {
     wgrad();
   }
 
-  // Of one source or of two: (x, coef, channels, act), and for a view index, weight and taps of each axis, the size of
-  // the map and whether it is a maximum.
+  // One source or two. A source is (x, coef, channels, act); one that is read through a view has 13 numbers more:
+  // index, weight and taps of each axis, the size of the map, and whether the view is a maximum.
   using Sources = std::vector<std::vector<int64_t>>;
-  // (dy, y, stats, dstats, pre, scale, pre_act); y null: dy, or scale * dy, is the gradient at the raw output.
+  // (dy, y, stats, dstats, pre, scale, pre_act). Without y the gradient at the raw output is dy, or scale * dy.
   using GivenGradient = std::array<int64_t, 7>;
-  // Of one source or of two: (x, coef, channels, act, dx, dcoef, add), and for a maximum window, step and size.
+  // One source or two. An output is (x, coef, channels, act, dx, dcoef, add); one behind a maximum has 9 numbers more:
+  // window, step and size.
   using Outputs = std::vector<std::vector<int64_t>>;
 
   void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias,

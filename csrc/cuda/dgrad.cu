@@ -1,3 +1,4 @@
+// The gradient at a convolution's input.
 #include "backward_epilogue.h"
 #include "pack.h"
 

@@ -1,3 +1,4 @@
+// The forward pass of a convolution: its epilogue, and the function that launches it.
 #include "calls.h"
 #include "convolve.h"
 #include "merge_partials.h"
@@ -7,7 +8,7 @@
 namespace fastfilm::cuda {
 namespace {
 
-// Bias, then the moments of the raw output or the finished block.
+// Adds the bias, sums the moments, and writes the raw output or, with `out_coef`, the finished one.
 template <class T>
 struct ForwardEpilogue {
   static constexpr int kV = kQuad;

@@ -376,40 +376,38 @@ PYBIND11_MODULE(_CUDA, m) {
   m.doc() = "CUDA kernels of fastfilm; fastfilm.ops.cuda is their interface.";
   m.attr("architectures") = FASTFILM_CUDA_ARCHS;
   m.def("device", &py_device);
-  m.def("reduction_workspace", &py_reduction_workspace, py::arg("dtype"), py::arg("n"), py::arg("s"), py::arg("c"));
-  m.def("apply", &py_apply, py::arg("y"), py::arg("coef"), py::arg("v"), py::arg("dtype"), py::arg("act"),
-        py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
-  m.def("apply_backward", &py_apply_backward, py::arg("dv"), py::arg("y"), py::arg("coef"), py::arg("dy"),
-        py::arg("dcoef"), py::arg("workspace"), py::arg("dtype"), py::arg("act"), py::arg("n"), py::arg("s"),
-        py::arg("c"), py::arg("stream"));
-  m.def("moments", &py_moments, py::arg("y"), py::arg("pre"), py::arg("stats"), py::arg("workspace"),
-        py::arg("dtype"), py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
-  m.def("moments_backward", &py_moments_backward, py::arg("dy"), py::arg("dstats"), py::arg("y"), py::arg("stats"),
-        py::arg("pre"), py::arg("e"), py::arg("dpre"), py::arg("workspace"), py::arg("dtype"), py::arg("act"),
-        py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
-  py::class_<Convolution>(m, "Convolution")
-      .def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
-                    Convolution::Three, int, Convolution::Three, bool>(),
-           py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
-           py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"),
-           py::arg("tf32") = false)
-      .def("check", &Convolution::check_plans)
-      .def("forward_workspace", &Convolution::forward_bytes)
-      .def("backward_workspace", &Convolution::backward_bytes)
-      .def("weight_gradient_workspace", &Convolution::weight_bytes)
-      .def("forward", &Convolution::forward, py::arg("sources"), py::arg("weight"), py::arg("strides"),
-           py::arg("bias"), py::arg("pre"), py::arg("pre_act"), py::arg("out_coef"), py::arg("out_act"),
-           py::arg("y"), py::arg("raw"), py::arg("stats"), py::arg("workspace"), py::arg("stream"))
-      .def("backward", &Convolution::backward, py::arg("gradient"), py::arg("weight"), py::arg("strides"),
-           py::arg("outputs"), py::arg("workspace"), py::arg("stream"))
-      .def("weight_gradient", &Convolution::weight_gradient, py::arg("gradient"), py::arg("sources"),
-           py::arg("dweight"), py::arg("dpre"), py::arg("workspace"), py::arg("stream"))
-      .def("has_joint", &Convolution::has_joint)
-      .def("joint_workspace", &Convolution::joint_bytes)
-      .def("joint", &Convolution::joint, py::arg("gradient"), py::arg("weight"), py::arg("strides"),
-           py::arg("outputs"), py::arg("sources"), py::arg("dweight"), py::arg("dpre"), py::arg("workspace"),
-           py::arg("stream"))
-      .def("facts", &Convolution::facts, py::arg("kernel"));
+  // a function or method, and the names of its arguments
+  const auto def = [](auto& scope, const char* name, auto function, auto... arguments) {
+    scope.def(name, function, py::arg(arguments)...);
+  };
+  def(m, "reduction_workspace", &py_reduction_workspace, "dtype", "n", "s", "c");
+  def(m, "apply", &py_apply, "y", "coef", "v", "dtype", "act", "n", "s", "c", "stream");
+  def(m, "apply_backward", &py_apply_backward, "dv", "y", "coef", "dy", "dcoef", "workspace", "dtype", "act", "n", "s",
+      "c", "stream");
+  def(m, "moments", &py_moments, "y", "pre", "stats", "workspace", "dtype", "act", "n", "s", "c", "stream");
+  def(m, "moments_backward", &py_moments_backward, "dy", "dstats", "y", "stats", "pre", "e", "dpre", "workspace",
+      "dtype", "act", "n", "s", "c", "stream");
+  py::class_<Convolution> convolution(m, "Convolution");
+  convolution.def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
+                           Convolution::Three, int, Convolution::Three, bool>(),
+                  py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
+                  py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"),
+                  py::arg("tf32") = false);
+  def(convolution, "check", &Convolution::check_plans);
+  def(convolution, "forward_workspace", &Convolution::forward_bytes);
+  def(convolution, "backward_workspace", &Convolution::backward_bytes);
+  def(convolution, "weight_gradient_workspace", &Convolution::weight_bytes);
+  def(convolution, "forward", &Convolution::forward, "sources", "weight", "strides", "bias", "pre", "pre_act",
+      "out_coef", "out_act", "y", "raw", "stats", "workspace", "stream");
+  def(convolution, "backward", &Convolution::backward, "gradient", "weight", "strides", "outputs", "workspace",
+      "stream");
+  def(convolution, "weight_gradient", &Convolution::weight_gradient, "gradient", "sources", "dweight", "dpre",
+      "workspace", "stream");
+  def(convolution, "has_joint", &Convolution::has_joint);
+  def(convolution, "joint_workspace", &Convolution::joint_bytes);
+  def(convolution, "joint", &Convolution::joint, "gradient", "weight", "strides", "outputs", "sources", "dweight",
+      "dpre", "workspace", "stream");
+  def(convolution, "facts", &Convolution::facts, "kernel");
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));
   m.def("set_block_limit", &emulated::set_block_limit, py::arg("value"));

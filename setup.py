@@ -60,23 +60,31 @@ DEPENDS = [
 ]
 CUDA_KERNELS = [  # those that take longest to compile first
     f"csrc/cuda/{name}.cu"
-    for name in ("dgrad", "fprop", "joint", "wgrad", "pointwise", "second_stage", "pack")
+    for name in (
+        "dgrad",
+        "fprop",
+        "both_gradients",
+        "wgrad",
+        "pointwise",
+        "merge_partials",
+        "pack",
+    )
 ]
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp"]
 CUDA_DEPENDS = [
     f"csrc/cuda/{name}.h"
     for name in (
         "affine",
-        "backward",
-        "conv",
-        "convolution",
+        "backward_epilogue",
+        "calls",
+        "convolve",
+        "merge_partials",
         "multiply",
         "operands",
         "pack",
         "plan",
         "pointwise",
         "primitives",
-        "second_stage",
         "slab",
         "types",
     )

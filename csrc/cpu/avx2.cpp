@@ -1,4 +1,4 @@
-// The kernels for AVX2 with FMA and F16C.
+// The vector kernels compiled for AVX2 with FMA and F16C.
 #include "kernels.h"
 
 #ifdef FASTFILM_X86

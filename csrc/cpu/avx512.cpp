@@ -1,4 +1,4 @@
-// The kernels for AVX-512.
+// The vector kernels compiled for AVX-512.
 #include "kernels.h"
 
 #ifdef FASTFILM_X86

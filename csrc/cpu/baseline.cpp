@@ -1,4 +1,4 @@
-// The kernels for whatever the compiler targets by default (SSE2, NEON, …).
+// The vector kernels compiled for the compiler's default target (SSE2, NEON, …).
 #include <cmath>
 #include <cstdint>
 

@@ -1,3 +1,4 @@
+// The algebra of a block's coefficients, in double; coefficients.h has the interface.
 #include "coefficients.h"
 
 #include <algorithm>
@@ -88,8 +89,7 @@ void write(const Numbers& to, const std::vector<double>& from) {
   }
 }
 
-// A vector [rows][C] in double; one row may be shared by all samples, and is made of `absent` where there is
-// none.
+// A vector [rows][C] in double. One row may be shared by all samples; without `numbers` it holds `absent`.
 class Rows {
  public:
   Rows(const Numbers& numbers, int64_t rows, int64_t c, double absent)
@@ -106,7 +106,7 @@ class Rows {
   std::vector<double> values_;
 };
 
-// The statistics a norm divides by, all [N][C] in double: the centre and 1/sqrt(variance + eps) of
+// A block's inputs and the statistics of its norm, all [N][C] in double: the centre and 1/sqrt(variance + eps) of
 // scale * (y + shift), and the pivot, a constant near the mean of y that is a number of the coefficients' type.
 class Block {
  public:
@@ -173,7 +173,7 @@ class Block {
 
   const BlockShape& shape;
   const BlockTensors& in;
-  const bool first;  // the norm stands in front of the activation
+  const bool first;  // the norm comes before the activation
   Rows weight, bias, shift, scale, before_film, at_end, gamma, beta;
   const bool wide;
   std::vector<double> stats, centre, variance, inverse, pivot;
@@ -209,7 +209,8 @@ class Block {
   }
 };
 
-// Batch norm keeps the statistics of all samples, instance norm the means of those of each.
+// Moves the running statistics: batch norm's towards those of all samples together, instance norm's towards the average
+// of the samples' own.
 void update_running(const Block& block) {
   const BlockShape& shape = block.shape;
   const double values = shape.norm == kNormBatch ? shape.n * shape.count : shape.count;

@@ -1,5 +1,5 @@
-// The [N, C]-sized algebra of a block in one call each way: moments, norm weights, running statistics, gamma,
-// beta and dropout mask to the rows a, b, g, s, p, q, slope, and the gradients back.
+// The algebra of a block's coefficients, all of size [N, C], in one call each way: from moments, norm weights, running
+// statistics, gamma, beta and dropout mask to the rows a, b, g, s, p, q, slope, and from their gradients back.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +12,19 @@ enum Norm { kNormNone, kNormBatch, kNormInstance, kNormGroup, kNorms };
 enum Order { kNormFilmAct, kNormActFilm, kActNormFilm, kOrders };
 enum DropoutPosition { kDropoutEnd, kDropoutFilm, kDropoutNorm, kDropoutPositions };
 
-// What a block consists of. `groups` counts those of a sample (1: layer norm); `use_input`: the statistics are
-// those of the map, else the running ones; `update`: move the running statistics.
+// The form of a block. `groups`: groups of a sample (1: layer norm). `use_input`: the norm takes the statistics of the
+// map, else the running ones. `update`: the running statistics are moved.
 struct BlockShape {
   Norm norm;
   Order order;
   DropoutPosition position;
   bool use_input, update;
   int64_t n, c, groups;
-  double count;  // values of a sample and channel
+  double count;  // values of one channel in a sample
   double eps, momentum, slope;
 };
 
-// Numbers of any storage type; null where absent.
+// An array of numbers of any storage type; null: absent.
 struct Numbers {
   void* data = nullptr;
   Storage type = kFloat32;
@@ -32,8 +32,8 @@ struct Numbers {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Vectors [C], or [rows][C] with rows 1 or N; the moments are [2][N][C]. As `in`: null where absent; as
-// gradients: null where not wanted.
+// The inputs of the algebra, or the gradients at them: vectors [C], or [rows][C] with rows 1 or N; the moments `stats`
+// are [2][N][C]. A null input is absent, a null gradient not wanted.
 struct BlockTensors {
   Numbers running_mean, running_var, stats, norm_weight, norm_bias, conv_bias, gamma, beta, mask, slope;
   int64_t gamma_rows = 1, beta_rows = 1, mask_rows = 1, slope_count = 1;

@@ -1,3 +1,4 @@
+// Convolutions on the CPU by direct sums, and the gradient at their kernels; convolution.h has the interface.
 #include "convolution.h"
 
 #include <cstdlib>
@@ -8,24 +9,25 @@
 namespace fastfilm {
 namespace {
 
-constexpr int64_t kThreadsFrom = 1 << 19;  // products: fewer take less time than to wake the threads
-// Parts of a map, of at least so many positions, whose shares in a weight's gradient are summed apart, and the doubles
-// that all of them have together.
+constexpr int64_t kThreadsFrom = 1 << 19;  // products; fewer take less time than waking the threads
+// The gradient at a weight is summed in parts of the map: the fewest positions of a part, the most parts, and the most
+// doubles of all their sums.
 constexpr int64_t kPartPositions = 4096, kMostParts = 16, kPartSums = 1 << 22;
 
-// Rows of the input that one thread holds in float, with zeros on both sides: neighbouring rows of the result read
-// the same ones.
+// Rows of the input that one thread holds in float, with zeros on both sides. They are held because neighbouring rows
+// of the result read the same ones.
 class InputRows {
  public:
   InputRows(const Convolution& conv, const Kernels& kernels, const void* x, int64_t lines = 1)
       : conv_(conv), widen_(kernels.widen_row[conv.storage]), x_(x) {
     itemsize_ = conv.storage == kFloat32 ? 4 : 2;
     const int64_t planes = conv.kernel[0], height = conv.size[1];
-    // of a row of the result at least as many positions are computed together; the input's row is there whole
+    // kernels compute up to kConvolutionBlock positions, also of a shorter row, and read the input under all of them;
+    // the input's row is held whole
     const int64_t read = (std::max(conv.out[2], kConvolutionBlock) - 1) * conv.stride[2] + conv.kernel[2];
     const int64_t positions = std::max(read, conv.size[2] + conv.before[2]);
     pitch_ = positions * conv.ci + kernels.vector_bytes / 4;
-    // all rows of the planes that `lines` rows of the result read, if they fit; else just the rows they read
+    // all rows of the planes that `lines` rows of the result read, if they fit, else only the rows that they read
     each_ = planes * height * pitch_ * 4 <= kHeld ? height : conv.kernel[1] + (lines - 1) * conv.stride[1];
     memory_.resize(planes * each_ * pitch_);
     holds_.assign(planes * each_, -1);
@@ -61,7 +63,8 @@ class InputRows {
   std::vector<int64_t> holds_;
 };
 
-// [blocks][KD * KH][KW * Ci][width], or [KD * KH][Co][KW * Ci, padded] where the vectors lie along the kernel.
+// The weight in the order in which the kernels read it: [blocks][KD * KH][KW * Ci][width], or with `few`
+// [KD * KH][Co][KW * Ci, padded], where the vectors lie along the kernel.
 std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const void* weight, int64_t width, bool few,
                           int threads) {
   const int64_t lanes = kernels.vector_bytes / 4, rows = conv.kernel[0] * conv.kernel[1];
@@ -71,7 +74,7 @@ std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const
   const float* from = static_cast<const float*>(weight);
   std::vector<float> widened, to(blocks * rows * pitch * width);
   if (conv.storage != kFloat32) {
-    int64_t ahead = 0, span = 1;  // elements from the first on in memory to `weight`, and to the last
+    int64_t ahead = 0, span = 1;  // elements in memory before `weight` (negative strides), and in all
     for (int i = 0; i < 5; ++i) {
       const int64_t extent = ((i == 0 ? conv.co : i == 1 ? conv.ci : conv.kernel[i - 2]) - 1) * s[i];
       span += std::abs(extent);
@@ -146,8 +149,8 @@ void convolve_kernel_gradient(const Convolution& conv, const float* x, const flo
   const int64_t total = conv.n * rows_out, size = rows * conv.co * pitch, step = conv.stride[2] * conv.ci;
   const int64_t positions = total * conv.out[2], lines = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, conv.out[2]));
   if (positions * size < grain(kThreadsFrom)) threads = 1;
-  // the number of parts, and with it every bit of the result, follows from the form alone; blocks of channels, for each
-  // of which the map is widened again, share no sums
+  // The number of parts depends on the form alone, so the result has the same bits for any number of threads. Blocks of
+  // channels share no sums, so their number may depend on the threads; each block widens the map again.
   const int64_t most = std::max<int64_t>(1, std::min({total, kMostParts, kPartSums / std::max<int64_t>(1, size)}));
   const int64_t parts = std::clamp<int64_t>(positions / grain(kPartPositions), 1, most);
   const int64_t block = threads > 1 ? ceil_div(ceil_div(conv.co, ceil_div(4 * threads, parts)), 8) * 8 : conv.co;

@@ -1,3 +1,4 @@
+// The passes over a map: the pending affine, the moments, and their gradients; driver.h has the interface.
 #include "driver.h"
 
 #include <algorithm>
@@ -67,7 +68,7 @@ void moments_as(const Map& map, const void* y, const R* pre, R* stats) {
     double* mean = partial.data() + task * 2 * c;
     double* m2 = mean + c;
 
-    // deviations from a pivot near the mean lose no digits where the mean is large beside its spread
+    // deviations from a pivot near the mean lose no digits where the mean is large beside the spread
     const int64_t ahead = std::min(size, 4 * plan.period);
     std::fill(acc, acc + kMomentsSums * width, 0.0);
     run(plan, kernel, strip, ahead, kMomentsSums);

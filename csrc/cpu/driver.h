@@ -1,4 +1,6 @@
-// Passes over channels-last feature maps [N, S, C]: chunking, threads and the reductions' fixed order.
+// Passes over channels-last feature maps [N, S, C] on the CPU, and the choice of the instruction set.
+//
+// The functions cut a map into chunks, share these out to threads, and add the chunks' sums in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +25,8 @@ void moments(const Map& map, const void* y, const void* pre, void* stats);
 void moments_backward(const Map& map, const void* dy, const void* dstats, const void* y,
                       const void* stats, const void* pre, void* e, void* dpre);
 
-// Instruction sets this machine can run, best first; the first is used until `use_kernels` names another.
+// The kernels of the instruction sets that this machine has, best first. The first is used until `use_kernels` names
+// another.
 int available_kernels(const Kernels* const** list);
 const Kernels& current_kernels();
 bool use_kernels(const char* name);

@@ -1,3 +1,4 @@
+// Views of a feature map and the gradient of a maximum; gather.h has the interface.
 #include "gather.h"
 
 #include <vector>
@@ -7,7 +8,7 @@
 namespace fastfilm {
 namespace {
 
-// Rows of a map behind its coefficients, the last few of which are kept: neighbouring rows of a result read the
+// Rows of a map with its pending affine applied. The last few are kept, since neighbouring rows of a result read the
 // same ones.
 template <class R>
 class Rows {
@@ -23,7 +24,7 @@ class Rows {
     }
   }
 
-  // Rows got from here on stay until the next call; there may be kept - 1 of them.
+  // Begins a result row: the rows that `get` returns from here on, at most kept - 1, stay until the next `begin`.
   void begin() { ++now_; }
 
   // Row `at` of sample `i`.
@@ -65,7 +66,7 @@ int64_t most_taps(const Axis& axis) {
   return most;
 }
 
-// What all rows of a view share, and the source rows of one of them.
+// The parts of a gather that all rows of a view share, and the search for the source rows of one of them.
 template <class R>
 struct Walk {
   Walk(const Map& map, const View& view, const void* coef)
@@ -77,7 +78,7 @@ struct Walk {
     if (coef) expanded.reset(new Expanded<R>(plan, kCoefRows, map.n, map.c, static_cast<const R*>(coef)));
   }
 
-  // Fills in the rows of `view` that result row (z, y) of sample i reads, and their weights.
+  // Finds the source rows that result row (z, y) of sample i reads, their weights and their numbers.
   void find(Rows<R>& rows, int64_t i, int64_t z, int64_t y, std::vector<const void*>& found,
             std::vector<double>& weight, std::vector<int64_t>* number = nullptr) const {
     const Axis &depth = view.axis[0], &height = view.axis[1];
@@ -102,7 +103,7 @@ struct Walk {
   int64_t source_rows, rows_each;
 };
 
-// Whether every position of the result is the map's at the same place.
+// Whether every position of the result is the position of the map at the same place.
 bool is_same(const Axis& axis) {
   bool same = axis.in == axis.out;
   for (int64_t x = 0; same && x < axis.out; ++x) {
@@ -111,7 +112,7 @@ bool is_same(const Axis& axis) {
   return same;
 }
 
-// Whether no two positions of the result read the same one of the map.
+// Whether no two positions of the result read the same position of the map.
 bool disjoint(const Axis& axis) {
   for (int64_t x = 1; x < axis.out; ++x) {
     const int64_t last = axis.start[x], end = axis.start[x + 1];
@@ -133,7 +134,7 @@ void gather_as(const Map& map, const View& view, const void* y, int64_t in_strid
   const int threads = threads_for(map, map.n * result_rows * width.out * map.c);
   const bool same = is_same(width);
   expect_large_pages(out, map.n * result_rows * width.out * out_stride * walk.plan.itemsize);
-  // consecutive rows, so that a thread finds the ones it has
+  // a thread takes consecutive rows, so that it finds the rows that it keeps
   parallel_ranges(map.n * result_rows, threads, [&](int64_t from, int64_t to) {
     Rows<R> rows(walk.row, walk.plan, walk.expanded.get(), y, in_stride, walk.source_rows,
                  2 * walk.rows_each);

@@ -1,5 +1,5 @@
-// What a consumer sees of a feature map: each position a weighted sum, or the maximum, of positions of the map,
-// separably along the axes. Covers resizing, pooling, and writing into a part of a wider map.
+// Views of a feature map: each position is a weighted sum, or the maximum, of positions of the map, separably along the
+// axes. They cover resizing, pooling, and writing into a part of a wider map.
 #pragma once
 
 #include "driver.h"
@@ -18,12 +18,12 @@ struct View {
   bool maximum;
 };
 
-// map.s is the product of the axes' `in`. `coef` may be null: the map is read as it is, `in_stride` elements
-// from position to position (map.c where there are coefficients).
+// Writes the view of a map with its pending affine applied. map.s is the product of the axes' `in`. With `coef` null
+// the map is read as it is, with `in_stride` elements from position to position; with coefficients these are map.c.
 void gather(const Map& map, const View& view, const void* y, int64_t in_stride, const void* coef, void* out,
             int64_t out_stride);
 
-// dv, which is zero before, receives the gradient at the map behind its coefficients.
+// The gradient of a maximum: adds to dv, which is zero before, the gradient at the map with its pending affine applied.
 void maximum_backward(const Map& map, const View& view, const void* y, const void* coef, const void* dout,
                       int64_t dout_stride, void* dv);
 

@@ -1,5 +1,5 @@
-// The contract between the driver, which walks over a feature map, and the vector kernels, which exist
-// once for each instruction set.
+// The interface of the vector kernels: the structs of their arguments, and the table of kernels that each instruction
+// set has.
 #pragma once
 
 #include <cstdint>
@@ -22,19 +22,19 @@ enum ResidualRow {
   kResA, kResB, kResP, kResG, kResQ, kResS, kResSlope, kResA2, kResP2, kResidualRows
 };
 
-// Its sums: those of `apply`, and that of the gradient at r times (y2 - p2).
+// Sums of the backward pass of `residual`: those of `apply`, and that of the gradient at r times (y2 - p2).
 enum ResidualSum { kSumDrY2 = kApplySums, kResidualSums };
 
-// Rows of the coefficients of `moments`, its sums, and the same for its backward pass.
+// Rows of the coefficients of `moments`, its sums, and those of its backward pass.
 enum MomentsRow { kShift, kMomentsSlope, kPivot, kMomentsRows };
 enum MomentsSum { kSum, kSumSquares, kMomentsSums };
 enum MomentsBackwardRow { kBackShift, kBackSlope, kMean, kDu0, kDu1, kMomentsBackwardRows };
 enum MomentsBackwardSum { kSumShift, kSumBackSlope, kMomentsBackwardSums };
 
-// `rows` rows of `width` elements, `stride` elements apart, that share one row of coefficients.
-// width is a multiple of the number of lanes. The rows are taken in blocks of `block`: within a block a column
-// of vectors keeps its coefficients and its sums in registers; the sums are then added, in double, to
-// sums[k * sum_stride + j].
+// A part of a map: `rows` rows of `width` elements, `stride` elements apart, that share one row of coefficients.
+// `width` is a multiple of the number of lanes. The rows are taken in blocks of `block`: within a block a column of
+// vectors keeps its coefficients and its sums in registers; the sums are then added, in double, to sums[k * sum_stride
+// + j].
 struct Strip {
   const void* y;
   const void* dv;  // incoming gradient; may be null in the backward pass of `moments`
@@ -44,8 +44,8 @@ struct Strip {
   int64_t coef_stride;
   double* sums;  // null where they are not wanted
   int64_t sum_stride;
-  const void* y2 = nullptr;  // of `residual`: the other summand
-  void* out2 = nullptr;      // and its gradient; null where it is not wanted
+  const void* y2 = nullptr;  // `residual`: the other summand
+  void* out2 = nullptr;      // `residual`: the gradient at it; null where it is not wanted
 };
 
 using StripKernel = void (*)(const Strip&);
@@ -62,14 +62,15 @@ struct GatherRow {
   int64_t width, c;
   void* out;
   int64_t out_stride;
-  // of the sum: positions of a source row, whether position x reads position x alone, and room for one row of
-  // them in the arithmetic's type with a vector to spare
+  // read for the sum only: positions of a source row, whether position x reads position x alone, and room for one
+  // source row in the arithmetic's type with a spare vector
   int64_t in_width;
   bool same;
   void* room;
 };
 
-// The gradient of a maximum goes to the first of its largest elements: added to `drows`, which lie as `rows`.
+// One row of the gradient of a maximum, which goes to the first of the largest elements: it is added to `drows`, which
+// have the layout of `rows`.
 struct MaximumBackwardRow {
   GatherRow forward;  // `out` is not used
   const void* dout;
@@ -77,20 +78,20 @@ struct MaximumBackwardRow {
   void* const* drows;
 };
 
-constexpr int64_t kMaxTaps = 1024;  // of one position, all axes together
+constexpr int64_t kMaxTaps = 1024;  // taps of one position, all axes together
 
 // One row of a convolution's result: `width` positions of `channels` channels, `out_stride` elements apart.
 struct ConvolutionRow {
   const float* const* rows;  // input rows under the rows of the kernel; null where they are all zero
   int64_t count, length, step;  // rows of the kernel, their length KW * Ci, and floats between positions
-  const float* weight;        // as convolution.cpp packs it
-  const float* bias;          // of all channels of the block
+  const float* weight;        // packed by convolution.cpp
+  const float* bias;          // biases of all channels of the block
   int64_t width, channels;
   void* out;
   int64_t out_stride;
 };
 
-// The share of one row of a map in the gradient of one row of a kernel.
+// The share of `count` rows of a map in the gradient of one row of a kernel.
 struct KernelGradientRows {
   const float* const* x;  // the map's rows from their first zero on; null ones are left out
   const float* e;         // the gradient at as many rows of the result, [count][width], co of e_step channels each
@@ -98,11 +99,11 @@ struct KernelGradientRows {
   double* sums;                         // [co][pitch], added to
 };
 
-constexpr int kFewChannels = 2;            // up to so many output channels, vectors lie along the kernel
+constexpr int kFewChannels = 2;            // with at most this many output channels, vectors lie along the kernel
 constexpr int kConvolutions = kFewChannels + 3;  // 1 and 2 channels; blocks of 8, 16 and 32
 constexpr int64_t kSumLength = 64;        // products that are added up before they join the others
-constexpr int64_t kShortSum = 32;          // the same where the sums stay in the nearest cache
-constexpr int64_t kConvolutionBlock = 16;  // most positions that are taken together
+constexpr int64_t kShortSum = 32;          // likewise, where the sums stay in the nearest cache
+constexpr int64_t kConvolutionBlock = 16;  // most positions that are computed together
 
 constexpr int kWinograd = 16;       // positions of a transformed tile
 constexpr int kWinogradTiles = 16;  // a multiple of the tiles that are multiplied together
@@ -112,9 +113,9 @@ constexpr int kWidest = 32;         // channels of a block of results
 struct WinogradRun {
   const float* in[4];  // the map's rows at its first column
   int64_t in_step[4];  // floats from one of its columns to the next; 0: zeros of the padding
-  int64_t column, width;  // the first tile's first column, before the map if negative; columns of the map
+  int64_t column, width;  // the first tile's first column, outside of the map if negative; columns of the map
   float* out[2];  // the result's rows at the first tile's first column; null: the result ends before
-  int64_t columns, out_step;  // of the result, from there on
+  int64_t columns, out_step;  // columns of the result from there on, and floats from one to the next
   int64_t tiles;
 };
 
@@ -142,7 +143,7 @@ struct Kernels {
   StripKernel residual_outside_backward[kStorages][kActivations];
   GatherKernel gather_sum[kStorages], gather_maximum[kStorages];
   MaximumBackwardKernel maximum_backward[kStorages];
-  WidenKernel widen_row[kStorages];  // null for float64, as the next
+  WidenKernel widen_row[kStorages];  // null for float64, like convolve_row
   ConvolutionKernel convolve_row[kStorages][kConvolutions];
   KernelGradientKernel kernel_gradient_rows;
   WinogradInput winograd_input;

@@ -1,4 +1,4 @@
-// Memory that a kernel is about to write for the first time.
+// Large pages for memory that a kernel is about to write for the first time.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,9 @@
 
 namespace fastfilm {
 
-// Asks for large pages under a result of `bytes` bytes, if they are 32 MiB or more. Such a result is always fresh memory
-// (glibc maps it anew), and the first touch of its 4 KiB pages takes longer than the pass that writes them; smaller
-// ones come from the heap, whose pages are better left alone. Only a hint: where the system does not follow it,
-// nothing changes.
+// Asks for large pages under a result of 32 MiB or more. Such a result is always fresh memory (glibc maps it anew), and
+// the first touch of its 4 KiB pages takes longer than the pass that writes them. Smaller results come from the heap,
+// whose pages stay as they are. This is a hint: where the system does not follow it, nothing changes.
 inline void expect_large_pages(void* p, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20, kLarge = 32 << 20;

@@ -1,3 +1,4 @@
+// The sum of two feature maps and its gradients; residual.h has the interface.
 #include "residual.h"
 
 #include <vector>
@@ -18,11 +19,11 @@ struct Affine {
             coef[kP * rows + i], coef[kQ * rows + i], coef[kSlope * rows + i]};
   }
 
-  // Of a summand without activation: M(y) = scale() * (y - p) + offset().
+  // Without activation M(y) = scale() * (y - p) + offset().
   double scale() const { return g * a; }
   double offset() const { return g * (b - q) + s; }
 
-  // Gradients of such a summand from the sums of dm and of dm * (y - p).
+  // The gradients at the coefficients of a summand without activation, from the sums of dm and of dm * (y - p).
   template <class R>
   void gradient(double sum, double sum_y, R* dcoef, int64_t rows, int64_t i) const {
     dcoef[kA * rows + i] = static_cast<R>(g * sum_y);

@@ -1,3 +1,4 @@
+// The threads that share the work of one call: a pool, and OpenMP's team; threads.h has the interface.
 #include "threads.h"
 
 #include <atomic>
@@ -27,15 +28,15 @@ std::atomic<int> g_most_threads{1};
 
 using Clock = std::chrono::steady_clock;
 
-// A call's tasks, on the stack of the thread that called.
+// The tasks of one call. A job is on the stack of the calling thread.
 struct Job {
   Task run;
   const void* context;
   int64_t tasks;
-  int wanted;  // helpers
+  int wanted;  // threads beside the caller
   bool last_first;
   std::atomic<int64_t> next{0};
-  std::fenv_t arithmetic{};  // rounding and denormals as in the thread that called
+  std::fenv_t arithmetic{};  // rounding and denormals of the calling thread
   std::mutex mutex{};
   std::exception_ptr failed{};  // guarded by the mutex
   // guarded by the pool's mutex
@@ -44,7 +45,7 @@ struct Job {
   Job* behind = nullptr;
 };
 
-// Does tasks of the job until there are no more; returns the time of the longest.
+// Runs tasks of the job until none is left; returns the time of the longest.
 Clock::duration work(Job& job, int worker) {
   Clock::duration longest{};
   try {
@@ -81,12 +82,12 @@ class Pool {
   }
 
  private:
-  // With the mutex held: starts threads up to `count`, or as many as the system allows.
+  // Starts threads up to `count`, or as many as the system allows. The mutex must be held.
   void hire(int count) {
     try {
       for (; hired_ < count; ++hired_) std::thread(&Pool::help, this).detach();
     } catch (const std::exception&) {
-      // the caller does their share
+      // the caller runs the tasks of missing threads
     }
   }
 
@@ -103,7 +104,7 @@ class Pool {
       std::fesetenv(&job.arithmetic);
       work(job, worker);
       lock.lock();
-      // while the mutex is held, since the job ends with its caller's next step
+      // the mutex is held, since the caller ends the job as soon as it sees that no thread is busy
       if (--job.busy == 0) job.idle.notify_one();
     }
   }
@@ -114,8 +115,8 @@ class Pool {
     if (*at) *at = job.behind;
   }
 
-  // A thread inherits the one processor that OpenMP may have bound its creator to (OMP_PROC_BIND): it moves to all of
-  // OpenMP's places.
+  // Allows the calling thread all processors of OpenMP's places. It inherits the one processor to which OpenMP may have
+  // bound its creator (OMP_PROC_BIND).
   static void leave_place() {
 #if defined(__linux__) && defined(_OPENMP)
     if (omp_get_proc_bind() == omp_proc_bind_false) return;
@@ -135,16 +136,16 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable work_;
-  Job* first_ = nullptr;  // that wants helpers still
+  Job* first_ = nullptr;  // the first job that still wants threads
   int hired_ = 0;
 };
 
-// OpenMP's threads, which run PyTorch's own work. After it they wait for more at full speed for some milliseconds, so
-// that they are at hand, and keep the pool's threads from their processors meanwhile. But a region waits for each of
-// them, and where other processes want the processors they come late.
+// OpenMP's threads, which run PyTorch's own work. After that work they wait actively for some milliseconds: they start
+// at once then, and the pool's threads would have to share the processors with them. A parallel region waits for each
+// thread of the team, though, and threads start late where other processes use the processors.
 class Team {
  public:
-  // Does the job, unless the team is at another thread's, or was late not long ago: false then.
+  // Runs the job and returns true, unless another thread uses the team or the team was late not long ago.
   bool share(Job& job) {
 #ifdef _OPENMP
     if (!g_openmp || taken_.test_and_set(std::memory_order_acquire)) return false;
@@ -177,22 +178,22 @@ class Team {
 
  private:
   static constexpr Clock::duration kLate = std::chrono::milliseconds(1);
-  static constexpr int kRest = 16;  // so many times what was lost by waiting
+  static constexpr int kRest = 16;  // after a late region the team rests for this many times the time lost
   std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
-  Clock::time_point late_until_{};  // of who has taken it
+  Clock::time_point late_until_{};  // guarded by taken_
 };
 
 Team g_team;
 
-// Never destroyed: its threads sleep in it until the process ends.
+// The pool is never destroyed, since its threads sleep in it until the process ends.
 alignas(Pool) char g_memory[sizeof(Pool)];
 
 Pool* const g_pool = [] {
 #ifdef __linux__
-  // a forked process has none of the threads, and must not wait for them
+  // a forked process has none of the threads and must not wait for them
   pthread_atfork(nullptr, nullptr, [] {
     new (g_memory) Pool;
-    g_openmp = false;  // which does not notice
+    g_openmp = false;  // OpenMP does not notice that its threads are gone
   });
 #endif
   return new (g_memory) Pool;

@@ -1,4 +1,5 @@
-// Threads that share the work of one call: OpenMP's where they come at once, else a pool's, which sleep without work.
+// Threads that share the work of one call: OpenMP's where they start at once, else those of a pool, which sleep without
+// work.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +10,19 @@ namespace fastfilm {
 
 // For tests: small maps are split as large ones are, and tasks are handed out last first.
 extern std::atomic<bool> g_split_finely;
-// Switches that on or off; returns the most threads that a call was given to since the last switch.
+// Switches g_split_finely; returns the most threads that one call had since the last switch.
 int split_finely(bool on);
-// Whether OpenMP's threads may be taken: not in forked processes, which have none of them, nor in tests of the pool.
+// Whether OpenMP's threads may be used: not in forked processes, which have none of them, nor in tests of the pool.
 extern std::atomic<bool> g_openmp;
-// Elements, products or positions that are worth a thread or a chunk.
+// The elements, products or positions that are worth a thread or a chunk: `usual`, or fewer with g_split_finely.
 inline int64_t grain(int64_t usual) { return g_split_finely ? usual >> 10 : usual; }
 
 using Task = void (*)(const void* context, int64_t task, int worker);
 void share(int64_t tasks, int threads, Task run, const void* context);
 
 // Calls f(task, worker) once for every task in [0, tasks), 0 <= worker < threads; no two calls of one worker run at a
-// time. The caller is worker 0, and waits for none that has not begun: where no other processor is free, it does all
-// of it. The first exception of a task is thrown again, after all calls have ended.
+// time. The caller is worker 0. It does not wait for threads of the pool that have not begun: where no other processor
+// is free, it runs all tasks. The first exception of a task is thrown again after all calls have ended.
 template <class F>
 void parallel_for(int64_t tasks, int threads, const F& f) {
   share(tasks, threads, [](const void* c, int64_t task, int worker) { (*static_cast<const F*>(c))(task, worker); }, &f);

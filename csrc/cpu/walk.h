@@ -1,5 +1,5 @@
-// How the driver's functions walk over a channels-last map: chunks, threads, and rows of elements that share
-// their coefficients.
+// The walk of a pass over a channels-last map: its chunks, its threads, and rows of elements that share their
+// coefficients.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,14 @@
 
 namespace fastfilm {
 
-// A map is cut into chunks whose size depends on its shape only: the order of every sum, and with it every
-// bit of the result, is the same for any number of threads.
+// A map is cut into chunks whose size depends on its shape only, so the order of every sum, and every bit of the
+// result, is the same for any number of threads.
 constexpr int64_t kChunk = 16384;
 constexpr int64_t kChunksPerSample = 256;
 constexpr int64_t kParallelFrom = 65536;
 constexpr int64_t kMinPeriod = 32;
-// Elements that are taken together with their coefficients in registers: the fewer, the closer a pass comes to
-// reading memory in order; sums want more.
+// Elements of a block, within which coefficients stay in registers. With fewer elements a pass reads memory more nearly
+// in order; passes with sums take more.
 constexpr int64_t kPlainBlock = 256;
 constexpr int64_t kSumBlock = 2048;
 constexpr int64_t kMaxBlockRows = 32;
@@ -29,8 +29,8 @@ constexpr int64_t kMaxPeriod = 4096;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a sample of S*C elements is walked: rows of `period` elements (whole positions, and whole vectors
-// where that is possible) sharing one expanded row of coefficients, `chunk_rows` rows to a chunk.
+// The walk over a sample of S * C elements: rows of `period` elements (whole positions, and whole vectors where that is
+// possible) that share one expanded row of coefficients, `chunk_rows` rows to a chunk.
 struct Plan {
   const Kernels& kernels;
   int64_t itemsize, real_size, lanes;
@@ -87,13 +87,14 @@ class Expanded {
   std::unique_ptr<R[]> storage_;
 };
 
-// `at` bytes further on; null stays null.
+// A pointer `at` bytes behind p; null stays null.
 inline const void* offset(const void* p, int64_t at) {
   return p ? static_cast<const char*>(p) + at : nullptr;
 }
 inline void* offset(void* p, int64_t at) { return p ? static_cast<char*>(p) + at : nullptr; }
 
-// The last vector of each row where a row is not a whole number of vectors, by way of padded copies.
+// Runs the kernel on the last vector of each row, where a row is not a whole number of vectors, by way of padded
+// copies.
 inline void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip, int64_t count,
                  int64_t sum_rows) {
   constexpr int kVector = 64;
@@ -133,7 +134,7 @@ inline void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip
   }
 }
 
-// `rows` rows of `width` elements, the first of which lies on channel 0.
+// Runs the kernel on `rows` rows of `width` elements, each of which begins at channel 0.
 inline void run_rows(const Plan& plan, StripKernel kernel, Strip strip, int64_t rows, int64_t width,
               int64_t sum_rows) {
   if (rows == 0 || width == 0) return;
@@ -154,7 +155,7 @@ inline void run_rows(const Plan& plan, StripKernel kernel, Strip strip, int64_t 
   run_partial(plan, kernel, strip, width - j, sum_rows);
 }
 
-// `elements` consecutive elements: whole periods, then the rest.
+// Runs the kernel on `elements` consecutive elements: whole periods, then the rest.
 inline void run(const Plan& plan, StripKernel kernel, Strip strip, int64_t elements, int64_t sum_rows) {
   const int64_t rows = elements / plan.period, done = rows * plan.period;
   run_rows(plan, kernel, strip, rows, plan.period, sum_rows);
@@ -166,7 +167,7 @@ inline void run(const Plan& plan, StripKernel kernel, Strip strip, int64_t eleme
   run_rows(plan, kernel, strip, 1, elements - done, sum_rows);
 }
 
-// Sums of a chunk over the positions of the period: [rows][padded] -> [rows][C].
+// Adds the sums of a chunk over the positions of the period: [rows][padded] -> [rows][C].
 inline void fold(const Plan& plan, int64_t c, int64_t rows, const double* sums, double* to) {
   for (int64_t k = 0; k < rows; ++k, sums += plan.padded, to += c) {
     std::copy(sums, sums + c, to);

@@ -1,3 +1,4 @@
+// Winograd's convolution: tiles of the result in groups that fit into the cache; winograd.h has the interface.
 #include "winograd.h"
 
 #include <vector>
@@ -7,11 +8,11 @@
 namespace fastfilm {
 namespace {
 
-constexpr int64_t kTileBytes = 192 << 10;  // of the transformed input that a block of tiles holds
+constexpr int64_t kTileBytes = 192 << 10;  // bytes of a group of tiles' transformed input
 constexpr int64_t kMostTiles = 64;
-constexpr int64_t kLine = 16;  // floats
+constexpr int64_t kLine = 16;  // floats of a cache line
 
-// Tiles of 2 x 2 positions of the result, in order of sample, plane, row and column.
+// The tiles of the result, 2 x 2 positions each, in order of sample, plane, row and column.
 struct Tiles {
   explicit Tiles(const Convolution& conv)
       : conv(conv), across((conv.out[2] + 1) / 2), down((conv.out[1] + 1) / 2), count(conv.n * conv.out[0] * down * across) {}
@@ -24,7 +25,7 @@ struct Tiles {
     return {plane / conv.out[0], plane % conv.out[0], line % down * 2, tile % across * 2};
   }
 
-  // As many tiles as there are from a place to the end of its row, and where their results go.
+  // The run of tiles from a place to the end of its row, at most `most`, with the places of their results.
   WinogradRun run(const Place& at, int64_t most, float* y) const {
     WinogradRun run{};
     run.column = at.x - conv.before[2];
@@ -38,7 +39,7 @@ struct Tiles {
     run.tiles = std::min(most, across - at.x / 2);
     return run;
   }
-  // The rows of plane `d` of the kernel there.
+  // Sets the input rows of a run, for plane `d` of the kernel.
   void read(const Place& at, int64_t d, const float* x, const float* zeros, WinogradRun& run) const {
     const int64_t z = at.z - conv.before[0] + d;
     for (int i = 0; i < 4; ++i) {
@@ -128,7 +129,7 @@ void convolve_winograd(const Convolution& conv, const float* x, const float* tra
         }
       }
       if (!affine) continue;
-      // the finished affine on the parts of rows that these tiles are
+      // the affine of a finished block, on the parts of rows that these tiles cover
       int64_t t = 0;
       for (const WinogradRun& run : runs) {
         const float* coefs = affine->sample(tiles.at(first + t).i);

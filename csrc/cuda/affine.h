@@ -1,5 +1,7 @@
-// The arithmetic of a pending affine on a chunk: 16 bytes of one voxel, kLanes<T> channels.
-//   v = g * (act(a * (y - p) + b; slope) - q) + s
+// The pending affine of a map, v = g * (act(a * (y - p) + b; slope) - q) + s, its gradient, and running moments.
+//
+// A pending affine is the norm, activation and FiLM of a block, which the readers of its raw map y apply. Most
+// functions work on a chunk: 16 bytes of one voxel, kLanes<T> channels.
 #pragma once
 
 #include <cmath>
@@ -11,7 +13,7 @@ namespace fastfilm::cuda {
 // Rows of a coefficient tensor, float32 [7, N, C].
 enum CoefRow { kA, kB, kG, kS, kP, kQ, kSlope, kCoefRows };
 
-// What the backward pass of the affine sums for each sample and channel.
+// Sums that the backward pass of the affine takes for each sample and channel.
 enum CoefSum { kSumDvH, kSumDv, kSumDzY, kSumDz, kSumSlope, kCoefSums };
 
 constexpr float kSqrt2OverPi = 0.79788456080286535588f;
@@ -24,7 +26,7 @@ FF_DEVICE float sigmoid(float x, float& rest) {
   return x < 0 ? small : x >= 0 ? big : x;
 }
 
-// z becomes act(z); NaN stays NaN. The choice is uniform, so it is made once and not for each lane.
+// z becomes act(z); NaN stays NaN. All channels have one activation, so the switch lies outside of the loops.
 template <int kV>
 FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act) {
   switch (act) {
@@ -123,7 +125,7 @@ struct Coefficients {
       for (int i = 0; i < kV; ++i) row[r][i] = i < valid ? coef[r * pitch + i] : 0.0f;
   }
 
-  // Nothing is pending.
+  // The coefficients under which v = y: a = g = 1, all others 0.
   FF_DEVICE void identity() {
 #pragma unroll
     for (int r = 0; r < kCoefRows; ++r)
@@ -140,7 +142,7 @@ struct Coefficients {
   }
 };
 
-// Sums of kV channels, for threads that share them; `Sums` of neighbouring threads are merged in a fixed order.
+// kRows sums for each of kV channels. Each thread has its own; `merge_rows` adds those of a block in a fixed order.
 template <int kRows, int kV>
 struct Sums {
   float row[kRows][kV];
@@ -159,7 +161,7 @@ struct Sums {
   }
 };
 
-// dv becomes the gradient at y; what the coefficients' gradients need is added to the sums.
+// dv becomes the gradient at y; the terms of the coefficients' gradients are added to the sums.
 template <int kV>
 FF_DEVICE void affine_backward(const Coefficients<kV>& coef, const float (&y)[kV], int act, float (&dv)[kV],
                                Sums<kCoefSums, kV>& sums) {
@@ -227,7 +229,7 @@ FF_DEVICE void merge_rows(State& state, void* scratch, int columns) {
   barrier();
 }
 
-// 16 bytes of a voxel's channels, of which `valid` exist. `aligned`: all chunks are whole and lie on 16 bytes.
+// Loads 16 bytes of a voxel's channels, of which `valid` exist. `aligned`: all chunks are whole and lie on 16 bytes.
 template <class T>
 FF_DEVICE Word16 load_chunk(const T* at, int valid, bool aligned) {
   if (aligned) return load16(at);
@@ -248,7 +250,7 @@ FF_DEVICE void store_chunk(T* at, int valid, bool aligned, const float (&v)[kLan
   }
 }
 
-// The same for four channels.
+// Loads four channels of a voxel; the arguments are those of `load_chunk`.
 template <class T>
 FF_DEVICE void load_four(const T* at, int valid, bool aligned, float (&v)[4]) {
   if (!aligned) {

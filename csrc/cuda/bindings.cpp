@@ -1,5 +1,5 @@
-// Python bindings of the CUDA kernels. Tensors arrive as addresses, sizes and a stream, so that no PyTorch header
-// is needed and one build serves every version of it.
+// Python bindings of the CUDA kernels. Tensors arrive as addresses, sizes and a stream, so no PyTorch header is needed
+// and one build serves all versions of PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "convolution.h"
+#include "calls.h"
 #include "pointwise.h"
 #ifdef FASTFILM_EMULATED
 #include "primitives.h"
@@ -36,7 +36,7 @@ void check_storage(int storage) {
   }
 }
 
-// An address that is present and lies on `align` bytes.
+// An address as a pointer; an error if it is null or not a multiple of `align`.
 template <class T = void>
 T* pointer(const char* name, Address address, size_t align = 4) {
   if (address == 0) throw std::invalid_argument(std::string(name) + " is null");
@@ -66,7 +66,7 @@ struct Call {
     check_range("s", s, 1, std::numeric_limits<int64_t>::max() / 64 / n / c);
     map = {storage, act, n, s, c, reinterpret_cast<Stream>(stream)};
   }
-  // A feature map, aligned to its elements; whole chunks are used where it lies on 16 bytes.
+  // A feature map, aligned to its elements. Kernels take 16 bytes at a time where it lies on 16 bytes.
   void* feature_map(const char* name, Address address) const {
     return pointer(name, address, map.storage == kFloat32 ? 4 : 2);
   }
@@ -150,12 +150,13 @@ class Convolution {
     wgrad();
   }
 
-  // Of one source or of two: (x, coef, channels, act), and for a view index, weight and taps of each axis, the size of
-  // the map and whether it is a maximum.
+  // One source or two. A source is (x, coef, channels, act); one that is read through a view has 13 numbers more:
+  // index, weight and taps of each axis, the size of the map, and whether the view is a maximum.
   using Sources = std::vector<std::vector<int64_t>>;
-  // (dy, y, stats, dstats, pre, scale, pre_act); y null: dy, or scale * dy, is the gradient at the raw output.
+  // (dy, y, stats, dstats, pre, scale, pre_act). Without y the gradient at the raw output is dy, or scale * dy.
   using GivenGradient = std::array<int64_t, 7>;
-  // Of one source or of two: (x, coef, channels, act, dx, dcoef, add), and for a maximum window, step and size.
+  // One source or two. An output is (x, coef, channels, act, dx, dcoef, add); one behind a maximum has 9 numbers more:
+  // window, step and size.
   using Outputs = std::vector<std::vector<int64_t>>;
 
   void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias,
@@ -375,40 +376,38 @@ PYBIND11_MODULE(_CUDA, m) {
   m.doc() = "CUDA kernels of fastfilm; fastfilm.ops.launchers.cuda is their interface.";
   m.attr("architectures") = FASTFILM_CUDA_ARCHS;
   m.def("device", &py_device);
-  m.def("reduction_workspace", &py_reduction_workspace, py::arg("dtype"), py::arg("n"), py::arg("s"), py::arg("c"));
-  m.def("apply", &py_apply, py::arg("y"), py::arg("coef"), py::arg("v"), py::arg("dtype"), py::arg("act"),
-        py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
-  m.def("apply_backward", &py_apply_backward, py::arg("dv"), py::arg("y"), py::arg("coef"), py::arg("dy"),
-        py::arg("dcoef"), py::arg("workspace"), py::arg("dtype"), py::arg("act"), py::arg("n"), py::arg("s"),
-        py::arg("c"), py::arg("stream"));
-  m.def("moments", &py_moments, py::arg("y"), py::arg("pre"), py::arg("stats"), py::arg("workspace"),
-        py::arg("dtype"), py::arg("act"), py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
-  m.def("moments_backward", &py_moments_backward, py::arg("dy"), py::arg("dstats"), py::arg("y"), py::arg("stats"),
-        py::arg("pre"), py::arg("e"), py::arg("dpre"), py::arg("workspace"), py::arg("dtype"), py::arg("act"),
-        py::arg("n"), py::arg("s"), py::arg("c"), py::arg("stream"));
-  py::class_<Convolution>(m, "Convolution")
-      .def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
-                    Convolution::Three, int, Convolution::Three, bool>(),
-           py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
-           py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"),
-           py::arg("tf32") = false)
-      .def("check", &Convolution::check_plans)
-      .def("forward_workspace", &Convolution::forward_bytes)
-      .def("backward_workspace", &Convolution::backward_bytes)
-      .def("weight_gradient_workspace", &Convolution::weight_bytes)
-      .def("forward", &Convolution::forward, py::arg("sources"), py::arg("weight"), py::arg("strides"),
-           py::arg("bias"), py::arg("pre"), py::arg("pre_act"), py::arg("out_coef"), py::arg("out_act"),
-           py::arg("y"), py::arg("raw"), py::arg("stats"), py::arg("workspace"), py::arg("stream"))
-      .def("backward", &Convolution::backward, py::arg("gradient"), py::arg("weight"), py::arg("strides"),
-           py::arg("outputs"), py::arg("workspace"), py::arg("stream"))
-      .def("weight_gradient", &Convolution::weight_gradient, py::arg("gradient"), py::arg("sources"),
-           py::arg("dweight"), py::arg("dpre"), py::arg("workspace"), py::arg("stream"))
-      .def("has_joint", &Convolution::has_joint)
-      .def("joint_workspace", &Convolution::joint_bytes)
-      .def("joint", &Convolution::joint, py::arg("gradient"), py::arg("weight"), py::arg("strides"),
-           py::arg("outputs"), py::arg("sources"), py::arg("dweight"), py::arg("dpre"), py::arg("workspace"),
-           py::arg("stream"))
-      .def("facts", &Convolution::facts, py::arg("kernel"));
+  // a function or method, and the names of its arguments
+  const auto def = [](auto& scope, const char* name, auto function, auto... arguments) {
+    scope.def(name, function, py::arg(arguments)...);
+  };
+  def(m, "reduction_workspace", &py_reduction_workspace, "dtype", "n", "s", "c");
+  def(m, "apply", &py_apply, "y", "coef", "v", "dtype", "act", "n", "s", "c", "stream");
+  def(m, "apply_backward", &py_apply_backward, "dv", "y", "coef", "dy", "dcoef", "workspace", "dtype", "act", "n", "s",
+      "c", "stream");
+  def(m, "moments", &py_moments, "y", "pre", "stats", "workspace", "dtype", "act", "n", "s", "c", "stream");
+  def(m, "moments_backward", &py_moments_backward, "dy", "dstats", "y", "stats", "pre", "e", "dpre", "workspace",
+      "dtype", "act", "n", "s", "c", "stream");
+  py::class_<Convolution> convolution(m, "Convolution");
+  convolution.def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
+                           Convolution::Three, int, Convolution::Three, bool>(),
+                  py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
+                  py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"),
+                  py::arg("tf32") = false);
+  def(convolution, "check", &Convolution::check_plans);
+  def(convolution, "forward_workspace", &Convolution::forward_bytes);
+  def(convolution, "backward_workspace", &Convolution::backward_bytes);
+  def(convolution, "weight_gradient_workspace", &Convolution::weight_bytes);
+  def(convolution, "forward", &Convolution::forward, "sources", "weight", "strides", "bias", "pre", "pre_act",
+      "out_coef", "out_act", "y", "raw", "stats", "workspace", "stream");
+  def(convolution, "backward", &Convolution::backward, "gradient", "weight", "strides", "outputs", "workspace",
+      "stream");
+  def(convolution, "weight_gradient", &Convolution::weight_gradient, "gradient", "sources", "dweight", "dpre",
+      "workspace", "stream");
+  def(convolution, "has_joint", &Convolution::has_joint);
+  def(convolution, "joint_workspace", &Convolution::joint_bytes);
+  def(convolution, "joint", &Convolution::joint, "gradient", "weight", "strides", "outputs", "sources", "dweight",
+      "dpre", "workspace", "stream");
+  def(convolution, "facts", &Convolution::facts, "kernel");
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));
   m.def("set_block_limit", &emulated::set_block_limit, py::arg("value"));

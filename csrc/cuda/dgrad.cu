@@ -1,4 +1,5 @@
-#include "backward.h"
+// The gradient at a convolution's input.
+#include "backward_epilogue.h"
 #include "pack.h"
 
 namespace fastfilm::cuda {

@@ -1,13 +1,14 @@
-#include "conv.h"
-#include "convolution.h"
+// The forward pass of a convolution: its epilogue, and the function that launches it.
+#include "calls.h"
+#include "convolve.h"
+#include "merge_partials.h"
 #include "operands.h"
 #include "pack.h"
-#include "second_stage.h"
 
 namespace fastfilm::cuda {
 namespace {
 
-// Bias, then the moments of the raw output or the finished block.
+// Adds the bias, sums the moments, and writes the raw output or, with `out_coef`, the finished one.
 template <class T>
 struct ForwardEpilogue {
   static constexpr int kV = kQuad;

@@ -7,18 +7,18 @@ namespace fastfilm::cuda {
 
 constexpr int kHalf = kTileVoxels / 2;
 
-// Rows of the accumulators' way through shared memory, padded against bank conflicts.
+// Floats of a row of the area in shared memory through which the accumulators leave, padded against bank conflicts.
 template <int kN>
 constexpr int kStagingPitch = kN + 8;
 
-// On tensor cores: a warp computes 32 voxels by kN channels, 32 bytes of each at a time. tf32 has the layouts of pairs
-// of 16-bit numbers; weights are rounded already.
+// The products on tensor cores. A warp computes 32 voxels by kN channels, from 32 bytes of input channels at a time. A
+// tf32 number takes the place of a pair of 16-bit numbers; the packed weights are rounded to tf32 already.
 template <class T, int kN, int kK>
 struct Multiplier {
   static constexpr int kPitch = kK * static_cast<int>(sizeof(T));
 
   float sum[2][kN / 8][4];
-  int row[2];  // of the slab, for this lane and the first tap
+  int row[2];  // rows of the slab that this lane reads for the first tap
 
   FF_DEVICE Multiplier(const Extent& tile_log2, const Extent& slab, int step) {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
@@ -77,7 +77,7 @@ struct Multiplier {
   }
 };
 
-// float32 on CUDA cores: a thread computes 8 voxels by kN / 8 channels, 32 and 8 apart.
+// The products of float32 on CUDA cores. A thread computes 8 voxels by kN / 8 channels, 32 and 8 apart.
 template <int kN, int kK>
 struct Multiplier<float, kN, kK> {
   static constexpr int kPitch = kK * 4;

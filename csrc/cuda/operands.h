@@ -1,15 +1,15 @@
-// What the slabs of a convolution hold: its input maps as their consumers see them, or the gradient at its raw
-// output. Neither is in memory: the slab gets raw maps, and what is pending on them is done to it once.
+// The operands of the convolution kernels, which slabs hold: the activated input, or the gradient at the raw output.
 //
-// An operand starts its copies (`load`), brings its constants into shared memory (`load_constants`) and, once both
-// have arrived, computes its values in place (`transform`).
+// Neither is in global memory. A slab receives raw maps, and the pending affine, or the gradient of the moments, is
+// computed on it once, in place. An operand starts its copies (`load`), brings its constants into shared memory
+// (`load_constants`) and, once both have arrived, computes its values (`transform`).
 #pragma once
 
 #include "slab.h"
 
 namespace fastfilm::cuda {
 
-// One map, or two whose channels follow each other; the second's x is null if there is one only.
+// One source, or two with joined channels; without a second one its x is null.
 struct Sources {
   Input part[2];
   bool aligned;  // every chunk of every part is whole and lies on 16 bytes
@@ -27,7 +27,8 @@ Sources sources_of(const Input (&inputs)[2]) {
   return in;
 }
 
-// kW neighbouring channels, 8 or 16 bytes, of shared memory and of a map, of which `valid` exist there.
+// Loads and stores of kW neighbouring channels, 8 or 16 bytes, in shared memory and in a map, of which `valid` exist
+// in the map.
 template <class T, int kW>
 FF_DEVICE void read_shared(int at, float (&v)[kW]) {
   if constexpr (kW * sizeof(T) == 16) {
@@ -53,8 +54,8 @@ FF_DEVICE void read_map(const T* at, int valid, bool aligned, float (&v)[kW]) {
   }
 }
 
-// The input: v = view(g * (act(a * (x - p) + b) - q) + s) of each source. `kFrugal`: few channels at a time and their
-// constants read anew, where the accumulators leave no registers for more.
+// The activated input: v = view(g * (act(a * (x - p) + b) - q) + s) of each source. `kFrugal` takes four channels at a
+// time and reads their constants anew, for kernels whose accumulators leave no registers for more.
 template <class T, int kBlock, bool kFrugal>
 struct BasicActivated {
   using Params = Sources;
@@ -66,7 +67,7 @@ struct BasicActivated {
   }
   FF_DEVICE static bool seen(const Input& part) { return part.view.axis[2].index; }
 
-  // The part of the map that the chunk of this thread belongs to, and the chunk's first channel there.
+  // The source that this thread's chunk belongs to; `channel` becomes the chunk's first channel in it.
   FF_DEVICE static const Input& source(const Sources& in, int block, int& channel) {
     channel = Box::channel(block);
     const bool second = in.part[1].x && channel >= in.part[0].channels;
@@ -80,7 +81,8 @@ struct BasicActivated {
     if (!seen(part)) box.copy(static_cast<const T*>(part.x), part.channels, channel, in.aligned, n, first, at);
   }
 
-  // The identity where nothing is pending, and zeros, under which v = 0, for channels that do not exist.
+  // The coefficients of a block of channels: the identity for a source without a pending affine, and zeros, under which
+  // v = 0, for channels that do not exist.
   FF_DEVICE static void load_constants(const Sources& in, int64_t n, int64_t batch, int block, int at) {
     float* out = reinterpret_cast<float*>(shared_memory() + at);
 #pragma unroll 1
@@ -96,7 +98,7 @@ struct BasicActivated {
     }
   }
 
-  // What lies outside the map stays zero: padding comes behind the affine and the view.
+  // Voxels outside the map stay zero, since the affine and the view come before the padding.
   FF_DEVICE static void transform(const Box& box, const Sources& in, int64_t n, const Extent& first, int block, int at,
                                   int constants) {
     int channel;
@@ -149,7 +151,7 @@ struct BasicActivated {
         for (int x = 0; x < view.axis[2].taps; ++x) {
           const int ix = voxel.w * view.axis[2].taps + x;
           const float weight = outer * view.axis[2].weight[ix];
-          if (weight == 0) continue;  // a tap that is not there
+          if (weight == 0) continue;  // the tap does not exist
           float values[kW];
           const int64_t offset = (row + view.axis[2].index[ix]) * part.channels + channel;
           read_map(static_cast<const T*>(part.x) + offset, valid, aligned, values);
@@ -222,8 +224,8 @@ struct BasicRawGradient {
     run(box, in, n, first, block, at, constants, [](const Extent&, int, const float (&)[kW], const float (&)[kW]) {});
   }
 
-  // `add` gets, for each voxel inside the map and kW channels from number w of the chunk on, e and the gradient at the
-  // slopes.
+  // The transform, with a call of add(voxel, w, e, gradient at the slopes) for each voxel inside the map and the kW
+  // channels from channel w of the chunk on.
   template <class F>
   FF_DEVICE static void run(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block, int at,
                             int constants, F add) {
@@ -274,7 +276,7 @@ struct BasicRawGradient {
     });
   }
 
-  // Adds to the sums of this thread's chunk.
+  // Adds e and the gradient at the slopes to the sums of this thread's chunk.
   FF_DEVICE static void add_to(State& state, int w, const float (&e)[kW], const float (&slope)[kW]) {
 #pragma unroll
     for (int i = 0; i < kW; ++i) {
@@ -283,7 +285,7 @@ struct BasicRawGradient {
     }
   }
 
-  // out [2, channels]: the sums of all threads, whose states are in shared memory.
+  // Merges the states of all threads, which are in shared memory, and writes the sums to out [2, channels].
   FF_DEVICE static void write_sums(State* states, float* out, int block, int channels) {
     const int channel = Box::channel(block);
     barrier();

@@ -1,3 +1,4 @@
+// The kernel that packs the weights of a convolution; pack.h has the order.
 #include "pack.h"
 
 #include "slab.h"
@@ -41,7 +42,7 @@ struct Pack {
                        w * p.strides.w];
     }
     if constexpr (std::is_same_v<T, TensorFloat>) value.value = bits_to_float(round_to_tf32(float_to_bits(value.value)));
-    // rows of a slab lie at multiples of 1024 bytes from its beginning for every tap, so taps can be swizzled alone
+    // each tap begins a multiple of 1024 bytes behind the slab's beginning, so its rows are swizzled by themselves
     const int inside = (row * plan.bk + column) * static_cast<int>(sizeof(T));
     const int64_t tile = i - (row * plan.bk + column);
     p.out[tile + swizzle(inside) / static_cast<int>(sizeof(T))] = value;
@@ -62,7 +63,7 @@ std::string pack(const ConvPlan& plan, const Weight& weight, bool backward, void
 
 std::string pack_weights(const ConvPlan& plan, int storage, const Weight& weight, bool backward, void* packed,
                          Stream stream) {
-  // only the bits are moved
+  // bits are moved and not converted, so BFloat16 serves float16 too
   if (storage == kTensorFloat) return pack<TensorFloat>(plan, weight, backward, packed, stream);
   return storage == kFloat32 ? pack<float>(plan, weight, backward, packed, stream)
                              : pack<BFloat16>(plan, weight, backward, packed, stream);

@@ -1,12 +1,14 @@
-// Weights in the order and arrangement in which the convolution kernel copies them: for each class, block of output
-// channels, block of input channels and depth of the taps one slab [taps, bn, bk], swizzled and padded with zeros.
+// Packed weights: a copy of a weight in the order in which the convolution kernel loads it.
+//
+// It has one slab [taps, bn, bk] for each class of output voxels, block of output channels, block of input channels and
+// depth of the taps, swizzled (slab.h) and padded with zeros.
 #pragma once
 
-#include "convolution.h"
+#include "calls.h"
 
 namespace fastfilm::cuda {
 
-// `backward`: rows are the layer's input channels, columns its output channels.
+// Packs a weight on the GPU. With `backward` rows are the layer's input channels and columns its output channels.
 std::string pack_weights(const ConvPlan& plan, int storage, const Weight& weight, bool backward, void* packed,
                          Stream stream);
 

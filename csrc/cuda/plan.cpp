@@ -1,3 +1,4 @@
+// The choice of a convolution's layout: the tile, the blocks of channels and the blocks of threads.
 #include "plan.h"
 
 #include <algorithm>
@@ -11,7 +12,7 @@ namespace {
 constexpr Extent kTiles[] = {{0, 4, 4}, {0, 3, 5}, {0, 5, 3}, {0, 2, 6}, {2, 3, 3},
                              {1, 3, 4}, {1, 4, 3}, {2, 2, 4}, {3, 2, 3}};
 
-// (bn, bk) that are compiled, for 16-bit types and for float32.
+// The (bn, bk) for which kernels are compiled: for 16-bit types, joint kernels and float32.
 struct Variant {
   int bn, bk;
 };
@@ -19,7 +20,7 @@ constexpr Variant kVariants[] = {{64, 64}, {64, 32}, {64, 16}, {32, 32}, {32, 16
 constexpr Variant kVariantsJoint[] = {{32, 16}, {32, 32}, {32, 64}};
 constexpr Variant kVariantsFloat[] = {{32, 16}, {32, 8}};
 
-// (bm, bn) of the weight's gradient.
+// The (bm, bn) of the gradient at the weight.
 constexpr Variant kWgradVariants[] = {{64, 64}, {32, 32}, {64, 16}};
 constexpr Variant kWgradFloat = {32, 16};
 
@@ -32,7 +33,7 @@ int& axis(Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
 
 Extent map(const Extent& a, const Extent& b, int (*f)(int, int)) { return {f(a.d, b.d), f(a.h, b.h), f(a.w, b.w)}; }
 
-// The voxels of the result with remainder r, and the taps they read; no taps at all where one axis has none.
+// The class of output voxels whose coordinates have the remainders r, and its taps; none where one axis has none.
 Taps backward_taps(const ConvShape& s, const Extent& r) {
   Taps t{{1, 1, 1}, {0, 0, 0}, r, {0, 0, 0}, 0};
   for (int i = 0; i < 3; ++i) {
@@ -52,7 +53,7 @@ Taps backward_taps(const ConvShape& s, const Extent& r) {
   return t;
 }
 
-// Of a tile whose voxels are `step` apart in the slab.
+// The slab of a tile whose voxels are `step` apart in it.
 Extent slab_of(const Extent& tile_log2, const Extent& count, int step) {
   Extent slab;
   for (int i = 0; i < 3; ++i) axis(slab, i) = ((1 << axis(tile_log2, i)) - 1) * step + std::max(1, axis(count, i));
@@ -63,7 +64,7 @@ Extent tiles_of(const Extent& size, const Extent& tile_log2) {
   return map(size, tile_log2, [](int n, int log2) { return (n + (1 << log2) - 1) >> log2; });
 }
 
-// The groups that fill the device, balanced.
+// Shares the tiles out to as many groups as fill the device, in equal numbers.
 void share_out(int64_t tiles, int64_t others, int shared_bytes, const Device& device, int& groups, int& each) {
   const int a_processor = std::max(1, std::min(2, device.shared_bytes / shared_bytes));
   const int64_t wanted = static_cast<int64_t>(device.multiprocessors) * a_processor / std::max<int64_t>(1, others);

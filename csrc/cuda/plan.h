@@ -1,7 +1,8 @@
-// How a convolution is laid out: which voxels a tile reads, what shared memory holds, how many blocks there are.
+// The layout of a convolution on the GPU: the voxels that a tile reads, the contents of shared memory, the number of
+// blocks.
 //
 // A tile is kTileVoxels output voxels, a box of powers of two. The box of input voxels that all its taps read (the
-// slab) goes into shared memory once for each block of channels; every tap is served from there. 2D is depth 1.
+// slab) goes into shared memory once for each block of channels; all taps read it there. A 2D map has depth 1.
 //
 // The gradient at the input is the same computation: with stride 2 the voxels of each parity form a class of their
 // own, whose taps are a dense box again.
@@ -28,17 +29,17 @@ struct Extent {
   FF_CONSTEXPR_DEVICE int volume() const { return d * h * w; }
 };
 
-// A convolution as its caller sees it.
+// The form of a convolution as the caller gives it.
 struct ConvShape {
   int storage, dims;
   int64_t n;
-  int ci, co;  // ci: of all sources together
+  int ci, co;  // channels of all sources together, and of the result
   Extent in, out, kernel, padding;
   int stride;
 };
 
-// Voxels first + step * j of the result, and the box of taps that each of them reads: input voxel
-// j * in_step + base + t for tap t, whose weights are those of kernel_first + t * kernel_step.
+// A class of output voxels, out_first + out_step * j, and the box of `count` taps that each of them reads. Tap t reads
+// input voxel (j * slab_step + t) * load_step + base with the kernel's weights at kernel_first + t * kernel_step.
 struct Taps {
   Extent count, base, out_first, kernel_first;
   int64_t weights;  // where its packed weights begin, in elements
@@ -46,12 +47,12 @@ struct Taps {
 
 struct ConvPlan {
   int64_t n;
-  int ci, co;  // summed over, and produced: in a dgrad these are the layer's co and ci
+  int ci, co;  // channels that are summed over and produced; in a dgrad the layer's co and ci
   Extent in, out;
   int classes, kernel_step;
   Taps taps[kMaxClasses];
   int slab_step, load_step, out_step;  // in slab voxels, input voxels and output voxels
-  Extent tile_log2, tiles;             // tiles: of one class
+  Extent tile_log2, tiles;             // size of a tile; tiles of one class along each axis
   int bn, bk, blocks_n, blocks_k;      // channels of the result and of the input at a time
   bool resident;                       // all weights of a block stay in shared memory
   int slots, weight_bytes;             // weight slabs in shared memory, and the size of one
@@ -62,14 +63,16 @@ struct ConvPlan {
   int64_t packed;                      // elements of the packed weights
 };
 
-// kJoint: kBackward, and the gradient at the weight from the same slabs. It takes stride 1, maps of one size, 16-bit
-// types, 2D or kernel 1, and no more output channels of the layer than a slab holds.
+// The results of a kernel: kForward the convolution, kBackward the gradient at the input, kJoint that and the gradient
+// at the weight from the same slabs. kJoint takes stride 1, input and output maps of one size, 16-bit types, 2D or
+// kernel 1, and no more output channels of the layer than a slab holds.
 enum class Direction { kForward, kBackward, kJoint };
 
-// An empty reason, or why there is no plan.
+// Fills in `plan`; returns an empty string, or the reason why there is no plan.
 std::string plan_conv(const ConvShape& shape, Direction direction, const Device& device, ConvPlan& plan);
 
-// What a wgrad block holds: the tile's gradient beside the slab, and the products of all taps of one depth.
+// The layout of the gradient at the weight. A block holds the gradient of a tile beside the slab of the input, and
+// accumulates the products of all taps of one depth.
 struct WgradPlan {
   int64_t n;
   int ci, co;
@@ -78,11 +81,12 @@ struct WgradPlan {
   Extent tile_log2, tiles;
   int bm, bn, blocks_m, blocks_n;  // output and input channels
   int buffers, slab_bytes, shared_bytes;
-  int sums_at;  // in shared memory: what each thread has summed of the gradient
+  int sums_at;  // place in shared memory of the sums of the gradient, one state a thread
   int groups, tiles_a_group, slots;
 };
 
-// What a joint kernel has beside the rest: a tile of the input, its constants, and sums of the gradient.
+// Bytes of shared memory that a joint kernel needs in addition: tiles of the input, their constants, and sums of the
+// gradient.
 int joint_bytes(const ConvPlan& plan, int element);
 
 std::string plan_wgrad(const ConvShape& shape, const Device& device, WgradPlan& plan);

@@ -1,9 +1,10 @@
+// The kernels of the passes over a map; pointwise.h has their formulas.
 #include "pointwise.h"
 
 #include <algorithm>
 
 #include "affine.h"
-#include "second_stage.h"
+#include "merge_partials.h"
 
 namespace fastfilm::cuda {
 namespace {
@@ -12,7 +13,7 @@ constexpr int kThreads = 256;
 constexpr int kMaxGroups = 32;
 constexpr int kBatch = 4;
 constexpr int kRowsAThread = 16;  // fewer where the map is small, more where partial results would be many
-constexpr int kMaxSlots = 4096;   // over all samples
+constexpr int kMaxSlots = 4096;   // partial results of all samples together
 
 int lanes(int storage) { return storage == kFloat32 ? 4 : 8; }
 
@@ -44,7 +45,7 @@ bool aligned(const Map& map, std::initializer_list<const void*> pointers) {
                      [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
-// Where a thread is: its chunk of channels and the voxels that it visits.
+// The share of a thread: its chunk of channels and the voxels that it visits.
 struct Place {
   int64_t n, first, last, step, channel;
   int valid, groups;
@@ -269,7 +270,7 @@ struct MomentsBackward {
           const float u = activate(y[i] + shift[i], slope[i], p.act, slope_z, slope_s);
           const float du = dmean[i] + (u - mean[i]) * dvar[i];
           e[i] += du * slope_z;
-          // of the whole gradient: taken apart, the two halves of it nearly cancel
+          // one sum of dy + du * slope_z, since the sums of both terms nearly cancel
           sums.row[0][i] += e[i];
           sums.row[1][i] += du * slope_s;
           e[i] = dithered<T>(e[i], here.at[j] + i);
@@ -321,7 +322,7 @@ const T* in(const void* p) {
 Device device() { return query_device(); }
 
 int64_t reduction_workspace(const Map& map) {
-  // the largest: five sums a slot; moments have two and a count
+  // `apply_backward` needs most, five sums a slot; `moments` has two and a count
   return map.n * walk_over(map).blocks * (kCoefSums * map.c + 1);
 }
 

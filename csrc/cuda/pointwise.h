@@ -1,6 +1,7 @@
-// Passes over a channels-last map [N, S, C], which reduce what they sum in two stages of fixed order.
+// Passes over a channels-last map [N, S, C]: the pending affine, the moments, and their gradients.
 //
-// Each call returns null, or why the runtime refused the launch, with the kernel's name in front.
+// Sums are taken within each block first, then over the blocks, in a fixed order. Each function returns an empty
+// string, or the reason why the runtime refused the launch, with the kernel's name in front.
 #pragma once
 
 #include "types.h"
@@ -13,7 +14,7 @@ struct Map {
   Stream stream;
 };
 
-// float32 numbers that `apply_backward`, `moments` and `moments_backward` need beside their results.
+// float32 numbers of the workspace that `apply_backward`, `moments` and `moments_backward` need.
 int64_t reduction_workspace(const Map& map);
 
 // v = g * (act(a * (y - p) + b) - q) + s; v may be y.

@@ -1,5 +1,5 @@
-// Everything that is specific to the device: threads, barriers, asynchronous copies, matrix instructions, packed
-// conversions, launches. Kernels use these names only; emulation/emulation.h implements the same on the host.
+// Device primitives: threads, barriers, asynchronous copies, matrix instructions, packed conversions, launches. The
+// kernels use no other device functions; emulation/emulation.h implements these on the host.
 //
 // A kernel is a struct with `Params`, `kThreads`, `kMinBlocks` and `static FF_DEVICE void run(const Params&)`.
 #pragma once
@@ -12,8 +12,8 @@
 
 namespace fastfilm::cuda {
 
-// Storage types; only their bits are ever held.
-// float32 in memory, multiplied as tf32.
+// Storage types. BFloat16 and Float16 hold bits and have no arithmetic; TensorFloat is float32 in memory and multiplied
+// as tf32.
 struct TensorFloat {
   float value;
 };
@@ -58,13 +58,13 @@ FF_DEVICE void barrier() { __syncthreads(); }
 
 FF_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// Shared memory is addressed by the distance from its beginning.
+// Functions take places in shared memory as distances from its beginning; this is the hardware's address of a place.
 FF_DEVICE uint32_t shared_address(int at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + static_cast<uint32_t>(at);
 }
 
-// Copies `bytes` (0 or 16) from global to shared memory and zeroes the rest of the 16; visible after `wait_copies`
-// to the thread that issued it and after a barrier to the others.
+// Copies `bytes` (0 or 16) from global to shared memory and zeroes the rest of the 16. The result is visible to the
+// issuing thread after `wait_copies` and to the others after the barrier that follows.
 FF_DEVICE void copy_async16(int shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
@@ -82,7 +82,7 @@ FF_DEVICE void load_matrix4(uint32_t (&r)[4], int row) {
                : "r"(shared_address(row))
                : "memory");
 }
-// The same of the transposed matrices.
+// Likewise, each matrix transposed.
 FF_DEVICE void load_matrix4_transposed(uint32_t (&r)[4], int row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -184,11 +184,11 @@ const char* launch(Grid grid, int shared_bytes, Stream stream, const typename Ke
                              static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // an error that was reported is not to meet the next launch
+  cudaGetLastError();  // clears the error, so that the next launch does not report it again
   return cudaGetErrorString(error);
 }
 
-// Of the current device; all 0 if there is none.
+// The current device; all 0 if there is none.
 inline Device query_device() {
   Device d;
   int index = 0;
@@ -214,13 +214,13 @@ FF_DEVICE void from_float(float f, float& v) { v = f; }
 FF_DEVICE float to_float(TensorFloat v) { return v.value; }
 FF_DEVICE void from_float(float f, TensorFloat& v) { v.value = f; }
 
-// A word of an operand of multiply_add as that wants it.
+// A word of an operand in the form that multiply_add takes: rounded to tf32 for TensorFloat, else unchanged.
 template <class T>
 FF_DEVICE uint32_t operand_word(uint32_t word) {
   return std::is_same_v<T, TensorFloat> ? round_to_tf32(word) : word;
 }
 
-// What 16 bytes hold of a storage type.
+// Elements of a storage type in 16 bytes.
 template <class T>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
 
@@ -250,9 +250,9 @@ FF_DEVICE Word16 pack16(const float (&v)[kLanes<T>]) {
   return word;
 }
 
-// v between the values of a 16-bit type: the one above or below, each with the probability that keeps the mean, where
-// `at`, a number of each element's own, takes the place of chance. To the nearest, the sum of a value of such a type and
-// of less than half its last place is always the value: what all places of a map have in common would be lost.
+// v rounded up or down to a value of a 16-bit type, with the probabilities that keep the mean; `at`, the number of the
+// element, takes the place of a random number. Rounding to nearest would lose an addend below half the last place of
+// the value it is added to, at every voxel of a map alike (docs/design.md, Gradients).
 template <class T>
 FF_DEVICE float dithered(float v, int64_t at) {
   if constexpr (sizeof(T) == 4) return v;
@@ -263,7 +263,7 @@ FF_DEVICE float dithered(float v, int64_t at) {
   return v == v ? bits_to_float(bits >> kLost << kLost) : v;
 }
 
-// What `launch` returned, with the kernel's name in front; empty if the launch was accepted.
+// The reason that `launch` returned, with the kernel's name in front; empty if the launch was accepted.
 inline std::string launched(const char* kernel, const char* reason) {
   return reason ? std::string("the kernel ") + kernel + " failed: " + reason : std::string();
 }

@@ -1,11 +1,11 @@
-// Boxes of voxels in shared memory, a block of channels at a time; operands.h says what is put there.
+// Slabs: boxes of voxels in shared memory, one block of channels at a time. operands.h has their contents.
 //
-// Rows (one voxel's channels) lie densely; the 16-byte chunks of each 128 bytes are permuted, so that eight rows
+// Rows (one voxel's channels) lie densely. The 16-byte chunks of each 128 bytes are permuted, so that the eight rows
 // that ldmatrix reads at once lie in different banks.
 #pragma once
 
 #include "affine.h"
-#include "convolution.h"
+#include "calls.h"
 
 namespace fastfilm::cuda {
 
@@ -34,10 +34,11 @@ struct Slab {
   // The first channel of this thread's chunk.
   FF_DEVICE static int channel(int block) { return block * kBlock + thread_index() % kChunks * kV; }
 
-  // Where the chunk of voxel v lies in a slab at `at`.
+  // The address of this thread's chunk of voxel v in a slab at `at`.
   FF_DEVICE static int place(int at, int v) { return at + swizzle(v * kPitch + thread_index() % kChunks * 16); }
 
-  // f(v, voxel of the map, whether the map has it) for this thread's voxels of the slab whose first one is `first`.
+  // Calls f(v, voxel of the map, whether the map has it) for this thread's voxels v of the slab that begins at voxel
+  // `first` of the map.
   template <class F>
   FF_DEVICE void each(const Extent& first, F f) const {
     const Divider by_row(size.w), by_plane(size.w * size.h);
@@ -52,7 +53,7 @@ struct Slab {
     }
   }
 
-  // Starts to copy this thread's chunks of a map [N, *map, channels], zeros where it has none.
+  // Starts to copy this thread's chunks of a map [N, *map, channels] to `at`; voxels outside of the map become zeros.
   FF_DEVICE void copy(const T* base, int channels, int channel, bool aligned, int64_t n, const Extent& first,
                       int at) const {
     const int left = channels - channel, valid = left < 0 ? 0 : left < kV ? left : kV;
@@ -73,7 +74,7 @@ struct Slab {
   }
 };
 
-// A number of each of kV channels from shared memory.
+// Loads one number for each of kV channels from shared memory.
 template <int kV>
 FF_DEVICE void load_row(int at, float (&row)[kV]) {
 #pragma unroll
@@ -85,11 +86,12 @@ FF_DEVICE void load_row(int at, float (&row)[kV]) {
   }
 }
 
-// Row m of a tile as a box coordinate.
+// The coordinates of voxel m of a tile.
 FF_DEVICE Extent tile_voxel(const Extent& tile_log2, int m) {
   return {m >> (tile_log2.h + tile_log2.w), m >> tile_log2.w & ((1 << tile_log2.h) - 1), m & ((1 << tile_log2.w) - 1)};
 }
 
+// The slab of a tile for `count` taps, with `step` voxels of the slab from one voxel of the tile to the next.
 FF_DEVICE Extent slab_size(const Extent& tile_log2, const Extent& count, int step) {
   return {((1 << tile_log2.d) - 1) * step + (count.d > 1 ? count.d : 1),
           ((1 << tile_log2.h) - 1) * step + (count.h > 1 ? count.h : 1),

@@ -1,4 +1,4 @@
-// What the host side of the CUDA kernels shares; no CUDA header is needed to read it.
+// Types that kernels and host code share: storage types, activations, the device. No CUDA header is included.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace fastfilm::cuda {
 
-// Codes of the storage types, as in the CPU extension (where 1 is float64).
-// The last is float32 whose products are rounded to ten bits behind the point: convolutions only, no type of a map.
+// Codes of the storage types, as in the CPU extension (where 1 is float64). kTensorFloat is float32 whose factors are
+// rounded to tf32, ten bits behind the point; it is a way to compute a convolution and no type of a map.
 enum Storage { kFloat32 = 0, kBFloat16 = 2, kFloat16 = 3, kTensorFloat = 4 };
 
 inline int bytes_of(int storage) { return storage == kFloat32 || storage == kTensorFloat ? 4 : 2; }
@@ -18,7 +18,7 @@ using Stream = void*;
 
 struct Device {
   int multiprocessors = 0;
-  int shared_bytes = 0;  // that one block may have
+  int shared_bytes = 0;  // shared memory that one block may have
   int capability = 0;    // 10 * major + minor
 };
 

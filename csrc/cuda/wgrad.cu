@@ -1,19 +1,20 @@
-#include "convolution.h"
+// The gradient at a convolution's weight, with the sums of the gradient at its raw output.
+#include "calls.h"
+#include "merge_partials.h"
 #include "operands.h"
-#include "second_stage.h"
 
 namespace fastfilm::cuda {
 namespace {
 
-constexpr int kMaxTaps = 9;  // of one depth
+constexpr int kMaxTaps = 9;  // taps of one depth
 
-// Products of all taps of one depth, on tensor cores: a warp computes 32 output by 16 input channels. Where fewer
-// warps suffice for the block's channels, the others take a share of the voxels and a slot of their own.
+// The products of all taps of one depth on tensor cores. A warp computes 32 output by 16 input channels. Where fewer
+// warps suffice for the block's channels, the others take a share of the voxels and write their own partial results.
 template <class T, int kM, int kN>
 struct Products {
   static constexpr int kWarpsM = kM / 32, kWarpsN = kN / 16, kShares = kConvThreads / 32 / (kWarpsM * kWarpsN);
   static constexpr int kSize = static_cast<int>(sizeof(T)), kPitchE = kM * kSize, kPitchX = kN * kSize;
-  static constexpr int kStep = 32 / kSize;  // voxels that are multiplied at a time
+  static constexpr int kStep = 32 / kSize;  // voxels in one product
 
   float sum[kMaxTaps][2][2][4];
 
@@ -80,7 +81,7 @@ struct Products {
     return operand_word<T>(*reinterpret_cast<const uint32_t*>(shared_memory() + at));
   }
 
-  // f(tap, row, column, value) for every product of this thread.
+  // Calls f(tap, row, column, value) for every product of this thread.
   template <class F>
   FF_DEVICE void each(F f) const {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
@@ -95,7 +96,7 @@ struct Products {
   }
 };
 
-// float32 on CUDA cores: a thread computes 2 output channels by 1 input channel.
+// The products of float32 on CUDA cores. A thread computes 2 output channels by 1 input channel.
 template <int kM, int kN>
 struct Products<float, kM, kN> {
   static_assert(kM == 32 && kN == 16, "one thread for 2 x 1 channels");
@@ -135,8 +136,8 @@ struct Products<float, kM, kN> {
   }
 };
 
-// A block belongs to a block of output channels, a block of input channels and one depth of the taps, and walks
-// over tiles of all samples.
+// The kernel. A block of threads has a block of output channels, a block of input channels and one depth of the taps,
+// and walks over tiles of all samples.
 template <class T, int kM, int kN>
 struct Wgrad {
   struct Params {
@@ -166,7 +167,7 @@ struct Wgrad {
     const int slabs = plan.buffers * kTileVoxels * gradient.kPitch, coefs = slabs + plan.buffers * plan.slab_bytes;
     const int constants = coefs + plan.buffers * slab.kCoefBytes;
     const bool pending = Input::pending(p.in), raw = Output::pending(p.e);
-    // one block sums each channel of the gradient
+    // each channel of the gradient is summed by the blocks of the first input channels and the first depth only
     const bool summing = p.sums && block_n == 0 && depth == 0;
     State* held = reinterpret_cast<State*>(shared_memory() + plan.sums_at);
     if (summing) held[thread_index()].clear();

@@ -1,3 +1,4 @@
+// The emulation of a GPU on the host: fibers, barriers, copies and matrix instructions; emulation.h has the interface.
 #include "../cuda/primitives.h"
 
 #include <setjmp.h>
@@ -36,7 +37,7 @@ struct Fiber {
   bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   void* fake_stack = nullptr;
-  const uint64_t* watched = nullptr;  // runs again once this counter has left `seen`
+  const uint64_t* watched = nullptr;  // the fiber runs again once this counter differs from `seen`
   uint64_t seen = 0;
   bool done = false;
   std::vector<Copy> issued;
@@ -44,7 +45,7 @@ struct Fiber {
   std::string error;
 };
 
-// Lanes leave their operands; the last to arrive computes for all.
+// A meeting of a warp's lanes: each leaves its operands, and the last to arrive computes the results of all.
 struct Rendezvous {
   int arrived = 0;
   uint64_t generation = 0;
@@ -146,7 +147,7 @@ void run_block(std::mt19937_64& random) {
     f.error.clear();
     f.fake_stack = nullptr;
 #ifdef FF_ASAN
-    // a block before left its frames on this stack without returning from them
+    // the block that ran before left frames on this stack without returning from them
     ASAN_UNPOISON_MEMORY_REGION(f.stack.get(), kStack);
 #endif
     getcontext(&f.context);
@@ -155,7 +156,7 @@ void run_block(std::mt19937_64& random) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
   }
-  // 0xff makes a NaN of every floating point type
+  // bytes of 0xff are a NaN in every floating point type
   if (block->shared) std::memset(block->shared.get(), 0xff, block->request.shared_bytes);
   for (Rendezvous& w : block->warps) w.arrived = 0;
   block->at_barrier = 0;
@@ -166,7 +167,7 @@ void run_block(std::mt19937_64& random) {
     bool moved = false;
     if (seed) std::shuffle(warps.begin(), warps.end(), random);
     for (int w : warps) {
-      // shuffled, a warp runs as far as it can: warps are then as far apart as barriers allow
+      // with a seed a warp runs as far as it can, so that warps are as far apart as barriers allow
       for (bool again = true; again;) {
         again = false;
         if (seed) std::shuffle(lanes.begin(), lanes.end(), random);
@@ -186,7 +187,7 @@ void run_block(std::mt19937_64& random) {
 
 Rendezvous& warp() { return block->warps[block->current / kWarp]; }
 
-// True for the lane that arrived last; the others come back when `leave` was called.
+// Calls `compute` in the lane that arrives last; returns in every lane after that.
 template <class Compute>
 void meet(Compute compute) {
   Rendezvous& w = warp();
@@ -211,7 +212,7 @@ const char* run(const Request& request) {
   Block b(pool);
   b.request = request;
   b.warps.resize(request.threads / kWarp);
-  // of its exact size, so that a sanitizer sees what lies behind
+  // of the exact size, so that a sanitizer sees accesses behind the end
   void* shared = nullptr;
   if (request.shared_bytes && posix_memalign(&shared, 1024, request.shared_bytes)) return "out of memory";
   b.shared.reset(static_cast<unsigned char*>(shared));
@@ -327,7 +328,7 @@ void load_matrix4_transposed(uint32_t (&r)[4], int row) {
 
 namespace {
 
-// d += A B of a warp's fragments: A [16][8 * H], B [8 * H][8], H values in each register, which `read` takes out.
+// d += A B for the fragments of a warp: A [16][8 * H], B [8 * H][8]. Each register has H values, which `read` returns.
 template <int H, class Read>
 void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Read read) {
   constexpr int K = 8 * H;
@@ -413,7 +414,7 @@ uint16_t narrow_float16(float f) {
   int exponent;
   std::frexp(f, &exponent);
   const int step = std::max(exponent - 11, -24);
-  // nearbyint rounds half to even; a carry runs into the exponent as it should
+  // nearbyint rounds half to even; a carry of the mantissa increases the exponent
   const int units = static_cast<int>(std::nearbyint(std::ldexp(f, -step)));
   const int biased = step + 24;
   return sign | static_cast<uint16_t>(units + (biased << 10));

@@ -1,7 +1,9 @@
-// cuda/primitives.h on the host: a block's threads are fibers that switch at barriers and warp collectives.
+// The device primitives of cuda/primitives.h on the host: the threads of a block are fibers, which switch at barriers
+// and at warp collectives.
 //
-// Chosen so that mistakes show: shared memory starts as NaN; the target of an asynchronous copy is NaN until its
-// wait; which thread runs next may be drawn from a seed; an unmet barrier and a misaligned access are errors.
+// The emulation makes mistakes visible: shared memory starts as NaN, the target of an asynchronous copy is NaN until
+// its wait, the order of threads may be drawn from a seed, and a barrier that not all threads reach or a misaligned
+// access is an error.
 #pragma once
 
 #include <cmath>
@@ -24,18 +26,18 @@ struct Request {
   const void* params;
 };
 
-// Runs all blocks; null, or what was wrong.
+// Runs all blocks; returns null, or the reason of a failure.
 const char* run(const Request& request);
 
-// 0: threads run in order; else their order is drawn anew at every switch.
+// Sets the seed of the order of threads, which is drawn anew at every switch. With 0 threads run in order.
 void set_seed(uint64_t seed);
 
-// Of a launch of more blocks than this only the last one runs: for maps too large to be walked over. 0: no limit.
+// Sets a limit: of a launch of more blocks only the last one runs, for maps too large to run whole. 0: no limit.
 void set_block_limit(int64_t value);
 
 void fail(const char* reason);
 
-// 16 bytes of shared memory; an error if they are misaligned or not inside.
+// The address of 16 bytes of shared memory; an error if they are misaligned or not inside.
 unsigned char* shared16(const char* who, int at);
 
 int thread_index();
@@ -50,7 +52,7 @@ void wait_copies(int pending);
 void load_matrix4(uint32_t (&r)[4], int row);
 void load_matrix4_transposed(uint32_t (&r)[4], int row);
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t));
-// Of float32 whose lower thirteen bits are ignored.
+// multiply_add for float32, whose lower thirteen bits are ignored.
 void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint32_t round_to_tf32(uint32_t bits);
 

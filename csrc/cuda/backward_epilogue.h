@@ -1,18 +1,19 @@
-// What becomes of the gradient at a convolution's input: the epilogue of the kernels that compute it.
+// The epilogue of the gradient at a convolution's input: the chain rule through the pending affine of each source and
+// through the maximum of a pooled one.
 #pragma once
 
-#include "conv.h"
-#include "convolution.h"
+#include "calls.h"
+#include "convolve.h"
+#include "merge_partials.h"
 #include "operands.h"
-#include "second_stage.h"
 
 namespace fastfilm::cuda {
 
-// The chain rule of what is pending on each source: gradient at its raw map, and the sums of its coefficients.
+// Writes the gradient at the raw map of each source, and sums the gradients at its coefficients.
 template <class T>
 struct BackwardEpilogue {
   struct Params {
-    Output part[2];  // the second has no channels if there is one only
+    Output part[2];  // without a second source its channels are 0
     bool aligned[2];
     float* partials;  // [N, classes * groups, 5, C]
   };
@@ -20,7 +21,8 @@ struct BackwardEpilogue {
 
   Coefficients<kQuad> coef;
 
-  // The source that a chunk belongs to, and the chunk's channel there.
+  // The number of the source that a chunk belongs to; `channel` and `valid` become the chunk's first channel in it and
+  // the number of its channels.
   FF_DEVICE static int part_of(const Params& p, const Chunk& chunk, int& channel, int& valid) {
     const int second = chunk.channel >= p.part[0].channels;
     channel = chunk.channel - (second ? p.part[0].channels : 0);
@@ -69,8 +71,8 @@ struct BackwardEpilogue {
     store_four(to, valid, aligned, dx);
   }
 
-  // Of a maximum: the gradient goes to the first of the largest voxels of the window. What lies behind the last window
-  // of an axis is written with it.
+  // The gradient of a maximum, which goes to the first of the largest voxels of the window. Voxels behind the last
+  // window of an axis are written with that window.
   FF_DEVICE void spread(const Output& part, bool aligned, const Extent& at, int64_t n, int channel, int valid,
                         const float (&dv)[kQuad], State& state) const {
     const T* x = static_cast<const T*>(part.x);
@@ -133,6 +135,7 @@ struct BackwardEpilogue {
   }
 };
 
+// The epilogue's parameters; a source whose gradient is not wanted needs no coefficients.
 template <class T>
 typename BackwardEpilogue<T>::Params backward_epilogue(const Output (&outputs)[2], float* partials) {
   typename BackwardEpilogue<T>::Params epilogue{{outputs[0], outputs[1]}, {}, partials};
@@ -146,7 +149,7 @@ typename BackwardEpilogue<T>::Params backward_epilogue(const Output (&outputs)[2
   return epilogue;
 }
 
-// The gradients at the coefficients, from the sums of all blocks.
+// Writes the gradients at the coefficients, from the sums of all blocks.
 template <class T>
 std::string finish_outputs(const ConvPlan& plan, const typename BackwardEpilogue<T>::Params& epilogue, Stream stream) {
   std::string failure;

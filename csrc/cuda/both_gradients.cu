@@ -1,7 +1,9 @@
-// Both gradients of a convolution from one slab: each map is read once. The slab holds the raw gradient with its halo,
-// which the gradient at the input multiplies with the weights; the tile of the activated input beside it gives, with
-// the same slab, the products of the gradient at the weight.
-#include "backward.h"
+// The gradients at a convolution's input and at its weight by one kernel, which reads each map once.
+//
+// The slab holds the gradient at the raw output, with its halo. Its products with the weights are the gradient at the
+// input; its products with a tile of the activated input, which lies beside it in shared memory, are the gradient at
+// the weight.
+#include "backward_epilogue.h"
 #include "pack.h"
 
 namespace fastfilm::cuda {
@@ -9,12 +11,13 @@ namespace {
 
 constexpr int kMaxTaps = 9;
 
+// The gradient at the weight, computed from the slabs of `Convolve`.
 template <class T, int kN, int kK>
 struct WeightCompanion {
   using Input = BasicActivated<T, kN, true>;
   using Output = BasicRawGradient<T, kK, true>;
   using State = typename Output::State;
-  // a warp computes 16 output by 16 input channels; where fewer suffice, the others take a share of the voxels
+  // a warp computes 16 output by 16 input channels; where fewer warps suffice, the others take a share of the voxels
   static constexpr int kWarpsM = kK / 16, kWarpsN = kN / 16, kShares = kConvThreads / 32 / (kWarpsM * kWarpsN);
   static constexpr int kPitchE = kK * 2, kPitchX = kN * 2, kTileBytes = kTileVoxels * kPitchX;
 
@@ -29,7 +32,7 @@ struct WeightCompanion {
   const int block_n;
   const Slab<T, kN> tile;
   const bool pending;
-  State* held;  // null: another block sums the gradient
+  State* held;  // sums of the gradient, one state a thread; null: not wanted, or another block has them
   float sum[kMaxTaps][2][4];
 
   static FF_DEVICE Extent tile_size(const ConvPlan& plan) {
@@ -57,7 +60,7 @@ struct WeightCompanion {
     if (pending) Input::load_constants(p.in, n, plan.n, block_n, constants(buffer));
   }
 
-  // The tile at `first`, and the slab of the gradient around it at `slab_first`.
+  // Transforms the tile that begins at voxel `first`, and the slab of the gradient that begins at `slab_first`.
   FF_DEVICE void transform(int64_t n, const Extent& first, int buffer, const Slab<T, kK>& slab,
                            const Gradients& gradient, const Extent& slab_first, int slab_at, int slab_constants) {
     if (pending) {
@@ -68,7 +71,7 @@ struct WeightCompanion {
     State* state = held ? held + thread_index() : nullptr;
     Output::run(slab, gradient, n, slab_first, 0, slab_at, slab_constants,
                 [&](const Extent& v, int w, const float(&e)[Output::kW], const float(&slope)[Output::kW]) {
-                  // the halo belongs to other tiles
+                  // voxels of the halo are summed by the tiles that they belong to
                   const bool own = static_cast<unsigned>(v.d - first.d) < static_cast<unsigned>(size.d) &&
                                    static_cast<unsigned>(v.h - first.h) < static_cast<unsigned>(size.h) &&
                                    static_cast<unsigned>(v.w - first.w) < static_cast<unsigned>(size.w);
@@ -112,7 +115,7 @@ struct WeightCompanion {
       for (int i = 0; i < 8; ++i) {
         const int row = first_row() + lane / 4 + i % 4 / 2 * 8;
         const int column = block_n * kN + first_column() + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        // the slab's taps run backwards over the weight's
+        // tap t of the slab is tap taps - 1 - t of the weight
         if (t < taps && row < plan.ci && column < plan.co) {
           out[(static_cast<int64_t>(row) * taps + (taps - 1 - t)) * plan.co + column] = sum[t][i / 4][i % 4];
         }

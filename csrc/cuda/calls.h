@@ -1,4 +1,6 @@
-// The convolutions as calls. What is null is absent; `workspace` has the bytes that the function beside says.
+// The arguments of a convolution: one struct for each kind of call, with the function that runs it.
+//
+// A null pointer stands for an absent argument. `workspace` has as many bytes as the `*_workspace` function returns.
 #pragma once
 
 #include <string>
@@ -7,8 +9,9 @@
 
 namespace fastfilm::cuda {
 
-// A pooled or resized view of a map, separable: position j of an axis reads the `taps` voxels index[j * taps + t] with
-// weight[j * taps + t], 0 for those that are not there. index null: the map itself.
+// A pooled or resized view of a map, separable along the axes. Position j of an axis reads the `taps` voxels
+// index[j * taps + t] with weight[j * taps + t]; a weight of 0 marks a tap that does not exist. With `index` null the
+// view is the map itself.
 struct View {
   struct Axis {
     const int* index;
@@ -20,7 +23,8 @@ struct View {
   bool maximum;  // over the taps, instead of their sum
 };
 
-// A channels-last map, the coefficients [7, N, channels] and activation that are pending on it, and how it is seen.
+// One source: a channels-last map, the coefficients [7, N, channels] and activation that are pending on it, and the
+// view through which the convolution reads it.
 struct Input {
   const void* x;
   const float* coef;
@@ -38,9 +42,10 @@ struct Weight {
   WeightStrides strides;
 };
 
-// v = conv(inputs, whose channels follow each other) + bias, then one of
-//   moments: y = v, and stats [2, N, co] of act(y + shift; slope), pre [2, co] holding both (or of y itself)
-//   finished: y = g * (act(a * (v - p) + b) - q) + s, out_coef [7, N, co], and v in `raw`
+// The forward pass: v = conv(inputs) + bias, the channels of two inputs joined, then one of
+//   moments   y = v, and stats [2, N, co], the moments of act(y + shift; slope), where pre [2, co] holds the shift and
+//             the slope, or of y itself without pre
+//   finished  y = g * (act(a * (v - p) + b) - q) + s with out_coef [7, N, co], and v in `raw`
 struct Forward {
   Input inputs[2];
   Weight weight;
@@ -54,27 +59,31 @@ struct Forward {
 int64_t forward_workspace(const ConvPlan& plan, int storage);
 std::string forward(const ConvPlan& plan, int storage, const Forward& call, void* workspace, Stream stream);
 
-// The gradient at the raw output y: dy, or scale * dy with scale [N, co], or with y that of its moments too, from
-// stats [2, N, co] of act(y + shift; slope), their gradients and pre [2, co] as in the forward pass.
+// The gradient at the raw output y, as one of
+//   dy
+//   scale * dy   with scale [N, co]
+//   dy + the gradient through the moments   with y, stats [2, N, co], their gradients dstats, and pre as in `Forward`
 struct Gradient {
   const void *dy, *y;
   const float *stats, *dstats, *pre, *scale;
   int pre_act;
 };
 
-// What becomes of the gradient at the channels of one source. With `window`, the source was seen through a maximum over
-// windows of that size, `step` apart and not overlapping, and dx is the gradient at the map of `size` behind it.
+// The results for one source: dx, the gradient at its raw map, and dcoef, the gradient at its coefficients. With
+// `window` the convolution read the source through a maximum over windows of that size, `step` apart and not
+// overlapping, and dx is the gradient at the map of `size` before that pooling.
 struct Output {
   const void* x;      // the raw map; read with coef or window only
   const float* coef;  // null: nothing is pending
   int channels, act;
   void* dx;      // null: not wanted
   float* dcoef;  // with coef
-  bool add;      // to what dx holds
+  bool add;      // dx is added to its former values
   Extent window, step, size;
 };
 
-// The gradient at each source (one, or two whose channels follow each other) and its coefficients [7, N, channels].
+// The backward pass at the input: the gradients at one source, or at two with joined channels, and at their
+// coefficients [7, N, channels].
 struct Backward {
   Gradient gradient;
   Weight weight;
@@ -84,8 +93,8 @@ struct Backward {
 int64_t backward_workspace(const ConvPlan& plan, int storage);
 std::string backward(const ConvPlan& plan, int storage, const Backward& call, void* workspace, Stream stream);
 
-// dW, dense [co, kd, kh, kw, ci], in the storage type. dpre [2, co], or null: the sums of the gradient at the raw
-// output, and the gradient at the slopes.
+// The backward pass at the weight: dweight, dense [co, kd, kh, kw, ci], in the storage type; dpre [2, co], or null: the
+// sums of the gradient at the raw output, and the gradient at the slopes.
 struct WeightGradient {
   Gradient gradient;
   Input inputs[2];
@@ -97,7 +106,7 @@ int64_t weight_gradient_workspace(const WgradPlan& plan);
 std::string weight_gradient(const WgradPlan& plan, int storage, const WeightGradient& call, void* workspace,
                             Stream stream);
 
-// Both, by one kernel, with a plan of Direction::kJoint.
+// Both backward passes by one kernel, with a plan of Direction::kJoint.
 struct Joint {
   Backward input;
   Input inputs[2];
@@ -105,6 +114,7 @@ struct Joint {
   float* dpre;
 };
 
+// Partial results of the gradient at the weight that each block writes.
 int joint_shares(const ConvPlan& plan);
 int64_t joint_workspace(const ConvPlan& plan, int storage);
 std::string joint(const ConvPlan& plan, int storage, const Joint& call, void* workspace, Stream stream);

@@ -1,4 +1,5 @@
-#include "second_stage.h"
+// The kernels that merge partial results; merge_partials.h has their order.
+#include "merge_partials.h"
 
 #include "affine.h"
 #include "pointwise.h"
@@ -10,7 +11,7 @@ constexpr int kColumns = 32;
 constexpr int kThreads = 256;
 constexpr int kRowThreads = kThreads / kColumns;
 
-// Sum over the slots of f(slot), the slots dealt out to the threads of a column; whole in its first thread.
+// The sum of f(slot) over all slots. The threads of a column share the slots out, and each returns the whole sum.
 template <class F>
 FF_DEVICE double column_sum(int64_t slots, double* scratch, F f) {
   const int t = thread_index();

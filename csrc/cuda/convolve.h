@@ -1,7 +1,30 @@
-// The convolution kernel: forward, and gradient at the input; see plan.h.
+// The convolution kernel, for the forward pass and for the gradient at the input; plan.h has the layout and its words.
 //
-// A block belongs to one sample, one block of output channels and one class of output voxels, and walks over its
-// tiles. While one slab is multiplied the next one is on its way.
+// A block of threads has one sample, one block of output channels and one class of output voxels, and walks over its
+// tiles. For each tile it takes every block of input channels, and of that every depth of the taps. An iteration:
+//   load      starts the asynchronous copies of the next iteration: its slab, and its weights unless all weights are in
+//             shared memory from the start (`resident`)
+//   wait      until this iteration's copies have arrived
+//   affine    applies the pending affine, or the gradient of the moments, to the slab in place (`Operand::transform`)
+//   MMA       multiplies the slab with the weights of one depth, all taps of its height and width
+// After a tile's last iteration the epilogue writes its voxels to global memory. They pass through the slab that was
+// multiplied last (staging), in two halves.
+//
+// The timeline of two tiles t0 and t1 with two blocks of channels a and b, one depth, and room for two slabs (`buffers`
+// = 2). Time runs to the right, | is a barrier:
+//
+//   iteration        t0 a                   t0 b                               t1 a
+//   threads   load a|load b wait affine|MMA|load a wait affine|MMA|epilogue t0|load b wait affine|MMA| ...
+//   slab 0    [copy t0 a.......] affine MMA [copy t1 a...................................] affine MMA
+//   slab 1           [copy t0 b.......................] affine MMA staging     [copy t1 b.................
+//
+// So a slab's copies run during the products of the slab before it and, for the first slab of a tile, during the
+// epilogue of the tile before it. A slab with several depths is loaded and gets its affine at the first depth; the
+// iterations of the other depths load weights only. With room for one slab (`buffers` = 1) an iteration loads its own
+// slab, with a barrier behind the wait, and nothing overlaps within a block.
+//
+// Two kinds of maps are not copied asynchronously: a map with chunks that are not whole or do not lie on 16 bytes goes
+// through ordinary loads and stores, and a view (a pooled or resized map) is gathered from global memory by the affine.
 #pragma once
 
 #include <type_traits>
@@ -10,30 +33,33 @@
 
 namespace fastfilm::cuda {
 
-// Channels that a thread of the epilogue takes of each voxel: few, as their constants and sums are registers too.
+// Channels of a voxel that one epilogue thread writes. Their constants and sums occupy registers, so they are few.
 constexpr int kQuad = 4;
 
-// Which they are.
+// The channels of sample n that one epilogue thread writes.
 struct Chunk {
   int64_t n;
   int channel, valid;
 };
 
-// A voxel of the result: its place in the map, and its number among all voxels of the batch.
+// A voxel of the result: its coordinates in the map, and its number among all voxels of the batch.
 struct Voxel {
   Extent at;
   int64_t number;
 };
 
-// Of a convolution that computes nothing else on the way.
+// The companion of a convolution that computes nothing else from its slabs.
 template <class T, int kN, int kK>
 struct NoCompanion {
   struct Params {};
   FF_DEVICE NoCompanion(const Params&, const ConvPlan&, int) {}
 };
 
-// Operand: see operands.h. Companion: what else is computed from the slabs, see joint.cu. Epilogue: `Params`; `State`, kept over the tiles of a block; its constructor, which loads the
-// constants of a chunk; `write`, which gets the products of one voxel; and `finish`, which merges the states of a block.
+// The kernel. Its parts:
+//   Operand    what a slab holds; see operands.h
+//   Epilogue   `Params`; `State`, kept over the tiles of a block; a constructor, which loads the constants of a chunk;
+//              `write`, which gets the products of one voxel; `finish`, which merges the states of a block's threads
+//   Companion  a second result that is computed from the same slabs; see both_gradients.cu
 template <class T, int kN, int kK, template <class, int> class OperandOf, template <class> class EpilogueOf,
           template <class, int, int> class CompanionOf = NoCompanion>
 struct Convolve {
@@ -166,7 +192,8 @@ struct Convolve {
     return {n, channel, left < 0 ? 0 : left < kV ? left : kV};
   }
 
-  // The tile's products pass through shared memory, half after half, so that a thread gets neighbouring channels of a voxel.
+  // The epilogue of a tile. Its products pass through shared memory at `at`, half after half, so that a thread gets
+  // neighbouring channels of a voxel.
   static FF_DEVICE void write(const Params& p, const Taps& taps, int64_t n, int block_n, int tile,
                               const Multiplier<T, kN, kK>& products, int at, State& state) {
     const ConvPlan& plan = p.plan;
@@ -174,7 +201,7 @@ struct Convolve {
     const Epilogue epilogue(p.epilogue, plan, chunk);
     const Extent origin = tile_origin(plan.tiles, plan.tile_log2, tile);
     float* staging = reinterpret_cast<float*>(shared_memory() + at);
-    // not unrolled: the registers are the accumulators'
+    // not unrolled, since the accumulators leave no registers for it
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       products.stage(half, staging);

@@ -38,8 +38,8 @@ FAULTS = (
     Fault(
         "ops-running-var-of-an-instance-norm-biased",
         "fastfilm/ops/reference/coefficients.py",
-        "unbiased = count / max(count - 1, 1)",
-        "unbiased = 1.0",
+        "move(mean.mean(0), var.mean(0), count / max(count - 1, 1))",
+        "move(mean.mean(0), var.mean(0), 1.0)",
         REFERENCE,
     ),
     Fault(
@@ -73,8 +73,8 @@ FAULTS = (
     Fault(
         "ops-second-derivative-of-a-sum-misses-the-slope",
         "fastfilm/ops/reference/derivatives.py",
-        "other_coef, slope, outer.act)",
-        "other_coef, slope if slope is None else slope.detach(), outer.act)",
+        "return residual(Addends(y, coef, act, other, other_coef, slope, outer))",
+        "return residual(Addends(y, coef, act, other, other_coef, slope.detach(), outer))",
         "tests/test_residual.py -k second_derivative",
     ),
     Fault(

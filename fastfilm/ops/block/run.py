@@ -62,15 +62,13 @@ def run(x: Map, call: Call) -> Tensor | DeferredMap:
             return again
         x = readable(x)
     sources = [Source(x)] if isinstance(x, Tensor) else _sources(x, ordinary)
+    dtype = None if call.weight is None else _autocast_dtype(sources[0].raw)
+    if dtype is not None and call.weight is not None:
+        call = call._replace(weight=_cast(call.weight, dtype, call.prepared))
+        sources = [s._replace(raw=s.raw.to(dtype)) for s in sources]
     first = sources[0]
     # a view, or a second source, is there in eager mode alone
     like = first.raw if len(sources) == 1 and first.view is None else _seen(sources)
-    if call.weight is not None:
-        dtype = _autocast_dtype(first.raw)
-        if dtype is not None:
-            call = call._replace(weight=_cast(call.weight, dtype, call.prepared))
-            sources = [s._replace(raw=s.raw.to(dtype)) for s in sources]
-            like = like.to(dtype)
     eager = ordinary and direct(first.raw, first.coef)
     how = recipe.of_call(eager, like, call.weight, call.geometry, call.options, call.tensors)
     if how.plain:
@@ -129,39 +127,28 @@ def _plain(x: Map, call: Call, how: Recipe, dtype: torch.dtype) -> Tensor | Defe
 
 def _direct(x: Map, sources: list[Source], call: Call, how: Recipe) -> Tensor | DeferredMap:
     """The block in eager mode."""
-    weight, tensors, deferred, graded = (
-        call.weight,
-        call.tensors,
-        call.deferred,
-        torch.is_grad_enabled(),
-    )
-    result = "raw" if how.bare else "pending" if deferred else "written"
-    if deferred and not graded and _finishes(call, how):
-        result = "written"
-        if isinstance(x, DeferredMap) and x.view is None:
-            # written once for all its consumers, where it would be written for each
-            sources = [Source(x.tensor().to(sources[0].raw.dtype))]
+    weight, tensors, graded = call.weight, call.tensors, torch.is_grad_enabled()
+    finish = not graded and _finishes(call, how)
+    pending = bool(call.deferred) and not finish and not how.bare
+    result = "raw" if how.bare else "pending" if pending else "written"
+    if finish and isinstance(x, DeferredMap) and x.view is None:
+        # written once for all its consumers, where it would be written for each
+        sources = [Source(x.tensor().to(sources[0].raw.dtype))]
     work = Work(how, call.moving, result)
     s = sources[0]
     maps = (s.raw, s.coef) if len(sources) == 1 else flat(sources)
     # without the moments of y nothing but the weight may need gradients: of frozen networks nothing does
     if graded and (how.kind.uses_input or _needs_grad(weight, *tensors, *maps)):
         found = function.apply(work, sources, weight, *tensors, *maps)
-        y, coef = found if result == "pending" else (found, None)
+        y, coef = found if pending else (found, None)
     else:
         keep = None if graded or call.prepared is None else call.prepared.pack
         y, v, coef, *_ = function.values(work, sources, weight, tensors, None, keep)
-        y = v if result == "written" else y
-    if result == "written":
+        y, coef = v if result == "written" else y, coef if pending else None
+    if not call.deferred or result == "written":
         done: Tensor = y
         return done
-    pending = result == "pending"
-    if not deferred:
-        done = y
-        return done
-    return DeferredMap(
-        y, coef if pending else None, how.kind.activation if pending else "none", how.plan
-    )
+    return DeferredMap(y, coef, how.kind.activation, how.plan)
 
 
 def _finishes(call: Call, how: Recipe) -> bool:

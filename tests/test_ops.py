@@ -123,6 +123,23 @@ def test_only_raw_maps_and_channel_sized_numbers_are_kept(kernels: str) -> None:
     v.sum().backward()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_result_of_a_bare_convolution_may_be_written_to(bias: bool, kernels: str) -> None:
+    """As that of ``torch.nn.functional.conv2d``: nothing behind it needs it for its gradient."""
+    torch.manual_seed(0)
+    shapes = (2, 3, 6, 5), (3, 3, 3, 3), (3,)
+    leaves = [torch.randn(s, requires_grad=True) for s in shapes[: 2 + bias]]
+
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        with fastfilm.backend(name):
+            y = fastfilm.conv_norm_film(*leaves, padding=1)
+            y += leaves[0]
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    for ours, theirs in zip(gradients(kernels), gradients("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_runs_in_16_bit_with_float32_parameters(kernels: str) -> None:
     x = torch.randn(2, 3, 6, 5, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)

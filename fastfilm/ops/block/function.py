@@ -328,7 +328,8 @@ class _Block(torch.autograd.Function):
             # the moments say what backward needs, and the running statistics have moved on by then
             tensors = tensors._replace(running_mean=None, running_var=None)
         pre = None if seen is None else seen.pre
-        own = None if weight is None else y
+        # a bare convolution's gradient does not need its result, which callers may write to
+        own = None if weight is None or work.result == "raw" else y
         ctx.save_for_backward(own, stats, coef, pre, weight, *tensors, *maps)
         if work.result == "pending":
             return y, coef

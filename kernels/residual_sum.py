@@ -210,8 +210,10 @@ def residual(
     """v [N, C, *S] of y and other, channels-last of one dtype; coefficients [7, N, C], slope [C], float32."""
     v = channels_last(y.shape, y)
     d = divide(y, outer if act == "none" else act, reduces=True)
+    # a program takes one block here, however many the gradient's take
+    programs = cdiv(d.sizes[0], d.constants["BS"])
     with guard(y):
-        residual_kernel[d.grid](
+        residual_kernel[(programs, *d.grid[1:])](
             y,
             dense(coef),
             other,

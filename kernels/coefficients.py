@@ -1,7 +1,8 @@
-"""The [N, C]-sized algebra of a block, one launch each way: moments, norm, γ, β and dropout to coefficients.
+"""Coefficients of a block per sample and channel, from its norm's statistics and weights, FiLM's γ and β, dropout.
 
-One program takes a block of channels and walks over the samples. Group and layer norm, whose statistics cross
-channels, are not covered.
+The block is v = g * (act(a * (y - p) + b) - q) + s of a convolution's output y. One launch each way computes the
+coefficients: one program takes a block of channels and walks over the samples. Group and layer norm, whose
+statistics cross channels, are not covered.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import cdiv, guard, loop, power_of_two
+from .common import cdiv, guard, loop, power_of_two, row_or, scratch
 
 NORMS = {"none": 0, "batch": 1, "instance": 2}
 ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
@@ -23,72 +24,40 @@ NUM_WARPS = 1
 
 
 @triton.jit
-def _row(ptr, at, cmask, absent: tl.constexpr):
-    """float32 numbers at ``at``; ``absent`` where there is no tensor."""
-    if ptr is None:
-        row = (at * 0).to(tl.float32) + absent
-    else:
-        row = tl.load(ptr + at, mask=cmask, other=absent).to(tl.float32)
-    return row
+def _dropout(mask, n, channel, cmask, POSITION: tl.constexpr, WHERE: tl.constexpr):
+    """The dropout mask of sample n where it stands at ``WHERE``, else 1; ``mask`` is its pointer and pitch."""
+    mask_ptr, pitch = mask
+    return row_or(mask_ptr if POSITION == WHERE else None, n * pitch + channel, cmask, 1.0)
 
 
 @triton.jit
-def _dropout(mask_ptr, at, cmask, POSITION: tl.constexpr, WHERE: tl.constexpr):
-    """The dropout mask where it stands at ``WHERE``, else 1."""
-    if POSITION == WHERE:  # noqa: SIM108 (a branch of the compiler's, not a value)
-        row = _row(mask_ptr, at, cmask, 1.0)
-    else:
-        row = (at * 0).to(tl.float32) + 1.0
-    return row
-
-
-@triton.jit
-def _batch_statistics(
-    stats_ptr, shift, mask_ptr, mask_pitch, channel, cmask, N, C, POSITION: tl.constexpr
-):
+def _batch_statistics(stats_ptr, shift, mask, channel, cmask, N, C, POSITION: tl.constexpr):
     """Mean and variance over all samples of scale * (y + shift)."""
     centre = shift * 0.0
     for n in loop(N):
-        s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
-        centre += (_row(stats_ptr, n * C + channel, cmask, 0.0) + shift) * s
+        s = _dropout(mask, n, channel, cmask, POSITION, 2)
+        centre += (row_or(stats_ptr, n * C + channel, cmask, 0.0) + shift) * s
     centre = centre / N
     variance = shift * 0.0
     for n in loop(N):
-        s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
-        d = (_row(stats_ptr, n * C + channel, cmask, 0.0) + shift) * s - centre
-        variance += _row(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s + d * d
+        s = _dropout(mask, n, channel, cmask, POSITION, 2)
+        d = (row_or(stats_ptr, n * C + channel, cmask, 0.0) + shift) * s - centre
+        variance += row_or(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s + d * d
     return centre, variance / N
 
 
 @triton.jit
 def _statistics(
-    stats_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    centre,
-    variance,
-    shift,
-    s,
-    n,
-    channel,
-    cmask,
-    N,
-    C,
-    NORM: tl.constexpr,
-    USE_INPUT: tl.constexpr,
-    SCALED: tl.constexpr,
+    stats_ptr, shared, shift, s, n, channel, cmask, N, C, OWN: tl.constexpr, SCALED: tl.constexpr
 ):
-    """Centre, variance and pivot of sample n; ``centre`` and ``variance`` are those of the batch."""
-    if not USE_INPUT:
-        centre = _row(running_mean_ptr, channel, cmask, 0.0)
-        variance = _row(running_var_ptr, channel, cmask, 1.0)
-        pivot = centre - shift
-    elif NORM == 2:
-        pivot = _row(stats_ptr, n * C + channel, cmask, 0.0)
+    """Centre, variance and pivot of sample n, with its OWN statistics or centre and variance that are shared."""
+    centre, variance = shared
+    if OWN:
+        pivot = row_or(stats_ptr, n * C + channel, cmask, 0.0)
         centre = (pivot + shift) * s
-        variance = _row(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s
+        variance = row_or(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s
     elif SCALED:
-        pivot = _row(stats_ptr, n * C + channel, cmask, 0.0)
+        pivot = row_or(stats_ptr, n * C + channel, cmask, 0.0)
     else:
         pivot = centre - shift
     return centre, variance, pivot
@@ -134,54 +103,41 @@ def block_coefficients_kernel(
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     cmask = channel < C
     zero = (channel * 0).to(tl.float32)
-    conv_bias = _row(conv_bias_ptr, channel, cmask, 0.0)
+    conv_bias = row_or(conv_bias_ptr, channel, cmask, 0.0)
     shift = zero if ORDER == 2 else conv_bias
-    weight = _row(norm_weight_ptr, channel, cmask, 1.0)
-    bias = _row(norm_bias_ptr, channel, cmask, 0.0)
-    if slope_ptr is None:
-        slope = zero + slope_value
-    else:
-        slope = tl.load(slope_ptr + channel * slope_pitch, mask=cmask, other=0.0).to(tl.float32)
+    weight = row_or(norm_weight_ptr, channel, cmask, 1.0)
+    bias = row_or(norm_bias_ptr, channel, cmask, 0.0)
+    slope = row_or(slope_ptr, channel * slope_pitch, cmask, slope_value)
+    mask = mask_ptr, mask_pitch
+    OWN: tl.constexpr = USE_INPUT and NORM == 2
+    SCALED: tl.constexpr = USE_INPUT and POSITION == 2
     centre, variance = zero, zero + 1.0
-    if NORM == 1 and USE_INPUT:
-        centre, variance = _batch_statistics(
-            stats_ptr, shift, mask_ptr, mask_pitch, channel, cmask, N, C, POSITION
-        )
+    if NORM > 0 and not USE_INPUT:
+        centre = row_or(running_mean_ptr, channel, cmask, 0.0)
+        variance = row_or(running_var_ptr, channel, cmask, 1.0)
+    elif NORM == 1:
+        centre, variance = _batch_statistics(stats_ptr, shift, mask, channel, cmask, N, C, POSITION)
         if UPDATE:
             _move(running_mean_ptr, channel, cmask, centre, momentum)
             _move(running_var_ptr, channel, cmask, variance * unbiased, momentum)
     kept_mean, kept_var = zero, zero
     for n in loop(N):
         at = n * C + channel
-        s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
+        s = _dropout(mask, n, channel, cmask, POSITION, 2)
         k, offset, p = zero + 1.0, shift, zero
         if NORM > 0:
             mean, var, p = _statistics(
-                stats_ptr,
-                running_mean_ptr,
-                running_var_ptr,
-                centre,
-                variance,
-                shift,
-                s,
-                n,
-                channel,
-                cmask,
-                N,
-                C,
-                NORM,
-                USE_INPUT,
-                POSITION == 2,
+                stats_ptr, (centre, variance), shift, s, n, channel, cmask, N, C, OWN, SCALED
             )
             kept_mean += mean
             kept_var += var
             factor = tl.div_rn(weight, tl.sqrt_rn(var + eps))
             k = factor * s
             offset = ((p + shift) * s - mean) * factor + bias
-        film = _row(gamma_ptr, n * gamma_pitch + channel, cmask, 1.0)
-        film = film * _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 1)
-        beta = _row(beta_ptr, n * beta_pitch + channel, cmask, 0.0)
-        end = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 0)
+        film = row_or(gamma_ptr, n * gamma_pitch + channel, cmask, 1.0)
+        film = film * _dropout(mask, n, channel, cmask, POSITION, 1)
+        beta = row_or(beta_ptr, n * beta_pitch + channel, cmask, 0.0)
+        end = _dropout(mask, n, channel, cmask, POSITION, 0)
         a, b, g, t, q = zero + 1.0, conv_bias, end, zero, zero
         if ORDER == 0:
             a, b = k * film, offset * film + beta
@@ -242,40 +198,30 @@ def block_coefficients_backward_kernel(
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     cmask = channel < C
     zero = (channel * 0).to(tl.float32)
-    shift = zero if ORDER == 2 else _row(conv_bias_ptr, channel, cmask, 0.0)
-    weight = _row(norm_weight_ptr, channel, cmask, 1.0)
-    bias = _row(norm_bias_ptr, channel, cmask, 0.0)
+    shift = zero if ORDER == 2 else row_or(conv_bias_ptr, channel, cmask, 0.0)
+    weight = row_or(norm_weight_ptr, channel, cmask, 1.0)
+    bias = row_or(norm_bias_ptr, channel, cmask, 0.0)
+    mask = mask_ptr, mask_pitch
+    OWN: tl.constexpr = USE_INPUT and NORM == 2
+    SCALED: tl.constexpr = USE_INPUT and POSITION == 2
     centre, variance = zero, zero + 1.0
-    if NORM == 1 and USE_INPUT:
-        centre, variance = _batch_statistics(
-            stats_ptr, shift, mask_ptr, mask_pitch, channel, cmask, N, C, POSITION
-        )
+    if NORM > 0 and not USE_INPUT:
+        centre = row_or(running_mean_ptr, channel, cmask, 0.0)
+        variance = row_or(running_var_ptr, channel, cmask, 1.0)
+    elif NORM == 1:
+        centre, variance = _batch_statistics(stats_ptr, shift, mask, channel, cmask, N, C, POSITION)
     dweight, dbias, dshift, dslope = zero, zero, zero, zero
     shared_gamma, shared_beta, dcentre_sum, dvariance_sum = zero, zero, zero, zero
     for n in loop(N):
         at = n * C + channel
-        s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
-        before = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 1)
-        end = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 0)
-        film = _row(gamma_ptr, n * gamma_pitch + channel, cmask, 1.0) * before
+        s = _dropout(mask, n, channel, cmask, POSITION, 2)
+        before = _dropout(mask, n, channel, cmask, POSITION, 1)
+        end = _dropout(mask, n, channel, cmask, POSITION, 0)
+        film = row_or(gamma_ptr, n * gamma_pitch + channel, cmask, 1.0) * before
         factor, inverse, away, offset = zero + 1.0, zero, zero, shift
         if NORM > 0:
             mean, var, p = _statistics(
-                stats_ptr,
-                running_mean_ptr,
-                running_var_ptr,
-                centre,
-                variance,
-                shift,
-                s,
-                n,
-                channel,
-                cmask,
-                N,
-                C,
-                NORM,
-                USE_INPUT,
-                POSITION == 2,
+                stats_ptr, (centre, variance), shift, s, n, channel, cmask, N, C, OWN, SCALED
             )
             inverse = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
             factor = weight * inverse
@@ -324,8 +270,8 @@ def block_coefficients_backward_kernel(
     if NORM == 1 and USE_INPUT:
         for n in loop(N):
             at = n * C + channel
-            s = _dropout(mask_ptr, n * mask_pitch + channel, cmask, POSITION, 2)
-            away = (_row(stats_ptr, at, cmask, 0.0) + shift) * s - centre
+            s = _dropout(mask, n, channel, cmask, POSITION, 2)
+            away = (row_or(stats_ptr, at, cmask, 0.0) + shift) * s - centre
             dmean = (dcentre_sum + 2.0 * dvariance_sum * away) / N * s
             if ORDER != 2:
                 dshift += dmean
@@ -431,7 +377,7 @@ def block_coefficients_backward(
     ]
     slope, one_slope = grads[9], grads[9] is not None and grads[9].numel() == 1
     if slope is not None and one_slope:
-        slope = torch.empty(c, dtype=torch.float32, device=dcoef.device)
+        slope = scratch(dcoef, c)
     constants = _constants(kind)
     with guard(dcoef):
         block_coefficients_backward_kernel[(cdiv(c, constants["BLOCK"]),)](

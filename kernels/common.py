@@ -1,4 +1,8 @@
-"""What every kernel shares: activations, the affine, reading coefficients, reducing partial results."""
+"""Functions that the Triton kernels of this folder share.
+
+For kernels: activations and their gradients, the affine v = g * (act(a * (y - p) + b) - q) + s of a feature map,
+and sums over a map. For launchers: memory, and the kernels that add up partial sums.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +64,8 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"
     try:
         allowed = torch.backends.cudnn.allow_tf32
-    except (
-        RuntimeError
-    ):  # a caller has set PyTorch's newer, finer flags, and this one no longer tells
+    except RuntimeError:
+        # a caller has set PyTorch's newer, finer flags, and this one no longer tells
         allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
@@ -80,10 +83,26 @@ def power_of_two(n: int, low: int, high: int) -> int:
     return max(low, min(high, 1 << max(n - 1, 0).bit_length()))
 
 
+def layout(dims: int) -> torch.memory_format:
+    """The channels-last layout of a tensor with 4 or 5 dimensions."""
+    return torch.channels_last if dims == 4 else torch.channels_last_3d
+
+
 def channels_last(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Uninitialised channels-last map of ``shape`` in ``like``'s dtype."""
-    fmt = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=fmt)
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=layout(len(shape))
+    )
+
+
+def scratch(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Uninitialised float32 [*shape] on ``like``'s device."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def dense(t: torch.Tensor | None, absent: torch.Tensor | None = None) -> torch.Tensor | None:
+    """``t`` contiguous; ``absent``, which a kernel does not read, where there is none."""
+    return absent if t is None else t.contiguous()
 
 
 # a default value: with a global in a function that kernels call, Triton 3.6 makes their cache keys depend on
@@ -187,8 +206,25 @@ def dithered(x, at, dtype: tl.constexpr):
 
 
 @triton.jit
+def row_or(ptr, at, mask, absent):
+    """Numbers at ``at`` as float32; ``absent`` where there is no tensor."""
+    if ptr is None:
+        row = (at * 0).to(tl.float32) + absent
+    else:
+        row = tl.load(ptr + at, mask=mask, other=absent).to(tl.float32)
+    return row
+
+
+@triton.jit
+def store_rows(ptr, pitch, mask, rows):
+    """Stores a tuple of rows [BC] as float32, ``pitch`` numbers apart."""
+    for i in tl.static_range(len(rows)):
+        tl.store(ptr + i * pitch, rows[i].to(tl.float32), mask=mask)
+
+
+@triton.jit
 def load_coef(coef_ptr, n, channel, mask, N, C):
-    """Rows a, b, g, s, p, q, slope [BC] of sample n."""
+    """The coefficients a, b, g, s, p, q, slope of sample n: a tuple of rows [BC]."""
     base = coef_ptr + n * C + channel
     row = N * C
     a = tl.load(base, mask=mask, other=0.0)
@@ -202,19 +238,47 @@ def load_coef(coef_ptr, n, channel, mask, N, C):
 
 
 @triton.jit
-def affine(y, a, b, g, s, p, q, slope, ACT: tl.constexpr):
+def load_pre(pre_ptr, channel, mask, C, HAS_PRE: tl.constexpr):
+    """Shift and slope [BC] of the activation in front of a norm; 0 without one."""
+    first = pre_ptr if HAS_PRE else None
+    second = pre_ptr + C if HAS_PRE else None
+    return row_or(first, channel, mask, 0.0), row_or(second, channel, mask, 0.0)
+
+
+@triton.jit
+def sample_and_channels(C, BC: tl.constexpr):
+    """A program's sample, its channels [BC], and which of these there are; grid (blocks, channels, samples)."""
+    n = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    return n, channel, channel < C
+
+
+@triton.jit
+def block_of_map(n, block, channel, cmask, S, C, BS: tl.constexpr):
+    """Offsets [BS, BC] of a block of voxels in a map [N, S, C], and which of these there are."""
+    voxel = block * BS + tl.arange(0, BS)
+    at = (n * S + voxel)[:, None] * C + channel[None, :]
+    return at, (voxel < S)[:, None] & cmask[None, :]
+
+
+@triton.jit
+def affine(y, coefs, ACT: tl.constexpr):
     """v = g * (act(a * (y - p) + b) - q) + s for y [R, BC] float32 and coefficients [BC]."""
+    a, b, g, s, p, q, slope = coefs
     z = a[None, :] * (y - p[None, :]) + b[None, :]
     return g[None, :] * (activate(z, slope[None, :], ACT) - q[None, :]) + s[None, :]
 
 
 @triton.jit
-def add_affine_grad(dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT: tl.constexpr):
-    """Gradient at y [R, BC], and the terms of five sums over rows added to ``dg`` … ``dslope`` [R, BC].
+def add_affine_grad(dv, y, coefs, sums, ACT: tl.constexpr):
+    """Gradient at y [R, BC], and ``sums`` with this block's terms added.
 
-    To add rows up takes far longer than the rest, so a kernel does it once, by ``sum_affine_grad``. Without an
+    ``sums`` is a tuple of five [R, BC]: of dv * (act(z) - q), dv, dz * (y - p), dz, dslope; z = a * (y - p) + b.
+    To add rows up takes far longer than the rest, so a kernel does it once, by ``store_sums``. Without an
     activation two of the sums tell the others.
     """
+    a, b, g, _s, p, q, slope = coefs
+    dg, ds, da, db, dslope = sums
     centred = y - p[None, :]
     ds += dv
     if ACT == 0:
@@ -229,12 +293,14 @@ def add_affine_grad(dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT: tl
         if (ACT == 2) or (ACT == 3):
             dslope += dv * g[None, :] * activate_slope_grad(z, ACT)
         dy = dz * a[None, :]
-    return dy, dg, ds, da, db, dslope
+    return dy, (dg, ds, da, db, dslope)
 
 
 @triton.jit
-def sum_affine_grad(a, b, g, q, dg, ds, da, db, dslope, ACT: tl.constexpr):
-    """What ``add_affine_grad`` has added up, over rows: of dv(h - q), dv, dz(y - p), dz, dslope."""
+def total_sums(coefs, sums, ACT: tl.constexpr):
+    """The ``sums`` of ``add_affine_grad`` [R, BC] over rows: five rows [BC]."""
+    a, b, g, _s, _p, q, _slope = coefs
+    dg, ds, da, db, dslope = sums
     ds_all = row_sum(ds)
     da_all = row_sum(da)
     if ACT == 0:
@@ -251,61 +317,48 @@ def sum_affine_grad(a, b, g, q, dg, ds, da, db, dslope, ACT: tl.constexpr):
 
 
 @triton.jit
-def affine_grad(dv, y, a, b, g, p, q, slope, ACT: tl.constexpr):
-    """Gradient at y and the five sums over rows: of dv(h - q), dv, dz(y - p), dz, dslope."""
-    none = tl.zeros_like(dv)
-    dy, dg, ds, da, db, dslope = add_affine_grad(
-        dv, y, a, b, g, p, q, slope, none, none, none, none, none, ACT
-    )
-    dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
-        a, b, g, q, dg, ds, da, db, dslope, ACT
-    )
-    return dy, dg_all, ds_all, da_all, db_all, dslope_all
+def store_sums(ptr, slot, channel, mask, C, coefs, sums, ACT: tl.constexpr):
+    """The ``sums`` of ``add_affine_grad`` over rows, as one slot [5, C]; every slot has a single writer."""
+    totals = total_sums(coefs, sums, ACT)
+    store_rows(ptr + slot * 5 * C + channel, C, mask, totals)
 
 
 @triton.jit
-def store_partials(ptr, slot, channel, mask, C, dg, ds, da, db, dslope):
-    """One slot [5, C] of partial sums; every slot has a single writer."""
-    base = ptr + slot * 5 * C + channel
-    tl.store(base, dg, mask=mask)
-    tl.store(base + C, ds, mask=mask)
-    tl.store(base + 2 * C, da, mask=mask)
-    tl.store(base + 3 * C, db, mask=mask)
-    tl.store(base + 4 * C, dslope, mask=mask)
-
-
-@triton.jit
-def coef_grad_kernel(part_ptr, coef_ptr, out_ptr, T, N, C, BT: tl.constexpr, BC: tl.constexpr):
-    """Partial sums [N, T, 5, C] -> dcoef [7, N, C], in a fixed order and float64."""
-    n = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    mask = channel < C
-    row = N * C
-    base = part_ptr + n * T * 5 * C + channel[None, :]
+def add_slots(base, T, C, mask, ROWS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """Rows of slots [T, ROWS, C] from ``base`` on, 5 or 6 of them, added over T in a fixed order and float64."""
     dg = tl.zeros((BC,), tl.float64)
-    ds = tl.zeros((BC,), tl.float64)
-    da = tl.zeros((BC,), tl.float64)
-    db = tl.zeros((BC,), tl.float64)
-    dslope = tl.zeros((BC,), tl.float64)
+    ds, da, db, dslope, more = dg, dg, dg, dg, dg
     for t0 in loop(0, T, BT):
         t = t0 + tl.arange(0, BT)
         m = (t < T)[:, None] & mask[None, :]
-        at = base + (t.to(tl.int64) * 5 * C)[:, None]
+        at = base[None, :] + (t.to(tl.int64) * ROWS * C)[:, None]
         dg += tl.sum(tl.load(at, mask=m, other=0.0).to(tl.float64), axis=0)
         ds += tl.sum(tl.load(at + C, mask=m, other=0.0).to(tl.float64), axis=0)
         da += tl.sum(tl.load(at + 2 * C, mask=m, other=0.0).to(tl.float64), axis=0)
         db += tl.sum(tl.load(at + 3 * C, mask=m, other=0.0).to(tl.float64), axis=0)
         dslope += tl.sum(tl.load(at + 4 * C, mask=m, other=0.0).to(tl.float64), axis=0)
-    a = tl.load(coef_ptr + n * C + channel, mask=mask, other=0.0)
-    g = tl.load(coef_ptr + 2 * row + n * C + channel, mask=mask, other=0.0)
-    out = out_ptr + n * C + channel
-    tl.store(out, (da).to(tl.float32), mask=mask)
-    tl.store(out + row, (db).to(tl.float32), mask=mask)
-    tl.store(out + 2 * row, (dg).to(tl.float32), mask=mask)
-    tl.store(out + 3 * row, (ds).to(tl.float32), mask=mask)
-    tl.store(out + 4 * row, (-a * db).to(tl.float32), mask=mask)
-    tl.store(out + 5 * row, (-g * ds).to(tl.float32), mask=mask)
-    tl.store(out + 6 * row, (dslope).to(tl.float32), mask=mask)
+        if ROWS == 6:
+            more += tl.sum(tl.load(at + 5 * C, mask=m, other=0.0).to(tl.float64), axis=0)
+    return (dg, ds, da, db, dslope), more
+
+
+@triton.jit
+def store_coef_grad(out_ptr, coef_ptr, at, row, mask, totals):
+    """Gradient of coefficients [7, N, C] from five sums; the rows of ``coef_ptr`` are ``row`` numbers apart."""
+    dg, ds, da, db, dslope = totals
+    a = tl.load(coef_ptr + at, mask=mask, other=0.0)
+    g = tl.load(coef_ptr + 2 * row + at, mask=mask, other=0.0)
+    store_rows(out_ptr + at, row, mask, (da, db, dg, ds, -a * db, -g * ds, dslope))
+
+
+@triton.jit
+def coef_grad_kernel(part_ptr, coef_ptr, out_ptr, T, N, C, BT: tl.constexpr, BC: tl.constexpr):
+    """Partial sums [N, T, 5, C] -> dcoef [7, N, C]."""
+    n = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = channel < C
+    totals, _ = add_slots(part_ptr + n * T * 5 * C + channel, T, C, mask, 5, BT, BC)
+    store_coef_grad(out_ptr, coef_ptr, n * C + channel, N * C, mask, totals)
 
 
 def coef_grad(partials: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
@@ -345,6 +398,15 @@ def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def add_product(x, w, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x @ w; ``UPCAST`` to float32 first, for the interpreter's wrong product of bfloat16."""
+    if UPCAST:
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def tile_moments(u, valid, count):
     """Mean and sum of squared deviations [BC] over the valid rows of u [R, BC]."""
     u = tl.where(valid[:, None], u, 0.0)
@@ -358,9 +420,7 @@ def tile_moments(u, valid, count):
 @triton.jit
 def store_moments(ptr, count_ptr, slot, channel, mask, C, mean, m2, count):
     """One slot of moment partials: mean and M2 [2, C], and its number of values."""
-    base = ptr + slot * 2 * C + channel
-    tl.store(base, mean, mask=mask)
-    tl.store(base + C, m2, mask=mask)
+    store_rows(ptr + slot * 2 * C + channel, C, mask, (mean, m2))
     tl.store(count_ptr + slot + channel * 0, count + channel * 0.0, mask=channel == 0)
 
 
@@ -397,7 +457,7 @@ def finish_moments_kernel(
 def finish_moments(partials: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:
     """Mean and variance [2, N, C] from partials [N, T, 2, C] and counts [N, T]."""
     n, tiles, _, channels = partials.shape
-    out = torch.empty((2, n, channels), dtype=torch.float32, device=partials.device)
+    out = scratch(partials, 2, n, channels)
     finish_moments_kernel[(n, cdiv(channels, COLUMNS))](
         partials, counts, out, tiles, n, channels, float(total),
         BT=power_of_two(tiles, 1, 512), BC=COLUMNS, num_warps=WARPS,

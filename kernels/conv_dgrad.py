@@ -1,4 +1,6 @@
-"""Gradient at a convolution's input: dv = convᵀ(e, W), then the chain rule of the input's affine.
+"""Gradient at a convolution's input, through the norm, FiLM and activation in front of it as well.
+
+It is dv = convᵀ(e, W) of the gradient e at the output, then the chain rule of the input's affine.
 
 A program computes a tile of input voxels of one sample and one depth. With stride 2 the voxels of a
 tile share their parity in every dimension, so that each tap is either used by all of them or by none.
@@ -11,20 +13,28 @@ import triton
 import triton.language as tl
 
 from .common import (
-    ACT_CODES,
     INTERPRETED,
-    affine_grad,
+    add_affine_grad,
+    add_product,
     architecture,
     cdiv,
     channels_last,
     coef_grad,
+    dense,
     guard,
     load_coef,
     loop,
-    precision,
-    store_partials,
+    scratch,
+    store_sums,
 )
-from .conv_fprop import Config, _format, as_3d, interpreter_tile, wide
+from .conv_fprop import (
+    CONFIGS_FLOAT32,
+    Config,
+    constants,
+    interpreter_tile,
+    sizes,
+    weight_rows,
+)
 
 CONFIGS = (
     Config(8, 16, 64, 64, 8, 2, archs=(90, 100)),
@@ -34,8 +44,6 @@ CONFIGS = (
     Config(8, 8, 64, 64, 4, 2, archs=(80, 90)),
 )
 """Shipped tiles for 16-bit types: bn counts input channels here, bk output channels."""
-
-CONFIGS_FLOAT32 = (Config(8, 8, 32, 32, 4, 2), Config(4, 4, 32, 32, 4, 2))
 
 
 def pick(
@@ -145,21 +153,19 @@ def dgrad_kernel(
                             mask=(co < CO)[:, None] & cimask[None, :],
                             other=0.0,
                         )
-                        if UPCAST:
-                            e = e.to(tl.float32)
-                            w = w.to(tl.float32)
-                        acc = tl.dot(e, w, acc, input_precision=PRECISION)
+                        acc = add_product(e, w, acc, UPCAST, PRECISION)
     at = (ih * W + iw)[:, None] * CI + ci[None, :]
     here = (n * D + d) * H * W * CI
     mask = valid[:, None] & cimask[None, :]
     if HAS_COEF:
-        a, b, g, _s, p, q, slope = load_coef(coef_ptr, n, ci, cimask, N, CI)
+        coefs = load_coef(coef_ptr, n, ci, cimask, N, CI)
         x = tl.load(x_ptr + here + at, mask=mask, other=0.0).to(tl.float32)
         # a masked element has dv = 0 and x = p, so it adds nothing to any sum
-        x = tl.where(mask, x, p[None, :])
+        x = tl.where(mask, x, coefs[4][None, :])
         dv = tl.where(mask, acc, 0.0)
-        acc, dg, ds, da, db, dslope = affine_grad(dv, x, a, b, g, p, q, slope, ACT)
-        store_partials(part_ptr, n * tiles + t, ci, cimask, CI, dg, ds, da, db, dslope)
+        none = tl.zeros_like(dv)
+        acc, sums = add_affine_grad(dv, x, coefs, (none, none, none, none, none), ACT)
+        store_sums(part_ptr, n * tiles + t, ci, cimask, CI, coefs, sums, ACT)
     tl.store(dx_ptr + here + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -180,54 +186,23 @@ def dgrad(
         weight: [Co, Ci, *K].
         x: the raw input [N, Ci, *S] that the forward pass read.
     """
-    n, ci = x.shape[:2]
-    co = weight.shape[0]
-    kernel = weight.shape[2:]
-    d, h, w = as_3d(x.shape[2:])
-    od, oh, ow = as_3d(e.shape[2:])
-    pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
+    n, ci, co, d, h, w, _, oh, ow = numbers = sizes(x, weight, e.shape[2:])
     s = stride[-1]
-    c = config or pick(x.dtype, ci, co, -(-h // s), -(-w // s), architecture(x))
-    tiles = d * s * s * cdiv(-(-h // s), c.th) * cdiv(-(-w // s), c.tw)
-    dx = channels_last(tuple(x.shape), x)
-    slots = tiles if coef is not None else 1
-    partials = torch.empty((n, slots, 5, ci), dtype=torch.float32, device=x.device)
-    coef = None if coef is None else coef.contiguous()
+    c = config or pick(x.dtype, ci, co, cdiv(h, s), cdiv(w, s), architecture(x))
+    tiles = d * s * s * cdiv(cdiv(h, s), c.th) * cdiv(cdiv(w, s), c.tw)
+    dx = channels_last(x.shape, x)
+    partials = scratch(x, n, 1 if coef is None else tiles, 5, ci)
+    coef = dense(coef)
     with guard(x):
         dgrad_kernel[(n * tiles, cdiv(ci, c.bn))](
             e,
-            weight.contiguous(memory_format=_format(weight)),
+            weight_rows(weight),
             x,
-            x if coef is None else coef,
+            dense(coef, x),
             dx,
             partials,
-            n,
-            ci,
-            co,
-            d,
-            h,
-            w,
-            od,
-            oh,
-            ow,
-            KD=1 if len(kernel) == 2 else kernel[0],
-            K=kernel[-1],
-            STRIDE=s,
-            STRIDE_D=1 if len(stride) == 2 else stride[0],
-            PD=pd,
-            PH=ph,
-            PW=pw,
-            HAS_COEF=coef is not None,
-            ACT=ACT_CODES[act],
-            ONE_BLOCK=co <= c.bk,
-            WIDE=wide(h * w * ci, oh * ow * co),
-            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            PRECISION=precision(x.dtype),
-            TH=c.th,
-            TW=c.tw,
-            BN=c.bn,
-            BK=c.bk,
-            num_warps=c.warps,
-            num_stages=c.stages,
+            *numbers,
+            **constants(x, weight, coef, act, stride, padding),
+            **c.constants(co, h * w * ci, oh * ow * co),
         )
         return dx, None if coef is None else coef_grad(partials, coef)

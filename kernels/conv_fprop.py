@@ -1,13 +1,18 @@
-"""Forward convolution: pending affine of the input in the prologue, moments or the finished block behind.
+"""Forward convolution of a feature map, with the norm, FiLM and activation before and behind it in the same pass.
 
-2D and 3D are one kernel: a 2D map has depth 1 and a kernel of depth 1. A program computes a tile of
-TH x TW output voxels of one sample and one depth, for BN output channels; one sample per program makes
-the input's coefficients vectors over channels instead of matrices.
+Those before it are applied while the input is loaded. Of the output the mean and variance are taken while it is
+written, or, where its own coefficients are known already, it is written with them applied.
+
+2D and 3D are one kernel: a 2D map has depth 1 and a kernel of depth 1. A program computes a tile of TH x TW output
+voxels of one sample and one depth, for BN output channels; one sample per program makes the input's coefficients
+vectors over channels instead of matrices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,16 +22,21 @@ from .common import (
     ACT_CODES,
     INTERPRETED,
     activate,
+    add_product,
     affine,
     architecture,
     cdiv,
     channels_last,
+    dense,
     finish_moments,
     guard,
+    layout,
     load_coef,
+    load_pre,
     loop,
     power_of_two,
     precision,
+    scratch,
     store_moments,
     tile_moments,
 )
@@ -46,6 +56,17 @@ class Config:
     warps: int
     stages: int
     archs: tuple[int, ...] = (80, 90, 100)
+
+    def constants(self, channels: int, *planes: int) -> dict[str, Any]:
+        """Constants of a launch that sums over ``channels`` and has ``planes`` of so many numbers."""
+        tile = {"TH": self.th, "TW": self.tw, "BN": self.bn, "BK": self.bk}
+        return tile | {
+            "ONE_BLOCK": channels <= self.bk,
+            # an offset inside a plane (with room for the halo) needs 64 bits
+            "WIDE": max(planes) >= 2**30,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 CONFIGS = (
@@ -87,14 +108,38 @@ def pick(
     return next(CONFIGS[i] for i in order if target in CONFIGS[i].archs)
 
 
-def as_3d(shape: tuple[int, ...] | torch.Size) -> tuple[int, int, int]:
-    """(D, H, W) of spatial sizes (H, W) or (D, H, W)."""
-    return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+def as_3d(shape: Sequence[int], flat: int = 1) -> tuple[int, int, int]:
+    """(D, H, W) of (H, W) or (D, H, W); a 2D convolution has ``flat`` as its depth."""
+    return (flat, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
 
 
-def wide(*sizes: int) -> bool:
-    """Whether an offset inside a plane of one of these sizes needs 64 bits (with room for the halo)."""
-    return max(sizes) >= 2**30
+def sizes(x: torch.Tensor, weight: torch.Tensor, output: Sequence[int]) -> tuple[int, ...]:
+    """N, CI, CO, D, H, W, OD, OH, OW of a convolution, as its kernels take them."""
+    return (*x.shape[:2], weight.shape[0], *as_3d(x.shape[2:]), *as_3d(output))
+
+
+def constants(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    coef: torch.Tensor | None,
+    act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> dict[str, Any]:
+    """What the three kernels of a convolution are specialised on, tile aside, and the padding."""
+    kd, _, k = as_3d(weight.shape[2:])
+    stride_d, _, stride_hw = as_3d(stride)
+    pd, ph, pw = as_3d(padding, flat=0)
+    geometry = {"KD": kd, "K": k, "STRIDE": stride_hw, "STRIDE_D": stride_d}
+    geometry |= {"PD": pd, "PH": ph, "PW": pw}
+    pending = {"HAS_COEF": coef is not None, "ACT": ACT_CODES[act]}
+    upcast = INTERPRETED and x.dtype == torch.bfloat16
+    return geometry | pending | {"UPCAST": upcast, "PRECISION": precision(x.dtype)}
+
+
+def weight_rows(weight: torch.Tensor) -> torch.Tensor:
+    """The weight with its input channels side by side."""
+    return weight.contiguous(memory_format=layout(weight.dim()))
 
 
 @triton.jit
@@ -176,7 +221,8 @@ def fprop_kernel(
                 inside = inside_h & (iw >= 0) & (iw < W)
                 x_row = plane + (ih * W + iw) * CI
                 w_col = w_ptr + ((co * KD + kd) * K + kh) * K * CI + kw * CI
-                # a loop of one turn dissolves: the taps of a row are then the innermost loop
+                # with one channel block, ``k0`` runs once and the compiler removes the loop; ``kw`` becomes
+                # the innermost
                 for k0 in loop(0, BK if ONE_BLOCK else CI, BK):
                     ci = k0 + ci0
                     mask = inside[:, None] & (ci < CI)[None, :]
@@ -187,29 +233,24 @@ def fprop_kernel(
                         other=0.0,
                     )
                     if HAS_COEF:
-                        a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, ci < CI, N, CI)
-                        v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
+                        coefs = load_coef(coef_ptr, n, ci, ci < CI, N, CI)
+                        v = affine(x.to(tl.float32), coefs, ACT)
                         # padding is zero after the affine, not act(b)
                         x = tl.where(mask, v, 0.0).to(x.dtype)
-                    if UPCAST:
-                        x = x.to(tl.float32)
-                        w = w.to(tl.float32)
-                    acc = tl.dot(x, w, acc, input_precision=PRECISION)
+                    acc = add_product(x, w, acc, UPCAST, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + co, mask=comask, other=0.0).to(tl.float32)[None, :]
     if MOMENTS:
         u = acc
         if HAS_PRE:
-            shift = tl.load(pre_ptr + co, mask=comask, other=0.0)
-            slope_out = tl.load(pre_ptr + CO + co, mask=comask, other=0.0)
-            u = activate(u + shift[None, :], slope_out[None, :], PRE_ACT)
+            shift, slope = load_pre(pre_ptr, co, comask, CO, HAS_PRE)
+            u = activate(u + shift[None, :], slope[None, :], PRE_ACT)
         count = tl.sum(valid.to(tl.float32), axis=0)
         mean, m2 = tile_moments(u, valid, count)
         slot = n * tiles + t
         store_moments(part_ptr, count_ptr, slot, co, comask, CO, mean, m2, count)
     if FINISH:
-        oa, ob, og, os, op, oq, oslope = load_coef(out_coef_ptr, n, co, comask, N, CO)
-        acc = affine(acc, oa, ob, og, os, op, oq, oslope, OUT_ACT)
+        acc = affine(acc, load_coef(out_coef_ptr, n, co, comask, N, CO), OUT_ACT)
     at = (oh * OW + ow)[:, None] * CO + co[None, :]
     tl.store(
         y_ptr + (n * OD + od) * OH * OW * CO + at,
@@ -233,74 +274,39 @@ def _launch(
     moments: bool,
     config: Config | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    n, ci = x.shape[:2]
-    co = weight.shape[0]
-    kernel = weight.shape[2:]
     size = tuple(
         (i + 2 * p - k) // s + 1
-        for i, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)
+        for i, k, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     )
-    d, h, w = as_3d(x.shape[2:])
-    od, oh, ow = as_3d(size)
-    pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
+    n, ci, co, _, h, w, od, oh, ow = numbers = sizes(x, weight, size)
     c = config or pick(x.dtype, ci, co, oh, ow, architecture(x))
     y = channels_last((n, co, *size), x)
     tiles = od * cdiv(oh, c.th) * cdiv(ow, c.tw)
     slots = tiles if moments else 1
-    partials = torch.empty((n, slots, 2, co), dtype=torch.float32, device=x.device)
-    counts = torch.empty((n, slots), dtype=torch.float32, device=x.device)
+    partials, counts = scratch(x, n, slots, 2, co), scratch(x, n, slots)
     with guard(x):
         fprop_kernel[(n * tiles, cdiv(co, c.bn))](
             x,
-            weight.contiguous(memory_format=_format(weight)),
-            x if bias is None else bias.contiguous(),
-            x if coef is None else coef.contiguous(),
-            x if pre is None else pre.contiguous(),
-            x if out_coef is None else out_coef.contiguous(),
+            weight_rows(weight),
+            dense(bias, x),
+            dense(coef, x),
+            dense(pre, x),
+            dense(out_coef, x),
             y,
             partials,
             counts,
-            n,
-            ci,
-            co,
-            d,
-            h,
-            w,
-            od,
-            oh,
-            ow,
-            KD=1 if len(kernel) == 2 else kernel[0],
-            K=kernel[-1],
-            STRIDE=stride[-1],
-            STRIDE_D=1 if len(stride) == 2 else stride[0],
-            PD=pd,
-            PH=ph,
-            PW=pw,
+            *numbers,
             HAS_BIAS=bias is not None,
-            HAS_COEF=coef is not None,
-            ACT=ACT_CODES[act],
             MOMENTS=moments,
             HAS_PRE=pre is not None,
             PRE_ACT=ACT_CODES[pre_act],
             FINISH=out_coef is not None,
             OUT_ACT=ACT_CODES[out_act],
-            ONE_BLOCK=ci <= c.bk,
-            WIDE=wide(h * w * ci, oh * ow * co),
-            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            PRECISION=precision(x.dtype),
-            TH=c.th,
-            TW=c.tw,
-            BN=c.bn,
-            BK=c.bk,
-            num_warps=c.warps,
-            num_stages=c.stages,
+            **constants(x, weight, coef, act, stride, padding),
+            **c.constants(ci, h * w * ci, oh * ow * co),
         )
         stats = finish_moments(partials, counts, od * oh * ow) if moments else None
     return y, stats
-
-
-def _format(t: torch.Tensor) -> torch.memory_format:
-    return torch.channels_last if t.dim() == 4 else torch.channels_last_3d
 
 
 def fprop(
@@ -327,7 +333,7 @@ def fprop(
     y, stats = _launch(
         x, weight, bias, coef, act, pre, pre_act, None, "none", stride, padding, moments, config
     )
-    return y, torch.empty(0, dtype=torch.float32, device=x.device) if stats is None else stats
+    return y, scratch(x, 0) if stats is None else stats
 
 
 def fprop_apply(

@@ -1,4 +1,6 @@
-"""Gradient at a convolution's weight: dW = Σ e ⊗ v, with v recomputed from the raw input.
+"""Gradient at a convolution's weight, with the norm, FiLM and activation in front of it computed anew.
+
+It is dW = Σ e ⊗ v of the gradient e at the output, with v recomputed from the raw input.
 
 One program computes one tap for BM x BN (output x input) channels over a share of the voxels; the
 shares are added by a second kernel in a fixed order.
@@ -13,17 +15,19 @@ import triton
 import triton.language as tl
 
 from .common import (
-    ACT_CODES,
     INTERPRETED,
+    add_product,
     affine,
     cdiv,
+    dense,
     guard,
+    layout,
     load_coef,
     loop,
-    precision,
+    scratch,
     sum_rows,
 )
-from .conv_fprop import _format, as_3d
+from .conv_fprop import constants, sizes
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def wgrad_kernel(
     for sample in loop(group, N, groups):
         n = tl.cast(sample, tl.int64)
         if HAS_COEF:
-            a, b, g, s, p, q, slope = load_coef(coef_ptr, n, ci, cimask, N, CI)
+            coefs = load_coef(coef_ptr, n, ci, cimask, N, CI)
         for v0 in loop(first, last, BP):
             voxel = v0 + tl.arange(0, BP)
             ow = voxel % OW
@@ -148,12 +152,9 @@ def wgrad_kernel(
             at = (((n * D + d) * H + h) * W + w)[:, None] * CI + ci[None, :]
             x = tl.load(x_ptr + at, mask=mask, other=0.0)
             if HAS_COEF:
-                v = affine(x.to(tl.float32), a, b, g, s, p, q, slope, ACT)
+                v = affine(x.to(tl.float32), coefs, ACT)
                 x = tl.where(mask, v, 0.0).to(x.dtype)
-            if UPCAST:
-                e = e.to(tl.float32)
-                x = x.to(tl.float32)
-            acc = tl.dot(tl.trans(e), x, acc, input_precision=PRECISION)
+            acc = add_product(tl.trans(e), x, acc, UPCAST, PRECISION)
     base = part_ptr + part.to(tl.int64) * CO * TAPS * CI
     at = (co[:, None] * TAPS + tap) * CI + ci[None, :]
     tl.store(base + at, acc, mask=comask[:, None] & cimask[None, :])
@@ -175,47 +176,24 @@ def wgrad(
         e: gradient at the raw output [N, Co, *T], channels-last.
         x: raw input [N, Ci, *S], channels-last; ``coef`` [7, N, Ci] and ``act`` are pending on it.
     """
-    n, ci = x.shape[:2]
-    co = weight.shape[0]
-    kernel = weight.shape[2:]
-    taps = kernel.numel()
-    d, h, w = as_3d(x.shape[2:])
-    od, oh, ow = as_3d(e.shape[2:])
-    pd, ph, pw = (0, *padding) if len(padding) == 2 else padding
+    n, ci, co, *_, od, oh, ow = numbers = sizes(x, weight, e.shape[2:])
+    taps = weight.shape[2:].numel()
     c = config or pick(x.dtype, ci, co)
     blocks_m, blocks_n = cdiv(co, c.bm), cdiv(ci, c.bn)
     groups, shares, span = split(n, od * oh * ow, taps * blocks_m * blocks_n, c.bp)
-    partials = torch.empty((groups * shares, co * taps * ci), dtype=torch.float32, device=x.device)
-    dweight = torch.empty_like(weight, memory_format=_format(weight))
+    partials = scratch(x, groups * shares, co * taps * ci)
+    dweight = torch.empty_like(weight, memory_format=layout(weight.dim()))
     with guard(x):
         wgrad_kernel[(taps * groups * shares, blocks_m, blocks_n)](
             e,
             x,
-            x if coef is None else coef.contiguous(),
+            dense(coef, x),
             partials,
-            n,
-            ci,
-            co,
-            d,
-            h,
-            w,
-            od,
-            oh,
-            ow,
+            *numbers,
             groups,
             shares,
             span,
-            KD=1 if len(kernel) == 2 else kernel[0],
-            K=kernel[-1],
-            STRIDE=stride[-1],
-            STRIDE_D=1 if len(stride) == 2 else stride[0],
-            PD=pd,
-            PH=ph,
-            PW=pw,
-            HAS_COEF=coef is not None,
-            ACT=ACT_CODES[act],
-            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            PRECISION=precision(x.dtype),
+            **constants(x, weight, coef, act, stride, padding),
             BM=c.bm,
             BN=c.bn,
             BP=c.bp,

@@ -1,12 +1,14 @@
-"""Pointwise passes over a channels-last map [N, S, C]: the affine and its gradient.
+"""One pass over a feature map [N, S, C]: v = g * (act(a * (y - p) + b) - q) + s per sample and channel.
 
-One program takes a block of voxels and channels of one sample, so that the coefficients are vectors.
+A norm, FiLM and an activation are applied so once their coefficients are known. One program takes a block of
+voxels and channels of one sample, so that the coefficients are vectors.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +18,7 @@ from .common import (
     ACT_CODES,
     add_affine_grad,
     affine,
+    block_of_map,
     cdiv,
     channels_last,
     coef_grad,
@@ -23,8 +26,9 @@ from .common import (
     load_coef,
     loop,
     power_of_two,
-    store_partials,
-    sum_affine_grad,
+    sample_and_channels,
+    scratch,
+    store_sums,
 )
 
 ELEMENTS = 4096
@@ -46,20 +50,33 @@ def blocks(space: int, channels: int, batch: int, reduces: bool) -> tuple[int, i
     return bs, bc, iters, cdiv(total, iters)
 
 
+class Division(NamedTuple):
+    """S, N and C of a map, and how the programs of a pass divide it: blocks per program, programs per sample."""
+
+    sizes: tuple[int, int, int]
+    iters: int
+    programs: int
+    grid: tuple[int, int, int]
+    constants: dict[str, int]
+
+
+def divide(y: torch.Tensor, act: str, reduces: bool) -> Division:
+    """The division of a pass over ``y`` by ``blocks``, and constants of its launch."""
+    n, c, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
+    bs, bc, iters, programs = blocks(space, c, n, reduces)
+    constants = {"ACT": ACT_CODES[act], "BS": bs, "BC": bc, "num_warps": NUM_WARPS}
+    return Division((space, n, c), iters, programs, (programs, cdiv(c, bc), n), constants)
+
+
 @triton.jit
 def apply_kernel(
     y_ptr, coef_ptr, v_ptr, S, N, C, ACT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr
 ):
-    n = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    cmask = channel < C
-    a, b, g, s, p, q, slope = load_coef(coef_ptr, n, channel, cmask, N, C)
-    voxel = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
-    at = (n * S + voxel)[:, None] * C + channel[None, :]
-    mask = (voxel < S)[:, None] & cmask[None, :]
+    n, channel, cmask = sample_and_channels(C, BC)
+    coefs = load_coef(coef_ptr, n, channel, cmask, N, C)
+    at, mask = block_of_map(n, tl.program_id(0).to(tl.int64), channel, cmask, S, C, BS)
     y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    v = affine(y, a, b, g, s, p, q, slope, ACT)
-    tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_ptr + at, affine(y, coefs, ACT).to(v_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -77,50 +94,29 @@ def apply_backward_kernel(
     BS: tl.constexpr,
     BC: tl.constexpr,
 ):
-    n = tl.program_id(2).to(tl.int64)
+    n, channel, cmask = sample_and_channels(C, BC)
     t = tl.program_id(0)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    cmask = channel < C
-    a, b, g, _s, p, q, slope = load_coef(coef_ptr, n, channel, cmask, N, C)
-    dg = tl.zeros((BS, BC), tl.float32)
-    ds, da, db, dslope = dg, dg, dg, dg
+    coefs = load_coef(coef_ptr, n, channel, cmask, N, C)
+    pivot = coefs[4]
+    none = tl.zeros((BS, BC), tl.float32)
+    sums = (none, none, none, none, none)
     for i in loop(0, iters, num_stages=3):  # the next blocks on their way
-        voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
-        at = (n * S + voxel)[:, None] * C + channel[None, :]
-        mask = (voxel < S)[:, None] & cmask[None, :]
+        at, mask = block_of_map(n, t.to(tl.int64) * iters + i, channel, cmask, S, C, BS)
         # a masked element has dv = 0 and y = p, so it adds nothing to any sum
         y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        y = tl.where(mask, y, p[None, :])
+        y = tl.where(mask, y, pivot[None, :])
         dv = tl.load(dv_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dy, dg, ds, da, db, dslope = add_affine_grad(
-            dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT
-        )
+        dy, sums = add_affine_grad(dv, y, coefs, sums, ACT)
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
-    dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
-        a, b, g, q, dg, ds, da, db, dslope, ACT
-    )
-    slot = n * tl.num_programs(0) + t
-    store_partials(part_ptr, slot, channel, cmask, C, dg_all, ds_all, da_all, db_all, dslope_all)
+    store_sums(part_ptr, n * tl.num_programs(0) + t, channel, cmask, C, coefs, sums, ACT)
 
 
 def apply(y: torch.Tensor, coef: torch.Tensor, act: str, in_place: bool = False) -> torch.Tensor:
     """v = g * (act(a * (y - p) + b) - q) + s for y [N, C, *S] channels-last, coef [7, N, C] float32."""
-    v = y if in_place else channels_last(tuple(y.shape), y)
-    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
-    bs, bc, _, programs = blocks(space, channels, n, reduces=False)
+    v = y if in_place else channels_last(y.shape, y)
+    d = divide(y, act, reduces=False)
     with guard(y):
-        apply_kernel[(programs, cdiv(channels, bc), n)](
-            y,
-            coef.contiguous(),
-            v,
-            space,
-            n,
-            channels,
-            ACT=ACT_CODES[act],
-            BS=bs,
-            BC=bc,
-            num_warps=NUM_WARPS,
-        )
+        apply_kernel[d.grid](y, coef.contiguous(), v, *d.sizes, **d.constants)
     return v
 
 
@@ -128,25 +124,10 @@ def apply_backward(
     dv: torch.Tensor, y: torch.Tensor, coef: torch.Tensor, act: str, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dy [N, C, *S] (in dv's memory if ``in_place``) and dcoef [7, N, C] of ``apply``."""
-    dy = dv if in_place else channels_last(tuple(y.shape), y)
-    n, channels, space = y.shape[0], y.shape[1], math.prod(y.shape[2:])
-    bs, bc, iters, programs = blocks(space, channels, n, reduces=True)
+    dy = dv if in_place else channels_last(y.shape, y)
     coef = coef.contiguous()
-    partials = torch.empty((n, programs, 5, channels), dtype=torch.float32, device=y.device)
+    d = divide(y, act, reduces=True)
+    partials = scratch(y, y.shape[0], d.programs, 5, y.shape[1])
     with guard(y):
-        apply_backward_kernel[(programs, cdiv(channels, bc), n)](
-            dv,
-            y,
-            coef,
-            dy,
-            partials,
-            space,
-            n,
-            channels,
-            iters,
-            ACT=ACT_CODES[act],
-            BS=bs,
-            BC=bc,
-            num_warps=NUM_WARPS,
-        )
+        apply_backward_kernel[d.grid](dv, y, coef, dy, partials, *d.sizes, d.iters, **d.constants)
         return dy, coef_grad(partials, coef)

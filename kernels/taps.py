@@ -1,4 +1,6 @@
-"""What a consumer sees of a map, written in one pass: behind its affine, pooled or resized, into a wider map.
+"""Pooling, resizing and concatenation of a feature map in one pass, norm, FiLM and activation applied on the way.
+
+The result is written into some channels of a wider map.
 
 Along each axis a position of the result has up to T taps: an index into the map and a weight, padded with weight
 0. The result is the weighted sum, or the maximum, over all combinations. The gradient comes back in one pass as
@@ -25,35 +27,19 @@ from .common import (
     cdiv,
     channels_last,
     coef_grad,
+    dense,
     guard,
     load_coef,
     loop,
     power_of_two,
-    store_partials,
-    sum_affine_grad,
+    sample_and_channels,
+    scratch,
+    store_sums,
 )
 from .pointwise import MAX_SLOTS, NUM_WARPS
 
 Taps = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Per axis (depth, height, width; one position deep in 2D): index int32 and weight float32, [positions, T]."""
-
-
-@triton.jit
-def _affine_of(y, coefs, ACT: tl.constexpr, HAS_COEF: tl.constexpr):
-    if HAS_COEF:
-        a, b, g, s, p, q, slope = coefs
-        y = affine(y, a, b, g, s, p, q, slope, ACT)
-    return y
-
-
-@triton.jit
-def _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF: tl.constexpr):
-    if HAS_COEF:
-        coefs = load_coef(coef_ptr, n, channel, cmask, N, C)
-    else:
-        zero = channel.to(tl.float32) * 0.0
-        coefs = (zero, zero, zero, zero, zero, zero, zero)
-    return coefs
 
 
 @triton.jit
@@ -68,11 +54,11 @@ def _tap(index_ptr, weight_ptr, position, t, inside, T: tl.constexpr):
 
 @triton.jit
 def _line(number, lines, width, BS: tl.constexpr):
-    """Of block ``number``: its line, its columns, and which of these there are."""
+    """Of block ``number``: its line and whether there is such, its columns, and which of these there are."""
     across = tl.cdiv(width, BS)
     line = number // across
     column = (number % across) * BS + tl.arange(0, BS)
-    return line, column, column < tl.where(line < lines, width, 0)
+    return line, line < lines, column, column < tl.where(line < lines, width, 0)
 
 
 @triton.jit
@@ -109,13 +95,10 @@ def gather_kernel(
     BC: tl.constexpr,
 ):
     """Map [N, S, C] -> channels first .. first + C of [N, SO, K]; S = D * H * W."""
-    n = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    cmask = channel < C
-    coefs = _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF)
-    a, b, g, s, p, q, _slope = coefs
-    line, column, inside = _line(tl.program_id(0), SO // WO, WO, BS)
-    there = line < SO // WO
+    n, channel, cmask = sample_and_channels(C, BC)
+    if HAS_COEF:
+        coefs = load_coef(coef_ptr, n, channel, cmask, N, C)
+    line, there, column, inside = _line(tl.program_id(0), SO // WO, WO, BS)
     z, row = line // HO, line % HO
     # behind a sum, an affine alone is applied once: it needs the sum of the weights
     ONCE: tl.constexpr = HAS_COEF and (ACT == 0) and not MAXIMUM
@@ -136,10 +119,10 @@ def gather_kernel(
                 at = ax[:, None] * C + channel[None, :]
                 y = tl.load(y_ptr + start + at, mask=used, other=0.0).to(tl.float32)
                 if ONCE:
-                    part += vz * vy * (y - p[None, :])
+                    part += vz * vy * (y - coefs[4][None, :])
                     weight += vz * vy
                 else:
-                    v = _affine_of(y, coefs, ACT, HAS_COEF)
+                    v = affine(y, coefs, ACT) if HAS_COEF else y
                     # the value that a written map would hold
                     v = v.to(out_ptr.dtype.element_ty).to(tl.float32)
                     if MAXIMUM:
@@ -149,6 +132,7 @@ def gather_kernel(
         found += vx[:, None] * part
         weights += vx * weight
     if ONCE:
+        a, b, g, s, _p, q, _slope = coefs
         offset = (g * (b - q) + s)[None, :] * weights[:, None]
         found = (g * a)[None, :] * found + offset
     start = (n * SO + line.to(tl.int64) * WO) * K + first
@@ -193,16 +177,14 @@ def gather_backward_kernel(
     BC: tl.constexpr,
 ):
     """Gradient of the weighted sum at y; the taps are the transposed ones."""
-    n = tl.program_id(2).to(tl.int64)
+    n, channel, cmask = sample_and_channels(C, BC)
     program = tl.program_id(0)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    cmask = channel < C
-    a, b, g, _s, p, q, slope = _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF)
-    dg = tl.zeros((BS, BC), tl.float32)
-    ds, da, db, dslope = dg, dg, dg, dg
+    if HAS_COEF:
+        coefs = load_coef(coef_ptr, n, channel, cmask, N, C)
+    none = tl.zeros((BS, BC), tl.float32)
+    sums = (none, none, none, none, none)
     for i in loop(iters):
-        line, column, inside = _line(program * iters + i, S // W, W, BS)
-        there = line < S // W
+        line, there, column, inside = _line(program * iters + i, S // W, W, BS)
         z, row = line // H, line % H
         dv = tl.zeros((BS, BC), tl.float32)
         for tx in tl.range(0, TX, loop_unroll_factor=UX):
@@ -224,19 +206,12 @@ def gather_backward_kernel(
         dy = dv
         if HAS_COEF:
             y = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-            y = tl.where(mask, y, p[None, :])
-            dy, dg, ds, da, db, dslope = add_affine_grad(
-                dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT
-            )
+            y = tl.where(mask, y, coefs[4][None, :])
+            dy, sums = add_affine_grad(dv, y, coefs, sums, ACT)
         tl.store(dy_ptr + start + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
     if HAS_COEF:
-        dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
-            a, b, g, q, dg, ds, da, db, dslope, ACT
-        )
         slot = n * tl.num_programs(0) + program
-        store_partials(
-            part_ptr, slot, channel, cmask, C, dg_all, ds_all, da_all, db_all, dslope_all
-        )
+        store_sums(part_ptr, slot, channel, cmask, C, coefs, sums, ACT)
 
 
 @triton.jit
@@ -275,17 +250,14 @@ def maximum_backward_kernel(
     BC: tl.constexpr,
 ):
     """Gradient of the maximum at y, which is zero before; windows must not overlap."""
-    n = tl.program_id(2).to(tl.int64)
+    n, channel, cmask = sample_and_channels(C, BC)
     program = tl.program_id(0)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    cmask = channel < C
-    coefs = _coefs(coef_ptr, n, channel, cmask, N, C, HAS_COEF)
-    a, b, g, _s, p, q, slope = coefs
-    dg = tl.zeros((BS, BC), tl.float32)
-    ds, da, db, dslope = dg, dg, dg, dg
+    if HAS_COEF:
+        coefs = load_coef(coef_ptr, n, channel, cmask, N, C)
+    none = tl.zeros((BS, BC), tl.float32)
+    sums = (none, none, none, none, none)
     for i in loop(iters):
-        line, column, inside = _line(program * iters + i, SO // WO, WO, BS)
-        there = line < SO // WO
+        line, there, column, inside = _line(program * iters + i, SO // WO, WO, BS)
         z, row = line // HO, line % HO
         best = tl.zeros((BS, BC), tl.float32) - float("inf")
         where = tl.zeros((BS, BC), tl.int32)
@@ -299,7 +271,7 @@ def maximum_backward_kernel(
                     used = (inside & (vz * vy * vx != 0.0))[:, None] & cmask[None, :]
                     at = ax[:, None] * C + channel[None, :]
                     y = tl.load(y_ptr + start + at, mask=used, other=0.0).to(tl.float32)
-                    v = _affine_of(y, coefs, ACT, HAS_COEF)
+                    v = affine(y, coefs, ACT) if HAS_COEF else y
                     v = v.to(y_ptr.dtype.element_ty).to(tl.float32)
                     larger = used & ((v > best) | (v != v))
                     best = tl.where(larger, v, best)
@@ -321,19 +293,12 @@ def maximum_backward_kernel(
                     dy = dv
                     if HAS_COEF:
                         y = tl.load(y_ptr + start + at, mask=used, other=0.0).to(tl.float32)
-                        y = tl.where(used, y, p[None, :])
-                        dy, dg, ds, da, db, dslope = add_affine_grad(
-                            dv, y, a, b, g, p, q, slope, dg, ds, da, db, dslope, ACT
-                        )
+                        y = tl.where(used, y, coefs[4][None, :])
+                        dy, sums = add_affine_grad(dv, y, coefs, sums, ACT)
                     tl.store(dy_ptr + start + at, dy.to(dy_ptr.dtype.element_ty), mask=used)
     if HAS_COEF:
-        dg_all, ds_all, da_all, db_all, dslope_all = sum_affine_grad(
-            a, b, g, q, dg, ds, da, db, dslope, ACT
-        )
         slot = n * tl.num_programs(0) + program
-        store_partials(
-            part_ptr, slot, channel, cmask, C, dg_all, ds_all, da_all, db_all, dslope_all
-        )
+        store_sums(part_ptr, slot, channel, cmask, C, coefs, sums, ACT)
 
 
 class Form(NamedTuple):
@@ -360,26 +325,6 @@ FORMS = {
 }
 
 
-def _arguments(
-    form: Form,
-    y: torch.Tensor,
-    coef: torch.Tensor | None,
-    act: str,
-    taps: Taps,
-    size: Sequence[int],
-    wide: int,
-) -> tuple[list[Any], list[int], dict[str, Any]]:
-    """Tap tensors, sizes, and constants of a launch; ``size`` is the result's."""
-    *_, h, w = y.shape
-    *_, ho, wo = size
-    space, out = math.prod(y.shape[2:]), math.prod(size)
-    numbers = [space, h, w, out, ho, wo, y.shape[0], y.shape[1], wide]
-    constants = {f"T{axis}": taps[i][0].shape[1] for i, axis in enumerate("ZYX")}
-    constants |= form.unrolled(*constants.values())
-    constants |= {"HAS_COEF": coef is not None, "ACT": ACT_CODES[act], "num_warps": form.warps}
-    return [t for pair in taps for t in pair], numbers, constants
-
-
 @functools.lru_cache(maxsize=4096)
 def blocks(
     size: Sequence[int], channels: int, batch: int, elements: int
@@ -391,6 +336,25 @@ def blocks(
     total = lines * cdiv(width, bs)
     iters = max(1, cdiv(total * batch, MAX_SLOTS))
     return bs, bc, iters, cdiv(total, iters)
+
+
+def _arguments(
+    form: Form,
+    y: torch.Tensor,
+    coef: torch.Tensor | None,
+    act: str,
+    taps: Taps,
+    wider: torch.Tensor,
+    block: tuple[int, int],
+) -> tuple[list[Any], dict[str, Any]]:
+    """Tap tensors and sizes, and constants of a launch; ``wider`` is the map of the result, ``block`` (BS, BC)."""
+    (n, c, *size), (_, k, *out) = y.shape, wider.shape
+    sizes = [math.prod(size), *size[-2:], math.prod(out), *out[-2:], n, c, k]
+    constants = {f"T{axis}": taps[i][0].shape[1] for i, axis in enumerate("ZYX")}
+    constants |= form.unrolled(*constants.values())
+    constants |= {"HAS_COEF": coef is not None, "ACT": ACT_CODES[act]}
+    constants |= {"BS": block[0], "BC": block[1], "num_warps": form.warps}
+    return [*(t for pair in taps for t in pair), *sizes], constants
 
 
 def gather_taps(
@@ -410,22 +374,13 @@ def gather_taps(
         out: [N, K, *T], channels-last, y's dtype.
     """
     form, size = FORMS["gather"], out.shape[2:]
-    tensors, numbers, constants = _arguments(form, y, coef, act, taps, size, out.shape[1])
     n, c = y.shape[:2]
     bs, bc, *_ = blocks(size, c, n, form.elements)
     programs = math.prod(size[:-1]) * cdiv(size[-1], bs)
+    given, constants = _arguments(form, y, coef, act, taps, out, (bs, bc))
     with guard(y):
         gather_kernel[(programs, cdiv(c, bc), n)](
-            y,
-            y if coef is None else coef.contiguous(),
-            out,
-            *tensors,
-            *numbers,
-            first,
-            MAXIMUM=maximum,
-            BS=bs,
-            BC=bc,
-            **constants,
+            y, dense(coef, y), out, *given, first, MAXIMUM=maximum, **constants
         )
 
 
@@ -445,32 +400,18 @@ def gather_taps_backward(
         taps: those of the forward pass for the maximum, whose windows must not overlap; else the transposed.
     """
     form = FORMS["maximum_backward" if maximum else "gather_backward"]
-    seen = dout.shape[2:], dout.shape[1]
-    tensors, numbers, constants = _arguments(form, y, coef, act, taps, *seen)
     n, c = y.shape[:2]
-    dy = channels_last(tuple(y.shape), y)
+    dy = channels_last(y.shape, y)
     if maximum:
         dy.zero_()  # a window does not reach everywhere
     size = dout.shape[2:] if maximum else y.shape[2:]
     bs, bc, iters, programs = blocks(size, c, n, form.elements)
-    plain = None if coef is None else coef.contiguous()
-    partials = torch.empty(
-        (n, programs, 5, c if coef is not None else 0), dtype=torch.float32, device=y.device
-    )
+    given, constants = _arguments(form, y, coef, act, taps, dout, (bs, bc))
+    coef = dense(coef)
+    partials = scratch(y, n, programs, 5, 0 if coef is None else c)
     kernel = maximum_backward_kernel if maximum else gather_backward_kernel
     with guard(y):
         kernel[(programs, cdiv(c, bc), n)](
-            dout,
-            y,
-            y if plain is None else plain,
-            dy,
-            partials,
-            *tensors,
-            *numbers,
-            first,
-            iters,
-            BS=bs,
-            BC=bc,
-            **constants,
+            dout, y, dense(coef, y), dy, partials, *given, first, iters, **constants
         )
-        return dy, None if plain is None else coef_grad(partials, plain)
+        return dy, None if coef is None else coef_grad(partials, coef)

@@ -19,8 +19,8 @@ FAULTS = (
     Fault(
         "triton-sign-of-the-gradient-at-p",
         "kernels/common.py",
-        "(-a * db).to(tl.float32)",
-        "(a * db).to(tl.float32)",
+        "(da, db, dg, ds, -a * db, -g * ds, dslope)",
+        "(da, db, dg, ds, a * db, -g * ds, dslope)",
         BLOCKS,
     ),
     Fault(
@@ -110,10 +110,10 @@ FAULTS = (
         BLOCKS,
     ),
     Fault(
-        "triton-slope-sums-of-the-last-block-alone",
-        "kernels/common.py",
-        "dslope += dv * g[None, :] * activate_slope_grad(z, ACT)",
-        "dslope = dv * g[None, :] * activate_slope_grad(z, ACT)",
+        "triton-sums-of-the-last-block-alone",
+        "kernels/pointwise.py",
+        "dy, sums = add_affine_grad(dv, y, coefs, sums, ACT)",
+        "dy, sums = add_affine_grad(dv, y, coefs, (none, none, none, none, none), ACT)",
         BLOCKS,
     ),
     Fault(
@@ -141,8 +141,8 @@ FAULTS = (
     Fault(
         "triton-view-read-from-the-first-channel",
         "kernels/taps.py",
-        "(az * HO + ay).to(tl.int64) * WO) * K + first",
-        "(az * HO + ay).to(tl.int64) * WO) * K",
+        "start = (n * SO + (az * HO + ay).to(tl.int64) * WO) * K + first",
+        "start = (n * SO + (az * HO + ay).to(tl.int64) * WO) * K",
         VIEWS,
     ),
     # the [N, C] algebra
@@ -156,8 +156,8 @@ FAULTS = (
     Fault(
         "triton-dropout-before-the-norm-misses-its-square",
         "kernels/coefficients.py",
-        "variance += _row(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s + d * d",
-        "variance += _row(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s + d * d",
+        "variance += row_or(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s * s + d * d",
+        "variance += row_or(stats_ptr, (N + n) * C + channel, cmask, 0.0) * s + d * d",
         NORMS,
     ),
     Fault(
@@ -178,15 +178,15 @@ FAULTS = (
     Fault(
         "triton-residual-gradient-at-g-without-q",
         "kernels/residual_sum.py",
-        "(a * sum_vy + (b - q) * sum_v)",
-        "(a * sum_vy + b * sum_v)",
+        "a * sum_vy + (b - q) * sum_v",
+        "a * sum_vy + b * sum_v",
         SUMS,
     ),
     Fault(
         "triton-residual-without-the-others-offset",
         "kernels/residual_sum.py",
-        "affine(y, a, b, g, s + offset2, p, q, slope, ACT)",
-        "affine(y, a, b, g, s, p, q, slope, ACT)",
+        "affine(y, (a, b, g, s + offset2, p, q, slope), ACT)",
+        "affine(y, (a, b, g, s, p, q, slope), ACT)",
         SUMS,
     ),
 )

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from ..launchers.cuda import _CUDA
-from ..spec import precision
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-"""The types' numbers in the CUDA kernels."""
+from ..spec import DTYPE_CODES, precision
 
 Sizes = tuple[int, ...]
 
@@ -71,7 +68,7 @@ def _plan(shape: Shape, device: tuple[int, int, int], tf32: bool = False) -> _CU
     if len(set(shape.stride)) != 1:
         raise ValueError(f"stride must be the same in every dimension, got {shape.stride}")
     return _CUDA.Convolution(
-        dtype=DTYPES[shape.dtype],
+        dtype=DTYPE_CODES[shape.dtype],
         dims=len(shape.size),
         n=shape.batch,
         ci=shape.channels[0],

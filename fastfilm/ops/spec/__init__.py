@@ -33,6 +33,7 @@ from .names import (
     COEF_ROWS,
     DEFAULT_SLOPE,
     DROPOUT_POSITIONS,
+    DTYPE_CODES,
     FLOAT_DTYPES,
     NORMS,
     ORDERS,

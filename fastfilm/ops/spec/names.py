@@ -51,6 +51,9 @@ DEFAULT_SLOPE = {"leaky_relu": 0.01, "prelu": 0.25, "elu": 1.0}
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The types' numbers in the C++ and CUDA kernels; the latter have no float64."""
+
 # rows of a coefficient tensor, float32 [7, N, C]:  v = g * (act(a * (y - p) + b; slope) - q) + s
 A, B, G, S, P, Q, SLOPE = range(7)
 COEF_ROWS = 7

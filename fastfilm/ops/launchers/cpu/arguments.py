@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import ACTIVATION_CODES, FORMATS, dense
+from ...spec import ACTIVATION_CODES, DTYPE_CODES, FORMATS, dense
 from ..arguments import activation_code
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = DTYPE_CODES
 
 
 def feature_map(name: str, t: Tensor) -> Tensor:

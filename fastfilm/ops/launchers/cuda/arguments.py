@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...choice.cuda_plans import DTYPES
-from ...spec import FORMATS, capture, dense
+from ...spec import DTYPE_CODES, FORMATS, capture, dense
+
+DTYPES = {t: code for t, code in DTYPE_CODES.items() if t != torch.float64}
 
 
 def feature_map(name: str, t: Tensor, like: Tensor | None = None) -> Tensor:

@@ -14,17 +14,17 @@ PREPARED = ROOT / BEFOREHAND
 """What is compiled beforehand."""
 
 ESSENTIAL_TESTS = (
-    "tests/test_kernels.py::test_padding_is_zero_after_the_affine",
-    "tests/test_kernels.py::test_one_pixel_maps_and_batch_of_one",
-    "tests/test_kernels.py::test_two_runs_give_the_same_bits",
-    "tests/test_kernels.py::test_mean_a_thousand_times_the_deviation",
-    "tests/test_kernels.py::test_gamma_zero_negative_and_different_per_sample",
-    "tests/test_kernels.py::test_every_shipped_tile_computes_the_same",
-    "tests/test_kernels.py::test_awkward_channel_counts",
-    "tests/test_kernels.py::test_evaluation_with_running_statistics",
-    "tests/test_kernels.py::test_every_kernel_size_stride_and_dtype",
-    "tests/test_cuda_backend.py",
-    "tests/test_cuda_graphs.py",
+    "tests/kernels/test_kernels.py::test_padding_is_zero_after_the_affine",
+    "tests/kernels/test_kernels.py::test_one_pixel_maps_and_batch_of_one",
+    "tests/kernels/test_kernels.py::test_two_runs_give_the_same_bits",
+    "tests/kernels/test_kernels.py::test_mean_a_thousand_times_the_deviation",
+    "tests/kernels/test_kernels.py::test_gamma_zero_negative_and_different_per_sample",
+    "tests/kernels/test_kernels.py::test_every_shipped_tile_computes_the_same",
+    "tests/kernels/test_kernels.py::test_awkward_channel_counts",
+    "tests/kernels/test_kernels.py::test_evaluation_with_running_statistics",
+    "tests/kernels/test_kernels.py::test_every_kernel_size_stride_and_dtype",
+    "tests/cuda/test_backend.py",
+    "tests/cuda/test_graphs.py",
 )
 """GPU tests that run first: what a wrong kernel would break."""
 

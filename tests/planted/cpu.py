@@ -5,20 +5,20 @@ from __future__ import annotations
 from tests.planted.fault import Fault
 
 KERNELS, CONV, COEF = (
-    "tests/test_cpu_kernels.py",
-    "tests/test_cpu_convolution.py",
-    "tests/test_coefficients.py",
+    "tests/cpu/test_kernels.py",
+    "tests/cpu/test_convolution.py",
+    "tests/ops/test_coefficients.py",
 )
 APPLY = f"{KERNELS} -k 'test_apply_is and float32'"
 MOMENTS = f"{KERNELS} -k 'test_moments_are and float32'"
 NORMS = f"{COEF} -k 'test_every_norm and cpu'"
-THREADS = "tests/test_cpu_threads.py"
+THREADS = "tests/cpu/test_threads.py"
 PARTS = f"{COEF} -k 'test_parts and cpu'"
 VALUE = f"{CONV} -k 'test_the_convolution_is'"
 GRADIENTS = f"{CONV} -k 'test_the_gradients_are'"
 STRIDED = f"{CONV} -k test_strided"
-VIEWS = "tests/test_maps.py -k 'views_are_pytorchs or maximum'"
-SUMS = "tests/test_residual.py -k 'as_good_as_eagers and dtype0 and cpu'"
+VIEWS = "tests/ops/test_maps.py -k 'views_are_pytorchs or maximum'"
+SUMS = "tests/ops/test_residual.py -k 'as_good_as_eagers and dtype0 and cpu'"
 
 FAULTS = (
     # the three that need more than one thread
@@ -27,21 +27,21 @@ FAULTS = (
         "csrc/cpu/convolution.cpp",
         "sums[j] += sums[part * size + j];",
         "if ((part + 1) * size < static_cast<int64_t>(sums.size())) sums[j] += sums[part * size + j];",
-        f"{CONV} tests/test_cpu_threads.py -k 'weights_gradients_of_large or bits_do_not_depend'",
+        f"{CONV} tests/cpu/test_threads.py -k 'weights_gradients_of_large or bits_do_not_depend'",
     ),
     Fault(
         "cpu-overlapping-windows-taken-as-disjoint",
         "csrc/cpu/gather.cpp",
         "axis.index[last - 1] >= axis.index[last]) return false;",
         "axis.index[last - 1] > axis.index[last] + 999) return false;",
-        "tests/test_cpu_threads.py -k bits_do_not_depend",
+        "tests/cpu/test_threads.py -k bits_do_not_depend",
     ),
     Fault(
         "cpu-chunks-by-the-number-of-threads",
         "csrc/cpu/walk.h",
         "ceil_div(ceil_div(chunk, period), kMaxBlockRows)",
         "ceil_div(ceil_div(chunk / map.threads, period), kMaxBlockRows)",
-        "tests/test_cpu_threads.py -k bits_do_not_depend",
+        "tests/cpu/test_threads.py -k bits_do_not_depend",
     ),
     # walks over a map
     Fault(
@@ -290,14 +290,14 @@ FAULTS = (
         "csrc/cpu/winograd.cpp",
         "at.z - conv.before[0] + d;",
         "at.z + conv.before[0] - d;",
-        "tests/test_cpu_winograd.py",
+        "tests/cpu/test_winograd.py",
     ),
     Fault(
         "cpu-winograd-keeps-a-column-of-the-tile-before",
         "csrc/cpu/winograd.inc",
         "b[i] = e[i];",
         "",
-        "tests/test_cpu_winograd.py",
+        "tests/cpu/test_winograd.py",
     ),
     # gathering
     Fault(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-POINTWISE = "tests/test_cuda_emulated.py -k 'any_shape and float32'"
-PASSES = "tests/test_cuda_emulated.py -k 'any_shape or several_blocks or thousand_sigma'"
-CONVOLUTION = "tests/test_cuda_convolution.py -k 'all_three or any_channel or other_paddings'"
-SOURCES = "tests/test_cuda_convolution.py -k 'two_sources'"
-NETWORKS = "tests/test_cuda_networks.py"
+POINTWISE = "tests/cuda/test_emulated.py -k 'any_shape and float32'"
+PASSES = "tests/cuda/test_emulated.py -k 'any_shape or several_blocks or thousand_sigma'"
+CONVOLUTION = "tests/cuda/test_convolution.py -k 'all_three or any_channel or other_paddings'"
+SOURCES = "tests/cuda/test_convolution.py -k 'two_sources'"
+NETWORKS = "tests/cuda/test_networks.py"
 
 FAULTS = (
     # passes over a map
@@ -52,7 +52,7 @@ FAULTS = (
         "csrc/cuda/affine.h",
         "dslope = z > 0 ? 0.0f : m;",
         "dslope = z > 0 ? 0.0f : z;",
-        "tests/test_cuda_emulated.py -k every_activation",
+        "tests/cuda/test_emulated.py -k every_activation",
     ),
     Fault(
         "cuda-variance-between-blocks-left-out",
@@ -123,7 +123,7 @@ FAULTS = (
         "csrc/cuda/slab.h",
         "const int64_t offset = voxel_of(n, voxel) * channels + channel;",
         "const int64_t offset = static_cast<int>(voxel_of(n, voxel) * channels + channel);",
-        "tests/test_cuda_convolution.py -k two_to_the_31",
+        "tests/cuda/test_convolution.py -k two_to_the_31",
     ),
     Fault(
         "cuda-last-tile-of-dw-dropped",
@@ -202,13 +202,13 @@ FAULTS = (
         "csrc/cuda/bindings.cpp",
         "      const int step = flat ? 1 : stride;\n",
         "      const int step = flat ? 1 : stride;\n      continue;\n",
-        "tests/test_cuda_convolution.py tests/test_cuda_emulated.py -k 'bad_arguments or sizes'",
+        "tests/cuda/test_convolution.py tests/cuda/test_emulated.py -k 'bad_arguments or sizes'",
     ),
     Fault(
         "cuda-misaligned-maps-unchecked",
         "csrc/cuda/bindings.cpp",
         "if (address % align != 0) {",
         "if (address % 1 != 0) {",
-        "tests/test_cuda_emulated.py -k bad_arguments",
+        "tests/cuda/test_emulated.py -k bad_arguments",
     ),
 )

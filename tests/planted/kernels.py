@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-KERNELS = "tests/test_kernels.py"
+KERNELS = "tests/kernels/test_kernels.py"
 ORDERS = f"{KERNELS} -k 'order_and_norm and fused and interpreter'"
 COMPOSED = f"{KERNELS} -k 'order_and_norm and composed and interpreter'"
 SHAPES = f"{KERNELS} -k 'every_kernel_size and 2d and interpreter'"
-VIEWS = "tests/test_maps.py -k triton"
-MAXIMA = "tests/test_maps.py -k 'maximum'"
-NORMS = "tests/test_coefficients.py -k 'test_every_norm and triton'"
-PARTS = "tests/test_coefficients.py -k 'test_parts and triton'"
-SUMS = "tests/test_residual.py -k 'as_good_as_eagers and dtype1 and triton'"
+VIEWS = "tests/ops/test_maps.py -k triton"
+MAXIMA = "tests/ops/test_maps.py -k 'maximum'"
+NORMS = "tests/ops/test_coefficients.py -k 'test_every_norm and triton'"
+PARTS = "tests/ops/test_coefficients.py -k 'test_parts and triton'"
+SUMS = "tests/ops/test_residual.py -k 'as_good_as_eagers and dtype1 and triton'"
 BLOCKS = f"{KERNELS} -k 'several_blocks'"
 
 FAULTS = (

@@ -5,19 +5,19 @@ from __future__ import annotations
 from tests.planted.fault import Fault
 
 METRICS = (
-    "tests/test_segmentation_metrics.py tests/test_segmentation_evaluation.py "
-    "-k 'segmentation_metrics or empty or surface_dice'"
+    "tests/segmentation/test_metrics.py tests/segmentation/test_evaluation.py "
+    "-k 'test_metrics.py or empty or surface_dice'"
 )
 PREPROCESSING = (
-    "tests/test_segmentation_preprocessing.py tests/test_segmentation_data.py "
-    "-k 'segmentation_preprocessing or orientation'"
+    "tests/segmentation/test_preprocessing.py tests/segmentation/test_data.py "
+    "-k 'test_preprocessing.py or orientation'"
 )
-SPLITS = "tests/test_segmentation_splits.py"
-SAMPLES = "tests/test_segmentation_samples.py tests/test_segmentation_sampling.py"
-ENCODER = "tests/test_segmentation_encoder.py tests/test_segmentation_metadata.py"
-CACHE = "tests/test_segmentation_cache.py"
-COUNTERFACTUAL = "tests/test_segmentation_counterfactual.py"
-SWAP = "tests/test_segmentation_prediction.py -k swap"
+SPLITS = "tests/segmentation/test_splits.py"
+SAMPLES = "tests/segmentation/test_samples.py tests/segmentation/test_sampling.py"
+ENCODER = "tests/segmentation/test_encoder.py tests/segmentation/test_metadata.py"
+CACHE = "tests/segmentation/test_cache.py"
+COUNTERFACTUAL = "tests/segmentation/test_counterfactual.py"
+SWAP = "tests/segmentation/test_prediction.py -k swap"
 
 FAULTS = (
     # preprocessing
@@ -421,7 +421,7 @@ FAULTS = (
         "fastfilm/segmentation/metadata.py",
         "std if std > 1e-9 * abs(mean) else 1.0",
         "std or 1.0",
-        "tests/test_segmentation_slips.py -k rounding",
+        "tests/segmentation/test_slips.py -k rounding",
     ),
     Fault(
         "segmentation-encoder-edge-in-the-bin-below",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-VOLUMES = "tests/test_segmentation_volumes.py"
-TABLES = "tests/test_segmentation_tables.py"
-PLANS = "tests/test_segmentation_data.py"
-FOLDERS = "tests/test_segmentation_model_folder.py"
-BAD = "tests/test_segmentation_bad_data_sets.py"
+VOLUMES = "tests/segmentation/test_volumes.py"
+TABLES = "tests/segmentation/test_tables.py"
+PLANS = "tests/segmentation/test_data.py"
+FOLDERS = "tests/segmentation/test_model_folder.py"
+BAD = "tests/segmentation/test_bad_data_sets.py"
 
 FAULTS = (
     # volumes and labels
@@ -144,7 +144,7 @@ FAULTS = (
         "fastfilm/segmentation/metadata.py",
         "if text in (key.values or ()):",
         "if False:",
-        "tests/test_segmentation_metadata.py",
+        "tests/segmentation/test_metadata.py",
     ),
     # what belongs together
     Fault(
@@ -194,13 +194,13 @@ FAULTS = (
         "fastfilm/segmentation/prediction.py",
         'and entry.get("stamps") == _stamps(case)',
         "and True",
-        "tests/test_segmentation_prediction.py -k continue",
+        "tests/segmentation/test_prediction.py -k continue",
     ),
     Fault(
         "segmentation-pairs-predictions-that-are-not-there",
         "fastfilm/segmentation/pairs.py",
         "if case not in known.cases]",
         "if not case]",
-        "tests/test_segmentation_bad_inputs.py -k without_a_prediction",
+        "tests/segmentation/test_bad_inputs.py -k without_a_prediction",
     ),
 )

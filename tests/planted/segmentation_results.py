@@ -5,14 +5,14 @@ from __future__ import annotations
 from tests.planted.fault import Fault
 
 METRICS = (
-    "tests/test_segmentation_metrics.py tests/test_segmentation_evaluation.py "
-    "-k 'segmentation_metrics or empty or surface_dice'"
+    "tests/segmentation/test_metrics.py tests/segmentation/test_evaluation.py "
+    "-k 'test_metrics.py or empty or surface_dice'"
 )
-STATISTICS = "tests/test_segmentation_statistics.py"
-WINDOWS = "tests/test_segmentation_windows.py"
+STATISTICS = "tests/segmentation/test_statistics.py"
+WINDOWS = "tests/segmentation/test_windows.py"
 INFERENCE = (
-    "tests/test_segmentation_inference.py tests/test_segmentation_prediction.py "
-    "-k 'segmentation_inference or planes or mirrored or dropout'"
+    "tests/segmentation/test_inference.py tests/segmentation/test_prediction.py "
+    "-k 'test_inference.py or planes or mirrored or dropout'"
 )
 
 FAULTS = (

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-LOSSES = "tests/test_segmentation_losses.py"
+LOSSES = "tests/segmentation/test_losses.py"
 OPTIMISATION = (
-    "tests/test_segmentation_optimisation.py "
-    "tests/test_segmentation_sampling.py -k 'optimisation or decay'"
+    "tests/segmentation/test_optimisation.py "
+    "tests/segmentation/test_sampling.py -k 'optimisation or decay'"
 )
-CHECKPOINTS = "tests/test_segmentation_checkpoints.py"
-TUNED = "tests/test_segmentation_training.py -k fine_tuning"
-EARLY = "tests/test_segmentation_training.py -k early"
+CHECKPOINTS = "tests/segmentation/test_checkpoints.py"
+TUNED = "tests/segmentation/test_training.py -k fine_tuning"
+EARLY = "tests/segmentation/test_training.py -k early"
 
 FAULTS = (
     # losses and optimisation

@@ -1,0 +1,105 @@
+"""What the tests of the CUDA kernels share: the emulated build, and what it is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.emulation import ROOT, SANITIZE, build, compiler, installed, load
+from fastfilm.ops import spec
+from tests.support.yardstick import relative_error
+
+__all__ = ["ROOT", "SANITIZE", "build", "compiler", "installed", "load"]
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time: the workers of a test run share what is built in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+LIBRARY = "FASTFILM_EMULATED_LIBRARY"
+"""Set in the process that runs these tests under the sanitizers."""
+
+ORDERS = [pytest.param(0, id="in_order"), pytest.param(7, id="shuffled")]
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "emulated"
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain build, made by the first worker that needs it."""
+    if os.environ.get(LIBRARY):
+        return Path(os.environ[LIBRARY])
+    folder = build_folder(tmp_path_factory) / "plain"
+    with alone(folder):
+        done = folder / "_CUDA.so"
+        return done if done.exists() else build(folder)
+
+
+@pytest.fixture(scope="module")
+def extension(library: Path) -> ModuleType:
+    return load(library)
+
+
+@pytest.fixture(params=ORDERS)
+def cuda(extension: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The launchers, on the emulation."""
+    extension.set_seed(request.param)
+    with installed(extension) as launchers:
+        yield launchers
+    extension.set_seed(0)
+
+
+@contextlib.contextmanager
+def rounding(allowed: Callable[[], bool]) -> Iterator[None]:
+    """Rounds float32 products of the launchers where ``allowed`` says so: those of CPU tensors never are."""
+    from fastfilm.ops.choice import cuda_plans
+    from fastfilm.ops.launchers.cuda import convolution
+
+    def plan(shape: cuda_plans.Shape, on: Tensor) -> Any:
+        return cuda_plans._plan(shape, cuda_plans._device(on.device.index), allowed())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "plan", plan)
+        yield
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers; a feature map is channels-last."""
+    t = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return spec.channels_last(t) if len(shape) > 3 else t
+
+
+def gradients(
+    f: Callable[..., Tensor], arguments: tuple[Tensor, ...], outer: Tensor
+) -> list[Tensor]:
+    """Float64 gradients of ``f`` at its arguments."""
+    wide = [t.double().requires_grad_() for t in arguments]
+    grads = torch.autograd.grad(
+        f(*wide), wide, outer.double(), allow_unused=True, materialize_grads=True
+    )
+    return list(grads)
+
+
+def close(value: Tensor, exact: Tensor, dtype: torch.dtype, times: float = 1.0) -> None:
+    assert torch.isfinite(value).all(), "an element that nothing wrote"
+    error = relative_error(value, exact)
+    assert error <= times * TOLERANCE[dtype], f"relative error {error:.2e}"

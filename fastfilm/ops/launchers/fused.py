@@ -71,7 +71,8 @@ def backward(
     gradient = gradient._replace(dy=channels_last(gradient.dy))
     dy, y, stats, dstats, pre, act, _ = gradient
     dpre = None
-    if y is not None and not (kernels.reads_sources and (wanted.weight or pre is None)):
+    needless = wanted.weight or pre is None or not wanted.sums
+    if y is not None and not (kernels.reads_sources and needless):
         # otherwise the weight's kernel sums what dpre needs
         e, dpre = kernels.moments_backward(dy, dstats, y, stats, pre, act)
         gradient = Gradient(e)

@@ -81,7 +81,8 @@ class Backward(NamedTuple):
             args
         )
         gradient = Gradient(dy) if y is None else Gradient(dy, y, stats, dstats, pre, pre_act)
-        structs = Pending(coef, act), Geometry.of(geometry), Plan.of(plan), Wanted([at], at_weight)
+        wanted = Wanted([at], at_weight, gradient.pre is not None)
+        structs = Pending(coef, act), Geometry.of(geometry), Plan.of(plan), wanted
         return cls(gradient, x, weight, *structs)
 
     @property

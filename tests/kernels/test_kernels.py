@@ -210,6 +210,23 @@ def test_several_blocks_of_one_program_are_summed_whole(
         assert relative_error(value, truth) < 2e-6
 
 
+def test_a_sum_of_maps_of_more_blocks_than_partial_results_is_written_whole(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient's programs take several blocks each there; those of the sum take one."""
+    from fastfilm.kernels import pointwise, residual_sum
+
+    pointwise.blocks.cache_clear()
+    monkeypatch.setattr(pointwise, "MAX_SLOTS", 1)
+    monkeypatch.setattr(pointwise, "ELEMENTS", 32)
+    generator = torch.Generator().manual_seed(6)
+    y, other = torch.randn(2, 2, 3, 5, 7, generator=generator).unbind()
+    given = [spec.channels_last(t.to(device)) for t in (y, other)]
+    v = residual_sum.residual(given[0], None, "none", given[1], None, None, "relu")
+    pointwise.blocks.cache_clear()
+    assert torch.equal(v.cpu(), torch.relu(y + other))
+
+
 @pytest.mark.parametrize("order", spec.ORDERS)
 def test_mean_a_thousand_times_the_deviation(order: str, device: str) -> None:
     """Moments, values and gradients keep their digits where E[x²] - E[x]² would have none."""

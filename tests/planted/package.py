@@ -64,6 +64,20 @@ FAULTS = (
         f"{SECOND} -k 'of_a_block and batch'",
     ),
     Fault(
+        "ops-second-derivative-of-the-moments-operator",
+        "fastfilm/ops/reference/derivatives.py",
+        "e = dy + added.to(dy.dtype)",
+        "e = dy + added.to(dy.dtype).detach()",
+        f"{SECOND} -k materialise_and_moments",
+    ),
+    Fault(
+        "ops-result-of-a-bare-convolution-kept",
+        "fastfilm/ops/block/function.py",
+        'own = None if weight is None or work.result == "raw" else y',
+        "own = None if weight is None else y",
+        "tests/ops/test_ops.py -k written_to",
+    ),
+    Fault(
         "ops-second-derivative-misses-the-coefficients",
         "fastfilm/ops/reference/derivatives.py",
         "materialise(s.raw, s.coef, s.act)",

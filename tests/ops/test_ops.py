@@ -140,6 +140,12 @@ def test_the_result_of_a_bare_convolution_may_be_written_to(bias: bool, kernels:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("x", [None, 3, [1.0], "a"])
+def test_an_input_that_is_no_map_is_named(x: object) -> None:
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got"):
+        fastfilm.conv_norm_film(x, torch.randn(1, 1, 1, 1))  # type: ignore[arg-type]
+
+
 def test_autocast_runs_in_16_bit_with_float32_parameters(kernels: str) -> None:
     x = torch.randn(2, 3, 6, 5, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)

@@ -61,7 +61,8 @@ def run(x: Map, call: Call) -> Tensor | DeferredMap:
             again: Tensor | DeferredMap = subclasses.through(run, origin, x, call)
             return again
         x = readable(x)
-    sources = [Source(x)] if isinstance(x, Tensor) else _sources(x, ordinary)
+    # what is neither tensor nor map is refused by the recipe's checks
+    sources = _sources(x, ordinary) if isinstance(x, (DeferredMap, Joined)) else [Source(x)]
     dtype = None if call.weight is None else _autocast_dtype(sources[0].raw)
     if dtype is not None and call.weight is not None:
         call = call._replace(weight=_cast(call.weight, dtype, call.prepared))

@@ -146,7 +146,7 @@ def _direct(x: Map, sources: list[Source], call: Call, how: Recipe) -> Tensor | 
         keep = None if graded or call.prepared is None else call.prepared.pack
         y, v, coef, *_ = function.values(work, sources, weight, tensors, None, keep)
         y, coef = v if result == "written" else y, coef if pending else None
-    if not call.deferred or result == "written":
+    if not call.deferred or finish or result == "written":
         done: Tensor = y
         return done
     return DeferredMap(y, coef, how.kind.activation, how.plan)

@@ -112,6 +112,36 @@ def test_second_derivative_of_other_convolutions(options: dict[str, Any], backen
     check(run, (x, weight))
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_a_bias_without_a_norm_beside_a_learned_gamma_or_mask(backend: str) -> None:
+    """The gradient at such a bias comes with the coefficients', of both derivatives."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight, bias, mask, gamma = (
+        torch.randn(s, generator=generator, dtype=torch.float64)
+        for s in ((2, 3, 5, 5), (4, 3, 1, 1), (4,), (2, 4), (4,))
+    )
+
+    def first(name: str) -> Tensor:
+        leaves = bias.clone().requires_grad_(), mask.clone().requires_grad_()
+        with fastfilm.backend(name):
+            v = fastfilm.conv_norm_film(
+                x, weight, leaves[0], dropout_mask=leaves[1], activation="relu"
+            )
+        return torch.autograd.grad(v.square().sum(), leaves)[0]
+
+    def second(name: str) -> Tensor:
+        at, g = bias.clone().requires_grad_(), gamma.clone().requires_grad_()
+        with fastfilm.backend(name):
+            v = fastfilm.conv_norm_film(x, weight, at, gamma=g, activation="silu", deferred=True)
+            behind = torch.ones(2, 4, 1, 1, dtype=torch.float64)
+            v = fastfilm.conv_norm_film(v, behind, activation="silu")
+            (dg,) = torch.autograd.grad(v.square().sum(), g, create_graph=True)
+        return torch.autograd.grad(dg.square().sum(), at)[0]
+
+    for derivative in (first, second):
+        torch.testing.assert_close(derivative(backend), derivative("reference"))
+
+
 @both
 def test_second_derivative_of_materialise_and_moments(backend: str) -> None:
     y, coef, pre = draw(2, 3, 4, 3), draw(7, 2, 3), draw(2, 3)

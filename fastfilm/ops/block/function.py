@@ -166,6 +166,10 @@ def _by_pytorch(
     kind, moving = work.how.kind, work.moving
     if needs is None:
         return reference.of_block(kind, tensors, device, *moving), None
+    if tensors.bias is None and needs[_BIAS] and not _sees_bias(work):
+        # y has all of it, and its gradient comes with the coefficients' nevertheless
+        dtype = torch.float64 if kind.wide else torch.float32
+        tensors = tensors._replace(bias=torch.zeros(kind.channels, dtype=dtype, device=device))
     with torch.enable_grad():
         inputs = [
             t if t is None else t.detach().requires_grad_(need or i == _STATS)
@@ -298,13 +302,18 @@ def _defined(
     """The block's results in differentiable PyTorch."""
     kind, tensors = work.how.kind, tail.widened(work.how.kind, TailTensors(*flat[:_COUNT]))
     y, bias = derivatives.written(sources_of(static, flat[_COUNT:])), tensors.bias
+    rest: Tensor | None = None
     early = work.how.plan.adds_bias and (kind.activation_first or kind.norm == "none")
     if work.how.geometry is not None and weight is not None:
         added = bias.to(y.dtype) if early and bias is not None else None
+        if added is not None and bias is not None and not _sees_bias(work):
+            # as in forward: its gradient comes with the coefficients'
+            added = added.detach()
+            rest = bias.to(accumulate_dtype(y)) - added
         y = derivatives.convolution(y, weight, added, work.how.geometry)
     if work.result == "raw":
         return (y,)
-    tensors = tensors._replace(bias=None if early else bias)
+    tensors = tensors._replace(bias=rest if early else bias)
     biased = early and bias is not None
     seen = tail.norm_input(kind, tensors, y, biased)
     if seen is not None:

@@ -229,22 +229,22 @@ class ConvNormFiLM(nn.Module):
             assert layer is not None
             return self._around(layer, x, gamma, beta, mask, deferred)
         learned = slope if isinstance(slope, Tensor) else None
-        return run(
-            x,
-            Call(
-                weight,
-                geometry,
-                Options(
-                    *(norm.kind, norm.num_groups, norm.training, norm.eps, self.activation),
-                    slope if learned is None else None,
-                    *(self.order, self.dropout_position, norm.group is not None),
-                ),
-                TailTensors(*norm.statistics, None, *norm.affine, bias, gamma, beta, mask, learned),
-                Moving(norm.momentum, norm.group),
-                deferred,
-                self._prepared,
-            ),
+        kind, num_groups, training, eps, momentum, (gain, shift), (mean, var), group = norm
+        options = Options(
+            kind,
+            num_groups,
+            training,
+            eps,
+            self.activation,
+            slope if learned is None else None,
+            self.order,
+            self.dropout_position,
+            group is not None,
         )
+        tensors = TailTensors(mean, var, None, gain, shift, bias, gamma, beta, mask, learned)
+        moving = Moving(momentum, group)
+        call = Call(weight, geometry, options, tensors, moving, deferred, self._prepared)
+        return run(x, call)
 
     def _around(
         self,
@@ -283,8 +283,9 @@ class ConvNormFiLM(nn.Module):
 
     def _geometry(self) -> Geometry:
         """The convolution's, as the attributes have it now."""
-        sizes = self.stride, self.padding, self.dilation
-        return Geometry(*sizes, False, self._no_padding, self.groups)
+        return Geometry(
+            self.stride, self.padding, self.dilation, False, self._no_padding, self.groups
+        )
 
     def _tensors(self) -> tuple[Any, ...]:
         """weight, bias, slope."""

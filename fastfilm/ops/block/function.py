@@ -62,15 +62,10 @@ class Local(NamedTuple):
     coef: Tensor
 
 
-class Values(NamedTuple):
-    """What forward computes; ``finished`` is the written map."""
-
-    y: Tensor | None
-    finished: Tensor | None = None
-    coef: Tensor | None = None
-    stats: Tensor | None = None
-    seen: NormInput | None = None
-    local: Local | None = None
+Computed = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, NormInput | None, Local | None
+]
+"""y, the written map, the coefficients, the moments, what they are of, and ``Local``, as far as there are such."""
 
 
 def values(
@@ -80,7 +75,7 @@ def values(
     tensors: TailTensors,
     needs: Sequence[bool] | None = None,
     keep: Keep | None = None,
-) -> Values:
+) -> Computed:
     """Forward.
 
     Args:
@@ -88,82 +83,53 @@ def values(
         needs: which of ``tensors`` need gradients, of a call that may have some; None: nothing does.
         keep: where what inference makes of the weight is kept.
     """
-    how, moving, result = work
-    kind, plan, geometry, raw = how.kind, how.plan, how.geometry, sources[0].raw
+    how, result, raw = work.how, work.result, sources[0].raw
+    kind, plan, geometry = how.kind, how.plan, how.geometry
     kernels, own = launchers.of(plan.backend), tensors.bias
     added, seen, tensors = tail.prepared(kind, plan, tensors, raw)
-    y: Tensor
-    stats: Tensor | None
+    coef = local = stats = v = None
     if weight is None or geometry is None:
         y = channels_last(raw)
         stats = None if seen is None else kernels.moments(y, *seen)
-    elif seen is None and result == "written":
-        return _known(work, sources, weight, tensors, added, needs, keep)
     else:
         # a bare convolution has all of its bias
         bias = own if result == "raw" else added if added is None or plan.adds_bias else None
+        if seen is None and result == "written":
+            # the coefficients do not depend on y: the convolution may finish the map
+            coef, local = _coefficients(work, kernels, tensors, needs, raw.device)
+            finish = Pending(coef, kind.activation)
+            if needs is None:
+                given = sources, weight, bias, finish, geometry, keep
+                v = ROUTES[plan.route].finished(kernels, *given)
+                return None, v, None, None, None, None
+            if _finishes(work, kernels, sources):
+                read = [s._replace(raw=channels_last(s.raw)) for s in sources]
+                v, y = kernels.fprop(read, weight, bias, geometry, finish=finish, raw=True)
+                return y, v, coef, None, None, local
         route = ROUTES[plan.route]
         y, stats = route.forward(kernels, sources, weight, bias, seen, geometry, keep)
     if result == "raw":
-        return Values(y)
-    local = None
-    tensors = tensors._replace(stats=stats)
-    alone = moving.group is None and (needs is None or not needs[_MASK])
-    if alone and kernels.covers_block(kind):
-        coef = kernels.block_coefficients(kind, moving.momentum, tensors, raw.device)
-    else:
-        coef, local = _by_pytorch(work, tensors, needs, raw.device)
-    v = None
+        return y, None, None, None, None, None
+    if coef is None:
+        tensors = TailTensors(*tensors[:2], stats, *tensors[3:])
+        coef, local = _coefficients(work, kernels, tensors, needs, raw.device)
     if result == "written":
         v = kernels.apply(y, coef, kind.activation, needs is None and geometry is not None)
-    return Values(y, v, coef, stats, seen, local)
+    return y, v, coef, stats, seen, local
 
 
-def _known(
+def _coefficients(
     work: Work,
-    sources: Sequence[Source],
-    weight: Tensor,
+    kernels: Any,
     tensors: TailTensors,
-    added: Tensor | None,
     needs: Sequence[bool] | None,
-    keep: Keep | None,
-) -> Values:
-    """Forward where the coefficients do not depend on y: the convolution may finish the map."""
-    how, moving, _ = work
-    kind, plan, geometry, device = how.kind, how.plan, how.geometry, sources[0].raw.device
-    kernels, route, local = launchers.of(plan.backend), ROUTES[plan.route], None
-    assert geometry is not None
+    device: torch.device,
+) -> tuple[Tensor, Local | None]:
+    """Rows a, b, g, s, p, q, slope [7, N, C], by PyTorch where no kernel covers them; running statistics move."""
+    kind, moving = work.how.kind, work.moving
     alone = moving.group is None and (needs is None or not needs[_MASK])
     if alone and kernels.covers_block(kind):
-        coef = kernels.block_coefficients(kind, moving.momentum, tensors, device)
-    else:
-        coef, local = _by_pytorch(work, tensors, needs, device)
-    bias, finish = added if plan.adds_bias else None, Pending(coef, kind.activation)
-    if needs is None:
-        given = sources, weight, bias, finish, geometry, keep
-        return Values(None, route.finished(kernels, *given), coef)
-    if _finishes(work, kernels, sources):
-        read = [s._replace(raw=channels_last(s.raw)) for s in sources]
-        v, y = kernels.fprop(read, weight, bias, geometry, finish=finish, raw=True)
-        return Values(y, v, coef, local=local)
-    y, _ = route.forward(kernels, sources, weight, bias, None, geometry)
-    return Values(y, kernels.apply(y, coef, kind.activation), coef, local=local)
-
-
-def _finishes(work: Work, kernels: Any, sources: Sequence[Source]) -> bool:
-    """Whether one kernel writes y and the finished map at once."""
-    how, _, result = work
-    if how.geometry is None or how.kind.uses_input or how.kind.activation != "none":
-        return False
-    fused = result == "written" and how.plan.route == "fused" and kernels.reads_sources
-    return fused and kernels.covers_sources(sources)
-
-
-def _by_pytorch(
-    work: Work, tensors: TailTensors, needs: Sequence[bool] | None, device: torch.device
-) -> tuple[Tensor, Local | None]:
-    """Rows a, b, g, s, p, q, slope [7, N, C] by their definition; moves the running statistics."""
-    kind, moving = work.how.kind, work.moving
+        return kernels.block_coefficients(kind, moving.momentum, tensors, device), None
     if needs is None:
         return reference.of_block(kind, tensors, device, *moving), None
     if tensors.bias is None and needs[_BIAS] and not _sees_bias(work):
@@ -177,6 +143,15 @@ def _by_pytorch(
         ]
         coef = reference.of_block(kind, TailTensors(*inputs), device, *moving)
     return coef.detach(), Local(inputs, coef)
+
+
+def _finishes(work: Work, kernels: Any, sources: Sequence[Source]) -> bool:
+    """Whether one kernel writes y and the finished map at once."""
+    how, _, result = work
+    if how.geometry is None or how.kind.uses_input or how.kind.activation != "none":
+        return False
+    fused = result == "written" and how.plan.route == "fused" and kernels.reads_sources
+    return fused and kernels.covers_sources(sources)
 
 
 class _Saved(NamedTuple):
@@ -356,7 +331,9 @@ class _Block(torch.autograd.Function):
 
             return None, None, *derivatives.pull(defined, (weight, *flat), grads)
         tensors, sources = TailTensors(*flat[:_COUNT]), sources_of(static, flat[_COUNT:])
-        y = channels_last(sources[0].raw) if y is None else y
+        if y is None:
+            raw = sources[0].raw
+            y = raw if work.result == "raw" else channels_last(raw)
         _, _, at_weight, *needs = ctx.needs_input_grad
         sums = needs[_BIAS] and _sees_bias(work)
         sums = sums or (needs[_SLOPE] and pre is not None)

@@ -97,9 +97,9 @@ def _seen(sources: Sequence[Source]) -> Tensor:
 
 def _autocast_dtype(raw: Tensor) -> torch.dtype | None:
     """Autocast's dtype where it is on and changes a map like this one."""
-    if isinstance(raw, Tensor) and raw.dtype != torch.float64 and not raw.is_meta:
+    if isinstance(raw, Tensor):
         device = raw.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device) and raw.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
     return None
 
@@ -128,25 +128,27 @@ def _plain(x: Map, call: Call, how: Recipe, dtype: torch.dtype) -> Tensor | Defe
 
 def _direct(x: Map, sources: list[Source], call: Call, how: Recipe) -> Tensor | DeferredMap:
     """The block in eager mode."""
-    weight, tensors, graded = call.weight, call.tensors, torch.is_grad_enabled()
-    finish = not graded and _finishes(call, how)
-    pending = bool(call.deferred) and not finish and not how.bare
-    result = "raw" if how.bare else "pending" if pending else "written"
+    weight, _, _, tensors, moving, deferred, prepared = call
+    recorded = graded = torch.is_grad_enabled()
+    finish = not recorded and _finishes(call, how)
+    result = "raw" if how.bare else "pending" if deferred and not finish else "written"
     if finish and isinstance(x, DeferredMap) and x.view is None:
         # written once for all its consumers, where it would be written for each
         sources = [Source(x.tensor().to(sources[0].raw.dtype))]
-    work = Work(how, call.moving, result)
-    s = sources[0]
-    maps = (s.raw, s.coef) if len(sources) == 1 else flat(sources)
-    # without the moments of y nothing but the weight may need gradients: of frozen networks nothing does
-    if graded and (how.kind.uses_input or _needs_grad(weight, *tensors, *maps)):
+    work = Work(how, moving, result)
+    if recorded:
+        s = sources[0]
+        maps = (s.raw, s.coef) if len(sources) == 1 else flat(sources)
+        # without the moments of y nothing but the weight may need gradients: of frozen networks nothing does
+        graded = how.kind.uses_input or _needs_grad(weight, *tensors, *maps)
+    if graded:
         found = function.apply(work, sources, weight, *tensors, *maps)
-        y, coef = found if pending else (found, None)
+        y, coef = found if result == "pending" else (found, None)
     else:
-        keep = None if graded or call.prepared is None else call.prepared.pack
+        keep = None if recorded or prepared is None else prepared.pack
         y, v, coef, *_ = function.values(work, sources, weight, tensors, None, keep)
-        y, coef = v if result == "written" else y, coef if pending else None
-    if not call.deferred or finish or result == "written":
+        y = v if result == "written" else y
+    if not deferred or finish or result == "written":
         done: Tensor = y
         return done
     return DeferredMap(y, coef, how.kind.activation, how.plan)

@@ -102,13 +102,13 @@ def write(kernels: Any, sources: Sequence[Source], passing: bool = False) -> Ten
     Args:
         passing: v is read before anything else is written, and not afterwards.
     """
-    if len(sources) == 1 and sources[0].view is None:
-        raw, coef, act, *_ = sources[0]
+    first = sources[0]
+    raw = first.raw
+    if len(sources) == 1 and first.view is None:
         raw = raw.contiguous(memory_format=FORMATS[raw.dim()])
-        return raw if coef is None else kernels.apply(raw, coef, act)
-    first = sources[0].raw
-    shape = (first.shape[0], sum(s.raw.shape[1] for s in sources), *sources[0].size)
-    v: Tensor = kernels.workspace(first, shape) if passing else raw_like(first, shape)
+        return raw if first.coef is None else kernels.apply(raw, first.coef, first.act)
+    shape = (raw.shape[0], sum(s.raw.shape[1] for s in sources), *first.size)
+    v: Tensor = kernels.workspace(raw, shape) if passing else raw_like(raw, shape)
     at = 0
     for s in sources:
         kernels.gather(s._replace(raw=channels_last(s.raw)), v, at)

@@ -35,28 +35,23 @@ def _algebra(kind: Kind) -> _C.Coefficients:
     )
 
 
-def _readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Dense, with their values in their memory."""
-    return [
-        t
-        if t is None or (t.is_contiguous() and not t.is_neg() and not t._is_zerotensor())
-        else dense.contiguous(t.detach())
-        for t in tensors
-    ]
-
-
-def _arguments(tensors: Sequence[Tensor | None]) -> tuple[list[int], int, tuple[int, ...]]:
-    """Addresses, types (four bits each) and rows, as ``_C.Coefficients`` takes them."""
-    addresses, types, rows = [], 0, [1, 1, 1, 1]
-    for i, t in enumerate(tensors):
+def _arguments(
+    tensors: Sequence[Tensor | None],
+) -> tuple[list[Tensor | None], tuple[list[int], int, list[int]]]:
+    """Dense tensors with their values in their memory, to be held during the call that gets the rest of this:
+    addresses, types (four bits each) and rows, as ``_C.Coefficients`` takes them."""
+    readable = list(tensors)
+    addresses, types, rows = [0] * len(readable), 0, [1, 1, 1, 1]
+    for i, t in enumerate(readable):
         if t is None:
-            addresses.append(0)
             continue
-        addresses.append(t.data_ptr())
+        if not t.is_contiguous() or t.is_neg() or t._is_zerotensor():
+            t = readable[i] = dense.contiguous(t.detach())
+        addresses[i] = t.data_ptr()
         types |= DTYPES[t.dtype] << 4 * i
         if i >= 6:  # γ, β, mask: [C] and [1, C] have one row; the slope counts its values
             rows[i - 6] = t.numel() if i == 9 else t.shape[0] if t.dim() == 2 else 1
-    return addresses, types, tuple(rows)
+    return readable, (addresses, types, rows)
 
 
 def covers_block(kind: Kind) -> bool:
@@ -70,8 +65,8 @@ def block_coefficients(
     """Rows a, b, g, s, p, q, slope [7, N, C]; see ``reference.of_block``."""
     dtype = torch.float64 if kind.wide else torch.float32
     coef = torch.empty((7, kind.batch, kind.channels), dtype=dtype, device=device)
-    readable = _readable(tensors)
-    _algebra(kind).forward(momentum, *_arguments(readable), coef.data_ptr())
+    readable, arguments = _arguments(tensors)
+    _algebra(kind).forward(momentum, *arguments, coef.data_ptr())
     if kind.update:
         written = []
         for theirs, ours in zip(tensors[:2], readable[:2], strict=True):
@@ -94,6 +89,7 @@ def block_coefficients_backward(
     ]
     dcoef = dense.contiguous(dcoef.to(torch.float64 if kind.wide else torch.float32))
     addresses = [0 if t is None else t.data_ptr() for t in grads]
-    readable = _readable(tensors)  # held by name: the call gets addresses only
-    _algebra(kind).backward(*_arguments(readable), dcoef.data_ptr(), addresses)
+    # held by name: the call gets addresses only
+    _readable, arguments = _arguments(tensors)
+    _algebra(kind).backward(*arguments, dcoef.data_ptr(), addresses)
     return grads

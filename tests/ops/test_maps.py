@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -490,6 +491,33 @@ def test_only_raw_convolution_outputs_are_kept() -> None:
         out = net(x, torch.eye(3)[:1])
     assert sum(kept.values()) <= sum(raws) + 4 * x.numel()
     assert out.requires_grad
+
+
+@needs_cpu
+def test_backward_of_joined_maps_drops_each_map_once_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels, made, dropped = launchers.of("cpu"), [], []
+    moments_backward, gather_backward = kernels.moments_backward, kernels.gather_backward
+
+    def watch_made(*given: Any) -> Any:
+        found = moments_backward(*given)
+        made.append(weakref.ref(found[0]))
+        return found
+
+    def watch_gathered(*given: Any) -> Any:
+        dropped.append([m() is None for m in made])
+        return gather_backward(*given)
+
+    torch.manual_seed(0)
+    first, second, reader = (ConvNormFiLM2d(c, 8, norm="instance") for c in (3, 3, 16))
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    joined = torch.cat([first(x, deferred=True), second(x, deferred=True)], 1)
+    out = reader(joined)
+    monkeypatch.setattr(kernels, "moments_backward", watch_made)
+    monkeypatch.setattr(kernels, "gather_backward", watch_gathered)
+    out.sum().backward()
+    assert dropped == [[True], [True]]
 
 
 def test_triton_graph_is_the_reference() -> None:

@@ -89,7 +89,8 @@ def backward(
         kernels.convolution_gradients if kernels.convolves else vendor.convolution_backward
     )
     dv, dweight = gradients(e, v, weight, geometry, needs)
-    del v
+    # both are freed before the gradients at the sources are allocated
+    del v, e
     found: Sequence[SourceGradient] = [(None, None)] * len(sources)
     if needs[0]:
         found = write_backward(kernels, channels_last(dv), sources, wanted.sources)

@@ -305,7 +305,7 @@ setup(
     package_data={
         "fastfilm": ["py.typed"],
         "fastfilm.ops.launchers": ["*/*.pyi"],
-        "fastfilm.ops.choice": ["tuned/*.json"],
+        "fastfilm.ops.settings": ["tuned/*.json"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},

@@ -103,6 +103,7 @@ def unlaunched() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from fastfilm.ops.choice import registry
+    from fastfilm.ops.launchers import available
     from fastfilm.ops.launchers import triton as fallback
     from fastfilm.ops.vendor import convolutions as vendor
 
@@ -115,6 +116,7 @@ def unlaunched() -> Iterator[None]:
     with (
         patch.object(JITFunction, "run", no_run),
         patch.object(registry, "interpreting", lambda: True),
+        patch.object(available, "interpreting", lambda: True),
         patch.object(fallback, "STRICT", True),
         # a CPU's layout of weights, which its processor decides on
         patch.object(vendor, "_packs", lambda *given: False),

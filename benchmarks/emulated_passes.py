@@ -37,11 +37,11 @@ def launching(folder: Path) -> Iterator[None]:
     extension = emulation.load(library if library.exists() else emulation.build(folder))
     extension.set_block_limit(1)
     with emulation.serving(extension), fastfilm.backend("cuda", "fused"):
-        from fastfilm.ops.choice import cuda_plans  # the one that has this extension
+        from fastfilm.ops.launchers.cuda import plans  # the one that has this extension
 
         try:
             with (
-                patch.object(cuda_plans, "_device", lambda index: H100),
+                patch.object(plans, "_device", lambda index: H100),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore", RuntimeWarning)  # of numbers that mean nothing

@@ -108,7 +108,7 @@ MODULES = (
     f"{ROOM}.convolution",
     f"{ROOM}.kernels",
     f"{ROOM}.passes",
-    "fastfilm.ops.choice.cuda_plans",
+    f"{ROOM}.plans",
 )
 """The CUDA extension, and the modules that hold something of it."""
 

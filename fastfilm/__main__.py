@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _backends() -> Table:
     from fastfilm.ops.choice import describe
-    from fastfilm.ops.choice.tables import describe as choices
+    from fastfilm.ops.settings.tables import describe as choices
 
     rows: Table = []
     for name, reason, covers in describe():
@@ -108,7 +108,7 @@ def _backends() -> Table:
 
 
 def _environment() -> Table:
-    from fastfilm.ops.choice.environment import VARIABLES
+    from fastfilm.ops.settings.environment import VARIABLES
 
     return [(v.name, os.environ.get(v.name) or f"not set ({v.meaning})") for v in VARIABLES]
 

@@ -20,7 +20,7 @@ def versions() -> Table:
     import torch
 
     import fastfilm
-    from fastfilm.ops.choice.environment import installed
+    from fastfilm.ops.settings.environment import installed
 
     return [
         ("fastfilm", fastfilm.__version__),

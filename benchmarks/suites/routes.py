@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.ops import choice, launchers, reference
-from fastfilm.ops.choice import left_out
+from fastfilm.ops.settings import left_out
 from fastfilm.ops.spec import Geometry, Plan
 from fastfilm.ops.spec.precision import float32_products
 

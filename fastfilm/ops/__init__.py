@@ -1,8 +1,9 @@
 """The operators behind fastfilm's modules: what a user calls, and what each room below is for.
 
-Each room imports from those before it: ``spec`` (names and structs), ``choice`` (which backend and route),
+Each room imports from those before it: ``spec`` (names and structs), ``settings`` (what is set before a call),
 ``vendor`` (PyTorch's convolutions), ``reference`` (the definition of right), ``launchers`` (the kernels of each
-backend), ``operators`` (for compilers and tracers), ``maps`` (not yet written), ``block`` (one block).
+backend), ``choice`` (which backend and route), ``operators`` (for compilers and tracers), ``maps`` (not yet
+written), ``block`` (one block).
 """
 
 from .block import functional, torch_convolutions

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 import fastfilm
-from fastfilm.ops.choice import tables
+from fastfilm.ops.settings import tables
 
 from .search import PRUNED, RIGHT, SKIPPED, TIMED, WRONG, Search, save
 from .shapes import Shape, of_model

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastfilm.ops import choice
 from fastfilm.ops.block import recipe
-from fastfilm.ops.choice import tables
-from fastfilm.ops.choice.tables import FAMILIES, Entry, Table
+from fastfilm.ops.settings import tables
+from fastfilm.ops.settings.tables import FAMILIES, Entry, Table
 from fastfilm.ops.spec import Plan
 
 from .clock import Clock, clock_for, median_seconds

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastfilm.ops import choice
 from fastfilm.ops.block import recipe
-from fastfilm.ops.choice import Request, tables
+from fastfilm.ops.choice import Request
+from fastfilm.ops.settings import tables
 
 from . import cost
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-from fastfilm.ops.choice.tables import FAMILIES
+from fastfilm.ops.settings.tables import FAMILIES
 
 from . import cost
 from .binary import SHARED_LIMIT

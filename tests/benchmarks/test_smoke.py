@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import smoke
-from fastfilm.ops.choice import left_out
+from fastfilm.ops.settings import left_out
 
 FAKE = """
 import json, os, sys, time

@@ -13,7 +13,8 @@ import torch
 import fastfilm
 from benchmarks.emulation import serving
 from fastfilm.ops import choice
-from fastfilm.ops.choice import BACKENDS, Request, registry, tables, why_not_architecture
+from fastfilm.ops.choice import BACKENDS, Request, registry, why_not_architecture
+from fastfilm.ops.settings import tables
 from tests.support import emulated
 from tests.support.case import Case
 from tests.support.emulated import extension, library
@@ -126,7 +127,9 @@ def test_what_the_fused_route_refuses_is_said(
         choice.why_not_fused(b, replace(REQUEST, kernel=(5, 5)))
     )
     assert "batch must be <= 65535" in str(choice.why_not_fused(b, replace(REQUEST, batch=70000)))
-    monkeypatch.setattr("fastfilm.ops.choice.cuda_plans._device", lambda index: (86, 28, 16 * 1024))
+    monkeypatch.setattr(
+        "fastfilm.ops.launchers.cuda.plans._device", lambda index: (86, 28, 16 * 1024)
+    )
     assert choice.why_not_fused(b, REQUEST) == ("no tile fits into 16384 bytes of shared memory")
 
 

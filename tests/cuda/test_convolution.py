@@ -180,7 +180,7 @@ def test_the_finished_block(cuda: Any) -> None:
 def test_layouts_of_other_gpus(
     cuda: Any, monkeypatch: pytest.MonkeyPatch, device: tuple[int, int, int]
 ) -> None:
-    monkeypatch.setattr("fastfilm.ops.choice.cuda_plans._device", lambda index: device)
+    monkeypatch.setattr("fastfilm.ops.launchers.cuda.plans._device", lambda index: device)
     for layer in (
         Layer((18, 20), (40, 48)),
         Layer((9, 20), (40, 48), stride=2, batch=1),
@@ -190,7 +190,9 @@ def test_layouts_of_other_gpus(
 
 
 def test_a_layout_that_does_not_fit_says_so(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastfilm.ops.choice.cuda_plans._device", lambda index: (75, 40, 32 * 1024))
+    monkeypatch.setattr(
+        "fastfilm.ops.launchers.cuda.plans._device", lambda index: (75, 40, 32 * 1024)
+    )
     with pytest.raises(RuntimeError, match="no tile fits into 32768 bytes of shared memory"):
         check_layer(cuda, Layer((9, 9), (64, 64)))
 
@@ -290,7 +292,7 @@ def test_elements_beyond_two_to_the_31(
     with emulated.installed(extension) as cuda:
         # so many multiprocessors that the last block has the last tile, or two
         monkeypatch.setattr(
-            "fastfilm.ops.choice.cuda_plans._device", lambda index: (90, 1 << 17, 227 * 1024)
+            "fastfilm.ops.launchers.cuda.plans._device", lambda index: (90, 1 << 17, 227 * 1024)
         )
         conv = cuda.convolution(x, weight, shape[2:], layer.walk)
         monkeypatch.undo()

@@ -17,7 +17,7 @@ import torch
 import fastfilm
 from fastfilm.__main__ import main
 from fastfilm.ops import choice
-from fastfilm.ops.choice import tables
+from fastfilm.ops.settings import tables
 from fastfilm.tuning import binary, clock, facts, measure, search, shapes, space
 from fastfilm.tuning.facts import Facts
 from fastfilm.tuning.search import PRUNED, SKIPPED, TIMED, WRONG, Search

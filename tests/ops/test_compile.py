@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fastfilm
 from fastfilm.ops import choice
-from fastfilm.ops.choice import tables
+from fastfilm.ops.launchers import cuda as cuda_launchers
+from fastfilm.ops.settings import tables
 from tests.support.case import SLOW
 from tests.support.yardstick import relative_error
 
@@ -147,7 +148,7 @@ def test_choices_of_a_gpu_are_followed_in_one_graph(
     weight = nn.Parameter(torch.zeros(64, channels, 3, 3))
     cuda = replace(choice.BACKENDS["cuda"], unavailable=lambda: None)
     monkeypatch.setitem(choice.BACKENDS, "cuda", cuda)
-    monkeypatch.setattr(choice, "cuda_plans", SimpleNamespace(why_not=fits), raising=False)
+    monkeypatch.setattr(cuda_launchers, "plans", SimpleNamespace(why_not=fits), raising=False)
     monkeypatch.setattr(tables, "architecture", lambda: "sm_90")
     bucket = tables.key(torch.bfloat16, 2, (channels, 64), (3, 3), (1, 1), (16, 16))
     tables.in_force.cache_clear()

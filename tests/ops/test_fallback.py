@@ -16,8 +16,9 @@ from torch import Tensor
 import fastfilm
 from fastfilm.ops import choice
 from fastfilm.ops.block import recipe
-from fastfilm.ops.choice import choosing, environment
+from fastfilm.ops.choice import choosing
 from fastfilm.ops.launchers import triton as fallback
+from fastfilm.ops.settings import environment
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("fastfilm.kernels")

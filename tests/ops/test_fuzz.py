@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.ops import choice, launchers, spec
-from fastfilm.ops.choice import environment
+from fastfilm.ops.settings import environment
 
 pytestmark = pytest.mark.skipif(
     choice.BACKENDS["cpu"].unavailable() is not None, reason="the C++ extension was not built"

@@ -12,7 +12,8 @@ import torch
 import fastfilm
 from benchmarks.emulation import serving
 from fastfilm.ops import choice
-from fastfilm.ops.choice import BACKENDS, Request, choosing, left_out, registry
+from fastfilm.ops.choice import BACKENDS, Request, choosing, registry
+from fastfilm.ops.settings import left_out
 from tests.support import emulated
 from tests.support.case import Case
 from tests.support.emulated import extension, library

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import choice, launchers, spec
+from fastfilm.ops import choice, launchers, settings, spec
 from tests.support.case import SLOW
 
 AVAILABLE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
@@ -259,13 +259,13 @@ def test_backend_is_restored_and_per_thread() -> None:
 
     with fastfilm.backend("reference"):
         seen: list[str | None] = []
-        thread = threading.Thread(target=lambda: seen.append(choice.forced()[0]))
+        thread = threading.Thread(target=lambda: seen.append(settings.forced()[0]))
         thread.start()
         thread.join()
         assert seen == [None]
         with pytest.raises(RuntimeError), fastfilm.backend(None):
             raise RuntimeError
-        assert choice.forced() == ("reference", None)
+        assert settings.forced() == ("reference", None)
 
 
 def test_a_forced_backend_holds_in_the_threads_of_autograd(
@@ -280,7 +280,7 @@ def test_a_forced_backend_holds_in_the_threads_of_autograd(
         real = getattr(backend, name)
 
         def spy(*args: Any, real: Any = real, **options: Any) -> Any:
-            seen.append(choice.forced())
+            seen.append(settings.forced())
             return real(*args, **options)
 
         monkeypatch.setattr(backend, name, spy)
@@ -305,7 +305,7 @@ def test_a_forced_backend_holds_in_the_threads_of_autograd(
         assert torch.equal(a, b)
     # all of the three kinds, in both runs
     assert len(seen) >= 6 and set(seen) == {(kernels, "composed")}
-    assert choice.forced() == (None, None)
+    assert settings.forced() == (None, None)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 6, 5), (2, 3, 0, 5)])

@@ -78,12 +78,12 @@ def test_the_cuda_kernels_round_on_a_gpu_alone(
     x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     sizes = (8, 8), (8, 8), (3, 3), (1, 1), (1, 1)
     with emulated.installed(extension), float32_products(True):
-        from fastfilm.ops.choice import cuda_plans
+        from fastfilm.ops.launchers.cuda import plans
 
         def rounds(dtype: torch.dtype) -> bool:
-            return bool(cuda_plans.plan(cuda_plans.Shape(dtype, 1, (8, 8), *sizes), x))
+            return bool(plans.plan(plans.Shape(dtype, 1, (8, 8), *sizes), x))
 
-        monkeypatch.setattr(cuda_plans, "_plan", lambda shape, device, tf32: tf32)
+        monkeypatch.setattr(plans, "_plan", lambda shape, device, tf32: tf32)
         assert rounds(torch.float32) and not rounds(torch.float16)
         x.is_cuda = False
         assert not rounds(torch.float32)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from fastfilm.ops import choice
-from fastfilm.ops.choice import Request, registry, tables
-from fastfilm.ops.choice.tables import Entry, Table
+from fastfilm.ops.choice import Request, registry
 from fastfilm.ops.launchers import tiles
+from fastfilm.ops.settings import tables
+from fastfilm.ops.settings.tables import Entry, Table
 from fastfilm.ops.spec import Geometry, Gradient, Source
 
 SHAPE: tuple[Any, ...] = (torch.bfloat16, 16, (64, 64), (3, 3), (1, 1), (320, 256))

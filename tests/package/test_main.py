@@ -13,7 +13,7 @@ import torch
 import fastfilm
 from fastfilm.__main__ import COMMANDS, main
 from fastfilm.ops.choice import BACKENDS
-from fastfilm.ops.choice.environment import VARIABLES
+from fastfilm.ops.settings.environment import VARIABLES
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> str:

@@ -23,7 +23,7 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
-from fastfilm.ops.choice import environment
+from fastfilm.ops.settings import environment
 from fastfilm.segmentation.files import read_json
 from fastfilm.segmentation.lock import NAME
 from fastfilm.segmentation.model_folder import load_model

@@ -20,7 +20,7 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 
-from fastfilm.ops.choice import environment
+from fastfilm.ops.settings import environment
 from fastfilm.segmentation.cache import cached
 from fastfilm.segmentation.config import parse
 from fastfilm.segmentation.distributed import Processes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops.choice import environment
+from fastfilm.ops.settings import environment
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 """Whether the slow tests run too."""

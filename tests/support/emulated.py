@@ -71,11 +71,10 @@ def cuda(extension: ModuleType, request: pytest.FixtureRequest) -> Iterator[Modu
 @contextlib.contextmanager
 def rounding(allowed: Callable[[], bool]) -> Iterator[None]:
     """Rounds float32 products of the launchers where ``allowed`` says so: those of CPU tensors never are."""
-    from fastfilm.ops.choice import cuda_plans
-    from fastfilm.ops.launchers.cuda import convolution
+    from fastfilm.ops.launchers.cuda import convolution, plans
 
-    def plan(shape: cuda_plans.Shape, on: Tensor) -> Any:
-        return cuda_plans._plan(shape, cuda_plans._device(on.device.index), allowed())
+    def plan(shape: plans.Shape, on: Tensor) -> Any:
+        return plans._plan(shape, plans._device(on.device.index), allowed())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "plan", plan)

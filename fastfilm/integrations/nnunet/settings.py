@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastfilm.ops.choice import environment
+from fastfilm.ops.settings import environment
 
 
 @dataclass(frozen=True)

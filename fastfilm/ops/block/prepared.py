@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import choice
+from ..launchers import available
 from ..spec import channels_last_format
 from ..spec import dense as dense_operands
 
@@ -69,11 +69,7 @@ def dense(weight: Tensor) -> bool:
     """Whether a weight can be prepared: by the C++ extension, its bytes being its values without gaps."""
     order = channels_last_format(weight.dim())
     filled = weight.is_contiguous() or weight.is_contiguous(memory_format=order)
-    return (
-        filled
-        and dense_operands.values(weight) is weight
-        and choice.BACKENDS["cpu"].unavailable() is None
-    )
+    return filled and dense_operands.values(weight) is weight and available.cpu() is None
 
 
 def _same(copy: Tensor, weight: Tensor) -> bool:

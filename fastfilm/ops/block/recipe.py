@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import choice, spec
+from .. import choice, settings, spec
 from ..spec import Geometry, Kind, Options, Plan, TailTensors, accumulate_dtype
 
 
@@ -164,7 +164,7 @@ def _of_convolution(
     exact = bias is None or bias.dtype == raw.dtype or plan.route == "fused"
     bare = kind.norm == kind.activation == "none" and exact and (bias is None or plan.adds_bias)
     bare = bare and tensors.gamma is tensors.beta is tensors.dropout_mask is None
-    return Recipe(kind, plan, geometry, plain, bare, choice.forced())
+    return Recipe(kind, plan, geometry, plain, bare, settings.forced())
 
 
 def _of_map(x: Tensor, options: Options, tensors: TailTensors) -> Recipe:
@@ -174,7 +174,7 @@ def _of_map(x: Tensor, options: Options, tensors: TailTensors) -> Recipe:
     kind = _kind(x, batch, channels, size, {"x": x}, options, tensors)
     plan = choice.for_pass(x)
     plain = x.numel() == 0 or plan.route == "eager"
-    return Recipe(kind, plan, None, plain, False, choice.forced())
+    return Recipe(kind, plan, None, plain, False, settings.forced())
 
 
 def _kind(

@@ -1,5 +1,6 @@
 """Which backend and route serve a call, and why another one does not."""
 
+from ..launchers.available import interpreting, why_not_architecture
 from .choosing import (
     EAGER,
     UNMEASURED,
@@ -8,7 +9,6 @@ from .choosing import (
     choose,
     exporting,
     for_pass,
-    forced,
     forget,
     measured,
     state,
@@ -23,8 +23,6 @@ from .registry import (
     Fused,
     Request,
     describe,
-    interpreting,
-    why_not_architecture,
     why_not_backend,
     why_not_fused,
 )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..settings import force, left_out, tables
+from ..settings.forced import thread
 from ..spec import Plan, transformed
-from . import environment, left_out, registry, tables
+from . import registry
 from .registry import BACKENDS, ROUTES, Request
 
 UNMEASURED = "composed"
@@ -28,20 +29,7 @@ def _check_names(name: str | None, route: str | None) -> None:
         raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
 
 
-environment.check()
-_DEFAULTS = (environment.read("FASTFILM_BACKEND"), environment.read("FASTFILM_ROUTE"))
-
-
-class _Forced(threading.local):
-    def __init__(self) -> None:
-        self.backend, self.route = _DEFAULTS
-
-
-_forced = _Forced()
-
-
-@contextlib.contextmanager
-def backend(name: str | None, route: str | None = None) -> Iterator[None]:
+def backend(name: str | None, route: str | None = None) -> contextlib.AbstractContextManager[None]:
     """Forces one backend, and optionally one route, inside a ``with`` block (this thread only).
 
     Args:
@@ -53,22 +41,12 @@ def backend(name: str | None, route: str | None = None) -> Iterator[None]:
             raises NotImplementedError saying what is unsupported.
     """
     _check_names(name, route)
-    before = _forced.backend, _forced.route
-    _forced.backend, _forced.route = name, route
-    try:
-        yield
-    finally:
-        _forced.backend, _forced.route = before
-
-
-def forced() -> tuple[str | None, str | None]:
-    """The backend and the route that are forced in this thread; None where one is free."""
-    return _forced.backend, _forced.route
+    return force(name, route)
 
 
 def state() -> tuple[Any, ...]:
     """Global state that affects the choice: forced backend and route, interpreter mode, kernels left out."""
-    return _forced.backend, _forced.route, registry.interpreting(), left_out.entries
+    return thread.backend, thread.route, registry.interpreting(), left_out.entries
 
 
 def exporting() -> bool:
@@ -107,11 +85,12 @@ def choose(request: Request) -> Plan:
     for seen in _watchers:
         seen.append(request)
     if traced():
-        if _forced.backend is None:
+        name = thread.backend
+        if name is None:
             return EAGER
-        if _forced.backend != "reference" and not exporting():
+        if name != "reference" and not exporting():
             raise NotImplementedError(
-                f"backend {_forced.backend!r} cannot serve a torch.func transform;"
+                f"backend {name!r} cannot serve a torch.func transform;"
                 " use fastfilm.backend('reference'), or force none"
             )
     return _choose(request, *state())

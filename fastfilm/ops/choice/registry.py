@@ -1,4 +1,4 @@
-"""The registry of backends: what each supports, as data, and why one is not available here.
+"""The registry of backends: what each supports, as data.
 
 A *backend* supplies the kernels. A *route* says how a block is put together from them:
 
@@ -9,18 +9,16 @@ A *backend* supplies the kernels. A *route* says how a block is put together fro
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import spec
-from . import environment, left_out
+from ..launchers import available
+from ..launchers.available import interpreting
+from ..settings import left_out
+from ..spec import constant_when_compiled
 
 ALL_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,69 +64,6 @@ class Request:
     batch: int = 1
 
 
-@functools.cache
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (on CPU tensors)."""
-    return environment.read("TRITON_INTERPRET") == "1"
-
-
-def _is_built(name: str) -> bool:
-    """Whether an extension module lies beside its launchers."""
-    folder = Path(__file__).parents[1] / "launchers"
-    return any((folder / f"{name}{end}").exists() for end in EXTENSION_SUFFIXES)
-
-
-# found once: a compiler that follows the choice of a backend cannot follow a search of modules
-_FOUND = {
-    "triton": importlib.util.find_spec("triton") is not None,
-    "cpu": _is_built("cpu/_C"),
-    "cuda": _is_built("cuda/_CUDA"),
-}
-
-
-def _triton_unavailable() -> str | None:
-    if not _FOUND["triton"]:
-        return "the package triton is not installed"
-    if interpreting() or torch.cuda.is_available():
-        return None
-    return "no CUDA device (set TRITON_INTERPRET=1 to run the kernels on CPU tensors, slowly)"
-
-
-def _cpu_unavailable() -> str | None:
-    if not _FOUND["cpu"]:
-        return "the C++ extension was not built (needs a C++17 compiler at install time)"
-    return None
-
-
-@functools.cache
-@spec.constant_when_compiled
-def _cuda_unavailable() -> str | None:
-    if not _FOUND["cuda"]:
-        return "the CUDA kernels were not built (needs nvcc at install time; FASTFILM_CUDA=1 tells why)"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    from ..launchers.cuda import _CUDA
-
-    major, minor = torch.cuda.get_device_capability()
-    return why_not_architecture(_CUDA.architectures, 10 * major + minor)
-
-
-def why_not_architecture(built: str, capability: int) -> str | None:
-    """Why kernels for the targets ``built`` ("80;90a") do not run on a GPU of a compute capability (90)."""
-    if capability < 80:
-        return f"needs a GPU from sm_80 on, this one is sm_{capability}"
-    for target in built.split(";"):
-        number = int(target.rstrip("af"))
-        # machine code serves its own major version, PTX all later ones; a target with a letter serves itself
-        if number == capability or (target.isdigit() and number < capability):
-            return None
-    names = ", ".join(f"sm_{t}" for t in built.split(";"))
-    return (
-        f"built for {names}, this GPU is sm_{capability}: rebuild with"
-        f" FASTFILM_CUDA=1 FASTFILM_CUDA_ARCHS={capability} pip install --force-reinstall --no-deps ."
-    )
-
-
 def _cuda_why_not(request: Request) -> str | None:
     """A grid takes so many samples, and no tile may fit into a GPU's shared memory."""
     r = request
@@ -137,11 +72,12 @@ def _cuda_why_not(request: Request) -> str | None:
     return _cuda_fits(r.dtype, r.channels, r.kernel, r.stride)
 
 
-@spec.constant_when_compiled
+@constant_when_compiled
 def _cuda_fits(*shape: Any) -> str | None:
-    from . import cuda_plans
+    # there only where the CUDA kernels were built
+    from ..launchers.cuda import plans
 
-    return cuda_plans.why_not(*shape)
+    return plans.why_not(*shape)
 
 
 BACKENDS = {
@@ -152,17 +88,17 @@ BACKENDS = {
             "triton",
             ("cuda", "cpu"),
             (torch.float16, torch.bfloat16, torch.float32),
-            _triton_unavailable,
+            available.triton,
             Fused(kernel_sizes=(1, 3), strides=(1, 2)),
         ),
         Backend(
             "cuda",
             ("cuda",),
             (torch.float16, torch.bfloat16, torch.float32),
-            _cuda_unavailable,
+            available.cuda,
             Fused(kernel_sizes=(1, 3), strides=(1, 2), why_not=_cuda_why_not),
         ),
-        Backend("cpu", ("cpu",), ALL_FLOATS, _cpu_unavailable),
+        Backend("cpu", ("cpu",), ALL_FLOATS, available.cpu),
     )
 }
 

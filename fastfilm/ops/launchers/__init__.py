@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from ..choice import left_out
+from ..settings import left_out
 from ..spec import Plan
 from . import composed, fused
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choice import BACKENDS, forced, left_out
-from ..choice.left_out import FAMILIES, PASSES, why_not
-from . import eager, of, plain_convolutions
+from ..settings import forced, left_out
+from ..settings.left_out import FAMILIES, PASSES, why_not
+from . import available, eager, of, plain_convolutions
 
 
 class Remaining:
@@ -89,6 +89,6 @@ def _instead(backend: str, name: str, reason: str) -> Callable[..., Any]:
     if plain is None:
         raise NotImplementedError(reason)
     passes = name in (*PASSES["pointwise"], *PASSES["moments"])
-    if backend == "cuda" and passes and BACKENDS["triton"].unavailable() is None:
+    if backend == "cuda" and passes and available.triton() is None:
         return getattr(of("triton"), name)
     return plain

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..choice import tables
+from ..settings import tables
 from ..spec import Geometry, Gradient, Source
 
 

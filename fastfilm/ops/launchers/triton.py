@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choice import environment, forced
+from ..settings import environment, forced
 from ..spec import (
     Addends,
     Geometry,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import choice, launchers
+from .. import launchers, settings
 from ..launchers import composed
 from ..operators.library import recalling
 from ..reference import derivatives
@@ -44,7 +44,7 @@ def flat(sources: Sequence[Source]) -> tuple[Tensor | None, ...]:
 class _Assembled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, static: Static, *tensors: Tensor | None) -> Tensor:
-        ctx.kernels, ctx.static, ctx.forced = kernels, static, choice.forced()
+        ctx.kernels, ctx.static, ctx.forced = kernels, static, settings.forced()
         ctx.save_for_backward(*tensors)
         return composed.write(kernels, sources_of(static, tensors))
 

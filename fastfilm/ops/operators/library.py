@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import choice
+from .. import settings
 from ..spec.subclasses import PLAIN, stripped
 
 _LIBRARY = torch.library.Library("fastfilm", "DEF")
@@ -105,7 +105,7 @@ def _choosing(
     """A gradient that is computed with the backend forced where its forward was: autograd has own threads."""
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.forced = choice.forced()
+        ctx.forced = settings.forced()
         setup(ctx, inputs, output)
 
     return keep, recalling(backward)
@@ -118,9 +118,9 @@ def recalling(backward: Callable[..., Any]) -> Callable[..., Any]:
     def recall(ctx: Any, *grads: Any) -> Any:
         if not PLAIN.issuperset(map(type, grads)):
             grads = tuple([stripped(g) for g in grads])
-        if ctx.forced == choice.forced():
+        if ctx.forced == settings.forced():
             return backward(ctx, *grads)
-        with choice.backend(*ctx.forced):
+        with settings.force(*ctx.forced):
             return backward(ctx, *grads)
 
     return recall

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...choice.cuda_plans import Shape, plan, three
 from ...spec import (
     Geometry,
     Gradient,
@@ -27,6 +26,7 @@ from ...spec import (
 from ..arguments import activation_code, address, addresses
 from . import _CUDA
 from .arguments import FORMATS, empty_map, feature_map, numbers, on_device, stream_of
+from .plans import Shape, plan, three
 
 MOST_TAPS = 8
 """Taps along one axis of a view that a convolution reads itself."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from ...choice.cuda_plans import why_not
 from .. import eager, of
 from .convolution import (
     convolution,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launchers.cuda import _CUDA
-from ..spec import DTYPE_CODES, precision
+from ...spec import DTYPE_CODES, precision
+from . import _CUDA
 
 Sizes = tuple[int, ...]
 

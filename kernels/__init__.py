@@ -2,7 +2,7 @@
 
 from .coefficients import block_coefficients, block_coefficients_backward, covers_block
 from .conv_dgrad import dgrad
-from .conv_fprop import fprop, fprop_apply
+from .conv_fprop import fprop
 from .conv_wgrad import wgrad
 from .pointwise import apply, apply_backward
 from .residual_sum import residual, residual_backward
@@ -17,7 +17,6 @@ __all__ = [
     "covers_block",
     "dgrad",
     "fprop",
-    "fprop_apply",
     "gather_taps",
     "gather_taps_backward",
     "moments",

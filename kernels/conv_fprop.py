@@ -259,56 +259,6 @@ def fprop_kernel(
     )
 
 
-def _launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    coef: torch.Tensor | None,
-    act: str,
-    pre: torch.Tensor | None,
-    pre_act: str,
-    out_coef: torch.Tensor | None,
-    out_act: str,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    moments: bool,
-    config: Config | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    size = tuple(
-        (i + 2 * p - k) // s + 1
-        for i, k, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
-    )
-    n, ci, co, _, h, w, od, oh, ow = numbers = sizes(x, weight, size)
-    c = config or pick(x.dtype, ci, co, oh, ow, architecture(x))
-    y = channels_last((n, co, *size), x)
-    tiles = od * cdiv(oh, c.th) * cdiv(ow, c.tw)
-    slots = tiles if moments else 1
-    partials, counts = scratch(x, n, slots, 2, co), scratch(x, n, slots)
-    with guard(x):
-        fprop_kernel[(n * tiles, cdiv(co, c.bn))](
-            x,
-            weight_rows(weight),
-            dense(bias, x),
-            dense(coef, x),
-            dense(pre, x),
-            dense(out_coef, x),
-            y,
-            partials,
-            counts,
-            *numbers,
-            HAS_BIAS=bias is not None,
-            MOMENTS=moments,
-            HAS_PRE=pre is not None,
-            PRE_ACT=ACT_CODES[pre_act],
-            FINISH=out_coef is not None,
-            OUT_ACT=ACT_CODES[out_act],
-            **constants(x, weight, coef, act, stride, padding),
-            **c.constants(ci, h * w * ci, oh * ow * co),
-        )
-        stats = finish_moments(partials, counts, od * oh * ow) if moments else None
-    return y, stats
-
-
 def fprop(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -321,6 +271,8 @@ def fprop(
     padding: tuple[int, ...],
     moments: bool,
     config: Config | None = None,
+    out_coef: torch.Tensor | None = None,
+    out_act: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw output [N, Co, *T] channels-last, and its moments [2, N, Co] (empty without ``moments``).
 
@@ -329,26 +281,31 @@ def fprop(
         weight: [Co, Ci, *K], K 1 or 3 in every dimension.
         bias: [Co], added before the output is rounded and its moments are taken.
         pre: [2, Co], shift and slope of ``pre_act`` in front of the norm.
+        out_coef: [7, N, Co], known beforehand: the output is the finished block, behind it and ``out_act``.
     """
-    y, stats = _launch(
-        x, weight, bias, coef, act, pre, pre_act, None, "none", stride, padding, moments, config
+    size = tuple(
+        (i + 2 * p - k) // s + 1
+        for i, k, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     )
-    return y, scratch(x, 0) if stats is None else stats
-
-
-def fprop_apply(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    coef: torch.Tensor | None,
-    act: str,
-    out_coef: torch.Tensor,
-    out_act: str,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    config: Config | None = None,
-) -> torch.Tensor:
-    """The finished block [N, Co, *T] where the output's coefficients are known beforehand."""
-    return _launch(
-        x, weight, bias, coef, act, None, "none", out_coef, out_act, stride, padding, False, config
-    )[0]
+    n, ci, co, _, h, w, od, oh, ow = numbers = sizes(x, weight, size)
+    c = config or pick(x.dtype, ci, co, oh, ow, architecture(x))
+    y = channels_last((n, co, *size), x)
+    tiles = od * cdiv(oh, c.th) * cdiv(ow, c.tw)
+    slots = tiles if moments else 1
+    partials, counts = scratch(x, n, slots, 2, co), scratch(x, n, slots)
+    with guard(x):
+        fprop_kernel[(n * tiles, cdiv(co, c.bn))](
+            *(x, weight_rows(weight), dense(bias, x), dense(coef, x), dense(pre, x)),
+            *(dense(out_coef, x), y, partials, counts, *numbers),
+            HAS_BIAS=bias is not None,
+            MOMENTS=moments,
+            HAS_PRE=pre is not None,
+            PRE_ACT=ACT_CODES[pre_act],
+            FINISH=out_coef is not None,
+            OUT_ACT=ACT_CODES[out_act],
+            **constants(x, weight, coef, act, stride, padding),
+            **c.constants(ci, h * w * ci, oh * ow * co),
+        )
+        if not moments:
+            return y, scratch(x, 0)
+        return y, finish_moments(partials, counts, od * oh * ow)

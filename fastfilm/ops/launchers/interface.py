@@ -42,7 +42,11 @@ class Kernels(Protocol):
     convolves: bool
 
     def apply(self, y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
-        """v = g * (act(a * (y - p) + b; slope) - q) + s of ``coef`` [7, N, C]; in y's memory if ``in_place``."""
+        """v = g * (act(a * (y - p) + b; slope) - q) + s, channels-last; in y's memory if ``in_place``.
+
+        Args:
+            coef: [7, N, C], rows a, b, g, s, p, q, slope.
+        """
 
     def apply_backward(
         self, dv: Tensor, y: Tensor, coef: Tensor, act: str, in_place: bool = False
@@ -50,7 +54,11 @@ class Kernels(Protocol):
         """Gradients of ``apply`` at y (in dv's memory if ``in_place``) and at coef [7, N, C]."""
 
     def moments(self, y: Tensor, pre: Tensor | None, act: str) -> Tensor:
-        """Mean and biased variance [2, N, C] of u = act(y + shift; slope), ``pre`` [2, C] or None: u = y."""
+        """Mean and biased variance [2, N, C] over space of u = act(y + shift; slope).
+
+        Args:
+            pre: [2, C], shift and slope; None: u = y, whatever ``act`` is.
+        """
 
     def moments_backward(
         self,
@@ -61,7 +69,16 @@ class Kernels(Protocol):
         pre: Tensor | None,
         act: str,
     ) -> tuple[Tensor, Tensor | None]:
-        """e = dy + the gradient of ``moments`` at y, and dpre [2, C] with Σ e first (None without ``pre``)."""
+        """Gradients of ``moments`` at y, added to ``dy``, and at ``pre``.
+
+        Args:
+            dy: the gradient that reached y by other ways; None: there is none.
+            dstats: [2, N, C], that at ``stats``, the moments.
+
+        Returns:
+            e, like y, and dpre [2, C] (None without ``pre``), whose first row is Σ e: the gradient of the shift,
+            and of a bias that y already has.
+        """
 
     def residual(self, addends: Addends) -> Tensor:
         """``reference.residual``: a sum of two maps behind their affines, and its activation."""

@@ -30,7 +30,6 @@ from ..spec import (
     Pending,
     Source,
     SourceGradient,
-    absent,
     capture,
     dense,
     views,
@@ -220,13 +219,10 @@ def _fprop(
     **tile: Any,
 ) -> tuple[Tensor, Tensor]:
     ((raw, coef, act, *_),) = sources
-    read, walk = (dense.values(raw), weight, bias, coef, act), (geometry.stride, geometry.padding)
-    if finish is not None:
-        v: Tensor = _kernels().fprop_apply(*read, *finish, *walk, **tile)
-        return v, absent(v, torch.float32)
-    wanted = norm_input is not None
-    found: tuple[Tensor, Tensor]
-    found = _kernels().fprop(*read, *(norm_input or NormInput()), *walk, wanted, **tile)
+    front = dense.values(raw), weight, bias, coef, act, *(norm_input or NormInput())
+    tile["out_coef"], tile["out_act"] = finish or Pending()
+    walk, moments = (geometry.stride, geometry.padding), norm_input is not None
+    found: tuple[Tensor, Tensor] = _kernels().fprop(*front, *walk, moments, **tile)
     return found
 
 

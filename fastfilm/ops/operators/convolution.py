@@ -29,7 +29,6 @@ from ..spec import (
     GEOMETRY,
     Geometry,
     Gradient,
-    Keep,
     NormInput,
     Pending,
     Plan,
@@ -173,14 +172,14 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
     )
 
 
-def conv_apply(*args: Any, keep: Keep | None = None) -> Tensor:
+def conv_apply(*args: Any) -> Tensor:
     """Implementation of ``fastfilm::conv_apply``: the finished block where its affine is known (inference)."""
     x, weight, bias, coef, act, out_coef, out_act, *geometry, text = args
     plan, finish = Plan.of(text), Pending(out_coef, out_act)
     route, kernels = launchers.ROUTES[plan.route], launchers.of(plan.backend)
     read = [Source(x, coef, act)]
     added = bias if plan.adds_bias else None
-    done: Tensor = route.finished(kernels, read, weight, added, finish, Geometry.of(geometry), keep)
+    done: Tensor = route.finished(kernels, read, weight, added, finish, Geometry.of(geometry))
     return done
 
 

@@ -1,6 +1,6 @@
 """Passes of the C++ kernels over channels-last maps in host memory: affine, moments and residual sums.
 
-The maths is that of ``reference.materialise``, ``reference.moments`` and ``reference.residual``.
+``interface.Kernels`` says what each takes and gives.
 """
 
 from __future__ import annotations
@@ -19,17 +19,7 @@ from .arguments import FORMATS, call_of, feature_map, map_like, numbers_of
 
 
 def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
-    """v = g * (act(a * (y - p) + b; slope) - q) + s.
-
-    Args:
-        y: [N, C, *S], channels-last.
-        coef: [7, N, C], rows a, b, g, s, p, q, slope.
-        act: activation name.
-        in_place: overwrite ``y``.
-
-    Returns:
-        v [N, C, *S] in y's dtype, channels-last.
-    """
+    """``Kernels.apply``."""
     y = feature_map("y", y)
     coef = numbers_of("coef", coef, y, 7, y.shape[0], y.shape[1])
     v = y if in_place else torch.empty_like(y, memory_format=FORMATS[y.dim()])
@@ -40,7 +30,7 @@ def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
 def apply_backward(
     dv: Tensor, y: Tensor, coef: Tensor, act: str, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``apply`` at ``y`` ([N, C, *S]; in dv's memory if ``in_place``) and at ``coef``."""
+    """``Kernels.apply_backward``."""
     y = feature_map("y", y)
     dv = map_like("dv", dv, y)
     coef = numbers_of("coef", coef, y, 7, y.shape[0], y.shape[1])
@@ -51,16 +41,7 @@ def apply_backward(
 
 
 def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
-    """Mean and biased variance over space of u = act(y + shift; slope).
-
-    Args:
-        y: [N, C, *S], channels-last.
-        pre: [2, C], shift and slope; None: the moments of ``y`` itself, whatever ``act`` is.
-        act: activation name.
-
-    Returns:
-        [2, N, C], float32 (float64 for a float64 ``y``).
-    """
+    """``Kernels.moments``."""
     y = feature_map("y", y)
     if pre is not None:
         pre = numbers_of("pre", pre, y, 2, y.shape[1])
@@ -75,20 +56,7 @@ def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
 def moments_backward(
     dy: Tensor | None, dstats: Tensor, y: Tensor, stats: Tensor, pre: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``moments`` at ``y``, added to ``dy``, and at ``pre``.
-
-    Args:
-        dy: gradient that reached ``y`` by other ways, or None.
-        dstats: gradient [2, N, C] at the moments.
-        y: what the moments were taken of.
-        stats: the moments [2, N, C].
-        pre: as in ``moments``.
-        act: as in ``moments``.
-
-    Returns:
-        e [N, C, *S] in y's dtype, and dpre [2, C] (None without ``pre``), whose first row is the sum of
-        e: the gradient of the shift, and of a bias that y already has.
-    """
+    """``Kernels.moments_backward``."""
     y = feature_map("y", y)
     if dy is not None:
         dy = map_like("dy", dy, y)
@@ -104,7 +72,7 @@ def moments_backward(
 
 
 def residual(addends: Addends) -> Tensor:
-    """v = outer(M(y; coef, act) + M(other; other_coef); slope), see ``spec.Addends``."""
+    """``Kernels.residual``."""
     read, (y, *_), (inside, call) = _addends(addends)
     v = torch.empty_like(y, memory_format=FORMATS[y.dim()])
     _C.residual(*addresses(*read), *(inside, v.data_ptr(), *call))
@@ -114,7 +82,7 @@ def residual(addends: Addends) -> Tensor:
 def residual_backward(
     dv: Tensor, addends: Addends, at_other: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``residual`` at y, coef, other (None unless ``at_other``), other_coef and slope."""
+    """``Kernels.residual_backward``."""
     read, (y, coef, other_coef, slope), (inside, call) = _addends(addends)
     dv = map_like("dv", dv, y)
     dy = torch.empty_like(y, memory_format=FORMATS[y.dim()])

@@ -1,6 +1,6 @@
 """Passes of the CUDA kernels over channels-last maps in GPU memory: affine and moments.
 
-The maths is that of ``reference``; each map is read and written once, sums have one writer a slot.
+``interface.Kernels`` says what each takes and gives. Each map is read and written once.
 """
 
 from __future__ import annotations
@@ -26,17 +26,7 @@ def _workspace(y: Tensor) -> Tensor:
 
 
 def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
-    """v = g * (act(a * (y - p) + b; slope) - q) + s.
-
-    Args:
-        y: [N, C, *S], channels-last.
-        coef: [7, N, C], rows a, b, g, s, p, q, slope.
-        act: activation name.
-        in_place: overwrite ``y``.
-
-    Returns:
-        v [N, C, *S] in y's dtype, channels-last.
-    """
+    """``Kernels.apply``."""
     y = feature_map("y", y)
     coef = numbers("coef", coef, 7, *y.shape[:2])
     v = y if in_place else empty_map(y)
@@ -48,7 +38,7 @@ def apply(y: Tensor, coef: Tensor, act: str, in_place: bool = False) -> Tensor:
 def apply_backward(
     dv: Tensor, y: Tensor, coef: Tensor, act: str, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``apply`` at ``y`` ([N, C, *S]; in dv's memory if ``in_place``) and at ``coef``."""
+    """``Kernels.apply_backward``."""
     y, dv = feature_map("y", y), feature_map("dv", dv, y)
     coef = numbers("coef", coef, 7, *y.shape[:2])
     dy = dv if in_place else empty_map(y)
@@ -69,13 +59,7 @@ def coefficients_backward(dv: Tensor, y: Tensor, coef: Tensor, act: str) -> Tens
 
 
 def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
-    """Mean and biased variance over space of u = act(y + shift; slope), [2, N, C] float32.
-
-    Args:
-        y: [N, C, *S], channels-last.
-        pre: [2, C], shift and slope; None: the moments of ``y`` itself, whatever ``act`` is.
-        act: activation name.
-    """
+    """``Kernels.moments``."""
     y = feature_map("y", y)
     n, c = y.shape[:2]
     pre = None if pre is None else numbers("pre", pre, 2, c)
@@ -88,12 +72,7 @@ def moments(y: Tensor, pre: Tensor | None, act: str) -> Tensor:
 def moments_backward(
     dy: Tensor | None, dstats: Tensor, y: Tensor, stats: Tensor, pre: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``moments`` at ``y``, added to ``dy``, and at ``pre``.
-
-    Returns:
-        e [N, C, *S] in y's dtype, and dpre [2, C] (None without ``pre``), whose first row is the sum of
-        e: the gradient of the shift, and of a bias that y already has.
-    """
+    """``Kernels.moments_backward``."""
     y = feature_map("y", y)
     n, c = y.shape[:2]
     dy = None if dy is None else feature_map("dy", dy, y)

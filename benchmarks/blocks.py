@@ -179,19 +179,22 @@ def fused(block: Block, t: Tensors) -> Tensor:
 
 def definition_tail(block: Block, y: Tensor, t: Tensors) -> Tensor:
     """Activation, norm and FiLM behind the convolution's output ``y`` by fastfilm's reference."""
-    return reference.block_tail(
-        y,
-        norm=block.norm,
-        norm_weight=t.norm_weight,
-        norm_bias=t.norm_bias,
-        num_groups=8 if block.norm == "group" else None,
-        training=True,
-        act=block.act,
-        slope=SLOPE if block.act == "leaky_relu" else None,
-        gamma=t.gamma,
-        beta=t.beta,
-        order=block.order,
-    )
+    with fastfilm.backend("reference"):
+        out = fastfilm.norm_film(
+            y,
+            norm=block.norm,
+            norm_weight=t.norm_weight,
+            norm_bias=t.norm_bias,
+            num_groups=8 if block.norm == "group" else None,
+            training=True,
+            activation=block.act,
+            slope=SLOPE if block.act == "leaky_relu" else None,
+            gamma=t.gamma,
+            beta=t.beta,
+            order=block.order,
+        )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def definition(block: Block, t: Tensors) -> Tensor:

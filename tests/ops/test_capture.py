@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import fastfilm
 from fastfilm.nn.metadata import as_metadata
-from fastfilm.ops import choice
+from fastfilm.ops import choice, reference
 from fastfilm.ops.launchers import triton as fallback
 from fastfilm.ops.launchers.cuda.arguments import Launch
 from fastfilm.ops.maps import interpolate, join, max_pool, residual
 from fastfilm.ops.reference import coefficients
-from fastfilm.ops.spec import capture, views
+from fastfilm.ops.spec import TailTensors, capture, views
+from tests.support.kind import kind_of
 
 CPU = torch.device("cpu")
 TRITON = choice.BACKENDS["triton"].unavailable()
@@ -128,11 +129,11 @@ def test_constants_that_a_capture_makes_are_its_own(
     monkeypatch.setattr(coefficients, "_ONE_ZERO", {})
     residual._kept_slope.cache_clear()
     pretend(True)
-    coefficients.coefficients(1, 2)
+    reference.of_block(kind_of(), TailTensors(), CPU)
     residual._slope(0.5, 3, torch.float32, torch.zeros(1))
     assert not coefficients._ONE_ZERO and not residual._kept_slope.cache_info().currsize
     pretend(False)
-    coefficients.coefficients(1, 2)
+    reference.of_block(kind_of(), TailTensors(), CPU)
     residual._slope(0.5, 3, torch.float32, torch.zeros(1))
     assert coefficients._ONE_ZERO and residual._kept_slope.cache_info().currsize
 

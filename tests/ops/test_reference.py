@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fastfilm
 from fastfilm.ops import reference, spec
-from fastfilm.ops.reference.coefficients import coefficients, norm_statistics
+from fastfilm.ops.spec import TailTensors
+from tests.support.kind import kind_of
 
 FLOAT64 = torch.float64
 
@@ -121,66 +122,40 @@ def test_coefficients_collapse_the_block(
     slope = draw(6).abs().detach().requires_grad_()
     mean, var = draw(6).detach(), draw(6).detach().abs() + 0.5
     running = norm in ("batch", "instance")
-    groups = 3 if norm == "group" else None
 
     def buffers() -> dict[str, Tensor]:
         return {"running_mean": mean.clone(), "running_var": var.clone()} if running else {}
 
+    uses_input = norm in ("group", "layer") or (running and training)
+    kind = kind_of(
+        norm=norm,
+        activation="prelu",
+        order=order,
+        dropout_position=position,
+        groups=3 if norm == "group" else 1,
+        count=20,
+        training=training,
+        uses_input=uses_input,
+        update=running and training,
+    )
+    affine = (weight, shift) if norm != "none" else (None, None)
+    rest = TailTensors(None, None, None, *affine, conv_bias, gamma, beta, mask, slope)
     first = buffers()
     expected = reference.block_tail(
         y if conv_bias is None else y + reference.spread(conv_bias, 4),
-        norm=norm,
-        norm_weight=weight,
-        norm_bias=shift,
-        num_groups=groups,
-        training=training,
-        act="prelu",
-        slope=slope,
-        gamma=gamma,
-        beta=beta,
-        order=order,
-        dropout_mask=mask,
-        dropout_position=position,
-        **first,
+        kind,
+        rest._replace(**first),
+        0.1,
     )
     second = buffers()
-    act_first = order == "conv-act-norm-film"
-    pre = None
-    if act_first:
-        offset = torch.zeros(6, dtype=FLOAT64) if conv_bias is None else conv_bias
-        pre = torch.stack([offset, slope])
-    known = {}
-    if running and not training:
-        pivot = mean if act_first or conv_bias is None else mean - conv_bias
-        known = {"mean": mean[None], "var": var[None], "pivot": pivot[None].detach()}
-    elif norm != "none":
-        stats = reference.moments(y, pre, "prelu" if act_first else "none")
-        centre, spread = norm_statistics(
-            stats,
-            norm,
-            20,
-            num_groups=groups,
-            training=training,
-            shift=None if act_first else conv_bias,
-            scale=mask if position == "norm" else None,
-            **second,
-        )
-        known = {"mean": centre, "var": spread, "pivot": stats[0].detach()}
-    coef = coefficients(
-        2,
-        6,
-        norm_weight=weight if norm != "none" else None,
-        norm_bias=shift if norm != "none" else None,
-        conv_bias=conv_bias,
-        gamma=gamma,
-        beta=beta,
-        slope=slope,
-        order=order,
-        dropout_mask=mask,
-        dropout_position=position,
-        dtype=FLOAT64,
-        **known,
-    )
+    tensors = rest._replace(**second)
+    if uses_input:
+        pre = None
+        if kind.activation_first:
+            offset = torch.zeros(6, dtype=FLOAT64) if conv_bias is None else conv_bias
+            pre = torch.stack([offset, slope])
+        tensors = tensors._replace(stats=reference.moments(y, pre, kind.pre_activation))
+    coef = reference.of_block(kind, tensors, y.device, 0.1)
     value = reference.materialise(y, coef, "prelu")
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
     leaves = [t for t in (y, conv_bias, weight, shift, gamma, beta, slope) if t is not None]
@@ -234,6 +209,6 @@ def test_instance_norm_of_one_sample_with_a_channels_last_gradient() -> None:
     grad = torch.randn(1, 4, 6, 5, dtype=FLOAT64)
     mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, unbiased=False)
     (expected,) = torch.autograd.grad((x - mean) * (var + 1e-5).rsqrt(), x, grad)
-    v = reference.block_tail(x, norm="instance")
+    v = reference.block_tail(x, kind_of(norm="instance", uses_input=True), TailTensors())
     (ours,) = torch.autograd.grad(v, x, grad.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)

@@ -38,7 +38,7 @@ FAULTS = (
     Fault(
         "ops-running-var-of-an-instance-norm-biased",
         "fastfilm/ops/reference/coefficients.py",
-        "move(mean.mean(0), var.mean(0), count / max(count - 1, 1))",
+        "move(mean.mean(0), var.mean(0), kind.count / max(kind.count - 1, 1))",
         "move(mean.mean(0), var.mean(0), 1.0)",
         REFERENCE,
     ),

@@ -109,26 +109,4 @@ def eager(kind: Kind, tensors: TailTensors, y: Tensor, moving: Moving) -> Tensor
         given = given._replace(stats=reference.moments(y, *seen))
         coef = reference.of_block(kind, given, y.device, *moving)
         return reference.materialise(y, coef, kind.activation)
-    gamma, beta, mask = (
-        t.unsqueeze(0) if t is not None and t.dim() == 1 else t
-        for t in (tensors.gamma, tensors.beta, tensors.dropout_mask)
-    )
-    return reference.block_tail(
-        y,
-        norm=kind.norm,
-        norm_weight=tensors.norm_weight,
-        norm_bias=tensors.norm_bias,
-        running_mean=tensors.running_mean,
-        running_var=tensors.running_var,
-        num_groups=kind.groups,
-        training=kind.training,
-        momentum=moving.momentum,
-        eps=kind.eps,
-        act=kind.activation,
-        slope=kind.slope if tensors.slope is None else tensors.slope,
-        gamma=gamma,
-        beta=beta,
-        order=kind.order,
-        dropout_mask=mask,
-        dropout_position=kind.dropout_position,
-    )
+    return reference.block_tail(y, kind, tensors, moving.momentum)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import spec
-from ..spec import Addends
+from ..spec import Addends, Kind, TailTensors
 
 
 def activation(x: Tensor, name: str, slope: Tensor | float | None = None) -> Tensor:
@@ -149,85 +149,57 @@ def _negated(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and any(t is not None and t.is_neg() for t in tensors)
 
 
-def normalise(
-    u: Tensor,
-    norm: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_groups: int | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """PyTorch's own normalisation ``norm`` of ``u`` [N, C, *S]; updates running statistics in place."""
+def normalise(u: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0) -> Tensor:
+    """PyTorch's own normalisation of ``u`` [N, C, *S]; updates running statistics in place."""
+    norm, eps = kind.norm, kind.eps
     if norm == "none" or (norm == "instance" and u.shape[0] == 0):
         return u
-    tensors = (weight, bias, running_mean, running_var)
+    running_mean, running_var, _, weight, bias, *_ = tensors
+    if norm in ("group", "layer"):
+        running_mean = running_var = None
     if norm in ("group", "layer") and u.device.type == "cuda":
         given = [t.dtype for t in (weight, bias) if t is not None]
         wide = functools.reduce(torch.promote_types, given, u.dtype)
         if {*given, u.dtype} != {wide}:  # PyTorch's kernel takes one type alone
-            w, b = (None if t is None else t.to(wide) for t in (weight, bias))
-            rest = num_groups, training, momentum, eps
-            return normalise(u.to(wide), norm, w, b, None, None, *rest).to(u.dtype)
-    if not _mixes(u, tensors) or _negated(running_mean, running_var):
+            cast = (None if t is None else t.to(wide) for t in (weight, bias))
+            return normalise(u.to(wide), kind, TailTensors(None, None, None, *cast)).to(u.dtype)
+    held = (running_mean, running_var, weight, bias)
+    if not _mixes(u, held) or _negated(running_mean, running_var):
         # PyTorch refuses these types together, and does not move statistics that it negates when it reads them
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-        w, b, mean, var = (None if t is None else t.to(wide).resolve_neg() for t in tensors)
-        v = normalise(u, norm, w, b, mean, var, num_groups, training, momentum, eps)
-        for t, moved in zip(tensors[2:], (mean, var), strict=True):
+        mean, var, *affine = (None if t is None else t.to(wide).resolve_neg() for t in held)
+        v = normalise(u, kind, TailTensors(mean, var, None, *affine), momentum)
+        for t, moved in ((running_mean, mean), (running_var, var)):
             if t is not None and moved is not None and moved is not t:
                 t.copy_(moved)
         return v
     if norm == "batch":
-        return F.batch_norm(u, running_mean, running_var, weight, bias, training, momentum, eps)
+        return F.batch_norm(u, *held, kind.uses_input, momentum, eps)
     if norm == "instance":
-        use_input = training or running_mean is None
-        v = F.instance_norm(u, running_mean, running_var, weight, bias, use_input, momentum, eps)
+        v = F.instance_norm(u, *held, kind.uses_input, momentum, eps)
         forward = torch.autograd.forward_ad._current_level >= 0
         return (_ContiguousGradForward if forward else _ContiguousGrad).apply(v)
-    groups = 1 if norm == "layer" else num_groups
-    assert groups is not None
     if u.numel() == 0 and not torch.compiler.is_compiling():
         # PyTorch 2.14 refuses maps without positions; the affine's gradients are 0
         v = u if weight is None else u * spread(weight, u.dim()).to(u.dtype)
         return v if bias is None else v + spread(bias, u.dim()).to(u.dtype)
     if spec.transformed():
         u = u.contiguous()  # PyTorch's derivatives and batches of it take no other layout
-    return F.group_norm(u, groups, weight, bias, eps)
+    return F.group_norm(u, kind.groups, weight, bias, eps)
 
 
-def block_tail(
-    y: Tensor,
-    *,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    num_groups: int | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    act: str = "none",
-    slope: Tensor | float | None = None,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    order: str = "conv-norm-film-act",
-    dropout_mask: Tensor | None = None,
-    dropout_position: str = "end",
-) -> Tensor:
-    """All of a block that follows its convolution, one eager step after another.
-
-    γ, β and the dropout mask (already divided by 1 - p) are [N, C] or [1, C].
-    """
+def block_tail(y: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0) -> Tensor:
+    """All of a block that follows its convolution, whose bias ``y`` has, one eager step after another."""
+    gamma, beta, mask = films(tensors)
+    slope: Tensor | float = kind.slope
+    if tensors.slope is not None:
+        slope = tensors.slope.to(y.dtype)
+        slope = spread(slope, y.dim()) if slope.dim() else slope
 
     def drop(u: Tensor, position: str) -> Tensor:
-        if dropout_mask is None or position != dropout_position:
+        if mask is None or position != kind.dropout_position:
             return u
-        return u * spread(dropout_mask, u.dim()).to(u.dtype)
+        return u * spread(mask, u.dim()).to(u.dtype)
 
     def film(u: Tensor) -> Tensor:
         u = drop(u, "film")
@@ -238,31 +210,20 @@ def block_tail(
         return u
 
     def normed(u: Tensor) -> Tensor:
-        return normalise(
-            drop(u, "norm"),
-            norm,
-            norm_weight,
-            norm_bias,
-            running_mean,
-            running_var,
-            num_groups,
-            training,
-            momentum,
-            eps,
-        )
-
-    if isinstance(slope, Tensor):
-        slope = spread(slope.to(y.dtype), y.dim()) if slope.dim() else slope.to(y.dtype)
+        return normalise(drop(u, "norm"), kind, tensors, momentum)
 
     def acted(u: Tensor) -> Tensor:
-        return activation(u, act, slope)
+        return activation(u, kind.activation, slope)
 
-    if order == "conv-norm-film-act":
+    if kind.order == "conv-norm-film-act":
         v = acted(film(normed(y)))
-    elif order == "conv-norm-act-film":
+    elif kind.order == "conv-norm-act-film":
         v = film(acted(normed(y)))
-    elif order == "conv-act-norm-film":
-        v = film(normed(acted(y)))
     else:
-        raise ValueError(f"order must be one of {', '.join(spec.ORDERS)}, got {order!r}")
+        v = film(normed(acted(y)))
     return drop(v, "end")
+
+
+def films(tensors: TailTensors) -> tuple[Tensor | None, ...]:
+    """γ, β and the dropout mask, [N, C] or [1, C]."""
+    return tuple([t.unsqueeze(0) if t is not None and t.dim() == 1 else t for t in tensors[6:9]])

@@ -9,74 +9,79 @@ Everything here is differentiable PyTorch; it is the definition that a fused ker
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..spec import Kind, TailTensors, capture, direct
 from . import distributed
+from .block import films
+
+
+class Statistics(NamedTuple):
+    """What a norm subtracts and divides by.
+
+    Attributes:
+        mean, var: [N or 1, C], of what the norm sees; without ``mean`` it is the pivot, to the last bit.
+        pivot: [N or 1, C], a constant near the mean of the raw map (norm first) or of the activated map
+            (activation first).
+    """
+
+    mean: Tensor | None
+    var: Tensor
+    pivot: Tensor
 
 
 def norm_statistics(
-    stats: Tensor,
-    norm: str,
-    count: int,
-    *,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    num_groups: int | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    kind: Kind, tensors: TailTensors, momentum: float = 0.0, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance that the norm divides by, and PyTorch's update of running statistics.
+    """Mean and biased variance [N or 1, C] of what the norm sees of the map: mask * (y + bias), from its moments.
+
+    Moves the running statistics as PyTorch does.
 
     Args:
-        stats: [2, N, C], mean and biased variance of the raw map per sample and channel.
-        count: values per sample and channel (the number of voxels).
-        shift: [C], added to the raw map before the norm (the convolution's bias).
-        scale: [N, C], multiplied to it after the shift (channel dropout in front of the norm).
+        tensors: the bias counts where the norm comes first, the mask where dropout stands in front of the norm.
         group: processes over which a batch norm's batch is spread.
-
-    Returns:
-        mean, var: [N or 1, C] each, of ``scale * (y + shift)``.
     """
+    running_mean, running_var, stats, _, _, bias, *_ = tensors
+    assert stats is not None
     mean, var = stats.unbind(0)
-    if shift is not None:
-        mean = mean + shift
-    if scale is not None:
+    if bias is not None and not kind.activation_first:
+        mean = mean + bias
+    *_, mask = films(tensors)
+    if mask is not None and kind.dropout_position == "norm":
+        scale = mask.to(stats.dtype)
         mean = mean * scale
         var = var * (scale * scale)
     n, channels = mean.shape
 
     def move(centre: Tensor, total: Tensor, unbiased: Tensor | float) -> None:
-        if training and running_mean is not None and running_var is not None:
+        if kind.update and running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(centre.to(running_mean.dtype), momentum)
                 running_var.lerp_((total * unbiased).to(running_var.dtype), momentum)
 
-    if norm == "batch" and group is not None:
-        centre, total, values = distributed.combined(mean, var, count, group)
+    if kind.norm == "batch" and group is not None:
+        centre, total, values = distributed.combined(mean, var, kind.count, group)
         move(centre[0], total[0], values / (values - 1).clamp(min=1))
         return centre, total
-    if norm == "batch":
+    if kind.norm == "batch":
         between, centre = torch.var_mean(mean, 0, correction=0, keepdim=True)
         total = var.mean(0, keepdim=True) + between
-        move(centre[0], total[0], n * count / max(n * count - 1, 1))
+        move(centre[0], total[0], n * kind.count / max(n * kind.count - 1, 1))
         return centre, total
-    if norm == "instance":
-        if training and running_mean is not None:
-            move(mean.mean(0), var.mean(0), count / max(count - 1, 1))
+    if kind.norm == "instance":
+        if kind.update and running_mean is not None:
+            move(mean.mean(0), var.mean(0), kind.count / max(kind.count - 1, 1))
         return mean, var
-    groups = 1 if norm == "layer" else num_groups
-    assert groups is not None
-    grouped_mean = mean.reshape(n, groups, -1)
+    grouped_mean = mean.reshape(n, kind.groups, -1)
     centre = grouped_mean.mean(2, keepdim=True)
-    total = (var.reshape(n, groups, -1) + (grouped_mean - centre).square()).mean(2, keepdim=True)
-    spread = (n, groups, channels // groups)
-    return centre.expand(spread).reshape(n, channels), total.expand(spread).reshape(n, channels)
+    grouped_var = var.reshape(n, kind.groups, -1)
+    total = (grouped_var + (grouped_mean - centre).square()).mean(2, keepdim=True)
+    wide = (n, kind.groups, channels // kind.groups)
+    return centre.expand(wide).reshape(n, channels), total.expand(wide).reshape(n, channels)
 
 
 def of_block(
@@ -93,97 +98,38 @@ def of_block(
             convolution's.
         group: processes over which a batch norm's batch is spread.
     """
-    mean, var, stats, weight, norm_bias, bias, *films, slope = tensors
+    mean, var, stats, _, _, bias, *_ = tensors
     dtype = torch.float64 if kind.wide else torch.float32
-    gamma, beta, mask = (t.unsqueeze(0) if t is not None and t.dim() == 1 else t for t in films)
-    known: dict[str, Tensor] = {}
+    dropped = kind.dropout_position == "norm" and tensors.dropout_mask is not None
+    seen: Statistics | None = None
     if stats is not None:
-        before = mask if kind.dropout_position == "norm" else None
-        centre, total = norm_statistics(
-            stats,
-            kind.norm,
-            kind.count,
-            running_mean=mean,
-            running_var=var,
-            num_groups=kind.groups,
-            training=kind.training,
-            momentum=momentum,
-            shift=None if kind.activation_first else bias,
-            scale=None if before is None else before.to(stats.dtype),
-            group=group,
-        )
+        centre, total = norm_statistics(kind, tensors, momentum, group)
         pivot = stats.detach()[0]
-        if kind.norm == "batch" and before is None:
+        if kind.norm == "batch" and not dropped:
             lifted = kind.activation_first or bias is None
             pivot = centre if lifted else centre - bias.to(centre.dtype)  # type: ignore[union-attr]
-        known = {"mean": centre, "var": total, "pivot": pivot.detach()}
+        seen = Statistics(centre, total, pivot.detach())
     elif kind.norm != "none":
         assert mean is not None and var is not None
-        centre = mean.to(dtype).unsqueeze(0)
-        known = {"var": var.to(dtype).unsqueeze(0), "pivot": centre.detach()}
+        centre, total = mean.to(dtype).unsqueeze(0), var.to(dtype).unsqueeze(0)
+        seen = Statistics(centre if dropped else None, total, centre.detach())
         if not kind.activation_first and bias is not None:
-            known |= {"mean": centre, "pivot": (centre - bias.to(dtype)).detach()}
-        elif mask is not None and kind.dropout_position == "norm":
-            known["mean"] = centre
-    return coefficients(
-        kind.batch,
-        kind.channels,
-        **known,
-        eps=kind.eps,
-        norm_weight=weight,
-        norm_bias=norm_bias,
-        conv_bias=bias,
-        gamma=gamma,
-        beta=beta,
-        slope=kind.slope if slope is None else slope,
-        order=kind.order,
-        dropout_mask=mask,
-        dropout_position=kind.dropout_position,
-        dtype=dtype,
-        device=device,
-    )
+            seen = Statistics(centre, total, (centre - bias.to(dtype)).detach())
+    return _rows(kind, tensors, seen, device)
 
 
-def coefficients(
-    batch: int,
-    channels: int,
-    *,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    pivot: Tensor | None = None,
-    eps: float = 1e-5,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    conv_bias: Tensor | None = None,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    slope: Tensor | float | None = None,
-    order: str = "conv-norm-film-act",
-    dropout_mask: Tensor | None = None,
-    dropout_position: str = "end",
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+def _rows(
+    kind: Kind, tensors: TailTensors, seen: Statistics | None, device: torch.device
 ) -> Tensor:
-    """Rows a, b, g, s, p, q, slope [7, N, C] of one block's pending affine.
-
-    Args:
-        mean, var: [N or 1, C], statistics of what the norm sees (no ``var``: no norm; no ``mean``: it is
-            the pivot, to the last bit).
-        pivot: [N or 1, C], a constant near the mean of the raw map (norm first) or of the activated
-            map (activation first).
-        gamma, beta, dropout_mask: [N or 1, C].
-        slope: number, [1] or [C], parameter of the activation.
-    """
-
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(dtype)
-
-    gamma, beta, mask = cast(gamma), cast(beta), cast(dropout_mask)
-    conv_bias, norm_weight, norm_bias = cast(conv_bias), cast(norm_weight), cast(norm_bias)
+    """``of_block`` behind the statistics; None: there is no norm."""
+    dtype = torch.float64 if kind.wide else torch.float32
+    weight, norm_bias, bias, gamma, beta, mask = (
+        None if t is None else t.to(dtype) for t in (*tensors[3:6], *films(tensors))
+    )
 
     def film(k: Tensor | None, c: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(k, c) of k * x + c -> the same after the dropout in front of FiLM, and FiLM."""
-        if mask is not None and dropout_position == "film":
+        if mask is not None and kind.dropout_position == "film":
             k, c = _mul(k, mask), (None if c is None else c * mask)
             k = mask if k is None else k
         if gamma is not None:
@@ -191,58 +137,42 @@ def coefficients(
             k = gamma if k is None else k
         return k, _add(c, beta)
 
+    if seen is None and mask is not None and kind.dropout_position == "norm":
+        raise ValueError("dropout_position='norm' needs a norm")
     a = b = g = s = p = q = None
-    if var is None:
-        if mask is not None and dropout_position == "norm":
-            raise ValueError("dropout_position='norm' needs a norm")
-        inner: Tensor | None = None
+    k, c = None, None if kind.activation_first else bias
+    if seen is not None:
+        mean, var, pivot = seen
+        inner = torch.rsqrt(var + kind.eps)
+        if weight is not None:
+            inner = inner * weight
+        lifted = pivot if c is None else pivot + c
+        k = inner
+        if mask is not None and kind.dropout_position == "norm":
+            lifted, k = lifted * mask, k * mask
+        c = norm_bias if mean is None else _add((lifted - mean) * inner, norm_bias)
+        p, q = (None, pivot) if kind.activation_first else (pivot, None)
+    if kind.order == "conv-norm-film-act":
+        a, b = film(k, c)
+    elif kind.order == "conv-norm-act-film":
+        a, b = k, c
+        g, s = film(None, None)
     else:
-        inner = torch.rsqrt(var + eps)
-        if norm_weight is not None:
-            inner = inner * norm_weight
-    if order == "conv-act-norm-film":
-        b = conv_bias
-        if inner is not None:
-            q = pivot
-            scale = mask if dropout_position == "norm" else None
-            assert pivot is not None
-            lifted = pivot if scale is None else pivot * scale
-            g = inner if scale is None else inner * scale
-            s = norm_bias if mean is None else _add((lifted - mean) * inner, norm_bias)
-        g, s = film(g, s)
-    else:
-        if inner is None:
-            a, b = None, conv_bias
-        else:
-            p = pivot
-            assert pivot is not None
-            lifted = pivot if conv_bias is None else pivot + conv_bias
-            assert inner is not None
-            a = inner
-            if mask is not None and dropout_position == "norm":
-                lifted, a = lifted * mask, a * mask
-            b = norm_bias if mean is None else _add((lifted - mean) * inner, norm_bias)
-        if order == "conv-norm-film-act":
-            a, b = film(a, b)
-        else:
-            g, s = film(g, s)
-    if mask is not None and dropout_position == "end":
+        b = bias
+        g, s = film(k, c)
+    if mask is not None and kind.dropout_position == "end":
         g = _mul(g, mask)
         g = mask if g is None else g
         s = None if s is None else s * mask
-    if isinstance(slope, (int, float)):
-        slope_row: Tensor | None = torch.full((1, 1), float(slope), dtype=dtype, device=device)
+    if tensors.slope is None:
+        slope = torch.full((1, 1), kind.slope, dtype=dtype, device=device)
     else:
-        slope_row = None if slope is None else slope.to(dtype).reshape(1, -1)
+        slope = tensors.slope.to(dtype).reshape(1, -1)
     one, zero = _constants(dtype, device)
-    rows = (a, b, g, s, p, q, slope_row)
     defaults = (one, zero, one, zero, zero, zero, zero)
-    return torch.stack(
-        [
-            (d if r is None else r).expand(batch, channels)
-            for r, d in zip(rows, defaults, strict=True)
-        ]
-    )
+    rows = zip((a, b, g, s, p, q, slope), defaults, strict=True)
+    shape = kind.batch, kind.channels
+    return torch.stack([(d if r is None else r).expand(shape) for r, d in rows])
 
 
 def _constants(dtype: torch.dtype, device: torch.device | str | None) -> tuple[Tensor, Tensor]:

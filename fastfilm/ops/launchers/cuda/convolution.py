@@ -21,11 +21,12 @@ from ...spec import (
     Source,
     SourceGradient,
     dense,
+    raw_like,
     views,
 )
 from ..arguments import activation_code, address, addresses
 from . import _CUDA
-from .arguments import FORMATS, empty_map, feature_map, numbers, on_device, stream_of
+from .arguments import empty_map, feature_map, numbers, on_device, stream_of
 from .plans import Shape, plan, three
 
 MOST_TAPS = 8
@@ -172,7 +173,7 @@ def fprop(
     seen = sources[0].size
     size = geometry.output_size(seen, weight.shape[2:])
     conv = convolution(x, weight, size, geometry, seen)
-    y = torch.empty((n, co, *size), dtype=x.dtype, device=x.device, memory_format=FORMATS[x.dim()])
+    y = raw_like(x, (n, co, *size))
     unfinished = empty_map(y) if raw else None
     wanted = norm_input is not None
     stats = torch.empty((2, n, co) if wanted else (0,), dtype=torch.float32, device=x.device)
@@ -215,23 +216,48 @@ def dgrad(
     Returns:
         (dx, dcoef) of each output: None where nothing is wanted, or pending.
     """
-    dy = gradient.dy
-    weight = _weight(weight, dy, sum(o.channels for o in outputs))
-    kept, given = _gradient(gradient, *dy.shape[:2])
+    return _gradients("backward", gradient, weight, geometry, size, outputs)[0]
+
+
+def _gradients(
+    method: str,
+    gradient: Gradient,
+    weight: Tensor,
+    geometry: Geometry,
+    size: Sizes,
+    outputs: Sequence[Output] = (),
+    sources: Sequence[Source] = (),
+    sums: bool = False,
+) -> tuple[list[SourceGradient], Any, Tensor | None]:
+    """Gradients at the ``outputs``, at the weight if there are ``sources``, and dpre with ``sums``.
+
+    Args:
+        method: of ``_CUDA.Convolution``; "<method>_workspace" is the one that counts its bytes.
+    """
+    dy, dweight, dpre = gradient.dy, None, None
+    found: list[SourceGradient] = []
+    call: dict[str, Any] = {}
+    kept: list[Any] = []
+    if outputs:
+        weight = _weight(weight, dy, sum(o.channels for o in outputs))
+        found, call["outputs"], held = _outputs(outputs, dy, size)
+        call |= {"weight": weight.data_ptr(), "strides": _strides(weight)}
+        kept += held
+    if sources:
+        _check_weight(weight, sources[0].raw, sum(s.raw.shape[1] for s in sources))
+        read, call["sources"] = _sources(sources)
+        dweight, shape = raw_like(dy, weight.shape), (2, weight.shape[0])
+        dpre = torch.empty(shape, dtype=torch.float32, device=dy.device) if sums else None
+        call |= {"dweight": dweight.data_ptr(), "dpre": address(dpre)}
+        kept += read
+    parts, call["gradient"] = _gradient(gradient, *dy.shape[:2])
+    kept += parts
     conv = convolution(dy, weight, dy.shape[2:], geometry, size)
-    found, described, held = _outputs(outputs, dy, size)
-    work = _bytes(conv.backward_workspace(), dy)
+    work = _bytes(getattr(conv, f"{method}_workspace")(), dy)
     with on_device(dy):
-        conv.backward(
-            gradient=given,
-            weight=weight.data_ptr(),
-            strides=_strides(weight),
-            outputs=described,
-            workspace=work.data_ptr(),
-            stream=stream_of(dy),
-        )
-    del kept, held
-    return found
+        getattr(conv, method)(**call, workspace=work.data_ptr(), stream=stream_of(dy))
+    del kept
+    return found, dweight, dpre
 
 
 def _outputs(
@@ -269,7 +295,7 @@ def _output(
     if raw is not None:
         feature_map("raw", raw)
     if into is None:
-        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=FORMATS[dy.dim()])
+        dx = raw_like(dy, shape)
     else:
         dx = feature_map("into", into)
         if tuple(dx.shape) != shape or dx.dtype != dy.dtype:
@@ -296,33 +322,8 @@ def wgrad(
 
     With ``sums`` also dpre [2, Co]: Σ e, and the gradient at the slopes of ``gradient.pre``.
     """
-    x, dy = sources[0].raw, gradient.dy
-    _check_weight(weight, x, sum(s.raw.shape[1] for s in sources))
-    kept, given = _sources(sources)
-    held, gradient_numbers = _gradient(gradient, *dy.shape[:2])
-    conv = convolution(dy, weight, dy.shape[2:], geometry, sources[0].size)
-    dweight, dpre = _weight_results(weight, dy, sums)
-    work = _bytes(conv.weight_gradient_workspace(), x)
-    with on_device(x):
-        conv.weight_gradient(
-            gradient=gradient_numbers,
-            sources=given,
-            dweight=dweight.data_ptr(),
-            dpre=address(dpre),
-            workspace=work.data_ptr(),
-            stream=stream_of(x),
-        )
-    del kept, held
-    return dweight, dpre
-
-
-def _weight_results(weight: Tensor, dy: Tensor, sums: bool) -> tuple[Tensor, Tensor | None]:
-    dweight = torch.empty(
-        weight.shape, dtype=dy.dtype, device=dy.device, memory_format=FORMATS[dy.dim()]
-    )
-    shape = (2, weight.shape[0])
-    dpre = torch.empty(shape, dtype=torch.float32, device=dy.device) if sums else None
-    return dweight, dpre
+    given = gradient, weight, geometry, sources[0].size
+    return _gradients("weight_gradient", *given, sources=sources, sums=sums)[1:]
 
 
 def covers_joint(dy: Tensor, weight: Tensor, size: Sizes, geometry: Geometry) -> bool:
@@ -340,26 +341,5 @@ def joint(
     sums: bool = False,
 ) -> tuple[list[SourceGradient], Tensor, Tensor | None]:
     """``dgrad`` and ``wgrad`` by one kernel, which reads each map once."""
-    dy = gradient.dy
-    size = sources[0].size
-    weight = _weight(weight, dy, sum(o.channels for o in outputs))
-    conv = convolution(dy, weight, dy.shape[2:], geometry, size)
-    kept, given = _gradient(gradient, *dy.shape[:2])
-    found, described, held = _outputs(outputs, dy, size)
-    read, sources_given = _sources(sources)
-    dweight, dpre = _weight_results(weight, dy, sums)
-    work = _bytes(conv.joint_workspace(), dy)
-    with on_device(dy):
-        conv.joint(
-            gradient=given,
-            weight=weight.data_ptr(),
-            strides=_strides(weight),
-            outputs=described,
-            sources=sources_given,
-            dweight=dweight.data_ptr(),
-            dpre=address(dpre),
-            workspace=work.data_ptr(),
-            stream=stream_of(dy),
-        )
-    del kept, held, read
-    return found, dweight, dpre
+    given = gradient, weight, geometry, sources[0].size
+    return _gradients("joint", *given, outputs, sources, sums)

@@ -7,6 +7,8 @@ M is the affine of ``pointwise.apply``. Coefficients that are absent mean M(y) =
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -198,29 +200,21 @@ def residual_grad_kernel(
         tl.store(dslope_ptr + at, dslope.to(tl.float32), mask=mask)
 
 
-def residual(
-    y: torch.Tensor,
-    coef: torch.Tensor | None,
-    act: str,
-    other: torch.Tensor,
-    other_coef: torch.Tensor | None,
-    slope: torch.Tensor | None,
-    outer: str,
-) -> torch.Tensor:
-    """v [N, C, *S] of y and other, channels-last of one dtype; coefficients [7, N, C], slope [C], float32."""
+def residual(addends: Any) -> torch.Tensor:
+    """v [N, C, *S], channels-last.
+
+    Args:
+        addends: y, coef, act, other, other_coef, slope, outer (see ``fastfilm.ops.spec.Addends``): y and other
+            channels-last of one dtype, coefficients [7, N, C] and slope [C] float32.
+    """
+    y, coef, act, other, other_coef, slope, outer = addends
     v = channels_last(y.shape, y)
     d = divide(y, outer if act == "none" else act, reduces=True)
     # a program takes one block here, however many the gradient's take
     programs = cdiv(d.sizes[0], d.constants["BS"])
     with guard(y):
         residual_kernel[(programs, *d.grid[1:])](
-            y,
-            dense(coef),
-            other,
-            dense(other_coef),
-            dense(slope),
-            v,
-            *d.sizes,
+            *(y, dense(coef), other, dense(other_coef), dense(slope), v, *d.sizes),
             INSIDE=act == "none",
             **d.constants,
         )
@@ -228,17 +222,10 @@ def residual(
 
 
 def residual_backward(
-    dv: torch.Tensor,
-    y: torch.Tensor,
-    coef: torch.Tensor | None,
-    act: str,
-    other: torch.Tensor,
-    other_coef: torch.Tensor | None,
-    slope: torch.Tensor | None,
-    outer: str,
-    at_other: bool = True,
+    dv: torch.Tensor, addends: Any, at_other: bool = True
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of ``residual`` at y, coef, other (None unless ``at_other``), other_coef and slope."""
+    y, coef, act, other, other_coef, slope, outer = addends
     dy = channels_last(y.shape, y)
     dother = channels_last(y.shape, y) if at_other else None
     d = divide(y, outer if act == "none" else act, reduces=True)
@@ -250,30 +237,12 @@ def residual_backward(
     inside, block = act == "none", power_of_two(channels, 1, 32)
     with guard(y):
         residual_backward_kernel[d.grid](
-            dv,
-            y,
-            coef,
-            other,
-            other_coef,
-            slope,
-            dy,
-            dother,
-            partials,
-            *d.sizes,
-            d.iters,
+            *(dv, y, coef, other, other_coef, slope, dy, dother, partials, *d.sizes, d.iters),
             INSIDE=inside,
             **d.constants,
         )
         residual_grad_kernel[(n, cdiv(channels, block))](
-            partials,
-            coef,
-            other_coef,
-            dcoef,
-            dother_coef,
-            dslope,
-            d.programs,
-            n,
-            channels,
+            *(partials, coef, other_coef, dcoef, dother_coef, dslope, d.programs, n, channels),
             INSIDE=inside,
             BT=64,
             BC=block,

@@ -222,7 +222,7 @@ def test_a_sum_of_maps_of_more_blocks_than_partial_results_is_written_whole(
     generator = torch.Generator().manual_seed(6)
     y, other = torch.randn(2, 2, 3, 5, 7, generator=generator).unbind()
     given = [spec.channels_last(t.to(device)) for t in (y, other)]
-    v = residual_sum.residual(given[0], None, "none", given[1], None, None, "relu")
+    v = residual_sum.residual((given[0], None, "none", given[1], None, None, "relu"))
     pointwise.blocks.cache_clear()
     assert torch.equal(v.cpu(), torch.relu(y + other))
 

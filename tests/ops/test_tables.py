@@ -6,17 +6,19 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastfilm.ops import choice
 from fastfilm.ops.choice import Request, registry
-from fastfilm.ops.launchers import tiles
+from fastfilm.ops.launchers import triton
 from fastfilm.ops.settings import tables
 from fastfilm.ops.settings.tables import Entry, Table
-from fastfilm.ops.spec import Geometry, Gradient, Source
+from fastfilm.ops.spec import Geometry, Gradient, Output, Source
 
 SHAPE: tuple[Any, ...] = (torch.bfloat16, 16, (64, 64), (3, 3), (1, 1), (320, 256))
 KEY = tables.key(*SHAPE)
@@ -205,29 +207,39 @@ def test_a_measured_plan_that_cannot_serve_here_is_left_out(
         assert str(choice.choose(request_of())) == "triton/composed"
 
 
-class OnGpu:
-    """A tensor's shape on a GPU."""
+class OnGpu(Tensor):
+    """A tensor without memory that says it is on a GPU."""
 
-    is_cuda, dtype = True, torch.bfloat16
-
-    def __init__(self, *shape: int) -> None:
-        self.shape = torch.Size(shape)
+    is_cuda = True  # type: ignore[assignment]
 
 
-def test_launchers_get_the_measured_tile(gpu: Path) -> None:
+def test_launchers_get_the_measured_tile(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
     from fastfilm.kernels import conv_fprop, conv_wgrad
 
-    x, w, e = OnGpu(16, 64, 320, 256), OnGpu(64, 64, 3, 3), OnGpu(16, 64, 320, 256)
+    def on_gpu(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta").as_subclass(OnGpu)
+
+    tiles: dict[str, Any] = {}
+
+    def kernel(name: str) -> Callable[..., Any]:
+        return lambda *args, config=None, **rest: tiles.update({name: config})
+
+    monkeypatch.setattr(
+        triton, "_kernels", lambda: SimpleNamespace(**{n: kernel(n) for n in tables.FAMILIES})
+    )
+    x, w, e = on_gpu(16, 64, 320, 256), on_gpu(64, 64, 3, 3), on_gpu(16, 64, 320, 256)
     entry = Entry("triton/fused", {"fprop": (8, 8, 64, 32, 4, 3), "wgrad": (64, 32, 64, 4, 2)}, {})
-    walk, read, upstream = Geometry.ordinary((1, 1), (1, 1)), [Source(x)], Gradient(e)  # type: ignore[arg-type]
+    walk, read, upstream = Geometry.ordinary((1, 1), (1, 1)), [Source(x)], Gradient(e)
     with tables.trying({KEY: entry}):
-        found = tiles.TILED["fprop"](read, w, None, walk)
-        assert found["config"] == conv_fprop.Config(8, 8, 64, 32, 4, 3)
-        found = tiles.TILED["wgrad"](upstream, read, w, walk)
-        assert found["config"] == conv_wgrad.Config(64, 32, 64, 4, 2)
-        assert tiles.TILED["dgrad"](upstream, w, None, (320, 256), walk) == {}
-    assert tiles.TILED["fprop"](read, w, None, walk) == {}
+        triton.fprop(read, w, None, walk)
+        triton.wgrad(upstream, read, w, walk)
+        triton.dgrad(upstream, w, [Output(64, x)], (320, 256), walk)
+    assert tiles["fprop"] == conv_fprop.Config(8, 8, 64, 32, 4, 3)
+    assert tiles["wgrad"] == conv_wgrad.Config(64, 32, 64, 4, 2)
+    assert tiles["dgrad"] is None
+    triton.fprop(read, w, None, walk)
+    assert tiles["fprop"] is None
 
 
 def fastest(call: Callable[[], object], times: int, repeats: int = 7) -> float:

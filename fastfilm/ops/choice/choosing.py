@@ -113,11 +113,6 @@ def automatic(device: str) -> str:
     return "triton" if device == "cuda" else "cpu"
 
 
-def _shape(request: Request) -> tuple[Any, ...]:
-    r = request
-    return r.dtype, r.batch, r.channels, r.kernel, r.stride, r.output
-
-
 def why_not_plan(plan: Plan, request: Request) -> str | None:
     """Why a plan cannot serve ``request``; None if it can."""
     name, route = plan
@@ -134,11 +129,12 @@ def why_not_plan(plan: Plan, request: Request) -> str | None:
 
 def measured(request: Request, name: str | None) -> Plan | None:
     """The plan that was measured to be the fastest, if this request and the backend asked for allow it."""
-    irregular = len(set(request.kernel)) > 1 or len(set(request.stride)) > 1
-    irregular |= request.transposed or request.groups != 1 or set(request.dilation) != {1}
-    if request.device != "cuda" or irregular:
+    r = request
+    irregular = len(set(r.kernel)) > 1 or len(set(r.stride)) > 1
+    irregular |= r.transposed or r.groups != 1 or set(r.dilation) != {1}
+    if r.device != "cuda" or irregular:
         return None
-    entry = tables.measured(*_shape(request))
+    entry = tables.measured(r.dtype, r.batch, r.channels, r.kernel, r.stride, r.output)
     if entry is None:
         return None
     plan = Plan.of(entry.plan)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..settings import tables
-from ..spec import Geometry, Gradient, Source
 
 
 def measured(
@@ -30,33 +29,3 @@ def config(family: str, fields: tuple[int, ...]) -> Any:
     """A tile of the kernels of ``family`` ("fprop", "dgrad", "wgrad") from its numbers."""
     kind = importlib.import_module(f"fastfilm.kernels.conv_{family}").Config
     return kind(*fields)
-
-
-def _of_fprop(
-    sources: Sequence[Source], weight: Tensor, bias: Any, geometry: Geometry, *rest: Any, **_: Any
-) -> dict[str, Any]:
-    x = sources[0].raw
-    size = geometry.output_size(x.shape[2:], weight.shape[2:])
-    return measured("fprop", x, weight, geometry.stride, size)
-
-
-def _of_dgrad(
-    gradient: Gradient, weight: Tensor, outputs: Any, size: Any, geometry: Geometry
-) -> dict[str, Any]:
-    dy = gradient.dy
-    return measured("dgrad", dy, weight, geometry.stride, dy.shape[2:])
-
-
-def _of_wgrad(
-    gradient: Gradient, sources: Any, weight: Tensor, geometry: Geometry, *rest: Any
-) -> dict[str, Any]:
-    dy = gradient.dy
-    return measured("wgrad", dy, weight, geometry.stride, dy.shape[2:])
-
-
-TILED: dict[str, Callable[..., dict[str, Any]]] = {
-    "fprop": _of_fprop,
-    "dgrad": _of_dgrad,
-    "wgrad": _of_wgrad,
-}
-"""Launchers that take a tile: what to add to their arguments."""

@@ -13,7 +13,7 @@ import inspect
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ from ..spec import (
     views,
 )
 from ..spec.views import View
-from . import eager, plain_convolutions
-from .tiles import TILED
+from . import eager, plain_convolutions, tiles
 
 Key = tuple[object, ...]
 
@@ -105,18 +104,17 @@ def _guarded(
         launch: the launcher, where the kernels' own has other arguments.
     """
     name = plain.__name__
-    tiled = TILED.get(name)
     signature = inspect.signature(plain)
 
     def key(*args: Any, **options: Any) -> Key:
         return _key(name, signature.bind(*args, **options).arguments)
 
     def call(*given: Any, **options: Any) -> Any:
-        args = [dense.values(a) if isinstance(a, Tensor) else a for a in given]
+        args = [_held(a) for a in given]
         if not failures or key(*args, **options) not in failures:
             try:
                 launcher = launch or getattr(_kernels(), name)
-                return launcher(*args, **options, **(tiled(*args) if tiled else {}))
+                return launcher(*args, **options)
             except Exception as error:
                 if recoverable(error) and capture.capturing():
                     _load_again()
@@ -128,6 +126,13 @@ def _guarded(
 
     call.__name__, call.__doc__ = name, plain.__doc__
     return call
+
+
+def _held(value: Any) -> Any:
+    """Tensors with their values in their memory."""
+    if isinstance(value, Addends):
+        return Addends(*map(_held, value))
+    return dense.values(value) if isinstance(value, Tensor) else value
 
 
 def _load_again() -> None:
@@ -175,23 +180,6 @@ def _gather_backward(dv: Tensor, first: int, source: Source) -> SourceGradient:
     return found
 
 
-def _residual(addends: Addends) -> Tensor:
-    v: Tensor = _kernels().residual(*_held(addends))
-    return v
-
-
-def _residual_backward(
-    dv: Tensor, addends: Addends, at_other: bool = True
-) -> tuple[Tensor | None, ...]:
-    found: tuple[Tensor | None, ...]
-    found = _kernels().residual_backward(dv, *_held(addends), at_other)
-    return found
-
-
-def _held(addends: Addends) -> Iterator[Any]:
-    return (dense.values(t) if isinstance(t, Tensor) else t for t in addends)
-
-
 def _overlapping(dv: Tensor, first: int, source: Source) -> SourceGradient:
     """A maximum over windows that overlap: PyTorch's gradient of the pooling, at the map behind its affine."""
     raw, coef, act, view, _ = source
@@ -216,10 +204,11 @@ def _fprop(
     geometry: Geometry,
     norm_input: NormInput | None = None,
     finish: Pending | None = None,
-    **tile: Any,
 ) -> tuple[Tensor, Tensor]:
     ((raw, coef, act, *_),) = sources
     front = dense.values(raw), weight, bias, coef, act, *(norm_input or NormInput())
+    size = geometry.output_size(raw.shape[2:], weight.shape[2:])
+    tile = tiles.measured("fprop", raw, weight, geometry.stride, size)
     tile["out_coef"], tile["out_act"] = finish or Pending()
     walk, moments = (geometry.stride, geometry.padding), norm_input is not None
     found: tuple[Tensor, Tensor] = _kernels().fprop(*front, *walk, moments, **tile)
@@ -232,12 +221,13 @@ def _dgrad(
     outputs: Sequence[Output],
     size: tuple[int, ...],
     geometry: Geometry,
-    **tile: Any,
 ) -> list[SourceGradient]:
     ((_, raw, coef, act, *_),) = outputs
     assert raw is not None
     read, walk = (weight, dense.values(raw), coef, act), (geometry.stride, geometry.padding)
-    return [_kernels().dgrad(dense.values(gradient.dy), *read, *walk, **tile)]
+    dy = dense.values(gradient.dy)
+    tile = tiles.measured("dgrad", dy, weight, geometry.stride, dy.shape[2:])
+    return [_kernels().dgrad(dy, *read, *walk, **tile)]
 
 
 def _wgrad(
@@ -246,19 +236,20 @@ def _wgrad(
     weight: Tensor,
     geometry: Geometry,
     sums: bool = False,
-    **tile: Any,
 ) -> tuple[Tensor, None]:
     ((raw, coef, act, *_),) = sources
     read, walk = (dense.values(raw), weight, coef, act), (geometry.stride, geometry.padding)
-    return _kernels().wgrad(dense.values(gradient.dy), *read, *walk, **tile), None
+    dy = dense.values(gradient.dy)
+    tile = tiles.measured("wgrad", dy, weight, geometry.stride, dy.shape[2:])
+    return _kernels().wgrad(dy, *read, *walk, **tile), None
 
 
 apply = _guarded(eager.apply)
 apply_backward = _guarded(eager.apply_backward)
 moments = _guarded(eager.moments)
 moments_backward = _guarded(eager.moments_backward)
-residual = _guarded(eager.residual, _residual)
-residual_backward = _guarded(eager.residual_backward, _residual_backward)
+residual = _guarded(eager.residual)
+residual_backward = _guarded(eager.residual_backward)
 gather = _guarded(eager.gather, _gather)
 gather_backward = _guarded(eager.gather_backward, _gather_backward)
 block_coefficients = _guarded(eager.block_coefficients)

@@ -1,4 +1,3 @@
-"""What users and measurements set before a call: environment variables, the backend that is forced, kernels that
-are left out, and the tables of the fastest plans and tiles."""
+"""What is set before a call: environment variables, a forced backend, kernels left out, tables of fast plans."""
 
 from .forced import force, forced

@@ -102,7 +102,6 @@ def unlaunched() -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from fastfilm.ops.choice import registry
     from fastfilm.ops.launchers import available
     from fastfilm.ops.launchers import triton as fallback
     from fastfilm.ops.vendor import convolutions as vendor
@@ -115,7 +114,6 @@ def unlaunched() -> Iterator[None]:
     driver.set_active(_Driver())
     with (
         patch.object(JITFunction, "run", no_run),
-        patch.object(registry, "interpreting", lambda: True),
         patch.object(available, "interpreting", lambda: True),
         patch.object(fallback, "STRICT", True),
         # a CPU's layout of weights, which its processor decides on

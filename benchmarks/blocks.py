@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,22 @@ def eager(block: Block, t: Tensors, expanded: bool = False) -> Tensor:
     return eager_tail(block, convolve(block.layer, t.x, t.weight, t.bias), t, expanded)
 
 
+def _tail_options(block: Block, t: Tensors) -> dict[str, Any]:
+    """What ``conv_norm_film`` and ``norm_film`` take of a block behind its convolution."""
+    return {
+        "norm": block.norm,
+        "norm_weight": t.norm_weight,
+        "norm_bias": t.norm_bias,
+        "num_groups": 8 if block.norm == "group" else None,
+        "training": True,
+        "activation": block.act,
+        "slope": SLOPE if block.act == "leaky_relu" else None,
+        "gamma": t.gamma,
+        "beta": t.beta,
+        "order": block.order,
+    }
+
+
 def fused(block: Block, t: Tensors) -> Tensor:
     """The block as one fastfilm op."""
     out = fastfilm.conv_norm_film(
@@ -162,16 +179,7 @@ def fused(block: Block, t: Tensors) -> Tensor:
         t.bias,
         stride=block.layer.stride,
         padding=(block.layer.kernel - 1) // 2,
-        norm=block.norm,
-        norm_weight=t.norm_weight,
-        norm_bias=t.norm_bias,
-        num_groups=8 if block.norm == "group" else None,
-        training=True,
-        activation=block.act,
-        slope=SLOPE if block.act == "leaky_relu" else None,
-        gamma=t.gamma,
-        beta=t.beta,
-        order=block.order,
+        **_tail_options(block, t),
     )
     assert isinstance(out, Tensor)
     return out
@@ -180,19 +188,7 @@ def fused(block: Block, t: Tensors) -> Tensor:
 def definition_tail(block: Block, y: Tensor, t: Tensors) -> Tensor:
     """Activation, norm and FiLM behind the convolution's output ``y`` by fastfilm's reference."""
     with fastfilm.backend("reference"):
-        out = fastfilm.norm_film(
-            y,
-            norm=block.norm,
-            norm_weight=t.norm_weight,
-            norm_bias=t.norm_bias,
-            num_groups=8 if block.norm == "group" else None,
-            training=True,
-            activation=block.act,
-            slope=SLOPE if block.act == "leaky_relu" else None,
-            gamma=t.gamma,
-            beta=t.beta,
-            order=block.order,
-        )
+        out = fastfilm.norm_film(y, **_tail_options(block, t))
     assert isinstance(out, Tensor)
     return out
 

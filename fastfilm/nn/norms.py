@@ -116,7 +116,7 @@ def read(layer: Any, sync_group: distributed.Group = None) -> Norm | None:
     Args:
         sync_group: of a batch norm, beside that of a ``torch.nn.SyncBatchNorm``.
     """
-    kind = None if hooked(layer) else NORMS.get(type(layer)) or kind_of(layer)
+    kind = None if hooked(layer) else kind_of(layer)
     if kind is None:
         return None
     # ``torch.nn.Module`` finds an attribute ten times slower than these dictionaries do, which lack the computed

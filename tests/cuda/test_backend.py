@@ -13,7 +13,8 @@ import torch
 import fastfilm
 from benchmarks.emulation import serving
 from fastfilm.ops import choice
-from fastfilm.ops.choice import BACKENDS, Request, registry, why_not_architecture
+from fastfilm.ops.choice import BACKENDS, Request, why_not_architecture
+from fastfilm.ops.launchers import available
 from fastfilm.ops.settings import tables
 from tests.support import emulated
 from tests.support.case import Case
@@ -139,7 +140,7 @@ def test_it_is_chosen_only_where_it_was_measured_or_forced(
 ) -> None:
     triton = replace(BACKENDS["triton"], unavailable=lambda: None)
     monkeypatch.setitem(BACKENDS, "triton", triton)
-    monkeypatch.setattr(registry, "interpreting", lambda: False)
+    monkeypatch.setattr(available, "interpreting", lambda: False)
     assert choice.choose(REQUEST).backend == "triton"
     with fastfilm.backend("cuda"):
         assert choice.choose(REQUEST).backend == "cuda"

@@ -12,7 +12,8 @@ import torch
 import fastfilm
 from benchmarks.emulation import serving
 from fastfilm.ops import choice
-from fastfilm.ops.choice import BACKENDS, Request, choosing, registry
+from fastfilm.ops.choice import BACKENDS, Request, choosing
+from fastfilm.ops.launchers import available
 from fastfilm.ops.settings import left_out
 from tests.support import emulated
 from tests.support.case import Case
@@ -61,7 +62,7 @@ def test_a_forward_kernel_left_out_takes_its_type_off_the_fused_route(
 ) -> None:
     triton = replace(BACKENDS["triton"], unavailable=lambda: None)
     monkeypatch.setitem(BACKENDS, "triton", triton)
-    monkeypatch.setattr(registry, "interpreting", lambda: False)
+    monkeypatch.setattr(available, "interpreting", lambda: False)
     other = replace(REQUEST, dtype=torch.float16)
     with left_out.without("triton:fprop:bfloat16"):
         assert "left out" in str(choice.why_not_fused(triton, REQUEST))

@@ -347,7 +347,7 @@ FAULTS = (
     Fault(
         "nn-hooks-of-the-norm-layer-passed-by",
         "fastfilm/nn/norms.py",
-        "kind = None if hooked(layer) else NORMS.get(type(layer)) or kind_of(layer)",
+        "kind = None if hooked(layer) else kind_of(layer)",
         "kind = kind_of(layer)",
         "tests/nn/test_batch_norm_tools.py tests/ops/test_fresh_values.py",
     ),

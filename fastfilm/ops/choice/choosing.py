@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launchers import available
 from ..settings import force, left_out, tables
 from ..settings.forced import thread
 from ..spec import Plan, transformed
@@ -46,7 +47,7 @@ def backend(name: str | None, route: str | None = None) -> contextlib.AbstractCo
 
 def state() -> tuple[Any, ...]:
     """Global state that affects the choice: forced backend and route, interpreter mode, kernels left out."""
-    return thread.backend, thread.route, registry.interpreting(), left_out.entries
+    return thread.backend, thread.route, available.interpreting(), left_out.entries
 
 
 def exporting() -> bool:

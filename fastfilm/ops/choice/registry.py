@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..launchers import available
-from ..launchers.available import interpreting
 from ..settings import left_out
 from ..spec import constant_when_compiled
 
@@ -111,9 +110,9 @@ def why_not_backend(b: Backend, request: Request) -> str | None:
     if reason is not None:
         return reason
     if request.device not in b.devices or (
-        b.name == "triton" and (request.device == "cpu") != interpreting()
+        b.name == "triton" and (request.device == "cpu") != available.interpreting()
     ):
-        where = "CPU tensors (TRITON_INTERPRET=1)" if interpreting() else "CUDA tensors"
+        where = "CPU tensors (TRITON_INTERPRET=1)" if available.interpreting() else "CUDA tensors"
         wanted = where if b.name == "triton" else " or ".join(b.devices)
         return f"it runs on {wanted}, got a tensor on {request.device}"
     if request.dtype not in b.dtypes:

@@ -1,7 +1,8 @@
 """A gate on figures that any machine can count: they may not grow against the committed ones.
 
 Feature maps moved, kernels on maps and bytes kept of a small FiLMed U-Net by each backend and route; Python's
-function calls and time of a block; registers and spills of the compiled tiles (from a run of the static suite).
+function calls and time of a block; registers and spills of the compiled tiles, and the clock model's times of the
+CUDA convolutions (from a run of the static suite).
 """
 
 from __future__ import annotations
@@ -133,12 +134,16 @@ def python() -> Iterator[Figure]:
 
 
 def tiles(path: Path) -> Iterator[Figure]:
-    """Spilled bytes and registers of each compiled kernel, from the rows of a static suite."""
+    """Spilled bytes and registers of compiled kernels and the clock model's µs, from rows of a static suite."""
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         name = f"{row['provider']} {row['case']} {row['dtype']}"
         if row.get("registers") is not None:
             yield Figure(f"stack bytes: {name}", row["stack_bytes"])
             yield Figure(f"registers: {name}", row["registers"], 0.1)
+        if row.get("predicted_us") is not None:
+            layer = row["case"].removeprefix("clock model: ")
+            name = f"clock model: µs {layer} {row['provider']}"
+            yield Figure(name, row["predicted_us"], 0.03)
 
 
 def figures(static: str | None) -> Iterator[Figure]:

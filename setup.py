@@ -63,7 +63,6 @@ CUDA_KERNELS = [  # those that take longest to compile first
     for name in (
         "dgrad",
         "fprop",
-        "both_gradients",
         "wgrad",
         "pointwise",
         "merge_partials",

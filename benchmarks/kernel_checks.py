@@ -22,7 +22,7 @@ from torch import Tensor
 from fastfilm.ops import spec
 from fastfilm.ops.choice import BACKENDS
 from fastfilm.ops.launchers import eager
-from fastfilm.ops.spec import Geometry, Gradient, Kind, Output, Source, TailTensors, views
+from fastfilm.ops.spec import Geometry, Kind, Source, TailTensors, views
 from fastfilm.tuning import facts, measure
 from fastfilm.tuning.shapes import Shape
 
@@ -42,8 +42,6 @@ SIZES = (
 
 FEW = 2
 """So many of them are enough where kernels are emulated, interpreted or watched, which takes long."""
-
-JOINT = (((24, 40), 3, 1, (9, 13)), ((16, 32), 1, 1, (3, 5, 6)))
 
 
 _most: int | None = None
@@ -135,21 +133,6 @@ def _convolution(family: str) -> Check:
         return max(errors)
 
     return run
-
-
-def _joint(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
-    errors = []
-    for size in JOINT:
-        shape = _shape(size, dtype)
-        (x, weight, e, coef, *_), exact = _given(shape, device, seed=2)
-        walk = Geometry.ordinary((shape.stride,) * shape.dims, (shape.padding,) * shape.dims)
-        if not kernels.covers_joint(e, weight, tuple(x.shape[2:]), walk):
-            return None
-        outputs, sources = [Output(x.shape[1], x, coef, facts.ACT)], [Source(x, coef, facts.ACT)]
-        found = kernels.joint(Gradient(e), weight, outputs, sources, walk)
-        ((dx, dcoef),), dw, _ = found
-        errors.append(_worst([dx, dcoef, dw], [exact[n] for n in ("dx", "dcoef", "dw")]))
-    return max(errors)
 
 
 def _pack(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
@@ -306,7 +289,6 @@ def _coefficients(kernels: Any, device: str, dtype: torch.dtype) -> float | None
 
 CHECKS: dict[str, Check] = {
     **{family: _convolution(family) for family in ("fprop", "dgrad", "wgrad")},
-    "joint": _joint,
     "pack": _pack,
     "pointwise": _pointwise,
     "moments": _moments,

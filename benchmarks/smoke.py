@@ -27,7 +27,7 @@ from .campaign import bundle
 DTYPES = ("float32", "float16", "bfloat16")
 FAMILIES = {
     "triton": ("fprop", "dgrad", "wgrad", "pointwise", "moments", "taps", "residual", "coefficients"),
-    "cuda": ("fprop", "dgrad", "wgrad", "joint", "pointwise", "moments", "pack"),
+    "cuda": ("fprop", "dgrad", "wgrad", "pointwise", "moments", "pack"),
 }  # fmt: skip
 """Those of the variable FASTFILM_WITHOUT."""
 

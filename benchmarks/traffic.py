@@ -130,9 +130,11 @@ class _Watched:
             return launcher
 
         def call(*args: Any, **options: Any) -> Any:
+            before = len(_collectors[-1]) if _collectors else 0
             result = launcher(*args, **options)
-            # a launcher that autograd has kept may be called when nobody counts any more
-            if _collectors:
+            # a launcher that autograd has kept may be called when nobody counts any more; one that is borrowed
+            # from another backend has been counted there
+            if _collectors and all(k.name != name for k in _collectors[-1][before:]):
                 _collectors[-1].append(self._launch(name, args, options, result))
             return result
 

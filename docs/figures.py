@@ -30,8 +30,8 @@ FORMS: tuple[tuple[str, str, str | None, str], ...] = (
     ("fastfilm, composed route", "cpu", "composed", "#8fb8de"),
     ("fastfilm, CUDA kernels", "cuda", "fused", "#2f6db0"),
 )
-FORWARD_END = ("convolution", "convolve", "fprop_sources", "fprop_finished")
-BACKWARD_END = ("convolution_wgrad", "convolve_wgrad", "wgrad_sources", "joint_sources")
+FORWARD_END = ("convolution", "convolve", "fprop")
+BACKWARD_END = ("convolution_wgrad", "convolve_wgrad", "wgrad")
 
 
 def layers() -> list[str]:

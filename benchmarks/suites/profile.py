@@ -26,11 +26,10 @@ KERNELS = {
     "fprop": ("forward", "cuda/fused"),
     "dgrad": ("input gradient", "cuda/fused"),
     "wgrad": ("weight gradient", "cuda/fused"),
-    "joint": ("both gradients", "cuda/joint"),
 }
 """Kernel -> the direction and the route that launch it, once each."""
 
-RUNS = (("fprop", "dgrad", "wgrad"), ("joint",))
+RUNS = (("fprop", "dgrad", "wgrad"),)
 """What one run of ncu reads."""
 
 SECTIONS = (
@@ -84,8 +83,8 @@ def stages(session: Session, dtype: str) -> None:
     subject = LAYER if session.device == "cuda" else LAYER.tiny()
     session.say(f"profile: {subject.name}, stages")
     step = partial(LayerStep, subject.block, session.device, dtype, MODE)
-    if "cuda/joint" in routes(session.device, dtype)[0]:
-        step = partial(step, scope=partial(scope, "cuda/joint"))
+    if "cuda/fused" in routes(session.device, dtype)[0]:
+        step = partial(step, scope=partial(scope, "cuda/fused"))
     case, whole = _case(session, dtype), _seconds(session, step())
     session.record.add(session.row(case, "fastfilm", median_s=whole, note="whole layer"))
     for without in (*((stage,) for stage in STAGES), STAGES):
@@ -194,8 +193,6 @@ def kernel_of(name: str) -> str:
     """A key of ``KERNELS`` for a CUDA function's name."""
     if "Wgrad<" in name:
         return "wgrad"
-    if "WeightCompanion" in name:
-        return "joint"
     return "dgrad" if "RawGradient" in name else "fprop"
 
 

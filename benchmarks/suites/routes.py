@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import choice, launchers, reference
-from fastfilm.ops.settings import left_out
-from fastfilm.ops.spec import Geometry, Plan
+from fastfilm.ops import choice, reference
+from fastfilm.ops.spec import Plan
 from fastfilm.ops.spec.precision import float32_products
 
 from .. import blocks, emulation, report
@@ -53,8 +52,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
 RAW = "raw output"
 Results = dict[str, Tensor]
 
-ROUTES = ("triton/fused", "triton/composed", "cuda/fused", "cuda/joint")
-"""``cuda/fused`` has a kernel for each gradient; ``cuda/joint`` is the same with one kernel for both."""
+ROUTES = ("triton/fused", "triton/composed", "cuda/fused")
 
 EFFORT = Effort(min_rounds=7, max_rounds=15, seconds=0.25)
 QUICK = 4
@@ -132,8 +130,7 @@ SUBJECTS = (
 def scope(route: str) -> Iterator[None]:
     """``route`` in force."""
     name, _, form = route.partition("/")
-    apart = left_out.without("cuda:joint") if route == "cuda/fused" else contextlib.nullcontext()
-    with apart, fastfilm.backend(name, "fused" if form == "joint" else form):
+    with fastfilm.backend(name, form):
         yield
 
 
@@ -141,20 +138,11 @@ def routes(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
     """The routes that run here, and why the others do not; on a CPU without any of them its own backend's."""
     one = (1, 1)
     request = choice.Request(device, DTYPES[dtype], 2, one, one, one)
-    plans = {r: Plan.of(r.replace("joint", "fused")) for r in ROUTES}
+    plans = {r: Plan.of(r) for r in ROUTES}
     reasons = {r: choice.why_not_plan(plan, request) for r, plan in plans.items()}
     missing = {r: reason for r, reason in reasons.items() if reason is not None}
     usable = [r for r in ROUTES if r not in missing]
     return usable or ["cpu/composed"], missing
-
-
-def has_joint(step: LayerStep) -> bool:
-    """Whether one kernel computes both gradients of a layer."""
-    layer, kernels = step.block.layer, launchers.of("cuda")
-    ones = (1,) * len(layer.size)
-    walk = Geometry.ordinary(ones, ones)
-    found: bool = kernels.covers_joint(step.t.upstream, step.t.weight, layer.size, walk)
-    return found
 
 
 class Truth:
@@ -338,10 +326,6 @@ def _direction(
     arguments = subject, session.device, case.dtype, case.mode
     slow = subject.dims == 3 or subject.resized > 0
     for route in (VENDOR, *usable):
-        if route == "cuda/joint" and not (
-            case.mode == "both gradients" and has_joint(truth.make())
-        ):
-            continue
         if route == "triton/fused" and session.quick and slow and choice.interpreting():
             session.skip(
                 case, f"fastfilm-{route}", "left out of a quick run: slow in the interpreter"

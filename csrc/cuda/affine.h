@@ -63,53 +63,77 @@ FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act) {
   }
 }
 
-// act(z) with its derivatives in z and in its slope.
-FF_DEVICE float activate(float z, float slope, int act, float& dz, float& dslope) {
-  float h = z;
-  dz = 1;
-  dslope = 0;
+// The same with the derivatives of act(z) in z and in the slope.
+template <int kV>
+FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act, float (&dz)[kV], float (&dslope)[kV]) {
+#pragma unroll
+  for (int i = 0; i < kV; ++i) {
+    dz[i] = 1;
+    dslope[i] = 0;
+  }
   switch (act) {
     case kReLU:
-      dz = z > 0 ? 1.0f : 0.0f;
-      h = z <= 0 ? 0.0f : z;
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        dz[i] = z[i] > 0 ? 1.0f : 0.0f;
+        z[i] = z[i] <= 0 ? 0.0f : z[i];
+      }
       break;
     case kLeakyReLU:
-      dz = z > 0 ? 1.0f : slope;
-      dslope = z > 0 ? 0.0f : z;
-      h = z > 0 ? z : z * slope;
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        dz[i] = z[i] > 0 ? 1.0f : slope[i];
+        dslope[i] = z[i] > 0 ? 0.0f : z[i];
+        z[i] = z[i] > 0 ? z[i] : z[i] * slope[i];
+      }
       break;
-    case kELU: {
-      const float m = expm1f(z > 0 ? 0.0f : z);
-      dz = z > 0 ? 1.0f : slope * (m + 1);
-      dslope = z > 0 ? 0.0f : m;
-      h = z > 0 ? z : slope * m;
+    case kELU:
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        const float m = expm1f(z[i] > 0 ? 0.0f : z[i]);
+        dz[i] = z[i] > 0 ? 1.0f : slope[i] * (m + 1);
+        dslope[i] = z[i] > 0 ? 0.0f : m;
+        z[i] = z[i] > 0 ? z[i] : slope[i] * m;
+      }
       break;
-    }
-    case kSiLU: {
-      float rest;
-      const float sigma = sigmoid(z, rest);
-      dz = sigma * (1 + z * rest);
-      h = z * sigma;
+    case kSiLU:
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        float rest;
+        const float sigma = sigmoid(z[i], rest);
+        dz[i] = sigma * (1 + z[i] * rest);
+        z[i] *= sigma;
+      }
       break;
-    }
-    case kGELU: {
-      const float cdf = 0.5f * erfcf(-0.70710678118654752440f * z);
-      dz = cdf + z * (0.39894228040143267794f * expf(-0.5f * z * z));
-      h = z * cdf;
+    case kGELU:
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        const float cdf = 0.5f * erfcf(-0.70710678118654752440f * z[i]);
+        dz[i] = cdf + z[i] * (0.39894228040143267794f * expf(-0.5f * z[i] * z[i]));
+        z[i] *= cdf;
+      }
       break;
-    }
-    case kGELUTanh: {
-      float rest;
-      const float square = z * z, u = kSqrt2OverPi * (z + kCubic * square * z);
-      const float du = kSqrt2OverPi * (1 + 3 * kCubic * square), sigma = sigmoid(2 * u, rest);
-      dz = sigma + 2 * z * sigma * rest * du;
-      h = z * sigma;
+    case kGELUTanh:
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        float rest;
+        const float square = z[i] * z[i], u = kSqrt2OverPi * (z[i] + kCubic * square * z[i]);
+        const float du = kSqrt2OverPi * (1 + 3 * kCubic * square), sigma = sigmoid(2 * u, rest);
+        dz[i] = sigma + 2 * z[i] * sigma * rest * du;
+        z[i] *= sigma;
+      }
       break;
-    }
     default:
       break;
   }
-  return h;
+}
+
+FF_DEVICE float activate(float z, float slope, int act, float& dz, float& dslope) {
+  float h[1] = {z}, slopes[1] = {slope}, by_z[1], by_slope[1];
+  activate(h, slopes, act, by_z, by_slope);
+  dz = by_z[0];
+  dslope = by_slope[0];
+  return h[0];
 }
 
 // Coefficients of kV neighbouring channels of one sample.
@@ -133,19 +157,36 @@ struct Coefficients {
       for (int i = 0; i < kV; ++i) row[r][i] = r == kA || r == kG ? 1.0f : 0.0f;
   }
 
-  FF_DEVICE void apply(float (&v)[kV], int act) const {
+  // v becomes the value of the affine: kCount numbers, voxel after voxel. Several voxels at a time hide each other's
+  // latencies, and branch on the activation once.
+  template <int kCount>
+  FF_DEVICE void apply(float (&v)[kCount], int act) const {
+    float slope[kCount];
 #pragma unroll
-    for (int i = 0; i < kV; ++i) v[i] = row[kA][i] * (v[i] - row[kP][i]) + row[kB][i];
-    activate(v, row[kSlope], act);
+    for (int i = 0; i < kCount; ++i) {
+      v[i] = row[kA][i % kV] * (v[i] - row[kP][i % kV]) + row[kB][i % kV];
+      slope[i] = row[kSlope][i % kV];
+    }
+    activate(v, slope, act);
 #pragma unroll
-    for (int i = 0; i < kV; ++i) v[i] = row[kG][i] * (v[i] - row[kQ][i]) + row[kS][i];
+    for (int i = 0; i < kCount; ++i) v[i] = row[kG][i % kV] * (v[i] - row[kQ][i % kV]) + row[kS][i % kV];
   }
 };
 
 // kRows sums for each of kV channels. Each thread has its own; `merge_rows` adds those of a block in a fixed order.
 template <int kRows, int kV>
 struct Sums {
+  static constexpr int kFloats = kRows * kV;
   float row[kRows][kV];
+
+  // Calls f(i, number i) for each number of the state.
+  template <class F>
+  FF_DEVICE void each(F f) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kV; ++i) f(r * kV + i, row[r][i]);
+  }
 
   FF_DEVICE void clear() {
 #pragma unroll
@@ -161,29 +202,46 @@ struct Sums {
   }
 };
 
-// dv becomes the gradient at y; the terms of the coefficients' gradients are added to the sums.
-template <int kV>
-FF_DEVICE void affine_backward(const Coefficients<kV>& coef, const float (&y)[kV], int act, float (&dv)[kV],
+// dv becomes the gradient at y; the terms of the coefficients' gradients are added to the sums. Both have kCount numbers,
+// voxel after voxel.
+template <int kV, int kCount>
+FF_DEVICE void affine_backward(const Coefficients<kV>& coef, const float (&y)[kCount], int act, float (&dv)[kCount],
                                Sums<kCoefSums, kV>& sums) {
+  float h[kCount], slope[kCount], slope_z[kCount], slope_s[kCount];
 #pragma unroll
-  for (int i = 0; i < kV; ++i) {
-    const float centred = y[i] - coef.row[kP][i];
-    float slope_z, slope_s;
-    const float h = activate(coef.row[kA][i] * centred + coef.row[kB][i], coef.row[kSlope][i], act, slope_z, slope_s);
-    const float dh = dv[i] * coef.row[kG][i], dz = dh * slope_z;
-    sums.row[kSumDvH][i] += dv[i] * (h - coef.row[kQ][i]);
-    sums.row[kSumDv][i] += dv[i];
-    sums.row[kSumDzY][i] += dz * centred;
-    sums.row[kSumDz][i] += dz;
-    sums.row[kSumSlope][i] += dh * slope_s;
-    dv[i] = dz * coef.row[kA][i];
+  for (int i = 0; i < kCount; ++i) {
+    h[i] = coef.row[kA][i % kV] * (y[i] - coef.row[kP][i % kV]) + coef.row[kB][i % kV];
+    slope[i] = coef.row[kSlope][i % kV];
+  }
+  activate(h, slope, act, slope_z, slope_s);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int c = i % kV;
+    const float dh = dv[i] * coef.row[kG][c], dz = dh * slope_z[i];
+    sums.row[kSumDvH][c] += dv[i] * (h[i] - coef.row[kQ][c]);
+    sums.row[kSumDv][c] += dv[i];
+    sums.row[kSumDzY][c] += dz * (y[i] - coef.row[kP][c]);
+    sums.row[kSumDz][c] += dz;
+    sums.row[kSumSlope][c] += dh * slope_s[i];
+    dv[i] = dz * coef.row[kA][c];
   }
 }
 
 // Count, mean and sum of squared deviations of kV channels (Chan, Golub and LeVeque 1979).
 template <int kV>
 struct Moments {
+  static constexpr int kFloats = 1 + 2 * kV;
   float count, mean[kV], m2[kV];
+
+  template <class F>
+  FF_DEVICE void each(F f) {
+    f(0, count);
+#pragma unroll
+    for (int i = 0; i < kV; ++i) {
+      f(1 + i, mean[i]);
+      f(1 + kV + i, m2[i]);
+    }
+  }
 
   FF_DEVICE void clear() {
     count = 0;
@@ -250,32 +308,74 @@ FF_DEVICE void store_chunk(T* at, int valid, bool aligned, const float (&v)[kLan
   }
 }
 
-// Loads four channels of a voxel; the arguments are those of `load_chunk`.
-template <class T>
-FF_DEVICE void load_four(const T* at, int valid, bool aligned, float (&v)[4]) {
-  if (!aligned) {
+// kV channels of a voxel, 4, 8 or 16 bytes, as they are in memory.
+template <class T, int kV>
+struct Few {
+  static constexpr int kWords = kV * static_cast<int>(sizeof(T)) / 4;
+  uint32_t w[kWords];
+};
+
+template <class T, int kV>
+FF_DEVICE void pack_few(const float (&v)[kV], Few<T, kV>& few) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = i < valid ? to_float(at[i]) : 0.0f;
-  } else if constexpr (sizeof(T) == 4) {
-    unpack16<T>(load16(at), v);
-  } else {
+  for (int i = 0; i < few.kWords; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      few.w[i] = float_to_bits(v[i]);
+    } else {
+      few.w[i] = pack(v[2 * i], v[2 * i + 1], T{});
+    }
+  }
+}
+template <class T, int kV>
+FF_DEVICE void unpack_few(const Few<T, kV>& few, float (&v)[kV]) {
+#pragma unroll
+  for (int i = 0; i < kV; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      v[i] = bits_to_float(few.w[i]);
+    } else {
+      v[i] = to_float(T{static_cast<uint16_t>(few.w[i / 2] >> i % 2 * 16)});
+    }
+  }
+}
+
+// Loads kV channels; the arguments are those of `load_chunk`.
+template <class T, int kV>
+FF_DEVICE Few<T, kV> load_few(const T* at, int valid, bool aligned) {
+  Few<T, kV> few;
+  if (!aligned) {
+    float v[kV];
+#pragma unroll
+    for (int i = 0; i < kV; ++i) v[i] = i < valid ? to_float(at[i]) : 0.0f;
+    pack_few<T>(v, few);
+  } else if constexpr (few.kWords == 4) {
+    const Word16 word = load16(at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) few.w[i] = word.w[i];
+  } else if constexpr (few.kWords == 2) {
     const Word8 word = load8(at);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = to_float(T{static_cast<uint16_t>(word.w[i / 2] >> i % 2 * 16)});
+    few.w[0] = word.w[0];
+    few.w[1] = word.w[1];
+  } else {
+    few.w[0] = *reinterpret_cast<const uint32_t*>(at);
   }
+  return few;
 }
-
-template <class T>
-FF_DEVICE void store_four(T* at, int valid, bool aligned, const float (&v)[4]) {
+template <class T, int kV>
+FF_DEVICE void store_few(T* at, int valid, bool aligned, const float (&v)[kV]) {
   if (!aligned) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kV; ++i)
       if (i < valid) from_float(v[i], at[i]);
-  } else if constexpr (sizeof(T) == 4) {
-    store16(at, pack16<T>(v));
+    return;
+  }
+  Few<T, kV> few;
+  pack_few<T>(v, few);
+  if constexpr (few.kWords == 4) {
+    store16(at, {{few.w[0], few.w[1], few.w[2], few.w[3]}});
+  } else if constexpr (few.kWords == 2) {
+    store8(at, {{few.w[0], few.w[1]}});
   } else {
-    store8(at, {{pack(v[0], v[1], T{}), pack(v[2], v[3], T{})}});
+    *reinterpret_cast<uint32_t*>(at) = few.w[0];
   }
 }
-
 }  // namespace fastfilm::cuda

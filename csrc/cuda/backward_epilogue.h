@@ -1,5 +1,4 @@
-// The epilogue of the gradient at a convolution's input: the chain rule through the pending affine of each source and
-// through the maximum of a pooled one.
+// The epilogue of the gradient at a convolution's input: the chain rule through the pending affine of each source.
 #pragma once
 
 #include "calls.h"
@@ -17,9 +16,10 @@ struct BackwardEpilogue {
     bool aligned[2];
     float* partials;  // [N, classes * groups, 5, C]
   };
-  using State = Sums<kCoefSums, kQuad>;
+  using State = Sums<kCoefSums, kPair>;
+  static constexpr int kAhead = 2;
 
-  Coefficients<kQuad> coef;
+  int coefs;  // place of this chunk's coefficients in shared memory, rows [bn]
 
   // The number of the source that a chunk belongs to; `channel` and `valid` become the chunk's first channel in it and
   // the number of its channels.
@@ -31,97 +31,83 @@ struct BackwardEpilogue {
     return second;
   }
 
-  FF_DEVICE BackwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk) {
-    int channel, valid;
-    const Output& part = p.part[part_of(p, chunk, channel, valid)];
-    if (part.coef) {
-      coef.load(part.coef + chunk.n * part.channels + channel, plan.n * part.channels, valid);
-    } else {
-      coef.identity();
+  // The coefficients of a block's channels from `first` on; where nothing is pending they are not used.
+  FF_DEVICE static void load_constants(const Params& p, const ConvPlan& plan, int64_t n, int first, int at) {
+    float* out = reinterpret_cast<float*>(shared_memory() + at);
+#pragma unroll 1
+    for (int i = thread_index(); i < kCoefRows * plan.bn; i += kConvThreads) {
+      int channel = first + i % plan.bn;
+      const bool second = channel >= p.part[0].channels;
+      channel -= second ? p.part[0].channels : 0;
+      const Output& part = p.part[second];
+      const int64_t from = (i / plan.bn * plan.n + n) * part.channels + channel;
+      out[i] = part.coef && channel < part.channels ? part.coef[from] : 0.0f;
     }
   }
 
-  FF_DEVICE void write(const Params& p, const ConvPlan&, const Voxel& voxel, const Chunk& chunk, float (&dv)[kQuad],
-                       State& state) const {
+  FF_DEVICE BackwardEpilogue(const Params&, const ConvPlan&, const Chunk&, int at) : coefs(at) {}
+
+  // What a voxel needs beside its gradient: x where an affine is pending, and the former dx where dx is added to it.
+  struct Fetched {
+    Few<T, kPair> x, before;
+  };
+
+  // Voxels that do not exist get the values of the batch's first one: a load without a condition waits for no other.
+  FF_DEVICE void fetch(const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead], const Chunk& chunk,
+                       Fetched (&fetched)[kAhead]) const {
     int channel, valid;
     const int second = part_of(p, chunk, channel, valid);
     const Output& part = p.part[second];
-    if (!part.dx || valid <= 0) return;
-    if (part.window.w) {
-      spread(part, p.aligned[second], voxel.at, chunk.n, channel, valid, dv, state);
-    } else {
-      const int64_t at = voxel.number * part.channels + channel;
-      if (part.coef) {
-        float x[kQuad];
-        load_four(static_cast<const T*>(part.x) + at, valid, p.aligned[second], x);
-        affine_backward(coef, x, part.act, dv, state);
+    const auto at = [&](int i) -> int64_t {
+      return voxel[i] < 0 ? 0 : number_of(plan, chunk.n, voxel[i]) * part.channels + channel;
+    };
+    const auto load = [&](const void* from, Few<T, kPair> Fetched::*to) {
+      if (p.aligned[second]) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) fetched[i].*to = load_few<T, kPair>(static_cast<const T*>(from) + at(i), valid, true);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) fetched[i].*to = load_few<T, kPair>(static_cast<const T*>(from) + at(i), valid, false);
       }
-      put(part, p.aligned[second], at, valid, dv);
-    }
+    };
+    if (part.coef) load(part.x, &Fetched::x);
+    if (part.add) load(part.dx, &Fetched::before);
   }
 
-  FF_DEVICE static void put(const Output& part, bool aligned, int64_t at, int valid, float (&dx)[kQuad]) {
-    T* to = static_cast<T*>(part.dx) + at;
-    if (part.add) {
-      float before[kQuad];
-      load_four(to, valid, aligned, before);
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead], const Chunk& chunk,
+                       const Fetched (&fetched)[kAhead], float (&dv)[kAhead * kPair], State& state) const {
+    int channel, valid;
+    const int second = part_of(p, chunk, channel, valid);
+    const Output& part = p.part[second];
+    if (!part.dx) return;
+    if (part.coef) {
+      float x[kAhead * kPair];
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) dx[i] += before[i];
+      for (int i = 0; i < kAhead; ++i) {
+        float few[kPair];
+        unpack_few<T>(fetched[i].x, few);
+#pragma unroll
+        for (int j = 0; j < kPair; ++j) x[i * kPair + j] = voxel[i] < 0 ? 0.0f : few[j];
+      }
+      Coefficients<kPair> coef;
+      load_coefficients(coefs, plan.bn, coef);
+      affine_backward(coef, x, part.act, dv, state);
     }
-    store_four(to, valid, aligned, dx);
-  }
-
-  // The gradient of a maximum, which goes to the first of the largest voxels of the window. Voxels behind the last
-  // window of an axis are written with that window.
-  FF_DEVICE void spread(const Output& part, bool aligned, const Extent& at, int64_t n, int channel, int valid,
-                        const float (&dv)[kQuad], State& state) const {
-    const T* x = static_cast<const T*>(part.x);
-    const auto end = [](int j, int step, int window, int size) {
-      const int next = (j + 1) * step;
-      return next + window > size ? size : next;
-    };
-    const Extent first{at.d * part.step.d, at.h * part.step.h, at.w * part.step.w};
-    const Extent last{end(at.d, part.step.d, part.window.d, part.size.d), end(at.h, part.step.h, part.window.h, part.size.h),
-                      end(at.w, part.step.w, part.window.w, part.size.w)};
-    const auto place = [&](int d, int h, int w) {
-      return (((n * part.size.d + d) * part.size.h + h) * part.size.w + w) * part.channels + channel;
-    };
-    float largest[kQuad];
-    int owner[kQuad];
-    int number = 0;
-    for (int d = first.d; d < first.d + part.window.d; ++d)
-      for (int h = first.h; h < first.h + part.window.h; ++h)
-        for (int w = first.w; w < first.w + part.window.w; ++w, ++number) {
-          float v[kQuad];
-          load_four(x + place(d, h, w), valid, aligned, v);
-          coef.apply(v, part.act);
 #pragma unroll
-          for (int i = 0; i < kQuad; ++i) {
-            if (number == 0 || v[i] > largest[i] || v[i] != v[i]) {
-              largest[i] = v[i];
-              owner[i] = number;
-            }
-          }
-        }
-    for (int d = first.d; d < last.d; ++d)
-      for (int h = first.h; h < last.h; ++h)
-        for (int w = first.w; w < last.w; ++w) {
-          const Extent in{d - first.d, h - first.h, w - first.w};
-          const bool seen = in.d < part.window.d && in.h < part.window.h && in.w < part.window.w;
-          const int here = seen ? (in.d * part.window.h + in.h) * part.window.w + in.w : -1;
-          const int64_t to = place(d, h, w);
-          float v[kQuad], dx[kQuad];
-          load_four(x + to, valid, aligned, v);
+    for (int i = 0; i < kAhead; ++i) {
+      if (voxel[i] < 0) continue;
+      float few[kPair] = {};
+      if (part.add) unpack_few<T>(fetched[i].before, few);
 #pragma unroll
-          for (int i = 0; i < kQuad; ++i) dx[i] = owner[i] == here ? dv[i] : 0.0f;
-          if (part.coef) affine_backward(coef, v, part.act, dx, state);
-          put(part, aligned, to, valid, dx);
-        }
+      for (int j = 0; j < kPair; ++j) few[j] += dv[i * kPair + j];
+      const int64_t at = number_of(plan, chunk.n, voxel[i]) * part.channels + channel;
+      store_few(static_cast<T*>(part.dx) + at, valid, p.aligned[second], few);
+    }
   }
 
   FF_DEVICE static void finish(const Params& p, const ConvPlan& plan, const Chunk& chunk, State& state) {
     if (!p.part[0].coef && !p.part[1].coef) return;
-    const int columns = plan.bn / kQuad;
+    const int columns = plan.bn / kPair;
     merge_rows<kConvThreads>(state, shared_memory(), columns);
     if (thread_index() >= columns || chunk.valid == 0) return;
     const Grid block = block_index();
@@ -130,7 +116,7 @@ struct BackwardEpilogue {
 #pragma unroll
     for (int r = 0; r < kCoefSums; ++r)
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i)
+      for (int i = 0; i < kPair; ++i)
         if (i < chunk.valid) partial[static_cast<int64_t>(r) * plan.co + i] = state.row[r][i];
   }
 };
@@ -143,8 +129,8 @@ typename BackwardEpilogue<T>::Params backward_epilogue(const Output (&outputs)[2
     Output& part = epilogue.part[i];
     if (!part.dx) part.coef = nullptr;
     if (!part.coef) part.act = kNone;
-    const bool reads = part.coef || part.window.w;
-    epilogue.aligned[i] = on_chunks<T>(part.dx, part.channels) && (!reads || on_chunks<T>(part.x, part.channels));
+    if (!part.dx) part.add = false;
+    epilogue.aligned[i] = on_chunks<T>(part.dx, part.channels) && (!part.coef || on_chunks<T>(part.x, part.channels));
   }
   return epilogue;
 }

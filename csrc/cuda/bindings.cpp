@@ -150,14 +150,12 @@ class Convolution {
     wgrad();
   }
 
-  // One source or two. A source is (x, coef, channels, act); one that is read through a view has 13 numbers more:
-  // index, weight and taps of each axis, the size of the map, and whether the view is a maximum.
-  using Sources = std::vector<std::vector<int64_t>>;
+  // One source or two, each (x, coef, channels, act).
+  using Sources = std::vector<std::array<int64_t, 4>>;
   // (dy, y, stats, dstats, pre, scale, pre_act). Without y the gradient at the raw output is dy, or scale * dy.
   using GivenGradient = std::array<int64_t, 7>;
-  // One source or two. An output is (x, coef, channels, act, dx, dcoef, add); one behind a maximum has 9 numbers more:
-  // window, step and size.
-  using Outputs = std::vector<std::vector<int64_t>>;
+  // One source or two: (x, coef, channels, act, dx, dcoef, add).
+  using Outputs = std::vector<std::array<int64_t, 7>>;
 
   void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias,
                Address pre, int pre_act, Address out_coef, int out_act, Address y, Address raw, Address stats,
@@ -181,7 +179,13 @@ class Convolution {
 
   void backward(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
                 const Outputs& outputs, Address workspace, Address stream) {
-    const Backward call = backward_of(gradient, weight, strides, outputs);
+    Backward call{};
+    call.gradient = gradient_of(gradient);
+    call.weight = weight_of(weight, strides);
+    if (outputs.empty() || outputs.size() > 2) throw std::invalid_argument("there must be one source or two");
+    int64_t channels = 0;
+    for (size_t i = 0; i < outputs.size(); ++i) channels += output_of(outputs[i], call.outputs[i]);
+    check_channels(channels, call.outputs[0].channels, outputs.size() == 2);
     check(fastfilm::cuda::backward(plan(Direction::kBackward), shape_.storage, call, work(workspace),
                                    reinterpret_cast<Stream>(stream)));
   }
@@ -197,53 +201,34 @@ class Convolution {
                                           reinterpret_cast<Stream>(stream)));
   }
 
-  // Whether one kernel computes both gradients.
-  bool has_joint() {
-    if (!joint_) {
-      ConvPlan made;
-      joint_ = plan_conv(shape_, Direction::kJoint, device_, made).empty() ? std::optional<ConvPlan>(made) : std::nullopt;
-    }
-    return joint_->has_value();
-  }
-  int64_t joint_bytes() { return joint_workspace(joint_plan(), shape_.storage); }
-
-  void joint(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
-             const Outputs& outputs, const Sources& sources, Address dweight, Address dpre, Address workspace,
-             Address stream) {
-    Joint call{};
-    call.input = backward_of(gradient, weight, strides, outputs);
-    inputs(sources, call.inputs);
-    call.dweight = pointer("dweight", dweight, element());
-    call.dpre = pointer_or_null<float>("dpre", dpre);
-    check(fastfilm::cuda::joint(joint_plan(), shape_.storage, call, work(workspace), reinterpret_cast<Stream>(stream)));
-  }
-
-  // How the kernel "forward", "backward", "weight" or "joint" is laid out.
+  // How the kernel "forward", "backward" or "weight" is laid out.
   py::dict facts(const std::string& kernel) {
     py::dict facts;
     if (kernel == "weight") {
       const WgradPlan& p = wgrad();
-      describe(facts, p.tile_log2, p.bm, p.bn, p.buffers, p.shared_bytes, p.tiles_a_group);
+      describe(facts, p, p.bm, p.bn);
       return facts;
     }
-    if (kernel != "forward" && kernel != "backward" && kernel != "joint") {
-      throw std::invalid_argument("kernel must be forward, backward, weight or joint, got '" + kernel + "'");
+    if (kernel != "forward" && kernel != "backward") {
+      throw std::invalid_argument("kernel must be forward, backward or weight, got '" + kernel + "'");
     }
-    const ConvPlan& p = kernel == "joint" ? joint_plan()
-                                          : plan(kernel == "backward" ? Direction::kBackward : Direction::kForward);
-    describe(facts, p.tile_log2, p.bn, p.bk, p.buffers, p.shared_bytes, p.tiles_a_group);
+    const ConvPlan& p = plan(kernel == "backward" ? Direction::kBackward : Direction::kForward);
+    describe(facts, p, p.bn, p.bk);
     facts["resident"] = p.resident;
+    facts["part"] = p.part;
     facts["bytes_an_output"] = bytes_an_output(p, static_cast<int>(element()));
     return facts;
   }
 
  private:
-  static void describe(py::dict& facts, const Extent& tile, int rows, int columns, int buffers, int shared, int tiles) {
-    facts["tile"] = py::make_tuple(1 << tile.d, 1 << tile.h, 1 << tile.w);
+  template <class Plan>
+  static void describe(py::dict& facts, const Plan& p, int rows, int columns) {
+    facts["tile"] = py::make_tuple(1 << p.tile_log2.d, 1 << p.tile_log2.h, 1 << p.tile_log2.w);
     facts["channels"] = py::make_tuple(rows, columns);
-    facts["buffers"] = buffers;
-    facts["shared_bytes"] = shared;
-    facts["tiles_a_block"] = tiles;
+    facts["shared_bytes"] = p.shared_bytes;
+    facts["blocks"] = p.resident_blocks;
+    facts["tiles_a_block"] = p.tiles_a_group;
+    facts["groups"] = p.groups;
   }
   static Extent extent(const Three& e) { return {e[0], e[1], e[2]}; }
   size_t element() const { return bytes_of(shape_.storage); }
@@ -258,10 +243,6 @@ class Convolution {
     }
     return *slot;
   }
-  const ConvPlan& joint_plan() {
-    if (!has_joint()) throw std::invalid_argument("no kernel computes both gradients of this shape");
-    return **joint_;
-  }
   const WgradPlan& wgrad() {
     if (!wgrad_) {
       WgradPlan made;
@@ -272,17 +253,6 @@ class Convolution {
   }
   Weight weight_of(Address weight, const std::array<int64_t, 5>& s) const {
     return {pointer("weight", weight, element()), {s[0], s[1], s[2], s[3], s[4]}};
-  }
-  Backward backward_of(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
-                       const Outputs& outputs) const {
-    Backward call{};
-    call.gradient = gradient_of(gradient);
-    call.weight = weight_of(weight, strides);
-    if (outputs.empty() || outputs.size() > 2) throw std::invalid_argument("there must be one source or two");
-    int64_t channels = 0;
-    for (size_t i = 0; i < outputs.size(); ++i) channels += output_of(outputs[i], call.outputs[i]);
-    check_channels(channels, call.outputs[0].channels, outputs.size() == 2);
-    return call;
   }
   template <class T = void>
   static T* at(const char* name, int64_t address, size_t align = 4) {
@@ -301,45 +271,21 @@ class Convolution {
     int64_t channels = 0;
     for (size_t i = 0; i < sources.size(); ++i) {
       const auto& s = sources[i];
-      if (s.size() != 4 && s.size() != 17) throw std::invalid_argument("a source must have 4 or 17 numbers");
       check_range("channels", s[2], 1, shape_.ci);
       check_range("act", s[3], 0, kActivations - 1);
       to[i] = {pointer("x", static_cast<Address>(s[0]), element()), at<float>("coef", s[1]), static_cast<int>(s[2]),
-               static_cast<int>(s[3]), {}};
-      if (s.size() == 17) to[i].view = view_of(s);
+               static_cast<int>(s[3])};
       channels += s[2];
     }
     check_channels(channels, to[0].channels, sources.size() == 2);
   }
-  static View view_of(const std::vector<int64_t>& s) {
-    View view{};
-    for (int i = 0; i < 3; ++i) {
-      const int64_t* axis = &s[4 + 3 * i];
-      check_range("taps", axis[2], 1, 1024);
-      view.axis[i] = {pointer<int>("index", static_cast<Address>(axis[0])),
-                      pointer<float>("weight", static_cast<Address>(axis[1])), static_cast<int>(axis[2])};
-    }
-    view.size = size_of(&s[13]);
-    view.maximum = s[16] != 0;
-    return view;
-  }
-  static Extent size_of(const int64_t* s) {
-    for (int i = 0; i < 3; ++i) check_range("size", s[i], 1, 1 << 24);
-    return {static_cast<int>(s[0]), static_cast<int>(s[1]), static_cast<int>(s[2])};
-  }
-  int64_t output_of(const std::vector<int64_t>& s, Output& to) const {
-    if (s.size() != 7 && s.size() != 16) throw std::invalid_argument("an output must have 7 or 16 numbers");
+  int64_t output_of(const std::array<int64_t, 7>& s, Output& to) const {
     check_range("channels", s[2], 1, shape_.ci);
     check_range("act", s[3], 0, kActivations - 1);
     to = {at("x", s[0], element()), at<float>("coef", s[1]), static_cast<int>(s[2]), static_cast<int>(s[3]),
-          at("dx", s[4], element()), at<float>("dcoef", s[5]), s[6] != 0, {}, {}, {}};
-    if (s.size() == 16) {
-      to.window = size_of(&s[7]);
-      to.step = size_of(&s[10]);
-      to.size = size_of(&s[13]);
-    }
+          at("dx", s[4], element()), at<float>("dcoef", s[5]), s[6] != 0};
     if (to.dx && to.coef && !to.dcoef) throw std::invalid_argument("dcoef is null");
-    if (to.dx && (to.coef || to.window.w) && !to.x) throw std::invalid_argument("x is null");
+    if (to.dx && to.coef && !to.x) throw std::invalid_argument("x is null");
     return s[2];
   }
   void check_channels(int64_t channels, int first, bool two) const {
@@ -358,7 +304,6 @@ class Convolution {
   Device device_;
   std::optional<ConvPlan> forward_, backward_;
   std::optional<WgradPlan> wgrad_;
-  std::optional<std::optional<ConvPlan>> joint_;
 };
 
 py::tuple py_device() {
@@ -403,10 +348,6 @@ PYBIND11_MODULE(_CUDA, m) {
       "stream");
   def(convolution, "weight_gradient", &Convolution::weight_gradient, "gradient", "sources", "dweight", "dpre",
       "workspace", "stream");
-  def(convolution, "has_joint", &Convolution::has_joint);
-  def(convolution, "joint_workspace", &Convolution::joint_bytes);
-  def(convolution, "joint", &Convolution::joint, "gradient", "weight", "strides", "outputs", "sources", "dweight",
-      "dpre", "workspace", "stream");
   def(convolution, "facts", &Convolution::facts, "kernel");
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));

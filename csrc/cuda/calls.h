@@ -9,27 +9,11 @@
 
 namespace fastfilm::cuda {
 
-// A pooled or resized view of a map, separable along the axes. Position j of an axis reads the `taps` voxels
-// index[j * taps + t] with weight[j * taps + t]; a weight of 0 marks a tap that does not exist. With `index` null the
-// view is the map itself.
-struct View {
-  struct Axis {
-    const int* index;
-    const float* weight;
-    int taps;
-  };
-  Axis axis[3];
-  Extent size;   // of the map
-  bool maximum;  // over the taps, instead of their sum
-};
-
-// One source: a channels-last map, the coefficients [7, N, channels] and activation that are pending on it, and the
-// view through which the convolution reads it.
+// One source: a channels-last map, and the coefficients [7, N, channels] and activation that are pending on it.
 struct Input {
   const void* x;
   const float* coef;
   int channels, act;
-  View view;
 };
 
 // Elements between neighbours of a weight [co, ci, kd, kh, kw].
@@ -69,17 +53,14 @@ struct Gradient {
   int pre_act;
 };
 
-// The results for one source: dx, the gradient at its raw map, and dcoef, the gradient at its coefficients. With
-// `window` the convolution read the source through a maximum over windows of that size, `step` apart and not
-// overlapping, and dx is the gradient at the map of `size` before that pooling.
+// The results for one source: dx, the gradient at its raw map, and dcoef, the gradient at its coefficients.
 struct Output {
-  const void* x;      // the raw map; read with coef or window only
+  const void* x;      // the raw map; read with coef only
   const float* coef;  // null: nothing is pending
   int channels, act;
   void* dx;      // null: not wanted
   float* dcoef;  // with coef
   bool add;      // dx is added to its former values
-  Extent window, step, size;
 };
 
 // The backward pass at the input: the gradients at one source, or at two with joined channels, and at their
@@ -105,18 +86,5 @@ struct WeightGradient {
 int64_t weight_gradient_workspace(const WgradPlan& plan);
 std::string weight_gradient(const WgradPlan& plan, int storage, const WeightGradient& call, void* workspace,
                             Stream stream);
-
-// Both backward passes by one kernel, with a plan of Direction::kJoint.
-struct Joint {
-  Backward input;
-  Input inputs[2];
-  void* dweight;
-  float* dpre;
-};
-
-// Partial results of the gradient at the weight that each block writes.
-int joint_shares(const ConvPlan& plan);
-int64_t joint_workspace(const ConvPlan& plan, int storage);
-std::string joint(const ConvPlan& plan, int storage, const Joint& call, void* workspace, Stream stream);
 
 }  // namespace fastfilm::cuda

@@ -1,30 +1,24 @@
 // The convolution kernel, for the forward pass and for the gradient at the input; plan.h has the layout and its words.
 //
 // A block of threads has one sample, one block of output channels and one class of output voxels, and walks over its
-// tiles. For each tile it takes every block of input channels, and of that every depth of the taps. An iteration:
-//   load      starts the asynchronous copies of the next iteration: its slab, and its weights unless all weights are in
-//             shared memory from the start (`resident`)
-//   wait      until this iteration's copies have arrived
+// tiles. For each tile it takes every block of input channels:
+//   load      starts the asynchronous copies of the slab (the gradient at the input needs two: dy, and y beside it)
+//   wait      until the copies have arrived
 //   affine    applies the pending affine, or the gradient of the moments, to the slab in place (`Operand::transform`)
-//   MMA       multiplies the slab with the weights of one depth, all taps of its height and width
-// After a tile's last iteration the epilogue writes its voxels to global memory. They pass through the slab that was
-// multiplied last (staging), in two halves.
+//   MMA       multiplies the slab with the weights of the taps, part after part; the weights of the next part are
+//             copied meanwhile, unless all weights are in shared memory from the start (`resident`)
+// After a tile's last block the epilogue writes its voxels to global memory. They pass through the slabs' room
+// (staging): each warp has a place there for 16 of its 32 voxels at a time, and waits for no other warp.
 //
-// The timeline of two tiles t0 and t1 with two blocks of channels a and b, one depth, and room for two slabs (`buffers`
-// = 2). Time runs to the right, | is a barrier:
+// Within a block of threads these steps follow each other. A multiprocessor holds two blocks wherever a layout with half
+// of its shared memory exists (`resident_blocks`), and the steps of one run during those of the other:
 //
-//   iteration        t0 a                   t0 b                               t1 a
-//   threads   load a|load b wait affine|MMA|load a wait affine|MMA|epilogue t0|load b wait affine|MMA| ...
-//   slab 0    [copy t0 a.......] affine MMA [copy t1 a...................................] affine MMA
-//   slab 1           [copy t0 b.......................] affine MMA staging     [copy t1 b.................
+//   block 0   load wait affine|MMA 0|MMA 1|MMA 2|epilogue|load wait affine|MMA 0|MMA 1| ...
+//   block 1            MMA 1|MMA 2|epilogue|load wait affine|MMA 0|MMA 1|MMA 2|epilogue| ...
 //
-// So a slab's copies run during the products of the slab before it and, for the first slab of a tile, during the
-// epilogue of the tile before it. A slab with several depths is loaded and gets its affine at the first depth; the
-// iterations of the other depths load weights only. With room for one slab (`buffers` = 1) an iteration loads its own
-// slab, with a barrier behind the wait, and nothing overlaps within a block.
+// Time runs to the right, | is a barrier, 0 to 2 are parts of the taps. Registers allow two blocks, too (kMinBlocks).
 //
-// Two kinds of maps are not copied asynchronously: a map with chunks that are not whole or do not lie on 16 bytes goes
-// through ordinary loads and stores, and a view (a pooled or resized map) is gathered from global memory by the affine.
+// A map with chunks that are not whole or do not lie on 16 bytes goes through ordinary loads and stores.
 #pragma once
 
 #include <type_traits>
@@ -34,7 +28,7 @@
 namespace fastfilm::cuda {
 
 // Channels of a voxel that one epilogue thread writes. Their constants and sums occupy registers, so they are few.
-constexpr int kQuad = 4;
+constexpr int kPair = 2;
 
 // The channels of sample n that one epilogue thread writes.
 struct Chunk {
@@ -42,30 +36,20 @@ struct Chunk {
   int channel, valid;
 };
 
-// A voxel of the result: its coordinates in the map, and its number among all voxels of the batch.
-struct Voxel {
-  Extent at;
-  int64_t number;
-};
-
-// The companion of a convolution that computes nothing else from its slabs.
-template <class T, int kN, int kK>
-struct NoCompanion {
-  struct Params {};
-  FF_DEVICE NoCompanion(const Params&, const ConvPlan&, int) {}
-};
+// The number of a sample's voxel among all voxels of the batch.
+FF_DEVICE int64_t number_of(const ConvPlan& plan, int64_t n, int voxel) {
+  return n * (plan.out.d * plan.out.h * plan.out.w) + voxel;
+}
 
 // The kernel. Its parts:
 //   Operand    what a slab holds; see operands.h
-//   Epilogue   `Params`; `State`, kept over the tiles of a block; a constructor, which loads the constants of a chunk;
-//              `write`, which gets the products of one voxel; `finish`, which merges the states of a block's threads
-//   Companion  a second result that is computed from the same slabs; see both_gradients.cu
-template <class T, int kN, int kK, template <class, int> class OperandOf, template <class> class EpilogueOf,
-          template <class, int, int> class CompanionOf = NoCompanion>
+//   Epilogue   `Params`; `State`, kept over the tiles of a block; a constructor, which loads the constants of a chunk
+//              from where `load_constants` left them;
+//              `fetch`, which starts to read what else a voxel needs; `write`, which gets that and the products of
+//              `kAhead` voxels, with their numbers in the sample, or -1; `finish`, which merges the threads' states
+template <class T, int kN, int kK, template <class, int> class OperandOf, template <class> class EpilogueOf>
 struct Convolve {
   using Operand = OperandOf<T, kK>;
-  using Companion = CompanionOf<T, kN, kK>;
-  static constexpr bool kAlone = std::is_same_v<Companion, NoCompanion<T, kN, kK>>;
   using Epilogue = EpilogueOf<T>;
   using State = typename Epilogue::State;
   struct Params {
@@ -73,21 +57,10 @@ struct Convolve {
     typename Operand::Params in;
     const T* weights;
     typename Epilogue::Params epilogue;
-    typename Companion::Params companion;
   };
-  static constexpr int kThreads = kConvThreads, kMinBlocks = 1;
-
-  struct Step {
-    int tile, k, depth;
-
-    FF_DEVICE void advance(int blocks_k, int depths) {
-      if (++depth < depths) return;
-      depth = 0;
-      if (++k < blocks_k) return;
-      k = 0;
-      ++tile;
-    }
-  };
+  // products on CUDA cores need more registers
+  static constexpr int kThreads = kConvThreads, kMinBlocks = std::is_same_v<T, float> ? 1 : 2;
+  static constexpr int kTapBytes = kN * kK * static_cast<int>(sizeof(T));
 
   static FF_DEVICE void run(const Params& p) {
     const ConvPlan& plan = p.plan;
@@ -100,129 +73,161 @@ struct Convolve {
 
     const Extent size = slab_size(plan.tile_log2, taps.count, plan.slab_step);
     const Slab<T, kK> slab(size, plan.in, plan.load_step);
-    const int slabs = plan.slots * plan.weight_bytes, coefs = slabs + plan.buffers * plan.slab_bytes;
+    const int at = plan.slots * plan.weight_bytes, beside = at + plan.slab_bytes;
+    const int constants = plan.shared_bytes - kMaxTaps * 4 - slab.kCoefBytes;
     const bool pending = Operand::pending(p.in);
-    const int in_step = plan.slab_step * plan.load_step, depths = taps.count.d;
+    const int in_step = plan.slab_step * plan.load_step;
+    const int count = taps.count.volume(), blocks_k = count > 0 ? plan.blocks_k : 0;
 
-    const auto load_weights = [&](int k, int depth, int slot) {
-      const int bytes = taps.count.h * taps.count.w * kN * kK * static_cast<int>(sizeof(T));
+    // starts to copy the weights of a block of input channels from tap `tap` on, as many taps as a part has
+    const auto load_weights = [&](int k, int tap, int slot) {
+      const int bytes = (count - tap < plan.part ? count - tap : plan.part) * kTapBytes;
       const unsigned char* from = reinterpret_cast<const unsigned char*>(p.weights + taps.weights) +
-                                  (static_cast<int64_t>(block_n * plan.blocks_k + k) * depths + depth) * bytes;
+                                  (static_cast<int64_t>(block_n * plan.blocks_k + k) * count + tap) * kTapBytes;
+#pragma unroll 1
       for (int i = thread_index() * 16; i < bytes; i += kThreads * 16) {
         copy_async16(slot * plan.weight_bytes + i, from + i, 16);
       }
     };
-    const auto origin = [&](int tile) -> Extent {
-      const Extent at = tile_origin(plan.tiles, plan.tile_log2, tile);
-      return {at.d * in_step + taps.base.d, at.h * in_step + taps.base.h, at.w * in_step + taps.base.w};
-    };
-    Companion companion(p.companion, plan, block_n);
-    const auto load = [&](const Step& s, int buffer, int slot) {
-      if (!plan.resident) load_weights(s.k, s.depth, slot);
-      if (s.depth > 0) return;
-      Operand::load(slab, p.in, n, origin(s.tile), s.k, slabs + buffer * plan.slab_bytes);
-      if (pending) Operand::load_constants(p.in, n, plan.n, s.k, coefs + buffer * slab.kCoefBytes);
-      if constexpr (!kAlone) companion.load(n, tile_origin(plan.tiles, plan.tile_log2, s.tile), buffer);
-    };
-
     if (plan.resident) {
-      for (int k = 0; k < plan.blocks_k; ++k)
-        for (int depth = 0; depth < depths; ++depth) load_weights(k, depth, k * depths + depth);
+      for (int k = 0; k < blocks_k; ++k) load_weights(k, 0, k);
+    } else if (blocks_k > 0) {
+      load_weights(0, 0, 0);
     }
-    const bool ahead = plan.buffers == 2;
-    Step step{first, 0, 0};
-    int buffer = 0, slot = 0;
-    if (ahead && depths > 0) load(step, 0, 0);
-    commit_copies();
-    barrier();
+
+    // how far on in the slab a tap reads; every thread sees it behind the first barrier
+    const auto shift = [&](int t) -> int& {
+      return *reinterpret_cast<int*>(shared_memory() + plan.shared_bytes + (t - kMaxTaps) * 4);
+    };
+    if (const int t = thread_index(); t < count) {
+      const int plane = taps.count.h * taps.count.w;
+      shift(t) = (t / plane * size.h + t % plane / taps.count.w) * size.w + t % taps.count.w;
+    }
 
     Multiplier<T, kN, kK> products(plan.tile_log2, size, plan.slab_step);
-    State state;
-    state.clear();
+    hold(plan, true, [](State& state) { state.clear(); });
+    Epilogue::load_constants(p.epilogue, plan, n, block_n * kN, constants_at(plan));
+    if (blocks_k == 0) barrier();  // a class of voxels without taps has no other one in front of its epilogue
+    int slot = 0;
     for (int tile = first; tile < last; ++tile) {
       products.clear();
+      const Extent origin = tile_origin(plan.tiles, plan.tile_log2, tile);
+      const Extent from{origin.d * in_step + taps.base.d, origin.h * in_step + taps.base.h,
+                        origin.w * in_step + taps.base.w};
 #pragma unroll 1
-      for (int i = 0; i < plan.blocks_k * depths; ++i) {
-        const Step now = step;
-        step.advance(plan.blocks_k, depths);
-        if (ahead) {
-          if (step.tile < last) load(step, step.depth == 0 ? buffer ^ 1 : buffer, slot ^ 1);
-          commit_copies();
-          wait_copies<1>();
-        } else {
-          load(now, 0, slot);
-          commit_copies();
-          wait_copies<0>();
+      for (int k = 0; k < blocks_k; ++k) {
+        Operand::load(slab, p.in, n, from, k, at, beside);
+        if (pending) Operand::load_constants(p.in, n, plan.n, k, constants);
+        commit_copies();
+        wait_copies<0>();
+        barrier();
+        if (pending) {
+          Operand::transform(slab, p.in, n, from, k, at, beside, constants);
           barrier();
         }
-        const int at = slabs + buffer * plan.slab_bytes;
-        if constexpr (!kAlone) {
-          companion.transform(n, tile_origin(plan.tiles, plan.tile_log2, now.tile), buffer, slab, p.in,
-                              origin(now.tile), at, coefs + buffer * slab.kCoefBytes);
-        } else if (pending && now.depth == 0) {
-          Operand::transform(slab, p.in, n, origin(now.tile), now.k, at, coefs + buffer * slab.kCoefBytes);
-        }
-        barrier();
-        if constexpr (!kAlone) companion.add(size, at, buffer);
-        int weights = (plan.resident ? now.k * depths + now.depth : slot) * plan.weight_bytes;
 #pragma unroll 1
-        for (int y = 0; y < taps.count.h; ++y) {
-#pragma unroll 1
-          for (int x = 0; x < taps.count.w; ++x) {
-            products.add(at, (now.depth * size.h + y) * size.w + x, weights);
-            weights += kN * kK * static_cast<int>(sizeof(T));
+        for (int tap = 0; tap < count; tap += plan.part) {
+          if (!plan.resident) {
+            if (tap > 0) {
+              wait_copies<0>();
+              barrier();
+            }
+            // the slot that is filled now was read before the barrier
+            const bool more = tap + plan.part < count;
+            if (more || k + 1 < blocks_k || tile + 1 < last) {
+              load_weights(more ? k : k + 1 < blocks_k ? k + 1 : 0, more ? tap + plan.part : 0, slot ^ 1);
+            }
+            commit_copies();
           }
+          const int end = tap + plan.part < count ? tap + plan.part : count;
+          int weights = (plan.resident ? k : slot) * plan.weight_bytes;
+#pragma unroll 1
+          for (int t = tap; t < end; ++t) {
+            products.add(at, shift(t), weights);
+            weights += kTapBytes;
+          }
+          slot ^= 1;
         }
         barrier();
-        slot ^= 1;
-        if (ahead && step.depth == 0 && i + 1 < plan.blocks_k * depths) buffer ^= 1;
       }
-      write(p, taps, n, block_n, tile, products, slabs + buffer * plan.slab_bytes, state);
-      if (ahead && depths > 0) buffer ^= 1;
+      write(p, taps, n, block_n, origin, products, at);
+      barrier();
     }
     wait_copies<0>();
-    if constexpr (!kAlone) companion.finish(n);
-    Epilogue::finish(p.epilogue, plan, chunk_of(plan, n, block_n), state);
+    hold(plan, false, [&](State& state) {
+      barrier();
+      Epilogue::finish(p.epilogue, plan, chunk_of(plan, n, block_n, thread_index()), state);
+    });
   }
 
-  static constexpr int kV = kQuad, kChunks = kN / kV;
+  // Where the epilogue's constants are in shared memory, behind the threads' states.
+  static FF_DEVICE int constants_at(const ConvPlan& plan) { return plan.state_at + State::kFloats * kThreads * 4; }
 
-  static FF_DEVICE Chunk chunk_of(const ConvPlan& plan, int64_t n, int block_n) {
-    const int channel = block_n * kN + thread_index() % kChunks * kV, left = plan.co - channel;
+  // Calls f(this thread's state), which lies in shared memory meanwhile: the products leave no registers for it.
+  template <class F>
+  static FF_DEVICE void hold(const ConvPlan& plan, bool fresh, F f) {
+    float* held = reinterpret_cast<float*>(shared_memory() + plan.state_at) + thread_index();
+    State state;
+    if (!fresh) state.each([&](int i, float& number) { number = held[i * kThreads]; });
+    f(state);
+    state.each([&](int i, float& number) { held[i * kThreads] = number; });
+  }
+
+  static constexpr int kV = kPair, kChunks = kN / kV;
+
+  static FF_DEVICE Chunk chunk_of(const ConvPlan& plan, int64_t n, int block_n, int thread) {
+    const int channel = block_n * kN + thread % kChunks * kV, left = plan.co - channel;
     return {n, channel, left < 0 ? 0 : left < kV ? left : kV};
   }
 
-  // The epilogue of a tile. Its products pass through shared memory at `at`, half after half, so that a thread gets
-  // neighbouring channels of a voxel.
-  static FF_DEVICE void write(const Params& p, const Taps& taps, int64_t n, int block_n, int tile,
-                              const Multiplier<T, kN, kK>& products, int at, State& state) {
+  // The epilogue of a tile. A warp's products pass through its place in shared memory, half after half, so that a
+  // thread gets neighbouring channels of a voxel. What else it needs of `kAhead` voxels is on its way at a time.
+  static FF_DEVICE void write(const Params& p, const Taps& taps, int64_t n, int block_n, const Extent& origin,
+                              Multiplier<T, kN, kK>& products, int at) {
+    constexpr int kPitch = kStagingPitch<kN> * 4, kRows = 32 / kChunks, kAhead = Epilogue::kAhead;
     const ConvPlan& plan = p.plan;
-    const Chunk chunk = chunk_of(plan, n, block_n);
-    const Epilogue epilogue(p.epilogue, plan, chunk);
-    const Extent origin = tile_origin(plan.tiles, plan.tile_log2, tile);
-    float* staging = reinterpret_cast<float*>(shared_memory() + at);
-    // not unrolled, since the accumulators leave no registers for it
+    const int thread = thread_index();
+    const Chunk chunk = chunk_of(plan, n, block_n, thread);
+    const int lane = thread % 32, staging = at + thread / 32 * kHalf * kPitch;
+    products.stage(staging);
+    warp_barrier();
+    hold(plan, false, [&](State& state) {
+      // loaded behind the first half, whose accumulators' registers are free now
+      const Epilogue epilogue(p.epilogue, plan, chunk, constants_at(plan) + lane % kChunks * kV * 4);
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      products.stage(half, staging);
-      barrier();
-#pragma unroll 1
-      for (int r = thread_index() / kChunks; r < kHalf; r += kThreads / kChunks) {
-        const Extent v = tile_voxel(plan.tile_log2, half * kHalf + r);
-        const int d = taps.out_first.d + (origin.d + v.d) * plan.out_step;
-        const int h = taps.out_first.h + (origin.h + v.h) * plan.out_step;
-        const int w = taps.out_first.w + (origin.w + v.w) * plan.out_step;
-        if (chunk.valid == 0 || d >= plan.out.d || h >= plan.out.h || w >= plan.out.w) continue;
-        float values[kV];
-#pragma unroll
-        for (int i = 0; i < kV; ++i) {
-          values[i] = staging[r * kStagingPitch<kN> + thread_index() % kChunks * kV + i];
+      for (int half = 0; half < 2; ++half) {
+        if (half == 1) {
+          warp_barrier();
+          products.next_half();
+          products.stage(staging);
+          warp_barrier();
         }
-        const int64_t number = ((n * plan.out.d + d) * plan.out.h + h) * plan.out.w + w;
-        epilogue.write(p.epilogue, plan, {{d, h, w}, number}, chunk, values, state);
+#pragma unroll 1
+        for (int r = lane / kChunks; r < kHalf; r += kAhead * kRows) {
+          typename Epilogue::Fetched fetched[kAhead];
+          int number[kAhead];
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            const Extent v = tile_voxel(plan.tile_log2, products.voxel(half, r + i * kRows));
+            const int d = taps.out_first.d + (origin.d + v.d) * plan.out_step;
+            const int h = taps.out_first.h + (origin.h + v.h) * plan.out_step;
+            const int w = taps.out_first.w + (origin.w + v.w) * plan.out_step;
+            const bool present = chunk.valid > 0 && d < plan.out.d && h < plan.out.h && w < plan.out.w;
+            number[i] = present ? (d * plan.out.h + h) * plan.out.w + w : -1;
+          }
+          epilogue.fetch(p.epilogue, plan, number, chunk, fetched);
+          float values[kAhead * kV];
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            float few[kV];
+            load_row(staging + (r + i * kRows) * kPitch + lane % kChunks * kV * 4, few);
+#pragma unroll
+            for (int j = 0; j < kV; ++j) values[i * kV + j] = number[i] < 0 ? 0.0f : few[j];
+          }
+          epilogue.write(p.epilogue, plan, number, chunk, fetched, values, state);
+        }
       }
-      barrier();
-    }
+    });
   }
 };
 
@@ -234,7 +239,7 @@ std::string launch_conv(const char* name, const ConvPlan& plan, const typename O
   const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
     return launched(name, launch<Kernel>(grid, plan.shared_bytes, stream,
-                                         {plan, in, static_cast<const T*>(weights), epilogue, {}}));
+                                         {plan, in, static_cast<const T*>(weights), epilogue}));
   };
   if constexpr (sizeof(T) == 4) {
     return plan.bk == 16 ? start(Convolve<T, 32, 16, Operand, Epilogue>{}) : start(Convolve<T, 32, 8, Operand, Epilogue>{});

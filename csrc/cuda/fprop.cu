@@ -11,7 +11,7 @@ namespace {
 // Adds the bias, sums the moments, and writes the raw output or, with `out_coef`, the finished one.
 template <class T>
 struct ForwardEpilogue {
-  static constexpr int kV = kQuad;
+  static constexpr int kV = kPair;
   struct Params {
     const float *bias, *pre, *out_coef;
     int pre_act, out_act;
@@ -20,11 +20,19 @@ struct ForwardEpilogue {
     float *partials, *counts;  // [N, groups, 2, co] and [N, groups]; null: no moments
   };
   using State = Moments<kV>;
+  struct Fetched {};
+  static constexpr int kAhead = 4;
 
+  int coefs;  // place of this chunk's coefficients in shared memory, rows [bn]
   float bias[kV], shift[kV], slope[kV];
-  Coefficients<kV> out;
 
-  FF_DEVICE ForwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk) {
+  // The coefficients of the finished output, for a block's channels from `first` on.
+  FF_DEVICE static void load_constants(const Params& p, const ConvPlan& plan, int64_t n, int first, int at) {
+    if (p.out_coef) load_rows(p.out_coef, plan.n, n, plan.co, first, plan.bn, at);
+  }
+
+  FF_DEVICE ForwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk, int at)
+      : coefs(at) {
 #pragma unroll
     for (int i = 0; i < kV; ++i) {
       const bool present = i < chunk.valid;
@@ -32,24 +40,45 @@ struct ForwardEpilogue {
       shift[i] = p.pre && present ? p.pre[chunk.channel + i] : 0.0f;
       slope[i] = p.pre && present ? p.pre[plan.co + chunk.channel + i] : 0.0f;
     }
-    if (p.out_coef) out.load(p.out_coef + chunk.n * plan.co + chunk.channel, plan.n * plan.co, chunk.valid);
   }
 
-  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const Voxel& voxel, const Chunk& chunk, float (&v)[kV],
-                       State& state) const {
+  FF_DEVICE void fetch(const Params&, const ConvPlan&, const int (&)[kAhead], const Chunk&, Fetched (&)[kAhead]) const {}
+
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead], const Chunk& chunk,
+                       const Fetched (&)[kAhead], float (&v)[kAhead * kV], State& state) const {
 #pragma unroll
-    for (int i = 0; i < kV; ++i) v[i] += bias[i];
+    for (int i = 0; i < kAhead * kV; ++i) v[i] += bias[i % kV];
     if (p.partials) {
-      float u[kV];
+      float u[kAhead * kV], slopes[kAhead * kV];
 #pragma unroll
-      for (int i = 0; i < kV; ++i) u[i] = v[i] + shift[i];
-      activate(u, slope, p.pre_act);
-      state.add(u);
+      for (int i = 0; i < kAhead * kV; ++i) {
+        u[i] = v[i] + shift[i % kV];
+        slopes[i] = slope[i % kV];
+      }
+      activate(u, slopes, p.pre_act);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const float few[kV] = {u[i * kV], u[i * kV + 1]};
+        if (voxel[i] >= 0) state.add(few);
+      }
     }
-    const int64_t at = voxel.number * plan.co + chunk.channel;
-    if (p.raw) store_four(p.raw + at, chunk.valid, p.aligned, v);
-    if (p.out_coef) out.apply(v, p.out_act);
-    store_four(p.y + at, chunk.valid, p.aligned, v);
+    if (p.raw) put(p.raw, p, plan, voxel, chunk, v);
+    if (p.out_coef) {
+      Coefficients<kV> out;
+      load_coefficients(coefs, plan.bn, out);
+      out.apply(v, p.out_act);
+    }
+    put(p.y, p, plan, voxel, chunk, v);
+  }
+
+  FF_DEVICE static void put(T* to, const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead],
+                            const Chunk& chunk, const float (&v)[kAhead * kV]) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (voxel[i] < 0) continue;
+      const float few[kV] = {v[i * kV], v[i * kV + 1]};
+      store_few(to + number_of(plan, chunk.n, voxel[i]) * plan.co + chunk.channel, chunk.valid, p.aligned, few);
+    }
   }
 
   FF_DEVICE static void finish(const Params& p, const ConvPlan& plan, const Chunk& chunk, State& state) {

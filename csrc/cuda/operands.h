@@ -27,58 +27,37 @@ Sources sources_of(const Input (&inputs)[2]) {
   return in;
 }
 
-// Loads and stores of kW neighbouring channels, 8 or 16 bytes, in shared memory and in a map, of which `valid` exist
-// in the map.
+// A piece of a voxel in shared memory.
 template <class T, int kW>
-FF_DEVICE void read_shared(int at, float (&v)[kW]) {
-  if constexpr (kW * sizeof(T) == 16) {
-    unpack16<T>(load_shared16(at), v);
-  } else {
-    load_four(reinterpret_cast<const T*>(shared_memory() + at), 4, true, v);
-  }
+FF_DEVICE void read_piece(int at, float (&v)[kW]) {
+  unpack_few<T>(load_few<T, kW>(reinterpret_cast<const T*>(shared_memory() + at), kW, true), v);
 }
 template <class T, int kW>
-FF_DEVICE void write_shared(int at, const float (&v)[kW]) {
-  if constexpr (kW * sizeof(T) == 16) {
-    store_shared16(at, pack16<T>(v));
-  } else {
-    store_four(reinterpret_cast<T*>(shared_memory() + at), 4, true, v);
-  }
-}
-template <class T, int kW>
-FF_DEVICE void read_map(const T* at, int valid, bool aligned, float (&v)[kW]) {
-  if constexpr (kW * sizeof(T) == 16) {
-    unpack16<T>(load_chunk(at, valid, aligned), v);
-  } else {
-    load_four(at, valid, aligned, v);
-  }
+FF_DEVICE void write_piece(int at, const float (&v)[kW]) {
+  store_few(reinterpret_cast<T*>(shared_memory() + at), kW, true, v);
 }
 
-// The activated input: v = view(g * (act(a * (x - p) + b) - q) + s) of each source. `kFrugal` takes four channels at a
-// time and reads their constants anew, for kernels whose accumulators leave no registers for more.
-template <class T, int kBlock, bool kFrugal>
-struct BasicActivated {
+// The activated input: v = g * (act(a * (x - p) + b) - q) + s of each source.
+template <class T, int kBlock>
+struct Activated {
   using Params = Sources;
   using Box = Slab<T, kBlock>;
-  static constexpr int kV = kLanes<T>, kW = kFrugal ? 4 : kV, kSize = static_cast<int>(sizeof(T));
+  static constexpr int kW = Box::kPiece, kFew = 4;  // voxels at a time, whose latencies overlap
 
-  FF_DEVICE static bool pending(const Sources& in) {
-    return in.part[0].coef || in.part[1].coef || seen(in.part[0]) || seen(in.part[1]);
-  }
-  FF_DEVICE static bool seen(const Input& part) { return part.view.axis[2].index; }
+  FF_DEVICE static bool pending(const Sources& in) { return in.part[0].coef || in.part[1].coef; }
 
-  // The source that this thread's chunk belongs to; `channel` becomes the chunk's first channel in it.
-  FF_DEVICE static const Input& source(const Sources& in, int block, int& channel) {
-    channel = Box::channel(block);
+  // The source that a channel belongs to; `channel` becomes its number in it.
+  FF_DEVICE static const Input& source(const Sources& in, int& channel) {
     const bool second = in.part[1].x && channel >= in.part[0].channels;
     if (second) channel -= in.part[0].channels;
     return in.part[second];
   }
 
-  FF_DEVICE static void load(const Box& box, const Sources& in, int64_t n, const Extent& first, int block, int at) {
-    int channel;
-    const Input& part = source(in, block, channel);
-    if (!seen(part)) box.copy(static_cast<const T*>(part.x), part.channels, channel, in.aligned, n, first, at);
+  FF_DEVICE static void load(const Box& box, const Sources& in, int64_t n, const Extent& first, int block, int at,
+                             int) {
+    int channel = Box::channel(block);
+    const Input& part = source(in, channel);
+    box.copy(static_cast<const T*>(part.x), part.channels, channel, in.aligned, n, first, at);
   }
 
   // The coefficients of a block of channels: the identity for a source without a pending affine, and zeros, under which
@@ -89,87 +68,43 @@ struct BasicActivated {
     for (int i = thread_index(); i < kCoefRows * kBlock; i += kConvThreads) {
       const int row = i / kBlock;
       int channel = block * kBlock + i % kBlock;
-      const bool second = in.part[1].x && channel >= in.part[0].channels;
-      if (second) channel -= in.part[0].channels;
-      const Input& part = in.part[second];
+      const Input& part = source(in, channel);
       float value = row == kA || row == kG ? 1.0f : 0.0f;
       if (part.coef && channel < part.channels) value = part.coef[(row * batch + n) * part.channels + channel];
       out[i] = channel < part.channels ? value : 0.0f;
     }
   }
 
-  // Voxels outside the map stay zero, since the affine and the view come before the padding.
-  FF_DEVICE static void transform(const Box& box, const Sources& in, int64_t n, const Extent& first, int block, int at,
-                                  int constants) {
-    int channel;
-    const Input& part = source(in, block, channel);
-    const bool view = seen(part);
-    if (!part.coef && !view) return;
+  // Voxels outside the map stay zero, since the affine comes before the padding.
+  FF_DEVICE static void transform(const Box& box, const Sources& in, int64_t, const Extent& first, int block, int at,
+                                  int, int constants) {
+    int channel = Box::piece_channel(block);
+    const Input& part = source(in, channel);
+    if (!part.coef) return;
     Coefficients<kW> coef;
-    const auto load_coefficients = [&](int w) {
 #pragma unroll
-      for (int r = 0; r < kCoefRows; ++r) {
-        load_row(constants + (r * kBlock + thread_index() % Box::kChunks * kV + w) * 4, coef.row[r]);
-      }
-    };
-    if (!kFrugal) load_coefficients(0);
-    box.each(first, [&](int v, const Extent& voxel, bool in_map) {
-      if (!in_map && !view) return;
-#pragma unroll 1
-      for (int w = 0; w < kV; w += kW) {
-        if (kFrugal) load_coefficients(w);
-        const int to = Box::place(at, v) + w * kSize;
-        float values[kW] = {};
-        if (!view) {
-          read_shared<T>(to, values);
-          coef.apply(values, part.act);
-        } else if (in_map) {
-          gather(part, coef, n, voxel, channel + w, in.aligned, values);
-        }
-        write_shared<T>(to, values);
-      }
-    });
-  }
-
-  // A voxel of a view: the weighted sum, or the maximum, over its taps along each axis.
-  FF_DEVICE static void gather(const Input& part, const Coefficients<kW>& coef, int64_t n, const Extent& voxel,
-                               int channel, bool aligned, float (&out)[kW]) {
-    const View& view = part.view;
-    const int left = part.channels - channel, valid = left < 0 ? 0 : left < kW ? left : kW;
-    if (valid == 0) return;
-    bool any = false;
-#pragma unroll 1
-    for (int z = 0; z < view.axis[0].taps; ++z) {
-      const int iz = voxel.d * view.axis[0].taps + z;
-#pragma unroll 1
-      for (int y = 0; y < view.axis[1].taps; ++y) {
-        const int iy = voxel.h * view.axis[1].taps + y;
-        const float outer = view.axis[0].weight[iz] * view.axis[1].weight[iy];
-        const int64_t row = ((n * view.size.d + view.axis[0].index[iz]) * view.size.h + view.axis[1].index[iy]) *
-                            static_cast<int64_t>(view.size.w);
-#pragma unroll 1
-        for (int x = 0; x < view.axis[2].taps; ++x) {
-          const int ix = voxel.w * view.axis[2].taps + x;
-          const float weight = outer * view.axis[2].weight[ix];
-          if (weight == 0) continue;  // the tap does not exist
-          float values[kW];
-          const int64_t offset = (row + view.axis[2].index[ix]) * part.channels + channel;
-          read_map(static_cast<const T*>(part.x) + offset, valid, aligned, values);
-          coef.apply(values, part.act);
-#pragma unroll
-          for (int i = 0; i < kW; ++i) {
-            const bool larger = !any || values[i] > out[i] || values[i] != values[i];
-            out[i] = view.maximum ? (larger ? values[i] : out[i]) : out[i] + weight * values[i];
-          }
-          any = true;
-        }
-      }
+    for (int r = 0; r < kCoefRows; ++r) {
+      load_row(constants + (r * kBlock + thread_index() % Box::kPieces * kW) * 4, coef.row[r]);
     }
+    box.template each<Box::kPieces, kFew>(
+        first, [&](const int (&v)[kFew], const Extent (&)[kFew], const bool (&in_map)[kFew]) {
+          float values[kFew * kW];
+#pragma unroll
+          for (int i = 0; i < kFew; ++i) {
+            float piece[kW] = {};
+            if (in_map[i]) read_piece<T>(Box::piece(at, v[i]), piece);
+#pragma unroll
+            for (int j = 0; j < kW; ++j) values[i * kW + j] = piece[j];
+          }
+          coef.apply(values, part.act);
+#pragma unroll
+          for (int i = 0; i < kFew; ++i) {
+            const float piece[kW] = {values[i * kW], values[i * kW + 1]};
+            if (in_map[i]) write_piece<T>(Box::piece(at, v[i]), piece);
+          }
+        });
   }
 };
-
-template <class T, int kBlock>
-using Activated = BasicActivated<T, kBlock, false>;
 
 // The gradient at the raw output y, from dy and the gradients dm, dv of its moments, u = act(y + shift; slope):
 //   e = dy + du/dy * (dm + 2 * (u - m) * dv) / |S|
@@ -187,19 +122,25 @@ Gradients gradients_of(const Gradient& given, int channels, const Extent& size) 
   return {given, channels, 1.0f / (static_cast<float>(size.d) * size.h * size.w), aligned};
 }
 
-template <class T, int kBlock, bool kFrugal>
-struct BasicRawGradient {
+template <class T, int kBlock>
+struct RawGradient {
   using Params = Gradients;
   using Box = Slab<T, kBlock>;
-  static constexpr int kV = kLanes<T>, kW = kFrugal ? 4 : kV, kSize = static_cast<int>(sizeof(T));
-  using State = Sums<2, kV>;  // of e, and of the gradient at the slope
+  static constexpr int kW = Box::kPiece;
+  using State = Sums<2, kW>;  // of e, and of the gradient at the slope
 
   enum Constant { kShift, kActSlope, kMean, kDMean, kDVariance, kScale };
 
   FF_DEVICE static bool pending(const Gradients& in) { return in.given.y || in.given.scale; }
 
-  FF_DEVICE static void load(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block, int at) {
-    box.copy(static_cast<const T*>(in.given.dy), in.channels, Box::channel(block), in.aligned, n, first, at);
+  // dy to `at`, and y to `beside`.
+  FF_DEVICE static void load(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block, int at,
+                             int beside) {
+    const int channel = Box::channel(block);
+    box.copy(static_cast<const T*>(in.given.dy), in.channels, channel, in.aligned, n, first, at);
+    if (in.given.y) {
+      box.copy(static_cast<const T*>(in.given.y), in.channels, channel, in.aligned, n, first, beside);
+    }
   }
 
   FF_DEVICE static void load_constants(const Gradients& in, int64_t n, int64_t batch, int block, int at) {
@@ -220,87 +161,78 @@ struct BasicRawGradient {
   }
 
   FF_DEVICE static void transform(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block,
-                                  int at, int constants) {
-    run(box, in, n, first, block, at, constants, [](const Extent&, int, const float (&)[kW], const float (&)[kW]) {});
+                                  int at, int beside, int constants) {
+    run<1>(box, in, n, first, block, at, beside, constants, [](const float (&)[kW], const float (&)[kW]) {});
   }
 
-  // The transform, with a call of add(voxel, w, e, gradient at the slopes) for each voxel inside the map and the kW
-  // channels from channel w of the chunk on.
-  template <class F>
+  // The transform, with a call of add(e, gradient at the slopes) for each voxel inside the map and the channels of this
+  // thread's piece; `kFew` voxels at a time.
+  template <int kFew, class F>
   FF_DEVICE static void run(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block, int at,
-                            int constants, F add) {
-    const int channel = Box::channel(block), left = in.channels - channel;
-    const int valid = left < 0 ? 0 : left < kV ? left : kV;
-    if (valid == 0) return;
+                            int beside, int constants, F add) {
+    const int channel = Box::piece_channel(block);
+    if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;
+    const int from = constants + thread_index() % Box::kPieces * kW * 4;
+    // with y: shift, slope, m, dm / |S| and 2 dv / |S|; without: the scale, in place of the shift
     float shift[kW], slope[kW], mean[kW], dmean[kW], dvariance[kW];
-    const auto load_rows = [&](int w) {
-      const int from = constants + (thread_index() % Box::kChunks * kV + w) * 4;
-      load_row(from + kShift * kBlock * 4, shift);
-      load_row(from + kActSlope * kBlock * 4, slope);
-      load_row(from + kMean * kBlock * 4, mean);
-      load_row(from + kDMean * kBlock * 4, dmean);
-      load_row(from + kDVariance * kBlock * 4, dvariance);
-    };
-    if (!kFrugal && in.given.y) load_rows(0);
-    box.each(first, [&](int v, const Extent& voxel, bool in_map) {
-      if (!in_map) return;
-      const int64_t offset = box.voxel_of(n, voxel) * in.channels + channel;
-#pragma unroll 1
-      for (int w = 0; w < kV; w += kW) {
-        const int to = Box::place(at, v) + w * kSize;
-        float e[kW], at_slope[kW] = {};
-        read_shared<T>(to, e);
-        if (in.given.y) {
-          if (kFrugal) load_rows(w);
-          float y[kW];
-          read_map(static_cast<const T*>(in.given.y) + offset + w, valid - w, in.aligned, y);
+    load_row(from + (in.given.y ? kShift : kScale) * kBlock * 4, shift);
+    load_row(from + kActSlope * kBlock * 4, slope);
+    load_row(from + kMean * kBlock * 4, mean);
+    load_row(from + kDMean * kBlock * 4, dmean);
+    load_row(from + kDVariance * kBlock * 4, dvariance);
+    box.template each<Box::kPieces, kFew>(first, [&](const int (&v)[kFew], const Extent (&voxel)[kFew],
+                                                     const bool (&in_map)[kFew]) {
+      float e[kFew * kW], at_slope[kFew * kW] = {}, y[kFew * kW] = {};
 #pragma unroll
-          for (int i = 0; i < kW; ++i) {
-            float slope_z, slope_s;
-            const float u = activate(y[i] + shift[i], slope[i], act, slope_z, slope_s);
-            const float du = dmean[i] + (u - mean[i]) * dvariance[i];
-            e[i] += du * slope_z;
-            at_slope[i] = du * slope_s;
-            y[i] = dithered<T>(e[i], offset + w + i);
-          }
-          write_shared<T>(to, y);
-        } else if (in.given.scale) {
-          load_row(constants + (kScale * kBlock + thread_index() % Box::kChunks * kV + w) * 4, shift);
-#pragma unroll
-          for (int i = 0; i < kW; ++i) e[i] *= shift[i];
-          write_shared<T>(to, e);
+      for (int i = 0; i < kFew; ++i) {
+        float of_e[kW] = {}, of_y[kW] = {};
+        if (in_map[i]) {
+          read_piece<T>(Box::piece(at, v[i]), of_e);
+          if (in.given.y) read_piece<T>(Box::piece(beside, v[i]), of_y);
         }
-        add(voxel, w, e, at_slope);
+#pragma unroll
+        for (int j = 0; j < kW; ++j) {
+          e[i * kW + j] = of_e[j];
+          y[i * kW + j] = of_y[j];
+        }
+      }
+      if (in.given.y) {
+        float slopes[kFew * kW], slope_z[kFew * kW];
+#pragma unroll
+        for (int i = 0; i < kFew * kW; ++i) {
+          y[i] += shift[i % kW];
+          slopes[i] = slope[i % kW];
+        }
+        activate(y, slopes, act, slope_z, at_slope);
+#pragma unroll
+        for (int i = 0; i < kFew * kW; ++i) {
+          const float du = dmean[i % kW] + (y[i] - mean[i % kW]) * dvariance[i % kW];
+          e[i] += du * slope_z[i];
+          at_slope[i] *= du;
+        }
+      } else if (in.given.scale) {
+#pragma unroll
+        for (int i = 0; i < kFew * kW; ++i) e[i] *= shift[i % kW];
+      }
+#pragma unroll
+      for (int i = 0; i < kFew; ++i) {
+        if (!in_map[i]) continue;
+        float of_e[kW], of_slope[kW];
+#pragma unroll
+        for (int j = 0; j < kW; ++j) {
+          of_e[j] = e[i * kW + j];
+          of_slope[j] = at_slope[i * kW + j];
+        }
+        add(of_e, of_slope);
+        if (!pending(in)) continue;
+        const int64_t number = box.voxel_of(n, voxel[i]) * in.channels + channel;
+#pragma unroll
+        for (int j = 0; j < kW && in.given.y; ++j) of_e[j] = dithered<T>(of_e[j], number + j);
+        write_piece<T>(Box::piece(at, v[i]), of_e);
       }
     });
   }
-
-  // Adds e and the gradient at the slopes to the sums of this thread's chunk.
-  FF_DEVICE static void add_to(State& state, int w, const float (&e)[kW], const float (&slope)[kW]) {
-#pragma unroll
-    for (int i = 0; i < kW; ++i) {
-      state.row[0][w + i] += e[i];
-      state.row[1][w + i] += slope[i];
-    }
-  }
-
-  // Merges the states of all threads, which are in shared memory, and writes the sums to out [2, channels].
-  FF_DEVICE static void write_sums(State* states, float* out, int block, int channels) {
-    const int channel = Box::channel(block);
-    barrier();
-    State state = states[thread_index()];
-    merge_rows<kConvThreads>(state, states, Box::kChunks);
-    if (thread_index() >= Box::kChunks) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int i = 0; i < kV; ++i)
-        if (channel + i < channels) out[r * channels + channel + i] = state.row[r][i];
-  }
 };
-
-template <class T, int kBlock>
-using RawGradient = BasicRawGradient<T, kBlock, false>;
 
 }  // namespace fastfilm::cuda

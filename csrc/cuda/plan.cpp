@@ -12,19 +12,20 @@ namespace {
 constexpr Extent kTiles[] = {{0, 4, 4}, {0, 3, 5}, {0, 5, 3}, {0, 2, 6}, {2, 3, 3},
                              {1, 3, 4}, {1, 4, 3}, {2, 2, 4}, {3, 2, 3}};
 
-// The (bn, bk) for which kernels are compiled: for 16-bit types, joint kernels and float32.
+// The (bn, bk) for which kernels are compiled: for 16-bit types and for float32.
 struct Variant {
   int bn, bk;
 };
 constexpr Variant kVariants[] = {{64, 64}, {64, 32}, {64, 16}, {32, 32}, {32, 16}};
-constexpr Variant kVariantsJoint[] = {{32, 16}, {32, 32}, {32, 64}};
 constexpr Variant kVariantsFloat[] = {{32, 16}, {32, 8}};
 
 // The (bm, bn) of the gradient at the weight.
-constexpr Variant kWgradVariants[] = {{64, 64}, {32, 32}, {64, 16}};
-constexpr Variant kWgradFloat = {32, 16};
+constexpr Variant kWgradVariants[] = {{32, 64}, {32, 32}, {32, 16}};
+constexpr Variant kWgradFloat[] = {{32, 16}};
 
-constexpr int kScratch = kConvThreads * 41 * 4;  // the states that are merged at the end: five sums of eight channels
+// Numbers of a thread's state: moments, or five sums, of two channels. At the end all are merged in shared memory.
+constexpr int kMoments = 5, kSums = 10;
+constexpr int kPartBytes = 12 * 1024;            // weights that come at a time, at most, where a tap has less
 
 int up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 int align(int bytes) { return up(bytes, 1024) * 1024; }
@@ -64,37 +65,51 @@ Extent tiles_of(const Extent& size, const Extent& tile_log2) {
   return map(size, tile_log2, [](int n, int log2) { return (n + (1 << log2) - 1) >> log2; });
 }
 
+// Shared memory of a block of which a multiprocessor holds `blocks`; a block takes 1024 bytes beside its own.
+int room(const Device& device, int blocks) { return (device.shared_bytes + 1024) / blocks - 1024; }
+
 // Shares the tiles out to as many groups as fill the device, in equal numbers.
-void share_out(int64_t tiles, int64_t others, int shared_bytes, const Device& device, int& groups, int& each) {
-  const int a_processor = std::max(1, std::min(2, device.shared_bytes / shared_bytes));
-  const int64_t wanted = static_cast<int64_t>(device.multiprocessors) * a_processor / std::max<int64_t>(1, others);
+void share_out(int64_t tiles, int64_t others, int resident_blocks, const Device& device, int& groups, int& each) {
+  const int64_t wanted = static_cast<int64_t>(device.multiprocessors) * resident_blocks / std::max<int64_t>(1, others);
   groups = static_cast<int>(std::max<int64_t>(1, std::min(wanted, tiles)));
   each = up(tiles, groups);
   groups = up(tiles, each);
 }
 
-bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool joint, const Device& device) {
-  int voxels = 0, taps = 1, depths = 1;
+// Whether `Divider` is exact for all voxels of a slab.
+bool divides(const Extent& slab) {
+  const int64_t voxels = slab.volume();
+  return voxels <= 4096 && slab.w >= 4 && voxels * slab.h * slab.w < 1 << 22;
+}
+
+// Lays out the shared memory of a block: the weights, the slabs (the results pass through them, each warp's by
+// themselves) and the constants of a slab.
+bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool resident, int most) {
+  int voxels = 0, taps = 1;
   for (int c = 0; c < p.classes; ++c) {
-    voxels = std::max(voxels, slab_of(tile, p.taps[c].count, p.slab_step).volume());
-    taps = std::max(taps, p.taps[c].count.h * p.taps[c].count.w);
-    depths = std::max(depths, p.taps[c].count.d);
+    const Extent slab = slab_of(tile, p.taps[c].count, p.slab_step);
+    if (!divides(slab)) return false;
+    voxels = std::max(voxels, slab.volume());
+    taps = std::max(taps, p.taps[c].count.volume());
   }
-  const int staging = kTileVoxels / 2 * (v.bn + 8) * 4;
+  const int staging = kTileVoxels / 2 * (v.bn + 8) * 4, tap_bytes = v.bn * v.bk * element;
   p.bn = v.bn;
   p.bk = v.bk;
   p.blocks_n = up(p.co, v.bn);
   p.blocks_k = up(p.ci, v.bk);
   p.tile_log2 = tile;
-  p.weight_bytes = taps * v.bn * v.bk * element;
-  p.slab_bytes = align(std::max(voxels * v.bk * element, staging));
-  const int extra = joint ? joint_bytes(p, element) : 0, fixed = p.buffers * p.slab_bytes + 2 * 7 * v.bk * 4 + extra;
-  const int64_t all = static_cast<int64_t>(p.blocks_k) * depths * p.weight_bytes;
-  p.resident = fixed + all <= device.shared_bytes;
-  p.slots = p.resident ? p.blocks_k * depths : 2;
-  p.extra_at = fixed - extra + p.slots * p.weight_bytes;
-  p.shared_bytes = std::max(fixed + p.slots * p.weight_bytes, kScratch);
-  return p.shared_bytes <= device.shared_bytes;
+  p.resident = resident;
+  p.part = resident ? taps : std::max(1, std::min(taps, kPartBytes / tap_bytes));
+  p.weight_bytes = p.part * tap_bytes;
+  p.slots = resident ? p.blocks_k : 2;
+  p.slab_bytes = align(voxels * v.bk * element);
+  const int64_t slabs = std::max(p.slabs * p.slab_bytes, align(staging));
+  const int64_t states = static_cast<int64_t>(p.slots) * p.weight_bytes + slabs;
+  const int64_t all = states + (p.slabs == 1 ? kMoments : kSums) * kConvThreads * 4 + 7 * v.bk * 4 + kMaxTaps * 4 + 7 * v.bn * 4;
+  if (all > most) return false;
+  p.state_at = static_cast<int>(states);
+  p.shared_bytes = std::max(static_cast<int>(all), kSums * kConvThreads * 4);
+  return p.shared_bytes <= most;
 }
 
 int64_t voxels_of(const Extent& e) { return static_cast<int64_t>(e.d) * e.h * e.w; }
@@ -122,19 +137,12 @@ std::string does_not_fit(const Device& device) {
 
 }  // namespace
 
-int joint_bytes(const ConvPlan& p, int element) {
-  return p.buffers * (kTileVoxels * p.bn * element + 7 * p.bn * 4) + kConvThreads * 2 * (16 / element) * 4;
-}
-
 std::string plan_conv(const ConvShape& s, Direction direction, const Device& device, ConvPlan& plan) {
   const int element = bytes_of(s.storage);
   ConvPlan p{};
   p.n = s.n;
-  const bool forward = direction == Direction::kForward, joint = direction == Direction::kJoint;
-  if (joint) {
-    const bool same = s.in.d == s.out.d && s.in.h == s.out.h && s.in.w == s.out.w;
-    if (element == 4 || s.stride != 1 || !same || s.kernel.d > 1 || s.co > 64) return "not joint";
-  }
+  const bool forward = direction == Direction::kForward;
+  p.slabs = forward ? 1 : 2;
   p.ci = forward ? s.ci : s.co;
   p.co = forward ? s.co : s.ci;
   p.in = forward ? s.in : s.out;
@@ -162,15 +170,22 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
   for (int c = 0; c < p.classes; ++c) count = map(count, p.taps[c].count, [](int a, int b) { return std::max(a, b); });
 
   bool found = false;
-  for (p.buffers = 2; p.buffers > 0 && !found; p.buffers -= !found) {
-    const bool wide = element == 4;
-    for (int i = 0; i < (joint ? 3 : wide ? 2 : 5); ++i) {
-      const Variant& v = joint ? kVariantsJoint[i] : wide ? kVariantsFloat[i] : kVariants[i];
-      if (joint && v.bk < s.co) continue;
-      if (!joint && !wide && ((v.bn == 64) != (p.co > 32) || (v.bk > 16 && v.bk / 2 >= p.ci))) continue;
-      found = best_tile(p, size, s.dims, count,
-                        [&](ConvPlan& q, const Extent& tile) { return fits(q, v, tile, element, joint, device); });
-      if (found) break;
+  const bool wide = element == 4;
+  // twice as many blocks of half the channels where there would be fewer blocks than multiprocessors
+  const int64_t blocks = p.n * p.classes * up(voxels_of(size), kTileVoxels) * up(p.co, 64);
+  const bool many = p.co > 32 && blocks >= device.multiprocessors;
+  const auto suits = [&](const Variant& v) {
+    return wide || ((v.bn == 64) == many && (v.bk == 16 || v.bk / 2 < p.ci));
+  };
+  for (p.resident_blocks = 2; p.resident_blocks > 0 && !found; p.resident_blocks -= !found) {
+    for (int i = 0; i < (wide ? 2 : 5) && !found; ++i) {
+      const Variant& v = wide ? kVariantsFloat[i] : kVariants[i];
+      if (!suits(v)) continue;
+      for (const bool resident : {true, false}) {
+        found = found || best_tile(p, size, s.dims, count, [&](ConvPlan& q, const Extent& tile) {
+                  return fits(q, v, tile, element, resident, room(device, p.resident_blocks));
+                });
+      }
     }
   }
   if (!found) return does_not_fit(device);
@@ -180,8 +195,8 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
     p.taps[c].weights = p.packed;
     p.packed += static_cast<int64_t>(p.blocks_n) * p.blocks_k * p.taps[c].count.volume() * p.bn * p.bk;
   }
-  share_out(voxels_of(p.tiles), p.n * p.classes * p.blocks_n, p.shared_bytes, device, p.groups, p.tiles_a_group);
-  if (voxels_of(p.tiles) > std::numeric_limits<int>::max()) return "the map has too many tiles";
+  share_out(voxels_of(p.tiles), p.n * p.classes * p.blocks_n, p.resident_blocks, device, p.groups, p.tiles_a_group);
+  if (voxels_of(p.out) > std::numeric_limits<int>::max()) return "a sample has too many voxels";
   plan = p;
   return "";
 }
@@ -201,20 +216,22 @@ std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan
   p.load_step = one ? s.stride : 1;
   const Extent count{1, s.kernel.h, s.kernel.w};  // a block takes the taps of one depth
   bool found = false;
-  for (int i = 0; i < 6 && !found; ++i) {
-    const Variant& v = element == 4 ? kWgradFloat : kWgradVariants[i % 3];
-    p.buffers = i < 3 ? 2 : 1;
-    if (v.bk == 64 && std::max(s.ci, s.co) <= 32) continue;
-    found = best_tile(p, s.out, s.dims, count, [&](WgradPlan& q, const Extent& tile) {
-      const int voxels = slab_of(tile, count, q.slab_step).volume();
-      q.bm = v.bn;
-      q.bn = v.bk;
-      q.tile_log2 = tile;
-      q.slab_bytes = align(voxels * v.bk * element);
-      q.sums_at = q.buffers * (q.slab_bytes + kTileVoxels * v.bn * element + 7 * (v.bk + v.bn) * 4);
-      q.shared_bytes = q.sums_at + kConvThreads * 2 * (16 / element) * 4;
-      return q.shared_bytes <= device.shared_bytes;
-    });
+  const bool wide = element == 4;
+  for (p.resident_blocks = 2; p.resident_blocks > 0 && !found; p.resident_blocks -= !found) {
+    for (int i = 0; i < (wide ? 1 : 3) && !found; ++i) {
+      const Variant& v = wide ? kWgradFloat[i] : kWgradVariants[i];
+      if (!wide && v.bk > 16 && v.bk / 2 >= s.ci) continue;
+      found = best_tile(p, s.out, s.dims, count, [&](WgradPlan& q, const Extent& tile) {
+        const Extent slab = slab_of(tile, count, q.slab_step);
+        q.bm = v.bn;
+        q.bn = v.bk;
+        q.tile_log2 = tile;
+        q.slab_bytes = align(slab.volume() * v.bk * element);
+        q.sums_at = q.slab_bytes + 2 * kTileVoxels * v.bn * element + 7 * (v.bk + v.bn) * 4;
+        q.shared_bytes = q.sums_at + kConvThreads * 2 * 4 * 4;
+        return divides(slab) && q.shared_bytes <= room(device, p.resident_blocks);
+      });
+    }
   }
   if (!found) return does_not_fit(device);
   p.blocks_m = up(s.co, p.bm);
@@ -222,9 +239,9 @@ std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan
   p.tiles = tiles_of(s.out, p.tile_log2);
   const int64_t tiles = p.n * voxels_of(p.tiles);
   if (tiles > std::numeric_limits<int>::max()) return "the map has too many tiles";
-  share_out(tiles, static_cast<int64_t>(p.blocks_m) * p.blocks_n * s.kernel.d, p.shared_bytes, device, p.groups,
-            p.tiles_a_group);
-  p.slots = p.groups * (s.storage == kFloat32 ? 1 : kConvThreads / 32 / (p.bm / 32 * (p.bn / 16)));
+  share_out(tiles, static_cast<int64_t>(p.blocks_m) * p.blocks_n * s.kernel.d, p.resident_blocks, device,
+            p.groups, p.tiles_a_group);
+  p.slots = p.groups * (s.storage == kFloat32 ? 1 : std::max(1, kConvThreads / 32 / (p.bm / 32 * (p.bn / 8))));
   plan = p;
   return "";
 }

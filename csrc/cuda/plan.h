@@ -23,6 +23,7 @@ namespace fastfilm::cuda {
 constexpr int kTileVoxels = 256;
 constexpr int kConvThreads = 256;
 constexpr int kMaxClasses = 8;
+constexpr int kMaxTaps = 28;  // 27, and as many as fill 16 bytes
 
 struct Extent {
   int d, h, w;
@@ -54,19 +55,18 @@ struct ConvPlan {
   int slab_step, load_step, out_step;  // in slab voxels, input voxels and output voxels
   Extent tile_log2, tiles;             // size of a tile; tiles of one class along each axis
   int bn, bk, blocks_n, blocks_k;      // channels of the result and of the input at a time
+  int part;                            // taps whose weights come into shared memory at a time
   bool resident;                       // all weights of a block stay in shared memory
-  int slots, weight_bytes;             // weight slabs in shared memory, and the size of one
-  int buffers;                         // 2: the next slab is loaded while this one is used
-  int slab_bytes, shared_bytes;
-  int extra_at;                        // kJoint: shared memory of the weight's gradient
+  int slots, weight_bytes;             // rooms for the weights of a part in shared memory, and the size of one
+  int slabs, slab_bytes;               // 2: the second slab holds the raw output beside its gradient
+  int state_at;                        // where the threads' states are in shared memory, from tile to tile
+  int shared_bytes, resident_blocks;   // of a block of threads; blocks that a multiprocessor has room for, 1 or 2
   int groups, tiles_a_group;           // blocks of one sample and class, and the tiles each takes
   int64_t packed;                      // elements of the packed weights
 };
 
-// The results of a kernel: kForward the convolution, kBackward the gradient at the input, kJoint that and the gradient
-// at the weight from the same slabs. kJoint takes stride 1, input and output maps of one size, 16-bit types, 2D or
-// kernel 1, and no more output channels of the layer than a slab holds.
-enum class Direction { kForward, kBackward, kJoint };
+// The results of a kernel: kForward the convolution, kBackward the gradient at the input.
+enum class Direction { kForward, kBackward };
 
 // Fills in `plan`; returns an empty string, or the reason why there is no plan.
 std::string plan_conv(const ConvShape& shape, Direction direction, const Device& device, ConvPlan& plan);
@@ -80,14 +80,10 @@ struct WgradPlan {
   int slab_step, load_step;
   Extent tile_log2, tiles;
   int bm, bn, blocks_m, blocks_n;  // output and input channels
-  int buffers, slab_bytes, shared_bytes;
+  int slab_bytes, shared_bytes, resident_blocks;
   int sums_at;  // place in shared memory of the sums of the gradient, one state a thread
   int groups, tiles_a_group, slots;
 };
-
-// Bytes of shared memory that a joint kernel needs in addition: tiles of the input, their constants, and sums of the
-// gradient.
-int joint_bytes(const ConvPlan& plan, int element);
 
 std::string plan_wgrad(const ConvShape& shape, const Device& device, WgradPlan& plan);
 

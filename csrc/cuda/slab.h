@@ -11,17 +11,18 @@ namespace fastfilm::cuda {
 
 FF_DEVICE int swizzle(int byte) { return byte ^ (byte >> 3 & 0x70); }
 
-// n / d for n < 2^20 and d >= 1.
+// n / d, exact for n * d < 2^22 and n < 1024 d; plan.cpp sees to that (`divides`).
 struct Divider {
-  float inverse;
-  FF_DEVICE explicit Divider(int d) : inverse(1.0f / static_cast<float>(d)) {}
-  FF_DEVICE int operator()(int n) const { return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse); }
+  uint32_t inverse;
+  FF_DEVICE explicit Divider(int d) : inverse(((1u << 22) + d - 1) / d) {}
+  FF_DEVICE int operator()(int n) const { return static_cast<int>(static_cast<uint32_t>(n) * inverse >> 22); }
 };
 
 template <class T, int kBlock>
 struct Slab {
   static constexpr int kV = kLanes<T>, kPitch = kBlock * static_cast<int>(sizeof(T)), kChunks = kPitch / 16;
-  static constexpr int kRows = kConvThreads / kChunks;
+  // a piece: two channels of a voxel, which a thread computes with
+  static constexpr int kPiece = 2, kPieces = kBlock / kPiece;
   static constexpr int kCoefBytes = kCoefRows * kBlock * 4;
 
   Extent size, map;
@@ -34,21 +35,35 @@ struct Slab {
   // The first channel of this thread's chunk.
   FF_DEVICE static int channel(int block) { return block * kBlock + thread_index() % kChunks * kV; }
 
-  // The address of this thread's chunk of voxel v in a slab at `at`.
-  FF_DEVICE static int place(int at, int v) { return at + swizzle(v * kPitch + thread_index() % kChunks * 16); }
+  // The first channel of this thread's piece.
+  FF_DEVICE static int piece_channel(int block) { return block * kBlock + thread_index() % kPieces * kPiece; }
 
-  // Calls f(v, voxel of the map, whether the map has it) for this thread's voxels v of the slab that begins at voxel
-  // `first` of the map.
-  template <class F>
+  // The address of this thread's piece of voxel v in a slab at `at`.
+  FF_DEVICE static int piece(int at, int v) {
+    return at + swizzle(v * kPitch + thread_index() % kPieces * kPiece * static_cast<int>(sizeof(T)));
+  }
+
+  // Calls f(v, voxel of the map, whether the map has it) for every voxel v of the slab that is this thread's where
+  // `kParts` threads share a voxel; each argument has `kFew` voxels, of which those behind the slab's end are not in the
+  // map. The slab begins at voxel `first` of the map.
+  template <int kParts, int kFew, class F>
   FF_DEVICE void each(const Extent& first, F f) const {
+    constexpr int kRows = kConvThreads / kParts;
     const Divider by_row(size.w), by_plane(size.w * size.h);
 #pragma unroll 1
-    for (int v = thread_index() / kChunks; v < voxels; v += kRows) {
-      const int z = by_plane(v), in_plane = v - z * size.w * size.h, y = by_row(in_plane), x = in_plane - y * size.w;
-      const Extent at{first.d + z * step, first.h + y * step, first.w + x * step};
-      const bool in_map = static_cast<unsigned>(at.d) < static_cast<unsigned>(map.d) &&
-                          static_cast<unsigned>(at.h) < static_cast<unsigned>(map.h) &&
-                          static_cast<unsigned>(at.w) < static_cast<unsigned>(map.w);
+    for (int begin = thread_index() / kParts; begin < voxels; begin += kFew * kRows) {
+      int v[kFew];
+      Extent at[kFew];
+      bool in_map[kFew];
+#pragma unroll
+      for (int i = 0; i < kFew; ++i) {
+        v[i] = begin + i * kRows;
+        const int z = by_plane(v[i]), in_plane = v[i] - z * size.w * size.h, y = by_row(in_plane);
+        at[i] = {first.d + z * step, first.h + y * step, first.w + (in_plane - y * size.w) * step};
+        in_map[i] = static_cast<unsigned>(at[i].d) < static_cast<unsigned>(map.d) &&
+                    static_cast<unsigned>(at[i].h) < static_cast<unsigned>(map.h) &&
+                    static_cast<unsigned>(at[i].w) < static_cast<unsigned>(map.w) && v[i] < voxels;
+      }
       f(v, at, in_map);
     }
   }
@@ -57,10 +72,10 @@ struct Slab {
   FF_DEVICE void copy(const T* base, int channels, int channel, bool aligned, int64_t n, const Extent& first,
                       int at) const {
     const int left = channels - channel, valid = left < 0 ? 0 : left < kV ? left : kV;
-    each(first, [&](int v, const Extent& voxel, bool in_map) {
-      const bool present = in_map && valid > 0;
-      const int64_t offset = voxel_of(n, voxel) * channels + channel;
-      const int to = place(at, v);
+    each<kChunks, 1>(first, [&](const int (&v)[1], const Extent (&voxel)[1], const bool (&in_map)[1]) {
+      const bool present = in_map[0] && valid > 0;
+      const int64_t offset = voxel_of(n, voxel[0]) * channels + channel;
+      const int to = at + swizzle(v[0] * kPitch + thread_index() % kChunks * 16);
       if (aligned) {
         copy_async16(to, present ? base + offset : base, present ? 16 : 0);
       } else {
@@ -77,13 +92,35 @@ struct Slab {
 // Loads one number for each of kV channels from shared memory.
 template <int kV>
 FF_DEVICE void load_row(int at, float (&row)[kV]) {
+  if constexpr (kV == 2) {
+    const Word8 word = load8(shared_memory() + at);
+    row[0] = bits_to_float(word.w[0]);
+    row[1] = bits_to_float(word.w[1]);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kV; i += 4) {
-    float four[4];
-    unpack16<float>(load_shared16(at + i * 4), four);
+    for (int i = 0; i < kV; i += 4) {
+      float four[4];
+      unpack16<float>(load_shared16(at + i * 4), four);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) row[i + j] = four[j];
+      for (int j = 0; j < 4; ++j) row[i + j] = four[j];
+    }
   }
+}
+
+// Copies the rows of coefficients [kCoefRows, batch, channels] of sample n, `count` channels from `first` on, to shared
+// memory; those of channels that do not exist are 0.
+FF_DEVICE void load_rows(const float* coef, int64_t batch, int64_t n, int channels, int first, int count, int at) {
+  float* out = reinterpret_cast<float*>(shared_memory() + at);
+#pragma unroll 1
+  for (int i = thread_index(); i < kCoefRows * count; i += kConvThreads) {
+    const int channel = first + i % count;
+    out[i] = channel < channels ? coef[(i / count * batch + n) * channels + channel] : 0.0f;
+  }
+}
+template <int kV>
+FF_DEVICE void load_coefficients(int at, int count, Coefficients<kV>& coef) {
+#pragma unroll
+  for (int r = 0; r < kCoefRows; ++r) load_row(at + r * count * 4, coef.row[r]);
 }
 
 // The coordinates of voxel m of a tile.

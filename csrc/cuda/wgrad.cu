@@ -6,74 +6,76 @@
 namespace fastfilm::cuda {
 namespace {
 
-constexpr int kMaxTaps = 9;  // taps of one depth
+constexpr int kDepthTaps = 9;  // taps of one depth
 
-// The products of all taps of one depth on tensor cores. A warp computes 32 output by 16 input channels. Where fewer
+// The products of all taps of one depth on tensor cores. A warp computes 32 output by 8 input channels. Where fewer
 // warps suffice for the block's channels, the others take a share of the voxels and write their own partial results.
 template <class T, int kM, int kN>
 struct Products {
-  static constexpr int kWarpsM = kM / 32, kWarpsN = kN / 16, kShares = kConvThreads / 32 / (kWarpsM * kWarpsN);
+  static constexpr int kWarpsM = kM / 32, kWarpsN = kN / 8, kShares = kConvThreads / 32 / (kWarpsM * kWarpsN);
   static constexpr int kSize = static_cast<int>(sizeof(T)), kPitchE = kM * kSize, kPitchX = kN * kSize;
-  static constexpr int kStep = 32 / kSize;  // voxels in one product
+  static constexpr int kStep = 64 / kSize, kK = kStep / 2;  // voxels of an iteration, and of one product
 
-  float sum[kMaxTaps][2][2][4];
+  float sum[kDepthTaps][2][4];
 
   FF_DEVICE void clear() {
 #pragma unroll
-    for (int t = 0; t < kMaxTaps; ++t)
+    for (int t = 0; t < kDepthTaps; ++t)
 #pragma unroll
-      for (int i = 0; i < 16; ++i) sum[t][i / 8][i / 4 % 2][i % 4] = 0;
+      for (int i = 0; i < 8; ++i) sum[t][i / 4][i % 4] = 0;
   }
   FF_DEVICE static int share() { return thread_index() / 32 / (kWarpsM * kWarpsN); }
 
   FF_DEVICE void add(const WgradPlan& plan, const Extent& slab, int e, int x) {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int m0 = warp % kWarpsM * 32 * kSize, n0 = warp / kWarpsM % kWarpsN * 16 * kSize;  // bytes
+    const int m0 = warp % kWarpsM * 32 * kSize, n0 = warp / kWarpsM % kWarpsN * 8 * kSize;  // bytes
 #pragma unroll 1
     for (int first = share() * kStep; first < kTileVoxels; first += kShares * kStep) {
-      uint32_t a[2][4];
+      uint32_t a[2][2][4];  // of both products of an iteration
       const auto row_of = [&](int voxel) {
         const Extent v = tile_voxel(plan.tile_log2, voxel);
         return (v.d * plan.slab_step * slab.h + v.h * plan.slab_step) * slab.w + v.w * plan.slab_step;
       };
-      int rows[2];
+      int rows[4];
       if constexpr (kSize == 2) {
-        const int voxel = first + lane / 16 * 8 + lane % 8;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          load_matrix4_transposed(a[m], e + swizzle(voxel * kPitchE + m0 + m * 32 + lane / 8 % 2 * 16));
+        for (int k = 0; k < 2; ++k) {
+          const int voxel = first + k * kK + lane / 16 * 8 + lane % 8;
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            load_matrix4_transposed(a[k][m], e + swizzle(voxel * kPitchE + m0 + m * 32 + lane / 8 % 2 * 16));
+          }
         }
-        rows[0] = row_of(first + lane % 16);
+        rows[0] = row_of(first + lane);
       } else {
         // ldmatrix transposes 16-bit numbers only
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int k = 0; k < 2; ++k)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int voxel = first + lane % 4 + i / 2 * 4, channel = m * 16 + lane / 4 + i % 2 * 8;
-            a[m][i] = load_word(e + swizzle(voxel * kPitchE + m0 + channel * kSize));
-          }
+          for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) rows[i] = row_of(first + lane % 4 + i * 4);
+            for (int i = 0; i < 4; ++i) {
+              const int voxel = first + k * kK + lane % 4 + i / 2 * 4, channel = m * 16 + lane / 4 + i % 2 * 8;
+              a[k][m][i] = load_word(e + swizzle(voxel * kPitchE + m0 + channel * kSize));
+            }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rows[i] = row_of(first + lane % 4 + i * 4);
       }
 #pragma unroll
-      for (int t = 0; t < kMaxTaps; ++t) {
+      for (int t = 0; t < kDepthTaps; ++t) {
         if (t >= plan.kernel.h * plan.kernel.w) break;
         const int shift = plan.kernel.w == 1 ? 0 : t / 3 * slab.w + t % 3;
         uint32_t b[4];
         if constexpr (kSize == 2) {
-          load_matrix4_transposed(b, x + swizzle((rows[0] + shift) * kPitchX + n0 + lane / 16 * 16));
+          load_matrix4_transposed(b, x + swizzle((rows[0] + shift) * kPitchX + n0));
         } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            b[i] = load_word(x + swizzle((rows[i % 2] + shift) * kPitchX + n0 + (i / 2 * 8 + lane / 4) * kSize));
-          }
+          for (int i = 0; i < 4; ++i) b[i] = load_word(x + swizzle((rows[i] + shift) * kPitchX + n0 + lane / 4 * kSize));
         }
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          multiply_add(sum[t][m][0], a[m], b[0], b[1], T{});
-          multiply_add(sum[t][m][1], a[m], b[2], b[3], T{});
-        }
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int m = 0; m < 2; ++m) multiply_add(sum[t][m], a[k][m], b[2 * k], b[2 * k + 1], T{});
       }
     }
   }
@@ -85,13 +87,13 @@ struct Products {
   template <class F>
   FF_DEVICE void each(F f) const {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int m0 = warp % kWarpsM * 32, n0 = warp / kWarpsM % kWarpsN * 16;
+    const int m0 = warp % kWarpsM * 32, n0 = warp / kWarpsM % kWarpsN * 8;
 #pragma unroll
-    for (int t = 0; t < kMaxTaps; ++t)
+    for (int t = 0; t < kDepthTaps; ++t)
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int m = i / 8, n = i / 4 % 2, e = i % 4;
-        f(t, m0 + m * 16 + lane / 4 + e / 2 * 8, n0 + n * 8 + lane % 4 * 2 + e % 2, sum[t][m][n][e]);
+      for (int i = 0; i < 8; ++i) {
+        const int m = i / 4, e = i % 4;
+        f(t, m0 + m * 16 + lane / 4 + e / 2 * 8, n0 + lane % 4 * 2 + e % 2, sum[t][m][e]);
       }
   }
 };
@@ -102,11 +104,11 @@ struct Products<float, kM, kN> {
   static_assert(kM == 32 && kN == 16, "one thread for 2 x 1 channels");
   static constexpr int kShares = 1;
 
-  float sum[kMaxTaps][2];
+  float sum[kDepthTaps][2];
 
   FF_DEVICE void clear() {
 #pragma unroll
-    for (int t = 0; t < kMaxTaps; ++t) sum[t][0] = sum[t][1] = 0;
+    for (int t = 0; t < kDepthTaps; ++t) sum[t][0] = sum[t][1] = 0;
   }
   FF_DEVICE static int share() { return 0; }
 
@@ -118,7 +120,7 @@ struct Products<float, kM, kN> {
       const Extent v = tile_voxel(plan.tile_log2, voxel);
       const int row = (v.d * plan.slab_step * slab.h + v.h * plan.slab_step) * slab.w + v.w * plan.slab_step;
 #pragma unroll
-      for (int t = 0; t < kMaxTaps; ++t) {
+      for (int t = 0; t < kDepthTaps; ++t) {
         if (t >= plan.kernel.h * plan.kernel.w) break;
         const int shift = plan.kernel.w == 1 ? 0 : t / 3 * slab.w + t % 3;
         const float b = *reinterpret_cast<const float*>(shared_memory() + x + swizzle((row + shift) * kN * 4 + n));
@@ -130,14 +132,14 @@ struct Products<float, kM, kN> {
   template <class F>
   FF_DEVICE void each(F f) const {
 #pragma unroll
-    for (int t = 0; t < kMaxTaps; ++t)
+    for (int t = 0; t < kDepthTaps; ++t)
 #pragma unroll
       for (int i = 0; i < 2; ++i) f(t, thread_index() / 16 * 2 + i, thread_index() % 16, sum[t][i]);
   }
 };
 
 // The kernel. A block of threads has a block of output channels, a block of input channels and one depth of the taps,
-// and walks over tiles of all samples.
+// and walks over tiles of all samples. Its steps follow each other; the second block of a multiprocessor fills the gaps.
 template <class T, int kM, int kN>
 struct Wgrad {
   struct Params {
@@ -147,9 +149,9 @@ struct Wgrad {
     float* partials;  // [slots, co, taps, ci]
     float* sums;      // [groups, 2, co] of the gradient; null: not wanted
   };
-  static constexpr int kThreads = kConvThreads, kMinBlocks = 1;
-  using Input = BasicActivated<T, kN, true>;
-  using Output = BasicRawGradient<T, kM, true>;
+  static constexpr int kThreads = kConvThreads, kMinBlocks = 2;
+  using Input = Activated<T, kN>;
+  using Output = RawGradient<T, kM>;
   using State = typename Output::State;
 
   static FF_DEVICE void run(const Params& p) {
@@ -164,68 +166,50 @@ struct Wgrad {
     const Extent size = slab_size(plan.tile_log2, {1, plan.kernel.h, plan.kernel.w}, plan.slab_step);
     const Slab<T, kN> slab(size, plan.in, plan.load_step);
     const Slab<T, kM> gradient(tile_size, plan.out, 1);
-    const int slabs = plan.buffers * kTileVoxels * gradient.kPitch, coefs = slabs + plan.buffers * plan.slab_bytes;
-    const int constants = coefs + plan.buffers * slab.kCoefBytes;
+    const int at = plan.slab_bytes, beside = at + kTileVoxels * gradient.kPitch;
+    const int constants = beside + kTileVoxels * gradient.kPitch, coefs = constants + gradient.kCoefBytes;
     const bool pending = Input::pending(p.in), raw = Output::pending(p.e);
     // each channel of the gradient is summed by the blocks of the first input channels and the first depth only
     const bool summing = p.sums && block_n == 0 && depth == 0;
-    State* held = reinterpret_cast<State*>(shared_memory() + plan.sums_at);
-    if (summing) held[thread_index()].clear();
+    if (summing) keep(plan.sums_at, State{}, true);
     const int in_step = plan.slab_step * plan.load_step;
-    const auto origin = [&](int tile) { return tile_origin(plan.tiles, plan.tile_log2, tile % tiles); };
-    const auto start = [&](const Extent& at) -> Extent {
-      return {at.d * in_step + plan.base.d + depth, at.h * in_step + plan.base.h, at.w * in_step + plan.base.w};
-    };
 
-    const auto load = [&](int tile, int buffer) {
-      const int64_t n = tile / tiles;
-      const Extent at = origin(tile);
-      Output::load(gradient, p.e, n, at, block_m, buffer * kTileVoxels * gradient.kPitch);
-      if (raw) Output::load_constants(p.e, n, plan.n, block_m, constants + buffer * gradient.kCoefBytes);
-      if (pending) Input::load_constants(p.in, n, plan.n, block_n, coefs + buffer * slab.kCoefBytes);
-      Input::load(slab, p.in, n, start(at), block_n, slabs + buffer * plan.slab_bytes);
-    };
-
-    const bool ahead = plan.buffers == 2;
     Products<T, kM, kN> products;
     products.clear();
-    int buffer = 0;
-    if (ahead) load(first, 0);
-    commit_copies();
-    barrier();
 #pragma unroll 1
     for (int tile = first; tile < last; ++tile) {
-      if (ahead) {
-        if (tile + 1 < last) load(tile + 1, buffer ^ 1);
-        commit_copies();
-        wait_copies<1>();
-      } else {
-        load(tile, 0);
-        commit_copies();
-        wait_copies<0>();
-        barrier();
-      }
-      const int at = slabs + buffer * plan.slab_bytes;
-      const Extent here = origin(tile);
-      if (pending) {
-        Input::transform(slab, p.in, tile / tiles, start(here), block_n, at, coefs + buffer * slab.kCoefBytes);
-      }
-      if (raw || summing) {
-        State* state = summing ? &held[thread_index()] : nullptr;
-        Output::run(gradient, p.e, tile / tiles, here, block_m, buffer * kTileVoxels * gradient.kPitch,
-                    constants + buffer * gradient.kCoefBytes,
-                    [&](const Extent&, int w, const float(&e)[Output::kW], const float(&slope)[Output::kW]) {
-                      if (state) Output::add_to(*state, w, e, slope);
+      const int64_t n = tile / tiles;
+      const Extent here = tile_origin(plan.tiles, plan.tile_log2, tile % tiles);
+      const Extent from{here.d * in_step + plan.base.d + depth, here.h * in_step + plan.base.h,
+                        here.w * in_step + plan.base.w};
+      Output::load(gradient, p.e, n, here, block_m, at, beside);
+      if (raw) Output::load_constants(p.e, n, plan.n, block_m, constants);
+      Input::load(slab, p.in, n, from, block_n, 0, 0);
+      if (pending) Input::load_constants(p.in, n, plan.n, block_n, coefs);
+      commit_copies();
+      wait_copies<0>();
+      barrier();
+      if (pending) Input::transform(slab, p.in, n, from, block_n, 0, 0, coefs);
+      if (summing) {
+        State state{};
+        Output::template run<2>(gradient, p.e, n, here, block_m, at, beside, constants,
+                    [&](const float (&e)[Output::kW], const float (&slope)[Output::kW]) {
+#pragma unroll
+                      for (int i = 0; i < Output::kW; ++i) {
+                        state.row[0][i] += e[i];
+                        state.row[1][i] += slope[i];
+                      }
                     });
+        keep(plan.sums_at, state);
+      } else if (raw) {
+        Output::template run<2>(gradient, p.e, n, here, block_m, at, beside, constants,
+                                [](const float (&)[Output::kW], const float (&)[Output::kW]) {});
       }
+      if (pending || raw) barrier();
+      products.add(plan, size, at, 0);
       barrier();
-      products.add(plan, size, buffer * kTileVoxels * gradient.kPitch, at);
-      barrier();
-      if (ahead) buffer ^= 1;
     }
-    wait_copies<0>();
-    if (summing) Output::write_sums(held, p.sums + block.x * 2LL * plan.co, block_m, plan.co);
-
+    if (summing) write_sums(plan.sums_at, p.sums + block.x * 2 * plan.co, block_m, plan.co);
     const int taps = plan.kernel.h * plan.kernel.w;
     const int64_t slot = static_cast<int64_t>(block.x) * products.kShares + products.share();
     float* out = p.partials + slot * plan.co * plan.kernel.volume() * plan.ci;
@@ -235,6 +219,30 @@ struct Wgrad {
         out[(static_cast<int64_t>(co) * plan.kernel.volume() + depth * taps + tap) * plan.ci + ci] = value;
       }
     });
+  }
+
+  // Adds a thread's sums to those in shared memory, [2 * kW][threads]; the first call, of zeros, starts them.
+  static FF_DEVICE void keep(int at, const State& state, bool start = false) {
+    float* held = reinterpret_cast<float*>(shared_memory() + at) + thread_index();
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int i = 0; i < Output::kW; ++i) {
+        float& sum = held[(r * Output::kW + i) * kThreads];
+        sum = start ? 0.0f : sum + state.row[r][i];
+      }
+  }
+
+  // Adds the sums of the threads that have the same channels, in a fixed order, and writes them to out [2, channels].
+  static FF_DEVICE void write_sums(int at, float* out, int block, int channels) {
+    constexpr int kPieces = Slab<T, kM>::kPieces;
+    const float* held = reinterpret_cast<const float*>(shared_memory() + at);
+    const int row = thread_index() / kM, channel = thread_index() % kM;
+    if (row >= 2 || block * kM + channel >= channels) return;
+    const float* from = held + (row * Output::kW + channel % Output::kW) * kThreads + channel / Output::kW;
+    float sum = 0;
+    for (int t = 0; t < kThreads; t += kPieces) sum += from[t];
+    out[row * channels + block * kM + channel] = sum;
   }
 };
 
@@ -254,9 +262,9 @@ std::string weight_gradient_of(const WgradPlan& plan, int storage, const WeightG
   if constexpr (sizeof(T) == 4) {
     failure = start(Wgrad<T, 32, 16>{});
   } else {
-    failure = plan.bm == 32   ? start(Wgrad<T, 32, 32>{})
-              : plan.bn == 64 ? start(Wgrad<T, 64, 64>{})
-                              : start(Wgrad<T, 64, 16>{});
+    failure = plan.bn == 64   ? start(Wgrad<T, 32, 64>{})
+              : plan.bn == 32 ? start(Wgrad<T, 32, 32>{})
+                              : start(Wgrad<T, 32, 16>{});
   }
   if (!failure.empty()) return failure;
   failure = sum_rows(partials, plan.slots, width, storage, c.dweight, stream);

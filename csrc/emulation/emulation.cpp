@@ -250,6 +250,10 @@ void barrier() {
   }
 }
 
+void warp_barrier() {
+  meet([](Rendezvous&) {});
+}
+
 float shuffle_xor(float value, int mask) {
   const int lane = block->current % kWarp;
   Rendezvous& w = warp();

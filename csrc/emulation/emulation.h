@@ -45,6 +45,7 @@ Grid block_index();
 Grid grid_size();
 unsigned char* shared_memory();
 void barrier();
+void warp_barrier();
 float shuffle_xor(float value, int mask);
 void copy_async16(int shared, const void* global, int bytes);
 void commit_copies();
@@ -64,6 +65,7 @@ uint16_t narrow_float16(float f);
 }  // namespace emulated
 
 using emulated::barrier;
+using emulated::warp_barrier;
 using emulated::block_index;
 using emulated::commit_copies;
 using emulated::copy_async16;

@@ -373,7 +373,7 @@ def measured(*rows: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
     machine = {"device_name": "Card", "copy_gbps": 4000.0, "l2_gbps": 6000.0, "launch_us": 3.0}
     machine |= {"processors": 132, "matrix_tflops": {"bfloat16": 700.0}}
     checks = [{"check": "cuda:fprop:float16", "status": "right", "error": 1e-4}]
-    checks += [{"check": "cuda:joint:bfloat16", "status": "WRONG", "error": 0.5}]
+    checks += [{"check": "cuda:wgrad:bfloat16", "status": "WRONG", "error": 0.5}]
     return {
         "about": {"device": device, "commit": "abc"}, "machine": machine, "rows": list(rows), "checks": checks,
         "steps": {"model": {"status": "ok", "seconds": 3.0, "note": ""}}, "tests": {"tests": {"passed": 3}},
@@ -397,9 +397,9 @@ def test_the_report_answers_first_and_shows_everything() -> None:
     assert len(answers) == 10 and text.startswith("# Campaign\n\n1. On: Card")
     head = "\n".join(answers)
     for said in (
-        "1 right against float64; left out of all that follows: cuda:joint:bfloat16 WRONG",
+        "1 right against float64; left out of all that follows: cuda:wgrad:bfloat16 WRONG",
         "faster than the vendor's convolution alone in 1 of 1, median 2.00×",
-        "barrier 40 %", "1 FAIL: shift", "mend cuda:joint:bfloat16", "training bfloat16 1.50×",
+        "barrier 40 %", "1 FAIL: shift", "mend cuda:wgrad:bfloat16", "training bfloat16 1.50×",
     ):  # fmt: skip
         assert said in head
     for said in (

@@ -64,7 +64,6 @@ def launched(subject: routes.Subject, route: str, direction: str) -> set[str]:
         ("cuda/fused", "input gradient", {"dgrad"}),
         ("cuda/fused", "weight gradient", {"wgrad"}),
         ("cuda/fused", "both gradients", {"dgrad", "wgrad"}),
-        ("cuda/joint", "both gradients", {"joint"}),
     ],
 )
 def test_a_direction_launches_its_own_convolution_alone(
@@ -72,8 +71,10 @@ def test_a_direction_launches_its_own_convolution_alone(
 ) -> None:
     assert launched(PLAIN, route, direction) == expected
     # the gradient of the resized half is led back by a pass of its own
-    back = {"gather_backward"} if direction in ("input gradient", "both gradients") else set()
-    assert launched(JOINED, route, direction) == expected | back
+    led = {"gather_backward"} if direction in ("input gradient", "both gradients") else set()
+    # it is written in front of a kernel that reads it
+    led |= {"gather"}
+    assert launched(JOINED, route, direction) == expected | led
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,10 @@ def test_a_layer_gets_a_row_of_each_route_and_direction(
     cuda: Any, subject: routes.Subject, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = session_of()
-    routes.measure(session, subject, DTYPE, ["cuda/fused", "cuda/joint"])
+    routes.measure(session, subject, DTYPE, ["cuda/fused"])
     rows = session.record.rows
     assert [(r.status, r.note) for r in rows] == [(OK, "")] * len(rows)
-    joint = subject.dims == 2  # 3D has no such kernel
-    assert len(rows) == 8 + joint
+    assert len(rows) == 8
     for row in rows:
         assert row.median_s and row.tflops and row.gbps and row.fraction_of_floor and row.ratio
         assert row.provider == "vendor" or row.error is not None
@@ -124,14 +124,13 @@ def test_a_wrong_kernel_has_a_failed_row_without_a_time_and_the_others_go_on(
     monkeypatch.setattr(cuda, "wgrad", wrong)
     monkeypatch.setattr(cuda, "dgrad", broken)
     session = session_of()
-    routes.measure(session, PLAIN, DTYPE, ["cuda/fused", "cuda/joint"])
+    routes.measure(session, PLAIN, DTYPE, ["cuda/fused"])
     rows = {(r.mode, r.provider): r for r in session.record.rows}
     weight = rows["weight gradient", "fastfilm-cuda/fused"]
     assert weight.status == FAILED and weight.median_s is None
     assert weight.note.startswith("wrong gradient of weight")
     assert rows["input gradient", "fastfilm-cuda/fused"].note == "dgrad: no"
     assert rows["forward", "fastfilm-cuda/fused"].status == OK
-    assert rows["both gradients", "fastfilm-cuda/joint"].median_s
     assert session.record.failed
 
 
@@ -195,4 +194,4 @@ def test_where_no_route_runs_the_cpus_own_stands_in(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(routes.choice, "why_not_plan", lambda plan, request: f"no {plan}")
     usable, missing = routes.routes("cpu", "float32")
     assert usable == ["cpu/composed"]
-    assert missing["cuda/joint"] == "no cuda/fused" and set(missing) == set(routes.ROUTES)
+    assert missing["cuda/fused"] == "no cuda/fused" and set(missing) == set(routes.ROUTES)

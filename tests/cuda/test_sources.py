@@ -1,4 +1,4 @@
-"""CUDA convolutions of maps that nobody wrote: pooled, resized, joined; gradients that nobody wrote."""
+"""Convolutions of the fused route on the CUDA kernels: joined, pooled and resized maps; gradients nobody wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfilm.ops import reference
-from fastfilm.ops.spec import Geometry, Gradient, NormInput, Output, Source, views
+from fastfilm.ops.launchers import fused
+from fastfilm.ops.spec import Geometry, Gradient, NormInput, Output, Source, Wanted, views
 from fastfilm.ops.spec.views import View
 from tests.support import emulated
 from tests.support.emulated import close, cuda, draw, extension, library
@@ -53,15 +54,10 @@ class Call:
     stride: int = 1
     act: str = "prelu"
 
-    @property
-    def joint(self) -> bool:
-        """Whether one kernel computes both gradients."""
-        flat = len(self.size) == 2 or self.kernel == 1
-        return flat and self.dtype != SINGLE and self.stride == 1 and self.channels <= 64
 
-
+# with an affine on a pooled 16-bit map rounding decides which of two voxels is the larger one
 SOURCES = {
-    "2d": Call((6, 9), (Part(16, (13, 19), "max"), Part(5, (6, 9))), 24),
+    "2d": Call((6, 9), (Part(16, (13, 19), "max", None), Part(5, (6, 9))), 24),
     "2d_resized": Call((7, 18), (Part(8, (7, 18)), Part(12, (4, 9), "bilinear")), 72, HALF),
     "2d_nothing_pending": Call(
         (6, 8), (Part(8, (3, 4), "nearest", None), Part(8, (6, 8), None, None)), 8
@@ -70,15 +66,31 @@ SOURCES = {
     "2d_float32": Call(
         (5, 18), (Part(4, (10, 37), "max"), Part(20, (3, 9), "bilinear")), 9, SINGLE
     ),
-    "3d": Call((3, 5, 6), (Part(8, (6, 11, 12), "max"), Part(8, (2, 3, 3), "trilinear")), 16, HALF),
-    "2d_joint": Call((17, 18), (Part(24, (17, 18)), Part(16, (9, 9), "bilinear")), 40),
-    "2d_joint_pooled": Call((6, 18), (Part(13, (13, 36), "max"),), 12, HALF),
-    "2d_joint_kernel_1": Call((9, 17), (Part(24, (9, 17)),), 1, kernel=1),
-    "3d_joint_kernel_1": Call((3, 4, 6), (Part(40, (3, 4, 6), None, "gelu"),), 20, HALF, 1),
+    "3d": Call(
+        (3, 5, 6), (Part(8, (6, 11, 12), "max", None), Part(8, (2, 3, 3), "trilinear")), 16, HALF
+    ),
+    "2d_several_tiles": Call((17, 18), (Part(24, (17, 18)), Part(16, (9, 9), "bilinear")), 40),
+    "2d_pooled": Call((6, 18), (Part(13, (13, 36), "max", None),), 12, HALF),
+    "2d_kernel_1": Call((9, 17), (Part(24, (9, 17)),), 1, kernel=1),
+    "3d_kernel_1": Call((3, 4, 6), (Part(40, (3, 4, 6), None, "gelu"),), 20, HALF, 1),
 }
 
 
-def check_sources(cuda: Any, call: Call, joint: bool) -> None:
+@dataclass
+class Other:
+    """The gradient that other consumers of a map gave, in the place of a ``forks.Ledger``."""
+
+    gradient: Tensor
+    added: bool | None = None
+
+    def rest(self) -> Tensor:
+        return self.gradient.clone()
+
+    def came(self, added: bool) -> None:
+        self.added = added
+
+
+def check_sources(cuda: Any, call: Call) -> None:
     """Forward and all gradients against float64, with gradients of other consumers to add to."""
     n, dims = 2, len(call.size)
     raws = [
@@ -99,22 +111,25 @@ def check_sources(cuda: Any, call: Call, joint: bool) -> None:
     geometry = ((call.stride,) * dims, (call.kernel // 2,) * dims)
     walk = Geometry.ordinary(*geometry)
     pre = draw(2, call.channels, seed=21).abs()
-    sources = [Source(*parts) for parts in zip(raws, coefs, acts, seen, strict=True)]
-    assert cuda.covers_sources(sources)
+    others = [
+        None if view is not None else Other(draw(*raw.shape, seed=40 + i, dtype=call.dtype))
+        for i, (raw, view) in enumerate(zip(raws, seen, strict=True))
+    ]
+    sources = [Source(*parts) for parts in zip(raws, coefs, acts, seen, others, strict=True)]
 
     leaves = [t.double().requires_grad_() for t in (*raws, *(c for c in coefs if c is not None))]
     wide, found = weight.double().requires_grad_(), iter(leaves[len(raws) :])
     wide_pre = pre.double().requires_grad_()
     wide_coefs = [None if c is None else next(found) for c in coefs]
-    shown = [
-        views.seen(x if c is None else reference.materialise(x, c, act), view)
-        for x, c, act, view in zip(leaves, wide_coefs, acts, seen, strict=False)
-    ]
+    shown = []
+    for x, c, act, view in zip(leaves, wide_coefs, acts, seen, strict=False):
+        v = x if c is None else reference.materialise(x, c, act)
+        shown.append(views.seen(v, view))
     convolve = F.conv2d if dims == 2 else F.conv3d
     exact = convolve(torch.cat(shown, 1), wide, None, *geometry)
     exact_stats = reference.moments(exact, wide_pre, call.act)
 
-    y, stats = cuda.fprop(sources, weight, None, walk, NormInput(pre, call.act))
+    y, stats = fused.forward(cuda, sources, weight, None, NormInput(pre, call.act), walk)
     close(y, exact.detach(), call.dtype)
     close(stats, exact_stats.detach(), call.dtype)
 
@@ -129,48 +144,23 @@ def check_sources(cuda: Any, call: Call, joint: bool) -> None:
     exact_grads = torch.autograd.grad(exact, (*leaves, wide), e)
 
     gradient = Gradient(dy, y, stats, dstats, pre, call.act)
-    others: list[Tensor | None] = []
-    outputs = []
-    for i, (raw, coef, act, view, _) in enumerate(sources):
-        leads = view is None or view.kind == "max"
-        other = draw(*raw.shape, seed=40 + i, dtype=call.dtype) if leads else None
-        others.append(other)
-        outputs.append(
-            Output(raw.shape[1], raw, coef, act, view, None if other is None else other.clone())
-            if leads
-            else Output(raw.shape[1])
-        )
-    assert cuda.covers_joint(dy, weight, call.size, walk) == call.joint
-    if joint:
-        grads, dweight, summed = cuda.joint(gradient, weight, outputs, sources, walk, sums=True)
-    else:
-        grads = cuda.dgrad(gradient, weight, outputs, call.size, walk)
-        dweight, summed = cuda.wgrad(gradient, sources, weight, walk, sums=True)
+    wanted = Wanted([True] * len(sources), True, True)
+    grads, dweight, summed = fused.backward(cuda, gradient, sources, weight, walk, wanted)
     close(dweight, exact_grads[-1], call.dtype)
     close(summed, dpre, call.dtype)
-    (shown_grads,) = (
-        torch.autograd.grad(convolve(torch.cat(shown, 1), wide, None, *geometry), shown, e),
-    )
     at = len(raws)
     for i, ((dx, dcoef), other) in enumerate(zip(grads, others, strict=True)):
-        if other is None:
-            close(dx, shown_grads[i], call.dtype)
-            assert dcoef is None
-        else:
-            close(dx, exact_grads[i] + other.double(), call.dtype)
-            if coefs[i] is not None:
-                close(dcoef, exact_grads[at], call.dtype)
-        at += coefs[i] is not None
+        added = 0 if other is None else other.gradient.double()
+        assert other is None or other.added
+        close(dx, exact_grads[i] + added, call.dtype)
+        if coefs[i] is not None:
+            close(dcoef, exact_grads[at], call.dtype)
+            at += 1
 
 
 @pytest.mark.parametrize("call", SOURCES)
 def test_sources_and_their_gradients_agree_with_float64(cuda: Any, call: str) -> None:
-    check_sources(cuda, SOURCES[call], joint=False)
-
-
-@pytest.mark.parametrize("call", [name for name, call in SOURCES.items() if call.joint])
-def test_one_kernel_computes_both_gradients(cuda: Any, call: str) -> None:
-    check_sources(cuda, SOURCES[call], joint=True)
+    check_sources(cuda, SOURCES[call])
 
 
 def test_a_map_with_a_scale_and_no_moments(cuda: Any) -> None:
@@ -181,16 +171,11 @@ def test_a_map_with_a_scale_and_no_moments(cuda: Any) -> None:
     e = dv.double() * scale.double()[:, :, None, None]
     dx, dw = torch.autograd.grad(F.conv2d(*leaves, padding=1), leaves, e)
     sources, gradient = [Source(x)], Gradient(dv, scale=scale)
-    for grads, dweight, sums in (
-        cuda.joint(gradient, weight, output, sources, walk, sums=True),
-        (
-            cuda.dgrad(gradient, weight, output, (5, 6), walk),
-            *cuda.wgrad(gradient, sources, weight, walk, sums=True),
-        ),
-    ):
-        close(grads[0][0], dx, HALF)
-        close(dweight, dw, HALF)
-        close(sums[0], e.sum((0, 2, 3)), HALF)
+    ((given, _),) = cuda.dgrad(gradient, weight, output, (5, 6), walk)
+    dweight, sums = cuda.wgrad(gradient, sources, weight, walk, sums=True)
+    close(given, dx, HALF)
+    close(dweight, dw, HALF)
+    close(sums[0], e.sum((0, 2, 3)), HALF)
 
 
 def test_an_output_that_nobody_wants_costs_nothing(cuda: Any) -> None:
@@ -208,15 +193,12 @@ def test_bad_sources_are_refused(cuda: Any) -> None:
     x, weight = draw(1, 8, 4, 4), draw(8, 8, 3, 3, seed=1)
     dy, walk = draw(1, 8, 4, 4, seed=2), Geometry.ordinary((1, 1), (1, 1))
     half = views.pooling("max", (4, 4), (2, 2), (2, 2), (0, 0))
+    assert not cuda.covers_sources([Source(x, view=half)])
     two = draw(8, 16, 3, 3, seed=1)
     with pytest.raises(ValueError, match="same batch and size"):
-        cuda.fprop([Source(x), Source(x, view=half)], two, None, walk)
+        cuda.fprop([Source(x), Source(draw(1, 8, 2, 2))], two, None, walk)
     with pytest.raises(ValueError, match="y needs stats and dstats"):
         cuda.dgrad(Gradient(dy, dy), weight, [Output(8)], (4, 4), walk)
-    lapping = views.pooling("max", (8, 8), (3, 3), (2, 2), (1, 1))
-    with pytest.raises(ValueError, match="must not overlap"):
-        wide = Output(8, draw(1, 8, 8, 8), None, "none", lapping)
-        cuda.dgrad(Gradient(dy), weight, [wide], (4, 4), walk)
     with pytest.raises(ValueError, match="into must be"):
         cuda.dgrad(Gradient(dy), weight, [Output(8, into=draw(1, 8, 2, 2))], (4, 4), walk)
     assert not cuda.covers_sources([Source(x)] * 3)

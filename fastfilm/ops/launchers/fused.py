@@ -1,9 +1,9 @@
 """The fused route: convolutions with the pending affine of their input in front and the moments of y behind.
 
-Triton's kernels read one raw map and what is pending on it; what else there is (pooled, resized, concatenated)
-is written first. The CUDA kernels read sources as they are (``reads_sources``): forward is one kernel and backward
-one or two, and neither v nor the gradient at y is in memory. Where that gradient goes through a resizing it is
-written as the convolution sees the source, and led back from there.
+Triton's kernels read one raw map and what is pending on it, the CUDA kernels one or two joined maps
+(``covers_sources``). A pooled or resized map is written first, since its taps would be gathered anew for every
+tile that reads them; its gradient is written as the convolution sees it, and led back from there. The CUDA kernels
+compute the gradient at y where they read it (``reads_sources``): it is not in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ..spec import (
     Wanted,
     channels_last,
     laid_out_like,
-    views,
 )
 from . import composed
 
@@ -40,7 +39,7 @@ def forward(
     keep: Keep | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As ``composed.forward``; nothing is kept of the weight."""
-    read = _readable(kernels, sources)
+    read, _ = _readable(kernels, sources)
     y, stats = kernels.fprop(read, weight, bias, geometry, norm_input)
     return y, None if norm_input is None else stats
 
@@ -55,7 +54,7 @@ def finished(
     keep: Keep | None = None,
 ) -> Tensor:
     """As ``composed.finished``."""
-    read = _readable(kernels, sources)
+    read, _ = _readable(kernels, sources)
     return kernels.fprop(read, weight, bias, geometry, finish=finish)[0]
 
 
@@ -76,26 +75,50 @@ def backward(
         # otherwise the weight's kernel sums what dpre needs
         e, dpre = kernels.moments_backward(dy, dstats, y, stats, pre, act)
         gradient = Gradient(e)
-    read = _readable(kernels, sources)
-    if not kernels.covers_sources(sources):
-        at_written = wanted._replace(sources=[any(wanted.sources)])
-        ((dv, _),), dweight, summed = _gradients(
-            kernels, gradient, read, weight, geometry, at_written
-        )
-        found: Sequence[SourceGradient] = [(None, None)] * len(sources)
-        del read
+    read, written = _readable(kernels, sources)
+    apart = len(read) == len(sources)
+    at_read = wanted.sources if apart else [any(wanted.sources)]
+    found, dweight, summed = _gradients(
+        kernels, gradient, read, weight, geometry, wanted._replace(sources=at_read)
+    )
+    del read
+    if not apart:
+        ((dv, _),) = found
+        found = [(None, None)] * len(sources)
         if dv is not None:
             found = composed.write_backward(kernels, dv, sources, wanted.sources)
-    else:
-        found, dweight, summed = _gradients(kernels, gradient, read, weight, geometry, wanted)
+    elif any(written):
+        found = [
+            _led_back(kernels, s, dv) if seen and dv is not None else (dv, dcoef)
+            for s, seen, (dv, dcoef) in zip(sources, written, found, strict=True)
+        ]
     return found, dweight, summed if dpre is None else dpre
 
 
-def _readable(kernels: Any, sources: Sequence[Source]) -> list[Source]:
-    """Sources that the kernels read: as they are, or what is seen of them written as one map."""
-    if kernels.covers_sources(sources):
-        return [s._replace(raw=channels_last(s.raw)) for s in sources]
-    return [Source(composed.write(kernels, sources, passing=True))]
+def _led_back(kernels: Any, source: Source, dv: Tensor) -> SourceGradient:
+    """Gradients at a source that was written, from the one at what was written."""
+    ((draw, dcoef),) = composed.write_backward(kernels, dv, [source], [True])
+    if source.ledger is not None:
+        source.ledger.came(False)
+    return draw, dcoef
+
+
+def _readable(kernels: Any, sources: Sequence[Source]) -> tuple[list[Source], list[bool]]:
+    """Sources that the kernels read, and which of them were written.
+
+    They are read as they are, or each pooled or resized one is written, or all of them as one map.
+    """
+    views = [s.view is not None for s in sources]
+    if not kernels.covers_sources([s._replace(view=None) for s in sources]):
+        return [Source(composed.write(kernels, sources, passing=True))], [True]
+    alone = len(sources) == 1  # memory that the thread keeps holds one map
+    read = [
+        Source(composed.write(kernels, [s], passing=alone))
+        if s.view is not None
+        else s._replace(raw=channels_last(s.raw))
+        for s in sources
+    ]
+    return read, views
 
 
 def _gradients(
@@ -112,38 +135,21 @@ def _gradients(
     dweight = dpre = None
     size, at_sources = sources[0].size, any(wanted.sources)
     sums = kernels.reads_sources and (wanted.sums or gradient.pre is not None)
-    if at_sources and wanted.weight and kernels.covers_joint(gradient.dy, weight, size, geometry):
-        given = gradient, weight, outputs, sources, geometry, sums
-        found, dweight, dpre = kernels.joint(*given)
-    else:
-        if at_sources:
-            found = kernels.dgrad(gradient, weight, outputs, size, geometry)
-        if wanted.weight:
-            dweight, dpre = kernels.wgrad(gradient, sources, weight, geometry, sums)
-    grads: list[SourceGradient] = []
-    for source, output, (draw, dcoef) in zip(sources, outputs, found, strict=True):
-        if output.wanted and not _windows(source):
-            assert draw is not None
-            ((draw, dcoef),) = composed.write_backward(kernels, draw, [source], [True])
+    if at_sources:
+        found = kernels.dgrad(gradient, weight, outputs, size, geometry)
+    if wanted.weight:
+        dweight, dpre = kernels.wgrad(gradient, sources, weight, geometry, sums)
+    for source, output in zip(sources, outputs, strict=True):
         if output.wanted and source.ledger is not None:
             source.ledger.came(output.into is not None)
-        grads.append((draw, dcoef))
-    return grads, None if dweight is None else laid_out_like(dweight, weight), dpre
-
-
-def _windows(source: Source) -> bool:
-    """Whether the gradient reaches the raw map in the kernel itself."""
-    view = source.view
-    if view is None:
-        return True
-    return view.kind == "max" and views.disjoint(view) and not any(view.padding)
+    return found, None if dweight is None else laid_out_like(dweight, weight), dpre
 
 
 def _output(source: Source, wanted: bool) -> Output:
-    raw, coef, act, view, ledger = source
-    if not wanted or not _windows(source):
-        return Output(raw.shape[1], wanted=wanted)
+    raw, coef, act, _, ledger = source
+    if not wanted:
+        return Output(raw.shape[1], wanted=False)
     into = None if ledger is None else ledger.rest()
     if into is not None and (into.shape != raw.shape or into.dtype != raw.dtype):
         into = None
-    return Output(raw.shape[1], raw, coef, act, view, into)
+    return Output(raw.shape[1], raw, coef, act, into)

@@ -137,7 +137,7 @@ class ConvolvingKernels(Kernels, Protocol):
 class FusedKernels(Kernels, Protocol):
     """A backend with the fused route: an affine in front of its convolutions, moments or an affine behind.
 
-    With ``reads_sources`` the gradient may come by its parts (``spec.Gradient``); ``wgrad`` and ``joint`` sum it.
+    With ``reads_sources`` the gradient may come by its parts (``spec.Gradient``); ``wgrad`` sums it.
     """
 
     def covers_sources(self, sources: Sequence[Source]) -> bool:
@@ -173,8 +173,3 @@ class FusedKernels(Kernels, Protocol):
         sums: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """dW, like ``weight``, and with ``sums`` dpre [2, Co]."""
-
-    def covers_joint(
-        self, dy: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geometry
-    ) -> bool:
-        """Whether ``joint`` serves such a convolution: ``dgrad`` and ``wgrad`` at once, with their arguments."""

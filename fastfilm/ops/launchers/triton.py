@@ -192,11 +192,6 @@ def covers_sources(sources: Sequence[Source]) -> bool:
     return len(sources) == 1 and sources[0].view is None
 
 
-def covers_joint(dy: Tensor, weight: Tensor, size: Sequence[int], geometry: Geometry) -> bool:
-    """Whether one kernel computes both gradients: none does."""
-    return False
-
-
 def _fprop(
     sources: Sequence[Source],
     weight: Tensor,

@@ -24,7 +24,7 @@ VARIABLES = (
     ),
     Variable("FASTFILM_ROUTE", ("fused", "composed", "eager"), "forces a route for every call"),
     Variable("FASTFILM_STRICT", SWITCH, "1: a kernel that fails raises instead of falling back"),
-    Variable("FASTFILM_WITHOUT", None, "kernels that are left out, such as cuda:joint:bfloat16"),
+    Variable("FASTFILM_WITHOUT", None, "kernels that are left out, such as cuda:wgrad:bfloat16"),
     Variable("FASTFILM_TUNED", None, "the folder of the user's measured choices"),
     Variable("FASTFILM_CPU", SWITCH, "at install time, 0: leaves the C++ extension out"),
     Variable(

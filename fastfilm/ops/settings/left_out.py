@@ -1,10 +1,10 @@
 """Kernels that are left out by name, so that a faulty one costs its own work only.
 
-    FASTFILM_WITHOUT="cuda:joint,triton:dgrad:bfloat16"
+    FASTFILM_WITHOUT="cuda:wgrad,triton:dgrad:bfloat16"
 
 An entry is BACKEND, BACKEND:FAMILY or BACKEND:FAMILY:DTYPE. A kernel that is left out never runs. Where nothing is
-forced its work is done by the next best way: a convolution by the composed route, the joint gradients by two
-kernels, a pass by Triton or PyTorch. Where a backend or a route is forced, the call raises NotImplementedError.
+forced its work is done by the next best way: a convolution by the composed route, a
+pass by Triton or PyTorch. Where a backend or a route is forced, the call raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cuda": {
         **_CONVOLUTIONS,
-        "joint": ("joint", "covers_joint"),
         "pointwise": (*PASSES["pointwise"], "coefficients_backward"),
         "moments": PASSES["moments"],
         "pack": (),
@@ -38,7 +37,7 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Backend -> family of kernels -> its launchers. ``pack`` arranges the weights for the other CUDA convolutions."""
 
-_PACKED = ("fprop", "dgrad", "joint")
+_PACKED = ("fprop", "dgrad")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32)}
 
 

@@ -68,10 +68,9 @@ class Output(NamedTuple):
 
     Attributes:
         channels: of the source.
-        raw: its raw map, read where there are ``coef`` or ``window``.
+        raw: its raw map, read where there is a ``coef``.
         coef: [7, N, C], what is pending on it; None: nothing.
         act: its activation.
-        window: the source is a maximum over windows that do not overlap; the gradient is the one at ``raw``.
         into: a gradient to add to, in its memory.
         wanted: whether anything is.
     """
@@ -80,7 +79,6 @@ class Output(NamedTuple):
     raw: Tensor | None = None
     coef: Tensor | None = None
     act: str = "none"
-    window: View | None = None
     into: Tensor | None = None
     wanted: bool = True
 

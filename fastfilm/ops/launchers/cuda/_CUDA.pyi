@@ -63,29 +63,33 @@ def moments_backward(
 ) -> None: ...
 
 class Facts(TypedDict, total=False):
-    """How a kernel is laid out: ``tile`` in voxels, ``channels`` of the result and of the input at a time.
+    """How a kernel is laid out: ``tile`` in voxels, ``channels`` of the result and of the input at a time,
+    ``blocks`` that a multiprocessor holds, ``groups`` of blocks that share out the tiles of a sample (of the whole
+    batch, for the weight's gradient).
 
-    Not for the weight's gradient (where ``channels`` are the output's and the input's): ``resident``, whether all
-    weights stay in shared memory, and ``bytes_an_output``, between L2 and the multiprocessors.
+    Not for the weight's gradient (where ``channels`` are the output's and the input's): ``resident``, whether
+    all weights stay in shared memory; ``part``, the taps whose weights come at a time; and ``bytes_an_output``,
+    between L2 and the multiprocessors.
     """
 
     tile: tuple[int, int, int]
     channels: tuple[int, int]
-    buffers: int
     shared_bytes: int
+    blocks: int
     tiles_a_block: int
+    groups: int
     resident: bool
+    part: int
     bytes_an_output: float
 
 class Convolution:
     """One shape: [n, ci, *in_size] to [n, co, *out_size], sizes as (d, h, w) with d = 1 in 2D.
 
-    ``device`` is what ``device()`` returns. A source is (address, its coefficients' or 0, channels, act) and, for
-    a view, index, weight and taps of each axis, the size of the map and whether it is a maximum. A gradient is
-    (dy, y, stats, dstats, pre, scale, pre_act); an output is (x, coef, channels, act, dx, dcoef, add) and, for a
-    maximum, window, step and size. ``strides`` are the weight's, in elements, over [co, ci, kd, kh, kw].
-    Workspaces are counted in bytes. ``tf32``: products of float32 are rounded, on tensor cores. A shape that has
-    no layout on the device raises RuntimeError when it is first used.
+    ``device`` is what ``device()`` returns. A source is (address, its coefficients' or 0, channels, act). A
+    gradient is (dy, y, stats, dstats, pre, scale, pre_act); an output is (x, coef, channels, act, dx, dcoef,
+    add). ``strides`` are the weight's, in elements, over [co, ci, kd, kh, kw]. Workspaces are counted in bytes.
+    ``tf32``: products of float32 are rounded, on tensor cores. A shape that has no layout on the device raises
+    RuntimeError when it is first used.
     """
 
     def __init__(
@@ -109,10 +113,6 @@ class Convolution:
     def forward_workspace(self) -> int: ...
     def backward_workspace(self) -> int: ...
     def weight_gradient_workspace(self) -> int: ...
-    def has_joint(self) -> bool:
-        """Whether ``joint`` serves this shape."""
-
-    def joint_workspace(self) -> int: ...
     def forward(
         self,
         sources: Sequence[Sequence[int]],
@@ -147,16 +147,4 @@ class Convolution:
         workspace: int,
         stream: int,
     ) -> None: ...
-    def joint(
-        self,
-        gradient: Sequence[int],
-        weight: int,
-        strides: Sequence[int],
-        outputs: Sequence[Sequence[int]],
-        sources: Sequence[Sequence[int]],
-        dweight: int,
-        dpre: int,
-        workspace: int,
-        stream: int,
-    ) -> None: ...
-    def facts(self, kernel: Literal["forward", "backward", "weight", "joint"]) -> Facts: ...
+    def facts(self, kernel: Literal["forward", "backward", "weight"]) -> Facts: ...

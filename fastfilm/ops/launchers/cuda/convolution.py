@@ -1,7 +1,7 @@
 """Launchers of the CUDA convolutions: forward, gradients at the inputs and at the weight.
 
-An input is a map or the concatenation of two, each with what is pending on it and as its consumer sees it; the
-gradient at the raw output is given by its parts. Neither is ever written.
+An input is a map or the concatenation of two, each with what is pending on it; the gradient at the raw output is
+given by its parts. Neither is ever written.
 """
 
 from __future__ import annotations
@@ -22,32 +22,21 @@ from ...spec import (
     SourceGradient,
     dense,
     raw_like,
-    views,
 )
 from ..arguments import activation_code, address, addresses
 from . import _CUDA
 from .arguments import empty_map, feature_map, numbers, on_device, stream_of
-from .plans import Shape, plan, three
-
-MOST_TAPS = 8
-"""Taps along one axis of a view that a convolution reads itself."""
+from .plans import Shape, plan
 
 Sizes = tuple[int, ...]
 
 
 def covers_sources(sources: Sequence[Source]) -> bool:
     """Whether the convolutions read such sources as they are: else they are written first."""
-    if len(sources) > 2:
+    if len(sources) > 2 or any(s.view is not None for s in sources):
         return False
     raw = sources[0].raw
-    if len(sources) == 2 and raw.shape[1] * raw.element_size() % 16:
-        return False
-    for raw, _, _, view, _ in sources:
-        if view is not None:
-            taps = views.taps(view, tuple(raw.shape[2:]), False, raw.device)
-            if any(index.shape[1] > MOST_TAPS for index, _ in taps):
-                return False
-    return True
+    return len(sources) == 1 or raw.shape[1] * raw.element_size() % 16 == 0
 
 
 def convolution(
@@ -82,10 +71,9 @@ def _sources(sources: Sequence[Source]) -> tuple[list[Any], list[tuple[int, ...]
     given: list[tuple[int, ...]] = []
     size, batch = sources[0].size, sources[0].raw.shape[0]
     for source in sources:
-        x, coef, act, view, _ = source
+        x, coef, act, _, _ = source
         x = feature_map("x", x)
         coef = None if coef is None else numbers("coef", coef, 7, *x.shape[:2])
-        found: Sizes
         found = (
             *addresses(x, coef),
             x.shape[1],
@@ -95,11 +83,6 @@ def _sources(sources: Sequence[Source]) -> tuple[list[Any], list[tuple[int, ...]
             raise ValueError(
                 f"the sources must have the same batch and size {size}, got {source.size}"
             )
-        if view is not None:
-            taps = views.taps(view, tuple(x.shape[2:]), False, x.device)
-            kept.append(taps)
-            axes = tuple(n for i, w in taps for n in (i.data_ptr(), w.data_ptr(), i.shape[1]))
-            found += (*axes, *three(x.shape[2:], 1), int(view.kind == "max"))
         kept += [x, coef]
         given.append(found)
     return kept, given
@@ -207,7 +190,7 @@ def dgrad(
 ) -> list[SourceGradient]:
     """Gradients at the raw map of each source, channels-last, and at its coefficients [7, N, C].
 
-    Without ``raw`` and ``window`` that is the gradient at what the convolution saw of the source, [N, C, *size].
+    Without ``raw`` that is the gradient at what the convolution saw of the source, [N, C, *size].
 
     Args:
         weight: [Co, ΣC, *K].
@@ -277,18 +260,14 @@ def _output(
     output: Output, dy: Tensor, size: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], tuple[int, ...]]:
     """dx, dcoef, what must stay alive, and what the extension takes."""
-    channels, raw, coef, act, window, into, wanted = output
+    channels, raw, coef, act, into, wanted = output
     if not wanted:
         return None, None, [], (0, 0, channels, 0, 0, 0, 0)
     n = dy.shape[0]
     if coef is not None:
         coef = numbers("coef", coef, 7, n, channels)
     shape = (n, channels, *size)
-    if window is not None:
-        if raw is None or not views.disjoint(window) or any(window.padding):
-            raise ValueError("a window needs its map, no padding and must not overlap the next")
-        shape = tuple(raw.shape)
-    if coef is None and window is None:
+    if coef is None:
         raw = None  # only its shape matters
     if raw is not None and (tuple(raw.shape) != shape or raw.dtype != dy.dtype):
         raise ValueError(f"raw must be {shape} of {dy.dtype}, got {tuple(raw.shape)}, {raw.dtype}")
@@ -306,8 +285,6 @@ def _output(
         *(address(raw), address(coef), channels, activation_code(act)),
         *(dx.data_ptr(), address(dcoef), int(into is not None)),
     )
-    if window is not None:
-        described += (*three(window.kernel, 1), *three(window.stride, 1), *three(shape[2:], 1))
     return dx, dcoef, [raw, coef], described
 
 
@@ -324,22 +301,3 @@ def wgrad(
     """
     given = gradient, weight, geometry, sources[0].size
     return _gradients("weight_gradient", *given, sources=sources, sums=sums)[1:]
-
-
-def covers_joint(dy: Tensor, weight: Tensor, size: Sizes, geometry: Geometry) -> bool:
-    """Whether ``joint`` serves a convolution of maps of ``size``."""
-    joint: bool = convolution(dy, weight, dy.shape[2:], geometry, size).has_joint()
-    return joint
-
-
-def joint(
-    gradient: Gradient,
-    weight: Tensor,
-    outputs: Sequence[Output],
-    sources: Sequence[Source],
-    geometry: Geometry,
-    sums: bool = False,
-) -> tuple[list[SourceGradient], Tensor, Tensor | None]:
-    """``dgrad`` and ``wgrad`` by one kernel, which reads each map once."""
-    given = gradient, weight, geometry, sources[0].size
-    return _gradients("joint", *given, outputs, sources, sums)

@@ -12,11 +12,9 @@ from typing import Any
 from .. import eager, of
 from .convolution import (
     convolution,
-    covers_joint,
     covers_sources,
     dgrad,
     fprop,
-    joint,
     wgrad,
 )
 from .passes import (

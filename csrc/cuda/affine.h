@@ -149,14 +149,6 @@ struct Coefficients {
       for (int i = 0; i < kV; ++i) row[r][i] = i < valid ? coef[r * pitch + i] : 0.0f;
   }
 
-  // The coefficients under which v = y: a = g = 1, all others 0.
-  FF_DEVICE void identity() {
-#pragma unroll
-    for (int r = 0; r < kCoefRows; ++r)
-#pragma unroll
-      for (int i = 0; i < kV; ++i) row[r][i] = r == kA || r == kG ? 1.0f : 0.0f;
-  }
-
   // v becomes the value of the affine: kCount numbers, voxel after voxel. Several voxels at a time hide each other's
   // latencies, and branch on the activation once.
   template <int kCount>

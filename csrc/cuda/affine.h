@@ -149,6 +149,11 @@ struct Coefficients {
       for (int i = 0; i < kV; ++i) row[r][i] = i < valid ? coef[r * pitch + i] : 0.0f;
   }
 
+  FF_DEVICE void get(CoefRow r, float (&values)[kV]) const {
+#pragma unroll
+    for (int i = 0; i < kV; ++i) values[i] = row[r][i];
+  }
+
   // v becomes the value of the affine: kCount numbers, voxel after voxel. Several voxels at a time hide each other's
   // latencies, and branch on the activation once.
   template <int kCount>
@@ -195,27 +200,39 @@ struct Sums {
 };
 
 // dv becomes the gradient at y; the terms of the coefficients' gradients are added to the sums. Both have kCount numbers,
-// voxel after voxel.
-template <int kV, int kCount>
-FF_DEVICE void affine_backward(const Coefficients<kV>& coef, const float (&y)[kCount], int act, float (&dv)[kCount],
+// voxel after voxel. `coef.get(row, values)` gives the coefficients of the kV channels.
+template <int kV, int kCount, class Rows>
+FF_DEVICE void affine_backward(const Rows& coef, const float (&y)[kCount], int act, float (&dv)[kCount],
                                Sums<kCoefSums, kV>& sums) {
-  float h[kCount], slope[kCount], slope_z[kCount], slope_s[kCount];
+  float h[kCount], slope_z[kCount], slope_s[kCount];
+  {
+    float a[kV], p[kV], b[kV], of_channel[kV], slope[kCount];
+    coef.get(kA, a);
+    coef.get(kP, p);
+    coef.get(kB, b);
+    coef.get(kSlope, of_channel);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    h[i] = coef.row[kA][i % kV] * (y[i] - coef.row[kP][i % kV]) + coef.row[kB][i % kV];
-    slope[i] = coef.row[kSlope][i % kV];
+    for (int i = 0; i < kCount; ++i) {
+      h[i] = a[i % kV] * (y[i] - p[i % kV]) + b[i % kV];
+      slope[i] = of_channel[i % kV];
+    }
+    activate(h, slope, act, slope_z, slope_s);
   }
-  activate(h, slope, act, slope_z, slope_s);
+  float a[kV], p[kV], g[kV], q[kV];
+  coef.get(kA, a);
+  coef.get(kP, p);
+  coef.get(kG, g);
+  coef.get(kQ, q);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int c = i % kV;
-    const float dh = dv[i] * coef.row[kG][c], dz = dh * slope_z[i];
-    sums.row[kSumDvH][c] += dv[i] * (h[i] - coef.row[kQ][c]);
+    const float dh = dv[i] * g[c], dz = dh * slope_z[i];
+    sums.row[kSumDvH][c] += dv[i] * (h[i] - q[c]);
     sums.row[kSumDv][c] += dv[i];
-    sums.row[kSumDzY][c] += dz * (y[i] - coef.row[kP][c]);
+    sums.row[kSumDzY][c] += dz * (y[i] - p[c]);
     sums.row[kSumDz][c] += dz;
     sums.row[kSumSlope][c] += dh * slope_s[i];
-    dv[i] = dz * coef.row[kA][c];
+    dv[i] = dz * a[c];
   }
 }
 
@@ -259,6 +276,51 @@ struct Moments {
       m2[i] += other.m2[i] + delta * delta * (count * share);
     }
     count = total;
+  }
+};
+
+// Moments of a few voxels of a map, from sums of their deviations from the mean of the first ones. That mean is about as
+// far from the others as these are from each other, so that little is lost when one sum is taken from the other.
+template <int kV>
+struct Deviations {
+  int count;
+  float near[kV], total[kV], squares[kV];
+
+  FF_DEVICE void clear() {
+    count = 0;
+#pragma unroll
+    for (int i = 0; i < kV; ++i) near[i] = total[i] = squares[i] = 0;
+  }
+  // Adds kFew voxels, kV channels of each; those whose number is negative do not exist.
+  template <int kFew>
+  FF_DEVICE void add(const float (&v)[kFew * kV], const int (&number)[kFew]) {
+    int present = 0;
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) present += number[i] >= 0;
+    if (count == 0 && present > 0) {
+      const float share = 1 / static_cast<float>(present);
+#pragma unroll
+      for (int i = 0; i < kFew * kV; ++i) near[i % kV] += number[i / kV] >= 0 ? v[i] * share : 0.0f;
+    }
+    count += present;
+#pragma unroll
+    for (int i = 0; i < kFew * kV; ++i) {
+      const float d = number[i / kV] >= 0 ? v[i] - near[i % kV] : 0.0f;
+      total[i % kV] += d;
+      squares[i % kV] += d * d;
+    }
+  }
+  FF_DEVICE Moments<kV> moments() const {
+    Moments<kV> found;
+    found.count = static_cast<float>(count);
+    const float share = 1 / (count > 0 ? found.count : 1.0f);
+#pragma unroll
+    for (int i = 0; i < kV; ++i) {
+      const float rest = total[i] * share, m2 = squares[i] - total[i] * rest;
+      found.mean[i] = near[i] + rest;
+      found.m2[i] = m2 < 0 ? 0.0f : m2;  // NaN stays
+    }
+    return found;
   }
 };
 
@@ -308,7 +370,7 @@ struct Few {
 };
 
 template <class T, int kV>
-FF_DEVICE void pack_few(const float (&v)[kV], Few<T, kV>& few) {
+FF_DEVICE void pack_few(const float* v, Few<T, kV>& few) {
 #pragma unroll
   for (int i = 0; i < few.kWords; ++i) {
     if constexpr (sizeof(T) == 4) {
@@ -319,7 +381,7 @@ FF_DEVICE void pack_few(const float (&v)[kV], Few<T, kV>& few) {
   }
 }
 template <class T, int kV>
-FF_DEVICE void unpack_few(const Few<T, kV>& few, float (&v)[kV]) {
+FF_DEVICE void unpack_few(const Few<T, kV>& few, float* v) {
 #pragma unroll
   for (int i = 0; i < kV; ++i) {
     if constexpr (sizeof(T) == 4) {
@@ -338,7 +400,7 @@ FF_DEVICE Few<T, kV> load_few(const T* at, int valid, bool aligned) {
     float v[kV];
 #pragma unroll
     for (int i = 0; i < kV; ++i) v[i] = i < valid ? to_float(at[i]) : 0.0f;
-    pack_few<T>(v, few);
+    pack_few<T, kV>(v, few);
   } else if constexpr (few.kWords == 4) {
     const Word16 word = load16(at);
 #pragma unroll
@@ -353,7 +415,7 @@ FF_DEVICE Few<T, kV> load_few(const T* at, int valid, bool aligned) {
   return few;
 }
 template <class T, int kV>
-FF_DEVICE void store_few(T* at, int valid, bool aligned, const float (&v)[kV]) {
+FF_DEVICE void store_few(T* at, int valid, bool aligned, const float* v) {
   if (!aligned) {
 #pragma unroll
     for (int i = 0; i < kV; ++i)
@@ -361,7 +423,7 @@ FF_DEVICE void store_few(T* at, int valid, bool aligned, const float (&v)[kV]) {
     return;
   }
   Few<T, kV> few;
-  pack_few<T>(v, few);
+  pack_few<T, kV>(v, few);
   if constexpr (few.kWords == 4) {
     store16(at, {{few.w[0], few.w[1], few.w[2], few.w[3]}});
   } else if constexpr (few.kWords == 2) {

@@ -17,91 +17,100 @@ struct BackwardEpilogue {
     float* partials;  // [N, classes * groups, 5, C]
   };
   using State = Sums<kCoefSums, kPair>;
-  static constexpr int kAhead = 2;
+  struct Running : State {
+    FF_DEVICE void merge_into(State& state) const { state.merge(*this); }
+  };
+  static constexpr int kFew = 2;
+  // x of a voxel, where an affine is pending
+  template <int kN>
+  static constexpr int kBeside = kN * static_cast<int>(sizeof(T));
 
-  int coefs;  // place of this chunk's coefficients in shared memory, rows [bn]
+  int coefs;                    // place of this chunk's coefficients in shared memory, rows [bn]
+  int source, channels, valid;  // the chunk's source and its channels, and how many of these the chunk has
+  T* to;                        // where the gradient at the chunk of the sample's first voxel goes
 
-  // The number of the source that a chunk belongs to; `channel` and `valid` become the chunk's first channel in it and
-  // the number of its channels.
-  FF_DEVICE static int part_of(const Params& p, const Chunk& chunk, int& channel, int& valid) {
-    const int second = chunk.channel >= p.part[0].channels;
-    channel = chunk.channel - (second ? p.part[0].channels : 0);
-    const int left = p.part[second].channels - channel;
-    valid = left < chunk.valid ? left : chunk.valid;
+  // The number of the source that `channel` belongs to, whose number in it `channel` becomes.
+  FF_DEVICE static int source_of(const Params& p, int& channel) {
+    const int second = channel >= p.part[0].channels;
+    channel -= second ? p.part[0].channels : 0;
     return second;
   }
 
-  // The coefficients of a block's channels from `first` on; where nothing is pending they are not used.
+  // The coefficients of a block's channels from `first` on.
   FF_DEVICE static void load_constants(const Params& p, const ConvPlan& plan, int64_t n, int first, int at) {
-    float* out = reinterpret_cast<float*>(shared_memory() + at);
+    load_rows(plan.n, n, first, plan.bn, at, [&](int& channel) {
+      const Output& part = p.part[source_of(p, channel)];
+      return CoefSource{part.coef, part.channels};
+    });
+  }
+
+  // Starts to copy x of the warp's rows, the block's channels from `first` on, to places kPitch bytes apart. The voxel of a
+  // row has a number, or -1.
+  template <int kN, int kPitch>
+  FF_DEVICE static void load(const Params& p, const ConvPlan& plan, int64_t n, int first, int at, const int* numbers) {
+    if (!p.part[0].coef && !p.part[1].coef) return;
+    constexpr int kV = kLanes<T>, kChunks = kN / kV;
+    const int lane = thread_anew() % 32;
+    int channel = first + lane % kChunks * kV;
+    const int second = source_of(p, channel);
+    const Output& part = p.part[second];
+    const int left = part.channels - channel;
+    if (!part.coef || left <= 0) return;
+    const T* sample = static_cast<const T*>(part.x) + n * plan.out.volume() * part.channels + channel;
 #pragma unroll 1
-    for (int i = thread_index(); i < kCoefRows * plan.bn; i += kConvThreads) {
-      int channel = first + i % plan.bn;
-      const bool second = channel >= p.part[0].channels;
-      channel -= second ? p.part[0].channels : 0;
-      const Output& part = p.part[second];
-      const int64_t from = (i / plan.bn * plan.n + n) * part.channels + channel;
-      out[i] = part.coef && channel < part.channels ? part.coef[from] : 0.0f;
-    }
-  }
-
-  FF_DEVICE BackwardEpilogue(const Params&, const ConvPlan&, const Chunk&, int at) : coefs(at) {}
-
-  // What a voxel needs beside its gradient: x where an affine is pending, and the former dx where dx is added to it.
-  struct Fetched {
-    Few<T, kPair> x, before;
-  };
-
-  // Voxels that do not exist get the values of the batch's first one: a load without a condition waits for no other.
-  FF_DEVICE void fetch(const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead], const Chunk& chunk,
-                       Fetched (&fetched)[kAhead]) const {
-    int channel, valid;
-    const int second = part_of(p, chunk, channel, valid);
-    const Output& part = p.part[second];
-    const auto at = [&](int i) -> int64_t {
-      return voxel[i] < 0 ? 0 : number_of(plan, chunk.n, voxel[i]) * part.channels + channel;
-    };
-    const auto load = [&](const void* from, Few<T, kPair> Fetched::*to) {
+    for (int r = lane / kChunks; r < kHalf; r += 32 / kChunks) {
+      const int number = numbers[r], to = at + r * kPitch + lane % kChunks * 16;
+      const T* from = number < 0 ? static_cast<const T*>(part.x) : sample + static_cast<int64_t>(number) * part.channels;
       if (p.aligned[second]) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) fetched[i].*to = load_few<T, kPair>(static_cast<const T*>(from) + at(i), valid, true);
+        copy_async16(to, from, number < 0 ? 0 : 16);
       } else {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) fetched[i].*to = load_few<T, kPair>(static_cast<const T*>(from) + at(i), valid, false);
+        store_shared16(to, number < 0 ? Word16{} : load_chunk(from, left < kV ? left : kV, false));
       }
-    };
-    if (part.coef) load(part.x, &Fetched::x);
-    if (part.add) load(part.dx, &Fetched::before);
+    }
+    commit_copies();
+  }
+  FF_DEVICE static void wait() { wait_copies<0>(); }
+
+  FF_DEVICE BackwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk, int at) : coefs(at) {
+    int channel = chunk.channel;
+    source = source_of(p, channel);
+    const Output& part = p.part[source];
+    channels = part.channels;
+    valid = channels - channel < chunk.valid ? channels - channel : chunk.valid;
+    to = static_cast<T*>(part.dx) + (chunk.n * plan.out.volume() * channels + channel);
   }
 
-  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead], const Chunk& chunk,
-                       const Fetched (&fetched)[kAhead], float (&dv)[kAhead * kPair], State& state) const {
-    int channel, valid;
-    const int second = part_of(p, chunk, channel, valid);
-    const Output& part = p.part[second];
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk, int beside,
+                       int pitch, float (&dv)[kFew * kPair], Running& running) const {
+    const Output& part = p.part[source];
     if (!part.dx) return;
     if (part.coef) {
-      float x[kAhead * kPair];
+      float x[kFew * kPair];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        float few[kPair];
-        unpack_few<T>(fetched[i].x, few);
+      for (int i = 0; i < kFew; ++i) {
+        unpack_few<T>(load_few<T, kPair>(reinterpret_cast<const T*>(shared_memory() + beside + i * pitch), kPair, true), &x[i * kPair]);
+        // the gradient of a voxel that does not exist adds nothing to the sums
 #pragma unroll
-        for (int j = 0; j < kPair; ++j) x[i * kPair + j] = voxel[i] < 0 ? 0.0f : few[j];
+        for (int j = 0; j < kPair; ++j) dv[i * kPair + j] = number[i] < 0 ? 0.0f : dv[i * kPair + j];
       }
-      Coefficients<kPair> coef;
-      load_coefficients(coefs, plan.bn, coef);
-      affine_backward(coef, x, part.act, dv, state);
+      affine_backward<kPair>(SharedRows{coefs, plan.bn}, x, part.act, dv, running);
     }
+    const auto put = [&](bool aligned) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (voxel[i] < 0) continue;
-      float few[kPair] = {};
-      if (part.add) unpack_few<T>(fetched[i].before, few);
+      for (int i = 0; i < kFew; ++i) {
+        if (number[i] < 0) continue;
+        T* at = to + static_cast<int64_t>(number[i]) * channels;
+        float few[kPair] = {};
+        if (part.add) unpack_few<T>(load_few<T, kPair>(at, valid, aligned), few);
 #pragma unroll
-      for (int j = 0; j < kPair; ++j) few[j] += dv[i * kPair + j];
-      const int64_t at = number_of(plan, chunk.n, voxel[i]) * part.channels + channel;
-      store_few(static_cast<T*>(part.dx) + at, valid, p.aligned[second], few);
+        for (int j = 0; j < kPair; ++j) few[j] += dv[i * kPair + j];
+        store_few<T, kPair>(at, valid, aligned, few);
+      }
+    };
+    if (p.aligned[source]) {
+      put(true);
+    } else {
+      put(false);
     }
   }
 

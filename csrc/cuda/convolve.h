@@ -43,10 +43,11 @@ FF_DEVICE int64_t number_of(const ConvPlan& plan, int64_t n, int voxel) {
 
 // The kernel. Its parts:
 //   Operand    what a slab holds; see operands.h
-//   Epilogue   `Params`; `State`, kept over the tiles of a block; a constructor, which loads the constants of a chunk
-//              from where `load_constants` left them;
-//              `fetch`, which starts to read what else a voxel needs; `write`, which gets that and the products of
-//              `kAhead` voxels, with their numbers in the sample, or -1; `finish`, which merges the threads' states
+//   Epilogue   `Params`; `State`, kept over the tiles of a block, and `Running`, that of one tile; `load`, which starts to
+//              copy the rest of what a half's voxels need to places beside their staged products, kBeside bytes each;
+//              a constructor, which loads the constants of a chunk from where `load_constants` left them; `write`, which
+//              gets the products of `kFew` voxels, with their numbers in the sample, or -1; `finish`, which merges the
+//              threads' states
 template <class T, int kN, int kK, template <class, int> class OperandOf, template <class> class EpilogueOf>
 struct Convolve {
   using Operand = OperandOf<T, kK>;
@@ -72,7 +73,7 @@ struct Convolve {
     const int last = first + plan.tiles_a_group < tiles ? first + plan.tiles_a_group : tiles;
 
     const Extent size = slab_size(plan.tile_log2, taps.count, plan.slab_step);
-    const Slab<T, kK> slab(size, plan.in, plan.load_step);
+    const Slab<T, kK> slab(size, plan.in, plan.load_step, plan.table_at);
     const int at = plan.slots * plan.weight_bytes, beside = at + plan.slab_bytes;
     const int constants = plan.shared_bytes - kMaxTaps * 4 - slab.kCoefBytes;
     const bool pending = Operand::pending(p.in);
@@ -104,25 +105,38 @@ struct Convolve {
       shift(t) = (t / plane * size.h + t % plane / taps.count.w) * size.w + t % taps.count.w;
     }
 
+    // writes the tables of a tile: of its slab, and of the voxels that the rows of the warps' products are
+    const auto find = [&](int tile) {
+      const Extent origin = tile_origin(plan.tiles, plan.tile_log2, tile);
+      slab.find({origin.d * in_step + taps.base.d, origin.h * in_step + taps.base.h, origin.w * in_step + taps.base.w});
+      const int thread = thread_anew();
+      const Extent v = tile_voxel(plan.tile_log2, Multiplier<T, kN, kK>::voxel(thread / 32, thread % 32));
+      const int d = taps.out_first.d + (origin.d + v.d) * plan.out_step;
+      const int h = taps.out_first.h + (origin.h + v.h) * plan.out_step;
+      const int w = taps.out_first.w + (origin.w + v.w) * plan.out_step;
+      const bool present = d < plan.out.d && h < plan.out.h && w < plan.out.w;
+      reinterpret_cast<int*>(shared_memory() + plan.rows_at)[thread] = present ? (d * plan.out.h + h) * plan.out.w + w : -1;
+    };
+
     Multiplier<T, kN, kK> products(plan.tile_log2, size, plan.slab_step);
     hold(plan, true, [](State& state) { state.clear(); });
     Epilogue::load_constants(p.epilogue, plan, n, block_n * kN, constants_at(plan));
-    if (blocks_k == 0) barrier();  // a class of voxels without taps has no other one in front of its epilogue
+    find(first);
+    barrier();
     int slot = 0;
     for (int tile = first; tile < last; ++tile) {
       products.clear();
-      const Extent origin = tile_origin(plan.tiles, plan.tile_log2, tile);
-      const Extent from{origin.d * in_step + taps.base.d, origin.h * in_step + taps.base.h,
-                        origin.w * in_step + taps.base.w};
 #pragma unroll 1
       for (int k = 0; k < blocks_k; ++k) {
-        Operand::load(slab, p.in, n, from, k, at, beside);
-        if (pending) Operand::load_constants(p.in, n, plan.n, k, constants);
+        const int64_t n = block_anew().z;
+        Operand::load(slab, p.in, n, k, at, beside);
+        // one block of channels has the same constants in every tile
+        if (pending && (blocks_k > 1 || tile == first)) Operand::load_constants(p.in, n, plan.n, k, constants);
         commit_copies();
         wait_copies<0>();
         barrier();
         if (pending) {
-          Operand::transform(slab, p.in, n, from, k, at, beside, constants);
+          Operand::transform(slab, p.in, n, k, at, beside, constants);
           barrier();
         }
 #pragma unroll 1
@@ -150,7 +164,10 @@ struct Convolve {
         }
         barrier();
       }
-      write(p, taps, n, block_n, origin, products, at);
+      write(p, products, at);
+      // a warp reads and writes its own part of the table of rows
+      warp_barrier();
+      if (tile + 1 < last) find(tile + 1);
       barrier();
     }
     wait_copies<0>();
@@ -181,53 +198,43 @@ struct Convolve {
   }
 
   // The epilogue of a tile. A warp's products pass through its place in shared memory, half after half, so that a
-  // thread gets neighbouring channels of a voxel. What else it needs of `kAhead` voxels is on its way at a time.
-  static FF_DEVICE void write(const Params& p, const Taps& taps, int64_t n, int block_n, const Extent& origin,
-                              Multiplier<T, kN, kK>& products, int at) {
-    constexpr int kPitch = kStagingPitch<kN> * 4, kRows = 32 / kChunks, kAhead = Epilogue::kAhead;
+  // thread gets neighbouring channels of a voxel, and `kFew` voxels at a time.
+  static FF_DEVICE void write(const Params& p, Multiplier<T, kN, kK>& products, int at) {
+    constexpr int kRows = 32 / kChunks, kFew = Epilogue::kFew;
+    constexpr int kProducts = kStagingPitch<kN> * 4, kPitch = kProducts + Epilogue::template kBeside<kN>;
     const ConvPlan& plan = p.plan;
-    const int thread = thread_index();
-    const Chunk chunk = chunk_of(plan, n, block_n, thread);
-    const int lane = thread % 32, staging = at + thread / 32 * kHalf * kPitch;
-    products.stage(staging);
-    warp_barrier();
-    hold(plan, false, [&](State& state) {
-      // loaded behind the first half, whose accumulators' registers are free now
+    const Grid block = block_anew();
+    const int thread = thread_anew(), lane = thread % 32, staging = at + thread / 32 * kHalf * kPitch;
+    const Chunk chunk = chunk_of(plan, block.z, block.y % plan.blocks_n, thread);
+    const int* numbers = reinterpret_cast<const int*>(shared_memory() + plan.rows_at) + thread / 32 * 32;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half, numbers += kHalf) {
+      if (half == 1) {
+        warp_barrier();
+        products.next_half();
+      }
+      products.stage(staging, kPitch / 4);
+      Epilogue::template load<kN, kPitch>(p.epilogue, plan, block.z, block.y % plan.blocks_n * kN, staging + kProducts, numbers);
+      Epilogue::wait();
+      warp_barrier();
+      // made here, where the registers of the staged half are free
+      typename Epilogue::Running running;
+      running.clear();
       const Epilogue epilogue(p.epilogue, plan, chunk, constants_at(plan) + lane % kChunks * kV * 4);
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        if (half == 1) {
-          warp_barrier();
-          products.next_half();
-          products.stage(staging);
-          warp_barrier();
+      for (int r = lane / kChunks; r < kHalf && chunk.valid > 0; r += kFew * kRows) {
+        const int row = staging + r * kPitch;
+        int number[kFew];
+        float values[kFew * kV];
+#pragma unroll
+        for (int i = 0; i < kFew; ++i) {
+          number[i] = numbers[r + i * kRows];
+          load_row<kV>(row + i * kRows * kPitch + lane % kChunks * kV * 4, &values[i * kV]);
         }
-#pragma unroll 1
-        for (int r = lane / kChunks; r < kHalf; r += kAhead * kRows) {
-          typename Epilogue::Fetched fetched[kAhead];
-          int number[kAhead];
-#pragma unroll
-          for (int i = 0; i < kAhead; ++i) {
-            const Extent v = tile_voxel(plan.tile_log2, products.voxel(half, r + i * kRows));
-            const int d = taps.out_first.d + (origin.d + v.d) * plan.out_step;
-            const int h = taps.out_first.h + (origin.h + v.h) * plan.out_step;
-            const int w = taps.out_first.w + (origin.w + v.w) * plan.out_step;
-            const bool present = chunk.valid > 0 && d < plan.out.d && h < plan.out.h && w < plan.out.w;
-            number[i] = present ? (d * plan.out.h + h) * plan.out.w + w : -1;
-          }
-          epilogue.fetch(p.epilogue, plan, number, chunk, fetched);
-          float values[kAhead * kV];
-#pragma unroll
-          for (int i = 0; i < kAhead; ++i) {
-            float few[kV];
-            load_row(staging + (r + i * kRows) * kPitch + lane % kChunks * kV * 4, few);
-#pragma unroll
-            for (int j = 0; j < kV; ++j) values[i * kV + j] = number[i] < 0 ? 0.0f : few[j];
-          }
-          epilogue.write(p.epilogue, plan, number, chunk, fetched, values, state);
-        }
+        epilogue.write(p.epilogue, plan, number, chunk, row + kProducts + lane % kChunks * kV * static_cast<int>(sizeof(T)), kRows * kPitch, values, running);
       }
-    });
+      hold(plan, false, [&](State& state) { running.merge_into(state); });
+    }
   }
 };
 

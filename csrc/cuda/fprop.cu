@@ -20,64 +20,86 @@ struct ForwardEpilogue {
     float *partials, *counts;  // [N, groups, 2, co] and [N, groups]; null: no moments
   };
   using State = Moments<kV>;
-  struct Fetched {};
-  static constexpr int kAhead = 4;
+  struct Running : Deviations<kV> {
+    FF_DEVICE void merge_into(State& state) const { state.merge(this->moments()); }
+  };
+  static constexpr int kFew = 4;
+  template <int kN>
+  static constexpr int kBeside = 0;
 
-  int coefs;  // place of this chunk's coefficients in shared memory, rows [bn]
-  float bias[kV], shift[kV], slope[kV];
+  // Rows of constants behind the coefficients of the finished output.
+  enum Constant { kBias = kCoefRows, kShift, kActSlope };
 
-  // The coefficients of the finished output, for a block's channels from `first` on.
+  int constants;  // place of this chunk's constants in shared memory, rows [bn]
+  int64_t begin;
+
   FF_DEVICE static void load_constants(const Params& p, const ConvPlan& plan, int64_t n, int first, int at) {
-    if (p.out_coef) load_rows(p.out_coef, plan.n, n, plan.co, first, plan.bn, at);
-  }
-
-  FF_DEVICE ForwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk, int at)
-      : coefs(at) {
-#pragma unroll
-    for (int i = 0; i < kV; ++i) {
-      const bool present = i < chunk.valid;
-      bias[i] = p.bias && present ? p.bias[chunk.channel + i] : 0.0f;
-      shift[i] = p.pre && present ? p.pre[chunk.channel + i] : 0.0f;
-      slope[i] = p.pre && present ? p.pre[plan.co + chunk.channel + i] : 0.0f;
+    if (p.out_coef) load_rows(plan.n, n, first, plan.bn, at, [&](int&) { return CoefSource{p.out_coef, plan.co}; });
+    float* out = reinterpret_cast<float*>(shared_memory() + at);
+#pragma unroll 1
+    for (int i = thread_index(); i < plan.bn; i += kConvThreads) {
+      const int channel = first + i;
+      const bool present = channel < plan.co;
+      out[kBias * plan.bn + i] = p.bias && present ? p.bias[channel] : 0.0f;
+      out[kShift * plan.bn + i] = p.pre && present ? p.pre[channel] : 0.0f;
+      out[kActSlope * plan.bn + i] = p.pre && present ? p.pre[plan.co + channel] : 0.0f;
     }
   }
 
-  FF_DEVICE void fetch(const Params&, const ConvPlan&, const int (&)[kAhead], const Chunk&, Fetched (&)[kAhead]) const {}
+  // The products are all that this epilogue needs.
+  template <int kN, int kPitch>
+  FF_DEVICE static void load(const Params&, const ConvPlan&, int64_t, int, int, const int*) {}
+  FF_DEVICE static void wait() {}
 
-  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead], const Chunk& chunk,
-                       const Fetched (&)[kAhead], float (&v)[kAhead * kV], State& state) const {
+  FF_DEVICE ForwardEpilogue(const Params&, const ConvPlan& plan, const Chunk& chunk, int at)
+      : constants(at), begin(chunk.n * plan.out.volume() * plan.co + chunk.channel) {}
+
+  FF_DEVICE void load_constant(int row, const ConvPlan& plan, float (&values)[kV]) const {
+    load_row(constants + row * plan.bn * 4, values);
+  }
+
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk, int, int,
+                       float (&v)[kFew * kV], Running& running) const {
+    float bias[kV];
+    load_constant(kBias, plan, bias);
 #pragma unroll
-    for (int i = 0; i < kAhead * kV; ++i) v[i] += bias[i % kV];
-    if (p.partials) {
-      float u[kAhead * kV], slopes[kAhead * kV];
+    for (int i = 0; i < kFew * kV; ++i) v[i] += bias[i % kV];
+    if (p.pre) {
+      float u[kFew * kV], slopes[kFew * kV], shift[kV], slope[kV];
+      load_constant(kShift, plan, shift);
+      load_constant(kActSlope, plan, slope);
 #pragma unroll
-      for (int i = 0; i < kAhead * kV; ++i) {
+      for (int i = 0; i < kFew * kV; ++i) {
         u[i] = v[i] + shift[i % kV];
         slopes[i] = slope[i % kV];
       }
       activate(u, slopes, p.pre_act);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const float few[kV] = {u[i * kV], u[i * kV + 1]};
-        if (voxel[i] >= 0) state.add(few);
-      }
+      running.add(u, number);
+    } else if (p.partials) {
+      running.add(v, number);
     }
-    if (p.raw) put(p.raw, p, plan, voxel, chunk, v);
+    if (p.raw) put(p.raw, p, plan, number, chunk, v);
     if (p.out_coef) {
       Coefficients<kV> out;
-      load_coefficients(coefs, plan.bn, out);
+      load_coefficients(constants, plan.bn, out);
       out.apply(v, p.out_act);
     }
-    put(p.y, p, plan, voxel, chunk, v);
+    put(p.y, p, plan, number, chunk, v);
   }
 
-  FF_DEVICE static void put(T* to, const Params& p, const ConvPlan& plan, const int (&voxel)[kAhead],
-                            const Chunk& chunk, const float (&v)[kAhead * kV]) {
+  FF_DEVICE void put(T* to, const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk,
+                     const float (&v)[kFew * kV]) const {
+    T* sample = to + begin;
+    if (p.aligned) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (voxel[i] < 0) continue;
-      const float few[kV] = {v[i * kV], v[i * kV + 1]};
-      store_few(to + number_of(plan, chunk.n, voxel[i]) * plan.co + chunk.channel, chunk.valid, p.aligned, few);
+      for (int i = 0; i < kFew; ++i) {
+        if (number[i] >= 0) store_few<T, kV>(sample + static_cast<int64_t>(number[i]) * plan.co, kV, true, &v[i * kV]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kFew; ++i) {
+        if (number[i] >= 0) store_few<T, kV>(sample + static_cast<int64_t>(number[i]) * plan.co, chunk.valid, false, &v[i * kV]);
+      }
     }
   }
 

@@ -19,15 +19,20 @@ struct Multiplier {
   static constexpr int kPitch = kK * static_cast<int>(sizeof(T));
 
   float sum[2][kN / 8][4];
-  int row[2];  // rows of the slab that this lane reads for the first tap
+  // Where this lane reads the slab for the first tap, for both halves of the voxels, 16 bits each, in units of 16 bytes and
+  // before the swizzle; and the weights. `add` derives all from these and the tap, so that nothing else stays in registers.
+  uint32_t rows;
+  int weight;
 
-  FF_DEVICE Multiplier(const Extent& tile_log2, const Extent& slab, int step) {
+  FF_DEVICE Multiplier(const Extent& tile_log2, const Extent& slab, int step) : rows(0) {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const Extent v = tile_voxel(tile_log2, warp * 32 + m * 16 + lane % 16);
-      row[m] = (v.d * step * slab.h + v.h * step) * slab.w + v.w * step;
+      const int row = (v.d * step * slab.h + v.h * step) * slab.w + v.w * step;
+      rows |= static_cast<uint32_t>(row * kPitch / 16 + lane / 16) << 16 * m;
     }
+    weight = swizzle((lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16);
   }
   FF_DEVICE void clear() {
 #pragma unroll
@@ -39,13 +44,11 @@ struct Multiplier {
   }
   // One tap: the slab's rows shifted by `shift`, the tap's weights [kN, kK].
   FF_DEVICE void add(int slab, int shift, int weights) {
-    const int lane = thread_index() % 32;
+    const uint32_t at = rows + static_cast<uint32_t>(shift * kPitch / 16) * 0x10001u;
+    const int from[2] = {slab + swizzle(static_cast<int>(at & 0xffff) * 16), slab + swizzle(static_cast<int>(at >> 16) * 16)};
+    const int here = weights + weight;
     // 32 bytes of channels on are an XOR, since rows of up to 128 bytes are swizzled within 128 bytes
-    int from[2];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) from[m] = slab + swizzle((row[m] + shift) * kPitch + lane / 16 * 16);
-    const int column = lane % 8 + lane / 16 * 8, half = lane / 8 % 2 * 16;
-#pragma unroll
+#pragma unroll kN == 64 ? 2 : 4
     for (int k = 0; k < kPitch / 32; ++k) {
       uint32_t a[2][4];
 #pragma unroll
@@ -57,7 +60,8 @@ struct Multiplier {
 #pragma unroll
       for (int i = 0; i < kN / 16; ++i) {
         uint32_t b[4];
-        load_matrix4(b, weights + weight_at(i, column, half, k));
+        constexpr int kBlock = 16 * kPitch;  // 16 output channels on, the swizzle may differ
+        load_matrix4(b, (here ^ k * 32 ^ (i * kBlock >> 3 & 0x70)) + i * kBlock);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           multiply_add(sum[m][2 * i], a[m], b[0], b[1], T{});
@@ -66,23 +70,15 @@ struct Multiplier {
       }
     }
   }
-  // Where output channel 16 i + column has its input channels from byte 32 k + half on.
-  FF_DEVICE static int weight_at(int i, int column, int half, int k) {
-    if constexpr (16 * kPitch % 1024 == 0) {
-      return (swizzle(column * kPitch + half) ^ k * 32) + i * 16 * kPitch;
-    } else {
-      return swizzle((i * 16 + column) * kPitch + k * 32 + half);
-    }
-  }
-  // Writes the first half of this warp's voxels as float32 [16, kStagingPitch<kN>].
-  FF_DEVICE void stage(int at) const {
-    const int lane = thread_index() % 32;
+  // Writes the first half of this warp's voxels as float32 [16, kN], rows `pitch` floats apart.
+  FF_DEVICE void stage(int at, int pitch) const {
+    const int lane = thread_anew() % 32;
     float* staging = reinterpret_cast<float*>(shared_memory() + at);
 #pragma unroll
     for (int i = 0; i < kN / 8; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        staging[(lane / 4 + e / 2 * 8) * kStagingPitch<kN> + i * 8 + lane % 4 * 2 + e % 2] = sum[0][i][e];
+        staging[(lane / 4 + e / 2 * 8) * pitch + i * 8 + lane % 4 * 2 + e % 2] = sum[0][i][e];
       }
   }
   // Puts the second half in the place of the first one.
@@ -92,8 +88,8 @@ struct Multiplier {
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[0][i][e] = sum[1][i][e];
   }
-  // The voxel of the tile that row r of a staged half is.
-  FF_DEVICE static int voxel(int half, int r) { return thread_index() / 32 * 32 + half * 16 + r; }
+  // The voxel of the tile that a row of a warp is; the first 16 rows are the first staged half.
+  FF_DEVICE static int voxel(int warp, int row) { return warp * 32 + row; }
 };
 
 // The products of float32 on CUDA cores. A thread computes 8 voxels by kN / 8 channels, 32 and 8 apart.
@@ -118,12 +114,13 @@ struct Multiplier<float, kN, kK> {
       for (int j = 0; j < kN / 8; ++j) sum[i][j] = 0;
   }
   FF_DEVICE void add(int slab, int shift, int weights) {
+    const int thread = thread_index();
 #pragma unroll 1
     for (int k = 0; k < kK; k += 4) {
       float b[kN / 8][4];
 #pragma unroll
       for (int j = 0; j < kN / 8; ++j) {
-        unpack16<float>(load_shared16(weights + swizzle((thread_index() % 8 + 8 * j) * kPitch + k * 4)), b[j]);
+        unpack16<float>(load_shared16(weights + swizzle((thread % 8 + 8 * j) * kPitch + k * 4)), b[j]);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -136,14 +133,13 @@ struct Multiplier<float, kN, kK> {
       }
     }
   }
-  FF_DEVICE void stage(int at) const {
+  FF_DEVICE void stage(int at, int pitch) const {
     float* staging = reinterpret_cast<float*>(shared_memory() + at);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int j = 0; j < kN / 8; ++j) {
-        staging[(thread_index() / 8 % 4 + 4 * i) * kStagingPitch<kN> + thread_index() % 8 + 8 * j] =
-            sum[i][j];
+        staging[(thread_index() / 8 % 4 + 4 * i) * pitch + thread_index() % 8 + 8 * j] = sum[i][j];
       }
   }
   FF_DEVICE void next_half() {
@@ -152,9 +148,7 @@ struct Multiplier<float, kN, kK> {
 #pragma unroll
       for (int j = 0; j < kN / 8; ++j) sum[i][j] = sum[i + 4][j];
   }
-  FF_DEVICE static int voxel(int half, int r) {
-    return thread_index() / 32 * 4 + r % 4 + 32 * (half * 4 + r / 4);
-  }
+  FF_DEVICE static int voxel(int warp, int row) { return warp * 4 + row % 4 + row / 4 * 32; }
 };
 
 }  // namespace fastfilm::cuda

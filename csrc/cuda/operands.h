@@ -27,16 +27,6 @@ Sources sources_of(const Input (&inputs)[2]) {
   return in;
 }
 
-// A piece of a voxel in shared memory.
-template <class T, int kW>
-FF_DEVICE void read_piece(int at, float (&v)[kW]) {
-  unpack_few<T>(load_few<T, kW>(reinterpret_cast<const T*>(shared_memory() + at), kW, true), v);
-}
-template <class T, int kW>
-FF_DEVICE void write_piece(int at, const float (&v)[kW]) {
-  store_few(reinterpret_cast<T*>(shared_memory() + at), kW, true, v);
-}
-
 // The activated input: v = g * (act(a * (x - p) + b) - q) + s of each source.
 template <class T, int kBlock>
 struct Activated {
@@ -53,56 +43,33 @@ struct Activated {
     return in.part[second];
   }
 
-  FF_DEVICE static void load(const Box& box, const Sources& in, int64_t n, const Extent& first, int block, int at,
-                             int) {
+  FF_DEVICE static void load(const Box& box, const Sources& in, int64_t n, int block, int at, int) {
     int channel = Box::channel(block);
     const Input& part = source(in, channel);
-    box.copy(static_cast<const T*>(part.x), part.channels, channel, in.aligned, n, first, at);
+    box.copy(static_cast<const T*>(part.x), part.channels, channel, in.aligned, n, at);
   }
 
-  // The coefficients of a block of channels: the identity for a source without a pending affine, and zeros, under which
-  // v = 0, for channels that do not exist.
+  // The coefficients of a block of channels.
   FF_DEVICE static void load_constants(const Sources& in, int64_t n, int64_t batch, int block, int at) {
-    float* out = reinterpret_cast<float*>(shared_memory() + at);
-#pragma unroll 1
-    for (int i = thread_index(); i < kCoefRows * kBlock; i += kConvThreads) {
-      const int row = i / kBlock;
-      int channel = block * kBlock + i % kBlock;
+    load_rows(batch, n, block * kBlock, kBlock, at, [&](int& channel) {
       const Input& part = source(in, channel);
-      float value = row == kA || row == kG ? 1.0f : 0.0f;
-      if (part.coef && channel < part.channels) value = part.coef[(row * batch + n) * part.channels + channel];
-      out[i] = channel < part.channels ? value : 0.0f;
-    }
+      return CoefSource{part.coef, part.channels};
+    });
   }
 
   // Voxels outside the map stay zero, since the affine comes before the padding.
-  FF_DEVICE static void transform(const Box& box, const Sources& in, int64_t, const Extent& first, int block, int at,
-                                  int, int constants) {
+  FF_DEVICE static void transform(const Box& box, const Sources& in, int64_t, int block, int at, int, int constants) {
     int channel = Box::piece_channel(block);
     const Input& part = source(in, channel);
     if (!part.coef) return;
     Coefficients<kW> coef;
-#pragma unroll
-    for (int r = 0; r < kCoefRows; ++r) {
-      load_row(constants + (r * kBlock + thread_index() % Box::kPieces * kW) * 4, coef.row[r]);
-    }
-    box.template each<Box::kPieces, kFew>(
-        first, [&](const int (&v)[kFew], const Extent (&)[kFew], const bool (&in_map)[kFew]) {
-          float values[kFew * kW];
-#pragma unroll
-          for (int i = 0; i < kFew; ++i) {
-            float piece[kW] = {};
-            if (in_map[i]) read_piece<T>(Box::piece(at, v[i]), piece);
-#pragma unroll
-            for (int j = 0; j < kW; ++j) values[i * kW + j] = piece[j];
-          }
-          coef.apply(values, part.act);
-#pragma unroll
-          for (int i = 0; i < kFew; ++i) {
-            const float piece[kW] = {values[i * kW], values[i * kW + 1]};
-            if (in_map[i]) write_piece<T>(Box::piece(at, v[i]), piece);
-          }
-        });
+    load_coefficients(constants + thread_anew() % Box::kPieces * kW * 4, kBlock, coef);
+    box.template each<Box::kPieces, kFew>([&](const int (&number)[kFew], int offset) {
+      float values[kFew * kW];
+      Box::load_pieces(at + offset, number, values);
+      coef.apply(values, part.act);
+      Box::store_pieces(at + offset, number, values);
+    });
   }
 };
 
@@ -134,13 +101,10 @@ struct RawGradient {
   FF_DEVICE static bool pending(const Gradients& in) { return in.given.y || in.given.scale; }
 
   // dy to `at`, and y to `beside`.
-  FF_DEVICE static void load(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block, int at,
-                             int beside) {
+  FF_DEVICE static void load(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside) {
     const int channel = Box::channel(block);
-    box.copy(static_cast<const T*>(in.given.dy), in.channels, channel, in.aligned, n, first, at);
-    if (in.given.y) {
-      box.copy(static_cast<const T*>(in.given.y), in.channels, channel, in.aligned, n, first, beside);
-    }
+    box.copy(static_cast<const T*>(in.given.dy), in.channels, channel, in.aligned, n, at);
+    if (in.given.y) box.copy(static_cast<const T*>(in.given.y), in.channels, channel, in.aligned, n, beside);
   }
 
   FF_DEVICE static void load_constants(const Gradients& in, int64_t n, int64_t batch, int block, int at) {
@@ -160,20 +124,20 @@ struct RawGradient {
     }
   }
 
-  FF_DEVICE static void transform(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block,
-                                  int at, int beside, int constants) {
-    run<1>(box, in, n, first, block, at, beside, constants, [](const float (&)[kW], const float (&)[kW]) {});
+  FF_DEVICE static void transform(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside,
+                                  int constants) {
+    run<1>(box, in, n, block, at, beside, constants, [](const float (&)[kW], const float (&)[kW]) {});
   }
 
-  // The transform, with a call of add(e, gradient at the slopes) for each voxel inside the map and the channels of this
-  // thread's piece; `kFew` voxels at a time.
+  // The transform, with a call of add(e, gradient at the slopes) for the channels of this thread's piece of `kFew` voxels
+  // at a time; both are zero outside of the map.
   template <int kFew, class F>
-  FF_DEVICE static void run(const Box& box, const Gradients& in, int64_t n, const Extent& first, int block, int at,
-                            int beside, int constants, F add) {
+  FF_DEVICE static void run(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside, int constants,
+                            F add) {
     const int channel = Box::piece_channel(block);
     if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;
-    const int from = constants + thread_index() % Box::kPieces * kW * 4;
+    const int from = constants + thread_anew() % Box::kPieces * kW * 4;
     // with y: shift, slope, m, dm / |S| and 2 dv / |S|; without: the scale, in place of the shift
     float shift[kW], slope[kW], mean[kW], dmean[kW], dvariance[kW];
     load_row(from + (in.given.y ? kShift : kScale) * kBlock * 4, shift);
@@ -181,24 +145,13 @@ struct RawGradient {
     load_row(from + kMean * kBlock * 4, mean);
     load_row(from + kDMean * kBlock * 4, dmean);
     load_row(from + kDVariance * kBlock * 4, dvariance);
-    box.template each<Box::kPieces, kFew>(first, [&](const int (&v)[kFew], const Extent (&voxel)[kFew],
-                                                     const bool (&in_map)[kFew]) {
-      float e[kFew * kW], at_slope[kFew * kW] = {}, y[kFew * kW] = {};
-#pragma unroll
-      for (int i = 0; i < kFew; ++i) {
-        float of_e[kW] = {}, of_y[kW] = {};
-        if (in_map[i]) {
-          read_piece<T>(Box::piece(at, v[i]), of_e);
-          if (in.given.y) read_piece<T>(Box::piece(beside, v[i]), of_y);
-        }
-#pragma unroll
-        for (int j = 0; j < kW; ++j) {
-          e[i * kW + j] = of_e[j];
-          y[i * kW + j] = of_y[j];
-        }
-      }
+    const int64_t begin = n * box.map.volume() * in.channels + channel;
+    box.template each<Box::kPieces, kFew>([&](const int (&number)[kFew], int offset) {
+      float e[kFew * kW], at_slope[kFew * kW] = {};
+      Box::load_pieces(at + offset, number, e);
       if (in.given.y) {
-        float slopes[kFew * kW], slope_z[kFew * kW];
+        float y[kFew * kW], slopes[kFew * kW], slope_z[kFew * kW];
+        Box::load_pieces(beside + offset, number, y);
 #pragma unroll
         for (int i = 0; i < kFew * kW; ++i) {
           y[i] += shift[i % kW];
@@ -207,30 +160,25 @@ struct RawGradient {
         activate(y, slopes, act, slope_z, at_slope);
 #pragma unroll
         for (int i = 0; i < kFew * kW; ++i) {
+          const bool present = number[i / kW] >= 0;
           const float du = dmean[i % kW] + (y[i] - mean[i % kW]) * dvariance[i % kW];
           e[i] += du * slope_z[i];
-          at_slope[i] *= du;
+          e[i] = present ? e[i] : 0.0f;
+          at_slope[i] = present ? at_slope[i] * du : 0.0f;
         }
       } else if (in.given.scale) {
 #pragma unroll
-        for (int i = 0; i < kFew * kW; ++i) e[i] *= shift[i % kW];
+        for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] * shift[i % kW] : 0.0f;
       }
+      add(e, at_slope);
+      if (!pending(in)) return;
+      if (in.given.y) {
 #pragma unroll
-      for (int i = 0; i < kFew; ++i) {
-        if (!in_map[i]) continue;
-        float of_e[kW], of_slope[kW];
-#pragma unroll
-        for (int j = 0; j < kW; ++j) {
-          of_e[j] = e[i * kW + j];
-          of_slope[j] = at_slope[i * kW + j];
+        for (int i = 0; i < kFew * kW; ++i) {
+          e[i] = dithered<T>(e[i], begin + static_cast<int64_t>(number[i / kW]) * in.channels + i % kW);
         }
-        add(of_e, of_slope);
-        if (!pending(in)) continue;
-        const int64_t number = box.voxel_of(n, voxel[i]) * in.channels + channel;
-#pragma unroll
-        for (int j = 0; j < kW && in.given.y; ++j) of_e[j] = dithered<T>(of_e[j], number + j);
-        write_piece<T>(Box::piece(at, v[i]), of_e);
       }
+      Box::store_pieces(at + offset, number, e);
     });
   }
 };

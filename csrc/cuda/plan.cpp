@@ -25,10 +25,11 @@ constexpr Variant kWgradFloat[] = {{32, 16}};
 
 // Numbers of a thread's state: moments, or five sums, of two channels. At the end all are merged in shared memory.
 constexpr int kMoments = 5, kSums = 10;
+constexpr int kCoefficients = 7, kConstants = 10;  // of a channel of the input, and of the output of a forward pass
 constexpr int kPartBytes = 12 * 1024;            // weights that come at a time, at most, where a tap has less
 
 int up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-int align(int bytes) { return up(bytes, 1024) * 1024; }
+int align(int bytes) { return up(bytes, 128) * 128; }
 int axis(const Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
 int& axis(Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
 
@@ -92,24 +93,35 @@ bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool r
     voxels = std::max(voxels, slab.volume());
     taps = std::max(taps, p.taps[c].count.volume());
   }
-  const int staging = kTileVoxels / 2 * (v.bn + 8) * 4, tap_bytes = v.bn * v.bk * element;
+  const bool forward = p.slabs == 1;
+  // a staged voxel of the gradient has x beside it
+  const int staging = kTileVoxels / 2 * ((v.bn + 8) * 4 + (forward ? 0 : v.bn * element)), tap_bytes = v.bn * v.bk * element;
   p.bn = v.bn;
   p.bk = v.bk;
   p.blocks_n = up(p.co, v.bn);
   p.blocks_k = up(p.ci, v.bk);
   p.tile_log2 = tile;
   p.resident = resident;
-  p.part = resident ? taps : std::max(1, std::min(taps, kPartBytes / tap_bytes));
-  p.weight_bytes = p.part * tap_bytes;
   p.slots = resident ? p.blocks_k : 2;
   p.slab_bytes = align(voxels * v.bk * element);
-  const int64_t slabs = std::max(p.slabs * p.slab_bytes, align(staging));
-  const int64_t states = static_cast<int64_t>(p.slots) * p.weight_bytes + slabs;
-  const int64_t all = states + (p.slabs == 1 ? kMoments : kSums) * kConvThreads * 4 + 7 * v.bk * 4 + kMaxTaps * 4 + 7 * v.bn * 4;
-  if (all > most) return false;
-  p.state_at = static_cast<int>(states);
-  p.shared_bytes = std::max(static_cast<int>(all), kSums * kConvThreads * 4);
-  return p.shared_bytes <= most;
+  const int slabs = std::max(p.slabs * p.slab_bytes, align(staging)), states = (forward ? kMoments : kSums) * kConvThreads * 4;
+  const int table = padded_voxels(voxels, v.bk) * 4, rows = kTileVoxels * 4, of_result = (forward ? kConstants : kCoefficients) * v.bn * 4;
+  const int constants = of_result + kCoefficients * v.bk * 4 + kMaxTaps * 4;
+  // of weights that are not resident as many come at a time as there is room for
+  for (p.part = resident ? taps : std::max(1, std::min(taps, kPartBytes / tap_bytes)); p.part > 0; --p.part) {
+    p.weight_bytes = p.part * tap_bytes;
+    const int64_t state_at = static_cast<int64_t>(p.slots) * p.weight_bytes + slabs;
+    const int64_t all = state_at + states + table + rows + constants;
+    if (all <= most) {
+      p.state_at = static_cast<int>(state_at);
+      p.table_at = p.state_at + states + of_result;
+      p.rows_at = p.table_at + table;
+      p.shared_bytes = std::max(static_cast<int>(all), kSums * kConvThreads * 4);
+      return p.shared_bytes <= most;
+    }
+    if (resident) break;
+  }
+  return false;
 }
 
 int64_t voxels_of(const Extent& e) { return static_cast<int64_t>(e.d) * e.h * e.w; }
@@ -227,8 +239,9 @@ std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan
         q.bn = v.bk;
         q.tile_log2 = tile;
         q.slab_bytes = align(slab.volume() * v.bk * element);
-        q.sums_at = q.slab_bytes + 2 * kTileVoxels * v.bn * element + 7 * (v.bk + v.bn) * 4;
-        q.shared_bytes = q.sums_at + kConvThreads * 2 * 4 * 4;
+        q.sums_at = q.slab_bytes + 2 * kTileVoxels * v.bn * element + kCoefficients * (v.bk + v.bn) * 4;
+        q.table_at = q.sums_at + kConvThreads * 2 * 2 * 4;
+        q.shared_bytes = q.table_at + (padded_voxels(slab.volume(), v.bk) + kTileVoxels) * 4;
         return divides(slab) && q.shared_bytes <= room(device, p.resident_blocks);
       });
     }

@@ -30,6 +30,13 @@ struct Extent {
   FF_CONSTEXPR_DEVICE int volume() const { return d * h * w; }
 };
 
+// Numbers in the table of a slab of `voxels` and blocks of `channels`: threads read four at a time, with as many voxels
+// between these as they are at work on.
+FF_CONSTEXPR_DEVICE constexpr int padded_voxels(int voxels, int channels) {
+  const int step = 8 * kConvThreads / channels;
+  return (voxels + step - 1) / step * step;
+}
+
 // The form of a convolution as the caller gives it.
 struct ConvShape {
   int storage, dims;
@@ -60,6 +67,7 @@ struct ConvPlan {
   int slots, weight_bytes;             // rooms for the weights of a part in shared memory, and the size of one
   int slabs, slab_bytes;               // 2: the second slab holds the raw output beside its gradient
   int state_at;                        // where the threads' states are in shared memory, from tile to tile
+  int table_at, rows_at;               // where the numbers of the slab's voxels are, and of the rows of the products
   int shared_bytes, resident_blocks;   // of a block of threads; blocks that a multiprocessor has room for, 1 or 2
   int groups, tiles_a_group;           // blocks of one sample and class, and the tiles each takes
   int64_t packed;                      // elements of the packed weights
@@ -81,7 +89,8 @@ struct WgradPlan {
   Extent tile_log2, tiles;
   int bm, bn, blocks_m, blocks_n;  // output and input channels
   int slab_bytes, shared_bytes, resident_blocks;
-  int sums_at;  // place in shared memory of the sums of the gradient, one state a thread
+  int sums_at;   // place in shared memory of the sums of the gradient, one state a thread
+  int table_at;  // and of the numbers of the voxels of the tile and of the slab
   int groups, tiles_a_group, slots;
 };
 

@@ -54,6 +54,20 @@ FF_DEVICE unsigned char* shared_memory() {
   return memory;
 }
 
+// The same two, read anew: the compiler keeps nothing that follows from them in registers from one iteration of a loop to
+// the next.
+FF_DEVICE int thread_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+FF_DEVICE Grid block_anew() {
+  Grid block;
+  asm volatile("mov.u32 %0, %%ctaid.x; mov.u32 %1, %%ctaid.y; mov.u32 %2, %%ctaid.z;"
+               : "=r"(block.x), "=r"(block.y), "=r"(block.z));
+  return block;
+}
+
 FF_DEVICE void barrier() { __syncthreads(); }
 FF_DEVICE void warp_barrier() { __syncwarp(); }
 
@@ -74,6 +88,11 @@ FF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memo
 template <int kPending>
 FF_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Two numbers from shared memory, with an instruction that the compiler does not merge with another one.
+FF_DEVICE void load_pair_anew(int at, float (&pair)[2]) {
+  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair[0]), "=f"(pair[1]) : "r"(shared_address(at)));
 }
 
 // Four 8x8 matrices of 16-bit elements; lane i says where row i % 8 of matrix i / 8 is.

@@ -1,7 +1,8 @@
 // Slabs: boxes of voxels in shared memory, one block of channels at a time. operands.h has their contents.
 //
 // Rows (one voxel's channels) lie densely. The 16-byte chunks of each 128 bytes are permuted, so that the eight rows
-// that ldmatrix reads at once lie in different banks.
+// that ldmatrix reads at once lie in different banks. A table has the number of each row's voxel in the map; it is written
+// once a tile, and serves the copies and the arithmetic of all blocks of channels.
 #pragma once
 
 #include "affine.h"
@@ -25,73 +26,98 @@ struct Slab {
   static constexpr int kPiece = 2, kPieces = kBlock / kPiece;
   static constexpr int kCoefBytes = kCoefRows * kBlock * 4;
 
-  Extent size, map;
-  int step, voxels;
+  // Numbers in the table of a slab: `each` reads as many behind the last voxel as complete its steps.
+  static FF_DEVICE int padded(int voxels) { return padded_voxels(voxels, kBlock); }
 
-  // `size` voxels of a map, `step` apart.
-  FF_DEVICE Slab(const Extent& size, const Extent& map, int step)
-      : size(size), map(map), step(step), voxels(size.volume()) {}
+  Extent size, map;
+  int step, voxels, table;
+
+  // `size` voxels of a map, `step` apart; their numbers are in shared memory at `table`.
+  FF_DEVICE Slab(const Extent& size, const Extent& map, int step, int table)
+      : size(size), map(map), step(step), voxels(size.volume()), table(table) {}
 
   // The first channel of this thread's chunk.
-  FF_DEVICE static int channel(int block) { return block * kBlock + thread_index() % kChunks * kV; }
+  FF_DEVICE static int channel(int block) { return block * kBlock + thread_anew() % kChunks * kV; }
 
   // The first channel of this thread's piece.
-  FF_DEVICE static int piece_channel(int block) { return block * kBlock + thread_index() % kPieces * kPiece; }
+  FF_DEVICE static int piece_channel(int block) { return block * kBlock + thread_anew() % kPieces * kPiece; }
 
-  // The address of this thread's piece of voxel v in a slab at `at`.
-  FF_DEVICE static int piece(int at, int v) {
-    return at + swizzle(v * kPitch + thread_index() % kPieces * kPiece * static_cast<int>(sizeof(T)));
-  }
-
-  // Calls f(v, voxel of the map, whether the map has it) for every voxel v of the slab that is this thread's where
-  // `kParts` threads share a voxel; each argument has `kFew` voxels, of which those behind the slab's end are not in the
-  // map. The slab begins at voxel `first` of the map.
-  template <int kParts, int kFew, class F>
-  FF_DEVICE void each(const Extent& first, F f) const {
-    constexpr int kRows = kConvThreads / kParts;
+  // Writes the table: the number in its sample of each of the slab's voxels, or -1 outside of the map. The slab begins at
+  // voxel `first` of the map.
+  FF_DEVICE void find(const Extent& first) const {
+    int* numbers = reinterpret_cast<int*>(shared_memory() + table);
     const Divider by_row(size.w), by_plane(size.w * size.h);
 #pragma unroll 1
-    for (int begin = thread_index() / kParts; begin < voxels; begin += kFew * kRows) {
-      int v[kFew];
-      Extent at[kFew];
-      bool in_map[kFew];
+    for (int v = thread_index(); v < padded(voxels); v += kConvThreads) {
+      const int z = by_plane(v), in_plane = v - z * size.w * size.h, y = by_row(in_plane);
+      const Extent at{first.d + z * step, first.h + y * step, first.w + (in_plane - y * size.w) * step};
+      const bool in_map = static_cast<unsigned>(at.d) < static_cast<unsigned>(map.d) &&
+                          static_cast<unsigned>(at.h) < static_cast<unsigned>(map.h) &&
+                          static_cast<unsigned>(at.w) < static_cast<unsigned>(map.w) && v < voxels;
+      numbers[v] = in_map ? (at.d * map.h + at.h) * map.w + at.w : -1;
+    }
+  }
+
+  // Bytes from a thread's part of a voxel to that of its next one, where the threads share a voxel in `kParts` parts. The
+  // swizzle of a part is the same for all voxels of a thread.
+  template <int kParts>
+  static constexpr int kStride = kConvThreads / kParts * kPitch;
+
+  // Calls f(numbers, offset) for all voxels whose part is this thread's, `kFew` at a time. The part of voxel i is `offset`
+  // + i * kStride<kParts> bytes from the slab's beginning.
+  template <int kParts, int kFew, class F>
+  FF_DEVICE void each(F f) const {
+    constexpr int kRows = kConvThreads / kParts;
+    static_assert(kStride<kParts> % 1024 == 0, "the swizzle repeats every 1024 bytes");
+    const int thread = thread_anew(), row = thread / kParts;
+    const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
+    int offset = swizzle(row * kPitch + thread % kParts * (kPitch / kParts));
+#pragma unroll 1
+    for (int v = row; v < voxels; v += kFew * kRows, offset += kFew * kStride<kParts>) {
+      int number[kFew];
 #pragma unroll
-      for (int i = 0; i < kFew; ++i) {
-        v[i] = begin + i * kRows;
-        const int z = by_plane(v[i]), in_plane = v[i] - z * size.w * size.h, y = by_row(in_plane);
-        at[i] = {first.d + z * step, first.h + y * step, first.w + (in_plane - y * size.w) * step};
-        in_map[i] = static_cast<unsigned>(at[i].d) < static_cast<unsigned>(map.d) &&
-                    static_cast<unsigned>(at[i].h) < static_cast<unsigned>(map.h) &&
-                    static_cast<unsigned>(at[i].w) < static_cast<unsigned>(map.w) && v[i] < voxels;
-      }
-      f(v, at, in_map);
+      for (int i = 0; i < kFew; ++i) number[i] = numbers[v + i * kRows];
+      f(number, offset);
     }
   }
 
   // Starts to copy this thread's chunks of a map [N, *map, channels] to `at`; voxels outside of the map become zeros.
-  FF_DEVICE void copy(const T* base, int channels, int channel, bool aligned, int64_t n, const Extent& first,
-                      int at) const {
+  FF_DEVICE void copy(const T* base, int channels, int channel, bool aligned, int64_t n, int at) const {
     const int left = channels - channel, valid = left < 0 ? 0 : left < kV ? left : kV;
-    each<kChunks, 1>(first, [&](const int (&v)[1], const Extent (&voxel)[1], const bool (&in_map)[1]) {
-      const bool present = in_map[0] && valid > 0;
-      const int64_t offset = voxel_of(n, voxel[0]) * channels + channel;
-      const int to = at + swizzle(v[0] * kPitch + thread_index() % kChunks * 16);
+    const T* sample = base + n * map.volume() * channels + channel;
+    each<kChunks, 1>([&](const int (&number)[1], int offset) {
+      const bool present = number[0] >= 0 && valid > 0;
+      const T* from = present ? sample + static_cast<int64_t>(number[0]) * channels : base;
       if (aligned) {
-        copy_async16(to, present ? base + offset : base, present ? 16 : 0);
+        copy_async16(at + offset, from, present ? 16 : 0);
       } else {
-        store_shared16(to, present ? load_chunk(base + offset, valid, false) : Word16{});
+        store_shared16(at + offset, present ? load_chunk(from, valid, false) : Word16{});
       }
     });
   }
 
-  FF_DEVICE int64_t voxel_of(int64_t n, const Extent& at) const {
-    return ((n * map.d + at.d) * map.h + at.h) * map.w + at.w;
+  // Loads this thread's pieces of `kFew` voxels, as `each` gives them, from a slab at `at`; zeros outside of the map.
+  template <int kFew>
+  FF_DEVICE static void load_pieces(int at, const int (&number)[kFew], float (&v)[kFew * kPiece]) {
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) {
+      Few<T, kPiece> few{};
+      if (number[i] >= 0) few = load_few<T, kPiece>(reinterpret_cast<const T*>(shared_memory() + at + i * kStride<kPieces>), kPiece, true);
+      unpack_few<T>(few, &v[i * kPiece]);
+    }
+  }
+  template <int kFew>
+  FF_DEVICE static void store_pieces(int at, const int (&number)[kFew], const float (&v)[kFew * kPiece]) {
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) {
+      if (number[i] >= 0) store_few<T, kPiece>(reinterpret_cast<T*>(shared_memory() + at + i * kStride<kPieces>), kPiece, true, &v[i * kPiece]);
+    }
   }
 };
 
 // Loads one number for each of kV channels from shared memory.
 template <int kV>
-FF_DEVICE void load_row(int at, float (&row)[kV]) {
+FF_DEVICE void load_row(int at, float* row) {
   if constexpr (kV == 2) {
     const Word8 word = load8(shared_memory() + at);
     row[0] = bits_to_float(word.w[0]);
@@ -106,15 +132,31 @@ FF_DEVICE void load_row(int at, float (&row)[kV]) {
     }
   }
 }
+template <int kV>
+FF_DEVICE void load_row(int at, float (&row)[kV]) {
+  load_row<kV>(at, &row[0]);
+}
 
-// Copies the rows of coefficients [kCoefRows, batch, channels] of sample n, `count` channels from `first` on, to shared
-// memory; those of channels that do not exist are 0.
-FF_DEVICE void load_rows(const float* coef, int64_t batch, int64_t n, int channels, int first, int count, int at) {
+// The coefficients [kCoefRows, N, channels] of a source of channels; null: nothing is pending on it.
+struct CoefSource {
+  const float* coef;
+  int channels;
+};
+
+// Brings the coefficients of sample n and `count` channels from `first` on into shared memory, rows [count].
+// `source(channel)` returns the source of a channel, whose number in it `channel` becomes. Where nothing is pending they
+// are the identity, and for channels that do not exist zeros, under which v = 0.
+template <class F>
+FF_DEVICE void load_rows(int64_t batch, int64_t n, int first, int count, int at, F source) {
   float* out = reinterpret_cast<float*>(shared_memory() + at);
 #pragma unroll 1
   for (int i = thread_index(); i < kCoefRows * count; i += kConvThreads) {
-    const int channel = first + i % count;
-    out[i] = channel < channels ? coef[(i / count * batch + n) * channels + channel] : 0.0f;
+    const int row = i / count;
+    int channel = first + i % count;
+    const CoefSource from = source(channel);
+    float value = row == kA || row == kG ? 1.0f : 0.0f;
+    if (from.coef && channel < from.channels) value = from.coef[(row * batch + n) * from.channels + channel];
+    out[i] = channel < from.channels ? value : 0.0f;
   }
 }
 template <int kV>
@@ -122,6 +164,13 @@ FF_DEVICE void load_coefficients(int at, int count, Coefficients<kV>& coef) {
 #pragma unroll
   for (int r = 0; r < kCoefRows; ++r) load_row(at + r * count * 4, coef.row[r]);
 }
+
+// Coefficients in shared memory, rows of `count` channels, which are loaded each time anew: kept, they would occupy
+// registers.
+struct SharedRows {
+  int at, count;
+  FF_DEVICE void get(CoefRow r, float (&values)[2]) const { load_pair_anew(at + r * count * 4, values); }
+};
 
 // The coordinates of voxel m of a tile.
 FF_DEVICE Extent tile_voxel(const Extent& tile_log2, int m) {

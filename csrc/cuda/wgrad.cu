@@ -24,10 +24,10 @@ struct Products {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[t][i / 4][i % 4] = 0;
   }
-  FF_DEVICE static int share() { return thread_index() / 32 / (kWarpsM * kWarpsN); }
+  FF_DEVICE static int share() { return kShares == 1 ? 0 : thread_index() / 32 / (kWarpsM * kWarpsN); }
 
   FF_DEVICE void add(const WgradPlan& plan, const Extent& slab, int e, int x) {
-    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const int lane = thread_anew() % 32, warp = thread_anew() / 32;
     const int m0 = warp % kWarpsM * 32 * kSize, n0 = warp / kWarpsM % kWarpsN * 8 * kSize;  // bytes
 #pragma unroll 1
     for (int first = share() * kStep; first < kTileVoxels; first += kShares * kStep) {
@@ -164,8 +164,8 @@ struct Wgrad {
 
     const Extent tile_size{1 << plan.tile_log2.d, 1 << plan.tile_log2.h, 1 << plan.tile_log2.w};
     const Extent size = slab_size(plan.tile_log2, {1, plan.kernel.h, plan.kernel.w}, plan.slab_step);
-    const Slab<T, kN> slab(size, plan.in, plan.load_step);
-    const Slab<T, kM> gradient(tile_size, plan.out, 1);
+    const Slab<T, kN> slab(size, plan.in, plan.load_step, plan.table_at + kTileVoxels * 4);
+    const Slab<T, kM> gradient(tile_size, plan.out, 1, plan.table_at);
     const int at = plan.slab_bytes, beside = at + kTileVoxels * gradient.kPitch;
     const int constants = beside + kTileVoxels * gradient.kPitch, coefs = constants + gradient.kCoefBytes;
     const bool pending = Input::pending(p.in), raw = Output::pending(p.e);
@@ -173,39 +173,48 @@ struct Wgrad {
     const bool summing = p.sums && block_n == 0 && depth == 0;
     if (summing) keep(plan.sums_at, State{}, true);
     const int in_step = plan.slab_step * plan.load_step;
+    constexpr int kFew = 2, kW = Output::kW;  // voxels of the gradient at a time
+    // writes the tables of a tile
+    const auto find = [&](int tile) {
+      const Extent here = tile_origin(plan.tiles, plan.tile_log2, tile % tiles);
+      gradient.find(here);
+      slab.find({here.d * in_step + plan.base.d + depth, here.h * in_step + plan.base.h, here.w * in_step + plan.base.w});
+    };
 
     Products<T, kM, kN> products;
     products.clear();
+    find(first);
+    barrier();
 #pragma unroll 1
     for (int tile = first; tile < last; ++tile) {
-      const int64_t n = tile / tiles;
-      const Extent here = tile_origin(plan.tiles, plan.tile_log2, tile % tiles);
-      const Extent from{here.d * in_step + plan.base.d + depth, here.h * in_step + plan.base.h,
-                        here.w * in_step + plan.base.w};
-      Output::load(gradient, p.e, n, here, block_m, at, beside);
-      if (raw) Output::load_constants(p.e, n, plan.n, block_m, constants);
-      Input::load(slab, p.in, n, from, block_n, 0, 0);
-      if (pending) Input::load_constants(p.in, n, plan.n, block_n, coefs);
+      const int n = tile / tiles;
+      Output::load(gradient, p.e, n, block_m, at, beside);
+      Input::load(slab, p.in, n, block_n, 0, 0);
+      if (tile == first || tile % tiles == 0) {
+        if (raw) Output::load_constants(p.e, n, plan.n, block_m, constants);
+        if (pending) Input::load_constants(p.in, n, plan.n, block_n, coefs);
+      }
       commit_copies();
       wait_copies<0>();
       barrier();
-      if (pending) Input::transform(slab, p.in, n, from, block_n, 0, 0, coefs);
+      if (pending) Input::transform(slab, p.in, n, block_n, 0, 0, coefs);
       if (summing) {
         State state{};
-        Output::template run<2>(gradient, p.e, n, here, block_m, at, beside, constants,
-                    [&](const float (&e)[Output::kW], const float (&slope)[Output::kW]) {
+        Output::template run<kFew>(gradient, p.e, n, block_m, at, beside, constants,
+                                   [&](const float (&e)[kFew * kW], const float (&slope)[kFew * kW]) {
 #pragma unroll
-                      for (int i = 0; i < Output::kW; ++i) {
-                        state.row[0][i] += e[i];
-                        state.row[1][i] += slope[i];
-                      }
-                    });
+                                     for (int i = 0; i < kFew * kW; ++i) {
+                                       state.row[0][i % kW] += e[i];
+                                       state.row[1][i % kW] += slope[i];
+                                     }
+                                   });
         keep(plan.sums_at, state);
       } else if (raw) {
-        Output::template run<2>(gradient, p.e, n, here, block_m, at, beside, constants,
-                                [](const float (&)[Output::kW], const float (&)[Output::kW]) {});
+        Output::template run<kFew>(gradient, p.e, n, block_m, at, beside, constants,
+                                   [](const float (&)[kFew * kW], const float (&)[kFew * kW]) {});
       }
       if (pending || raw) barrier();
+      if (tile + 1 < last) find(tile + 1);
       products.add(plan, size, at, 0);
       barrier();
     }

@@ -75,6 +75,8 @@ using emulated::load_matrix4_transposed;
 using emulated::shared_memory;
 using emulated::shuffle_xor;
 using emulated::thread_index;
+inline int thread_anew() { return thread_index(); }
+inline Grid block_anew() { return block_index(); }
 
 template <int kPending>
 inline void wait_copies() {
@@ -102,6 +104,8 @@ inline uint32_t float_to_bits(float f) {
   std::memcpy(&bits, &f, 4);
   return bits;
 }
+
+inline void load_pair_anew(int at, float (&pair)[2]) { std::memcpy(pair, shared_memory() + at, 8); }
 
 inline float to_float(BFloat16 v) { return emulated::widen_bfloat16(v.bits); }
 inline float to_float(Float16 v) { return emulated::widen_float16(v.bits); }

@@ -290,6 +290,10 @@ class Layer:
                 yield Phase("epilogue", a_tile / len(shares) / cost.bytes, cost)
         for cost in code.staging():
             yield Phase("epilogue", 2, cost)
+        for cost in code.beside():
+            yield Phase("epilogue", a_tile / cost.bytes, cost)
+            wait = CONSTANTS["map"] + a_tile / 2 * self.threads / CONSTANTS["intake"]
+            yield Phase("epilogue", 2, Cost(0, wait, 0, 0, 0))
         outer = (
             (1, self.blocks_k, self.steps)
             if "part" in self.facts

@@ -125,6 +125,9 @@ class Kernel:
             # a maximum's window is a nest of loops inside the epilogue
             nested = around is not None and self._has(around.body - loop.body, is_("STG"))
             return "window" if nested and around not in self._around(HMMA) else "epilogue"
+        if has["LDGSTS"] and around is not None and self._has(around.body, is_("STG")):
+            if not self._has(around.body, HMMA):
+                return "beside"
         if has["LDGSTS"]:
             path = self.function.path(loop, [LDGSTS])
             each = len(path) / sum(map(LDGSTS, path)) if path is not None else BOX
@@ -314,7 +317,9 @@ class Kernel:
             width = (piece, piece) if aligned else (2, 2)
             stores, loads = is_("STG", *width), is_("LDG", *width)
             needs: Needs = [stores, FFMA]
-            if self._has(loop.own, loads):
+            # what is copied beside the products is not loaded; loads are of gradients that are added to, then
+            loaded = self._has(loop.own, loads) and not self.loops("beside")
+            if loaded:
                 needs.append(loads)
             path = self.function.path(loop, needs)
             if path is None:
@@ -353,9 +358,14 @@ class Kernel:
             many += [(loads, sites)] if any(map(loads, once)) else []
             # activations that need more than multiplications are no way to that many
             path = self.function.path(loop, many, lambda i: -(i.name == "MUFU"))
-            if path is not None:
+            if path is not None and (times == 1 or not any(i.name == "FRND" for i in path)):
                 return path
         return None
+
+    def beside(self) -> list[Cost]:
+        """Loops that copy values of the map beside the staged products."""
+        paths = [self.function.path(loop, [LDGSTS]) for loop in self.loops("beside")]
+        return [self.cost(path, "LDGSTS") for path in paths if path is not None]
 
     def staging(self) -> list[Cost]:
         """Loops around the epilogue, through which the accumulators leave."""

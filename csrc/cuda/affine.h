@@ -63,14 +63,11 @@ FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act) {
   }
 }
 
-// The same with the derivatives of act(z) in z and in the slope.
-template <int kV>
-FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act, float (&dz)[kV], float (&dslope)[kV]) {
+// The same with the derivatives of act(z) in z. Calls at_slope(i, derivative of act(z[i]) in the slope) where act has one.
+template <int kV, class F>
+FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act, float (&dz)[kV], F at_slope) {
 #pragma unroll
-  for (int i = 0; i < kV; ++i) {
-    dz[i] = 1;
-    dslope[i] = 0;
-  }
+  for (int i = 0; i < kV; ++i) dz[i] = 1;
   switch (act) {
     case kReLU:
 #pragma unroll
@@ -83,7 +80,7 @@ FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act, float
 #pragma unroll
       for (int i = 0; i < kV; ++i) {
         dz[i] = z[i] > 0 ? 1.0f : slope[i];
-        dslope[i] = z[i] > 0 ? 0.0f : z[i];
+        at_slope(i, z[i] > 0 ? 0.0f : z[i]);
         z[i] = z[i] > 0 ? z[i] : z[i] * slope[i];
       }
       break;
@@ -92,7 +89,7 @@ FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act, float
       for (int i = 0; i < kV; ++i) {
         const float m = expm1f(z[i] > 0 ? 0.0f : z[i]);
         dz[i] = z[i] > 0 ? 1.0f : slope[i] * (m + 1);
-        dslope[i] = z[i] > 0 ? 0.0f : m;
+        at_slope(i, z[i] > 0 ? 0.0f : m);
         z[i] = z[i] > 0 ? z[i] : slope[i] * m;
       }
       break;
@@ -129,10 +126,10 @@ FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act, float
 }
 
 FF_DEVICE float activate(float z, float slope, int act, float& dz, float& dslope) {
-  float h[1] = {z}, slopes[1] = {slope}, by_z[1], by_slope[1];
-  activate(h, slopes, act, by_z, by_slope);
+  float h[1] = {z}, slopes[1] = {slope}, by_z[1];
+  dslope = 0;
+  activate(h, slopes, act, by_z, [&](int, float derivative) { dslope = derivative; });
   dz = by_z[0];
-  dslope = by_slope[0];
   return h[0];
 }
 
@@ -204,7 +201,8 @@ struct Sums {
 template <int kV, int kCount, class Rows>
 FF_DEVICE void affine_backward(const Rows& coef, const float (&y)[kCount], int act, float (&dv)[kCount],
                                Sums<kCoefSums, kV>& sums) {
-  float h[kCount], slope_z[kCount], slope_s[kCount];
+  float h[kCount], slope_z[kCount], g[kV];
+  coef.get(kG, g);
   {
     float a[kV], p[kV], b[kV], of_channel[kV], slope[kCount];
     coef.get(kA, a);
@@ -216,12 +214,11 @@ FF_DEVICE void affine_backward(const Rows& coef, const float (&y)[kCount], int a
       h[i] = a[i % kV] * (y[i] - p[i % kV]) + b[i % kV];
       slope[i] = of_channel[i % kV];
     }
-    activate(h, slope, act, slope_z, slope_s);
+    activate(h, slope, act, slope_z, [&](int i, float by_slope) { sums.row[kSumSlope][i % kV] += dv[i] * g[i % kV] * by_slope; });
   }
-  float a[kV], p[kV], g[kV], q[kV];
+  float a[kV], p[kV], q[kV];
   coef.get(kA, a);
   coef.get(kP, p);
-  coef.get(kG, g);
   coef.get(kQ, q);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -231,7 +228,6 @@ FF_DEVICE void affine_backward(const Rows& coef, const float (&y)[kCount], int a
     sums.row[kSumDv][c] += dv[i];
     sums.row[kSumDzY][c] += dz * (y[i] - p[c]);
     sums.row[kSumDz][c] += dz;
-    sums.row[kSumSlope][c] += dh * slope_s[i];
     dv[i] = dz * a[c];
   }
 }

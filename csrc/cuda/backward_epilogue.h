@@ -25,9 +25,9 @@ struct BackwardEpilogue {
   template <int kN>
   static constexpr int kBeside = kN * static_cast<int>(sizeof(T));
 
-  int coefs;                    // place of this chunk's coefficients in shared memory, rows [bn]
-  int source, channels, valid;  // the chunk's source and its channels, and how many of these the chunk has
-  T* to;                        // where the gradient at the chunk of the sample's first voxel goes
+  int coefs;     // place of this chunk's coefficients in shared memory, rows [bn]
+  int of_chunk;  // the number of the chunk's source, and twice the number of its channels that the chunk has
+  T* to;         // where the gradient at the chunk of the sample's first voxel goes
 
   // The number of the source that `channel` belongs to, whose number in it `channel` becomes.
   FF_DEVICE static int source_of(const Params& p, int& channel) {
@@ -73,15 +73,17 @@ struct BackwardEpilogue {
 
   FF_DEVICE BackwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk, int at) : coefs(at) {
     int channel = chunk.channel;
-    source = source_of(p, channel);
+    const int source = source_of(p, channel);
     const Output& part = p.part[source];
-    channels = part.channels;
-    valid = channels - channel < chunk.valid ? channels - channel : chunk.valid;
-    to = static_cast<T*>(part.dx) + (chunk.n * plan.out.volume() * channels + channel);
+    const int left = part.channels - channel;
+    of_chunk = source + 2 * (left < 0 ? 0 : left < chunk.valid ? left : chunk.valid);
+    to = static_cast<T*>(part.dx) + (chunk.n * plan.out.volume() * part.channels + channel);
   }
 
-  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk, int beside,
-                       int pitch, float (&dv)[kFew * kPair], Running& running) const {
+  template <int kN>
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk&, int beside, int pitch,
+                       float (&dv)[kFew * kPair], Running& running) const {
+    const int source = of_chunk & 1;
     const Output& part = p.part[source];
     if (!part.dx) return;
     if (part.coef) {
@@ -95,23 +97,17 @@ struct BackwardEpilogue {
       }
       affine_backward<kPair>(SharedRows{coefs, plan.bn}, x, part.act, dv, running);
     }
-    const auto put = [&](bool aligned) {
+    if (part.add) {
 #pragma unroll
       for (int i = 0; i < kFew; ++i) {
         if (number[i] < 0) continue;
-        T* at = to + static_cast<int64_t>(number[i]) * channels;
-        float few[kPair] = {};
-        if (part.add) unpack_few<T>(load_few<T, kPair>(at, valid, aligned), few);
+        float few[kPair];
+        unpack_few<T>(load_few<T, kPair>(to + static_cast<int64_t>(number[i]) * part.channels, of_chunk / 2, p.aligned[source]), few);
 #pragma unroll
-        for (int j = 0; j < kPair; ++j) few[j] += dv[i * kPair + j];
-        store_few<T, kPair>(at, valid, aligned, few);
+        for (int j = 0; j < kPair; ++j) dv[i * kPair + j] += few[j];
       }
-    };
-    if (p.aligned[source]) {
-      put(true);
-    } else {
-      put(false);
     }
+    put_voxels<T, kPair>(to, part.channels, of_chunk / 2, p.aligned[source], number, dv);
   }
 
   FF_DEVICE static void finish(const Params& p, const ConvPlan& plan, const Chunk& chunk, State& state) {

@@ -36,9 +36,21 @@ struct Chunk {
   int channel, valid;
 };
 
-// The number of a sample's voxel among all voxels of the batch.
-FF_DEVICE int64_t number_of(const ConvPlan& plan, int64_t n, int voxel) {
-  return n * (plan.out.d * plan.out.h * plan.out.w) + voxel;
+// Writes kV channels of a few voxels, of which `valid` exist, to a map at `to`, the place of a sample's first voxel. Voxels
+// with a negative number do not exist.
+template <class T, int kV, int kFew>
+FF_DEVICE void put_voxels(T* to, int channels, int valid, bool aligned, const int (&number)[kFew], const float (&v)[kFew * kV]) {
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) {
+      if (number[i] >= 0) store_few<T, kV>(to + static_cast<int64_t>(number[i]) * channels, kV, true, &v[i * kV]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) {
+      if (number[i] >= 0) store_few<T, kV>(to + static_cast<int64_t>(number[i]) * channels, valid, false, &v[i * kV]);
+    }
+  }
 }
 
 // The kernel. Its parts:
@@ -72,8 +84,8 @@ struct Convolve {
     const int tiles = plan.tiles.volume(), first = block.x * plan.tiles_a_group;
     const int last = first + plan.tiles_a_group < tiles ? first + plan.tiles_a_group : tiles;
 
-    const Extent size = slab_size(plan.tile_log2, taps.count, plan.slab_step);
-    const Slab<T, kK> slab(size, plan.in, plan.load_step, plan.table_at);
+    const Extent& size = taps.slab.size;
+    const Slab<T, kK> slab(taps.slab, plan.in, plan.load_step, plan.table_at);
     const int at = plan.slots * plan.weight_bytes, beside = at + plan.slab_bytes;
     const int constants = plan.shared_bytes - kMaxTaps * 4 - slab.kCoefBytes;
     const bool pending = Operand::pending(p.in);
@@ -173,7 +185,8 @@ struct Convolve {
     wait_copies<0>();
     hold(plan, false, [&](State& state) {
       barrier();
-      Epilogue::finish(p.epilogue, plan, chunk_of(plan, n, block_n, thread_index()), state);
+      const Grid block = block_anew();
+      Epilogue::finish(p.epilogue, plan, chunk_of(plan, block.z, block.y % plan.blocks_n, thread_anew()), state);
     });
   }
 
@@ -205,7 +218,6 @@ struct Convolve {
     const ConvPlan& plan = p.plan;
     const Grid block = block_anew();
     const int thread = thread_anew(), lane = thread % 32, staging = at + thread / 32 * kHalf * kPitch;
-    const Chunk chunk = chunk_of(plan, block.z, block.y % plan.blocks_n, thread);
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + plan.rows_at) + thread / 32 * 32;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half, numbers += kHalf) {
@@ -218,6 +230,7 @@ struct Convolve {
       Epilogue::wait();
       warp_barrier();
       // made here, where the registers of the staged half are free
+      const Chunk chunk = chunk_of(plan, block.z, block.y % plan.blocks_n, thread_anew());
       typename Epilogue::Running running;
       running.clear();
       const Epilogue epilogue(p.epilogue, plan, chunk, constants_at(plan) + lane % kChunks * kV * 4);
@@ -231,7 +244,7 @@ struct Convolve {
           number[i] = numbers[r + i * kRows];
           load_row<kV>(row + i * kRows * kPitch + lane % kChunks * kV * 4, &values[i * kV]);
         }
-        epilogue.write(p.epilogue, plan, number, chunk, row + kProducts + lane % kChunks * kV * static_cast<int>(sizeof(T)), kRows * kPitch, values, running);
+        epilogue.template write<kN>(p.epilogue, plan, number, chunk, row + kProducts + lane % kChunks * kV * static_cast<int>(sizeof(T)), kRows * kPitch, values, running);
       }
       hold(plan, false, [&](State& state) { running.merge_into(state); });
     }

@@ -54,20 +54,17 @@ struct ForwardEpilogue {
   FF_DEVICE ForwardEpilogue(const Params&, const ConvPlan& plan, const Chunk& chunk, int at)
       : constants(at), begin(chunk.n * plan.out.volume() * plan.co + chunk.channel) {}
 
-  FF_DEVICE void load_constant(int row, const ConvPlan& plan, float (&values)[kV]) const {
-    load_row(constants + row * plan.bn * 4, values);
-  }
-
+  template <int kN>
   FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk, int, int,
                        float (&v)[kFew * kV], Running& running) const {
     float bias[kV];
-    load_constant(kBias, plan, bias);
+    load_row(constants + kBias * plan.bn * 4, bias);
 #pragma unroll
     for (int i = 0; i < kFew * kV; ++i) v[i] += bias[i % kV];
     if (p.pre) {
       float u[kFew * kV], slopes[kFew * kV], shift[kV], slope[kV];
-      load_constant(kShift, plan, shift);
-      load_constant(kActSlope, plan, slope);
+      load_row(constants + kShift * plan.bn * 4, shift);
+      load_row(constants + kActSlope * plan.bn * 4, slope);
 #pragma unroll
       for (int i = 0; i < kFew * kV; ++i) {
         u[i] = v[i] + shift[i % kV];
@@ -78,29 +75,13 @@ struct ForwardEpilogue {
     } else if (p.partials) {
       running.add(v, number);
     }
-    if (p.raw) put(p.raw, p, plan, number, chunk, v);
+    if (p.raw) put_voxels<T, kV>(p.raw + begin, plan.co, chunk.valid, p.aligned, number, v);
     if (p.out_coef) {
       Coefficients<kV> out;
       load_coefficients(constants, plan.bn, out);
       out.apply(v, p.out_act);
     }
-    put(p.y, p, plan, number, chunk, v);
-  }
-
-  FF_DEVICE void put(T* to, const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk,
-                     const float (&v)[kFew * kV]) const {
-    T* sample = to + begin;
-    if (p.aligned) {
-#pragma unroll
-      for (int i = 0; i < kFew; ++i) {
-        if (number[i] >= 0) store_few<T, kV>(sample + static_cast<int64_t>(number[i]) * plan.co, kV, true, &v[i * kV]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kFew; ++i) {
-        if (number[i] >= 0) store_few<T, kV>(sample + static_cast<int64_t>(number[i]) * plan.co, chunk.valid, false, &v[i * kV]);
-      }
-    }
+    put_voxels<T, kV>(p.y + begin, plan.co, chunk.valid, p.aligned, number, v);
   }
 
   FF_DEVICE static void finish(const Params& p, const ConvPlan& plan, const Chunk& chunk, State& state) {

@@ -126,7 +126,7 @@ struct RawGradient {
 
   FF_DEVICE static void transform(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside,
                                   int constants) {
-    run<1>(box, in, n, block, at, beside, constants, [](const float (&)[kW], const float (&)[kW]) {});
+    run<2>(box, in, n, block, at, beside, constants, [](const float (&)[2 * kW], const float (&)[2 * kW]) {});
   }
 
   // The transform, with a call of add(e, gradient at the slopes) for the channels of this thread's piece of `kFew` voxels
@@ -157,7 +157,7 @@ struct RawGradient {
           y[i] += shift[i % kW];
           slopes[i] = slope[i % kW];
         }
-        activate(y, slopes, act, slope_z, at_slope);
+        activate(y, slopes, act, slope_z, [&](int i, float derivative) { at_slope[i] = derivative; });
 #pragma unroll
         for (int i = 0; i < kFew * kW; ++i) {
           const bool present = number[i / kW] >= 0;

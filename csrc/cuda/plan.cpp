@@ -62,6 +62,14 @@ Extent slab_of(const Extent& tile_log2, const Extent& count, int step) {
   return slab;
 }
 
+// Of a slab with blocks of `channels`. Threads read the table four numbers at a time, with as many between these as voxels
+// are worked on at a time.
+SlabShape shape_of(const Extent& size, int channels) {
+  const auto inverse = [](int d) { return ((1u << 22) + d - 1) / d; };
+  const int step = 8 * kConvThreads / channels;
+  return {size, size.volume(), up(size.volume(), step) * step, inverse(size.w), inverse(size.w * size.h)};
+}
+
 Extent tiles_of(const Extent& size, const Extent& tile_log2) {
   return map(size, tile_log2, [](int n, int log2) { return (n + (1 << log2) - 1) >> log2; });
 }
@@ -77,7 +85,7 @@ void share_out(int64_t tiles, int64_t others, int resident_blocks, const Device&
   groups = up(tiles, each);
 }
 
-// Whether `Divider` is exact for all voxels of a slab.
+// Whether the divisions by `shape_of` are exact for all voxels of a slab.
 bool divides(const Extent& slab) {
   const int64_t voxels = slab.volume();
   return voxels <= 4096 && slab.w >= 4 && voxels * slab.h * slab.w < 1 << 22;
@@ -86,11 +94,12 @@ bool divides(const Extent& slab) {
 // Lays out the shared memory of a block: the weights, the slabs (the results pass through them, each warp's by
 // themselves) and the constants of a slab.
 bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool resident, int most) {
-  int voxels = 0, taps = 1;
+  int voxels = 0, numbers = 0, taps = 1;
   for (int c = 0; c < p.classes; ++c) {
     const Extent slab = slab_of(tile, p.taps[c].count, p.slab_step);
     if (!divides(slab)) return false;
     voxels = std::max(voxels, slab.volume());
+    numbers = std::max(numbers, shape_of(slab, v.bk).numbers);
     taps = std::max(taps, p.taps[c].count.volume());
   }
   const bool forward = p.slabs == 1;
@@ -105,7 +114,7 @@ bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool r
   p.slots = resident ? p.blocks_k : 2;
   p.slab_bytes = align(voxels * v.bk * element);
   const int slabs = std::max(p.slabs * p.slab_bytes, align(staging)), states = (forward ? kMoments : kSums) * kConvThreads * 4;
-  const int table = padded_voxels(voxels, v.bk) * 4, rows = kTileVoxels * 4, of_result = (forward ? kConstants : kCoefficients) * v.bn * 4;
+  const int table = numbers * 4, rows = kTileVoxels * 4, of_result = (forward ? kConstants : kCoefficients) * v.bn * 4;
   const int constants = of_result + kCoefficients * v.bk * 4 + kMaxTaps * 4;
   // of weights that are not resident as many come at a time as there is room for
   for (p.part = resident ? taps : std::max(1, std::min(taps, kPartBytes / tap_bytes)); p.part > 0; --p.part) {
@@ -204,6 +213,7 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
 
   p.tiles = tiles_of(size, p.tile_log2);
   for (int c = 0; c < p.classes; ++c) {
+    p.taps[c].slab = shape_of(slab_of(p.tile_log2, p.taps[c].count, p.slab_step), p.bk);
     p.taps[c].weights = p.packed;
     p.packed += static_cast<int64_t>(p.blocks_n) * p.blocks_k * p.taps[c].count.volume() * p.bn * p.bk;
   }
@@ -241,12 +251,14 @@ std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan
         q.slab_bytes = align(slab.volume() * v.bk * element);
         q.sums_at = q.slab_bytes + 2 * kTileVoxels * v.bn * element + kCoefficients * (v.bk + v.bn) * 4;
         q.table_at = q.sums_at + kConvThreads * 2 * 2 * 4;
-        q.shared_bytes = q.table_at + (padded_voxels(slab.volume(), v.bk) + kTileVoxels) * 4;
+        q.shared_bytes = q.table_at + (shape_of(slab, v.bk).numbers + kTileVoxels) * 4;
         return divides(slab) && q.shared_bytes <= room(device, p.resident_blocks);
       });
     }
   }
   if (!found) return does_not_fit(device);
+  p.slab = shape_of(slab_of(p.tile_log2, count, p.slab_step), p.bn);
+  p.tile = shape_of({1 << p.tile_log2.d, 1 << p.tile_log2.h, 1 << p.tile_log2.w}, p.bm);
   p.blocks_m = up(s.co, p.bm);
   p.blocks_n = up(s.ci, p.bn);
   p.tiles = tiles_of(s.out, p.tile_log2);

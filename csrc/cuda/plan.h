@@ -8,6 +8,7 @@
 // own, whose taps are a dense box again.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "types.h"
@@ -30,12 +31,13 @@ struct Extent {
   FF_CONSTEXPR_DEVICE int volume() const { return d * h * w; }
 };
 
-// Numbers in the table of a slab of `voxels` and blocks of `channels`: threads read four at a time, with as many voxels
-// between these as they are at work on.
-FF_CONSTEXPR_DEVICE constexpr int padded_voxels(int voxels, int channels) {
-  const int step = 8 * kConvThreads / channels;
-  return (voxels + step - 1) / step * step;
-}
+// The size of a slab; how many numbers its table of voxels has; and 2^22 divided by its row and by its plane, rounded up:
+// with these a voxel's number becomes coordinates by multiplications.
+struct SlabShape {
+  Extent size;
+  int voxels, numbers;
+  uint32_t by_row, by_plane;
+};
 
 // The form of a convolution as the caller gives it.
 struct ConvShape {
@@ -51,6 +53,7 @@ struct ConvShape {
 struct Taps {
   Extent count, base, out_first, kernel_first;
   int64_t weights;  // where its packed weights begin, in elements
+  SlabShape slab;   // what the taps of a tile read
 };
 
 struct ConvPlan {
@@ -87,6 +90,7 @@ struct WgradPlan {
   Extent in, out, kernel, base;
   int slab_step, load_step;
   Extent tile_log2, tiles;
+  SlabShape slab, tile;
   int bm, bn, blocks_m, blocks_n;  // output and input channels
   int slab_bytes, shared_bytes, resident_blocks;
   int sums_at;   // place in shared memory of the sums of the gradient, one state a thread

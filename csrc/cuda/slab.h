@@ -12,13 +12,6 @@ namespace fastfilm::cuda {
 
 FF_DEVICE int swizzle(int byte) { return byte ^ (byte >> 3 & 0x70); }
 
-// n / d, exact for n * d < 2^22 and n < 1024 d; plan.cpp sees to that (`divides`).
-struct Divider {
-  uint32_t inverse;
-  FF_DEVICE explicit Divider(int d) : inverse(((1u << 22) + d - 1) / d) {}
-  FF_DEVICE int operator()(int n) const { return static_cast<int>(static_cast<uint32_t>(n) * inverse >> 22); }
-};
-
 template <class T, int kBlock>
 struct Slab {
   static constexpr int kV = kLanes<T>, kPitch = kBlock * static_cast<int>(sizeof(T)), kChunks = kPitch / 16;
@@ -26,15 +19,13 @@ struct Slab {
   static constexpr int kPiece = 2, kPieces = kBlock / kPiece;
   static constexpr int kCoefBytes = kCoefRows * kBlock * 4;
 
-  // Numbers in the table of a slab: `each` reads as many behind the last voxel as complete its steps.
-  static FF_DEVICE int padded(int voxels) { return padded_voxels(voxels, kBlock); }
+  const SlabShape& shape;
+  Extent map;
+  int step, table;
 
-  Extent size, map;
-  int step, voxels, table;
-
-  // `size` voxels of a map, `step` apart; their numbers are in shared memory at `table`.
-  FF_DEVICE Slab(const Extent& size, const Extent& map, int step, int table)
-      : size(size), map(map), step(step), voxels(size.volume()), table(table) {}
+  // Voxels of a map, `step` apart; their numbers are in shared memory at `table`.
+  FF_DEVICE Slab(const SlabShape& shape, const Extent& map, int step, int table)
+      : shape(shape), map(map), step(step), table(table) {}
 
   // The first channel of this thread's chunk.
   FF_DEVICE static int channel(int block) { return block * kBlock + thread_anew() % kChunks * kV; }
@@ -46,14 +37,15 @@ struct Slab {
   // voxel `first` of the map.
   FF_DEVICE void find(const Extent& first) const {
     int* numbers = reinterpret_cast<int*>(shared_memory() + table);
-    const Divider by_row(size.w), by_plane(size.w * size.h);
+    const Extent& size = shape.size;
+    const auto divided = [](int n, uint32_t inverse) { return static_cast<int>(static_cast<uint32_t>(n) * inverse >> 22); };
 #pragma unroll 1
-    for (int v = thread_index(); v < padded(voxels); v += kConvThreads) {
-      const int z = by_plane(v), in_plane = v - z * size.w * size.h, y = by_row(in_plane);
+    for (int v = thread_index(); v < shape.numbers; v += kConvThreads) {
+      const int z = divided(v, shape.by_plane), in_plane = v - z * size.w * size.h, y = divided(in_plane, shape.by_row);
       const Extent at{first.d + z * step, first.h + y * step, first.w + (in_plane - y * size.w) * step};
       const bool in_map = static_cast<unsigned>(at.d) < static_cast<unsigned>(map.d) &&
                           static_cast<unsigned>(at.h) < static_cast<unsigned>(map.h) &&
-                          static_cast<unsigned>(at.w) < static_cast<unsigned>(map.w) && v < voxels;
+                          static_cast<unsigned>(at.w) < static_cast<unsigned>(map.w) && v < shape.voxels;
       numbers[v] = in_map ? (at.d * map.h + at.h) * map.w + at.w : -1;
     }
   }
@@ -73,7 +65,7 @@ struct Slab {
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
     int offset = swizzle(row * kPitch + thread % kParts * (kPitch / kParts));
 #pragma unroll 1
-    for (int v = row; v < voxels; v += kFew * kRows, offset += kFew * kStride<kParts>) {
+    for (int v = row; v < shape.voxels; v += kFew * kRows, offset += kFew * kStride<kParts>) {
       int number[kFew];
 #pragma unroll
       for (int i = 0; i < kFew; ++i) number[i] = numbers[v + i * kRows];
@@ -165,7 +157,7 @@ FF_DEVICE void load_coefficients(int at, int count, Coefficients<kV>& coef) {
   for (int r = 0; r < kCoefRows; ++r) load_row(at + r * count * 4, coef.row[r]);
 }
 
-// Coefficients in shared memory, rows of `count` channels, which are loaded each time anew: kept, they would occupy
+// Coefficients in shared memory, rows of kCount channels, which are loaded each time anew: kept, they would occupy
 // registers.
 struct SharedRows {
   int at, count;
@@ -175,13 +167,6 @@ struct SharedRows {
 // The coordinates of voxel m of a tile.
 FF_DEVICE Extent tile_voxel(const Extent& tile_log2, int m) {
   return {m >> (tile_log2.h + tile_log2.w), m >> tile_log2.w & ((1 << tile_log2.h) - 1), m & ((1 << tile_log2.w) - 1)};
-}
-
-// The slab of a tile for `count` taps, with `step` voxels of the slab from one voxel of the tile to the next.
-FF_DEVICE Extent slab_size(const Extent& tile_log2, const Extent& count, int step) {
-  return {((1 << tile_log2.d) - 1) * step + (count.d > 1 ? count.d : 1),
-          ((1 << tile_log2.h) - 1) * step + (count.h > 1 ? count.h : 1),
-          ((1 << tile_log2.w) - 1) * step + (count.w > 1 ? count.w : 1)};
 }
 
 // The first voxel of tile t.

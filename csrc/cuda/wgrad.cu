@@ -162,10 +162,8 @@ struct Wgrad {
     const int first = block.x * plan.tiles_a_group;
     const int last = first + plan.tiles_a_group < all ? first + plan.tiles_a_group : all;
 
-    const Extent tile_size{1 << plan.tile_log2.d, 1 << plan.tile_log2.h, 1 << plan.tile_log2.w};
-    const Extent size = slab_size(plan.tile_log2, {1, plan.kernel.h, plan.kernel.w}, plan.slab_step);
-    const Slab<T, kN> slab(size, plan.in, plan.load_step, plan.table_at + kTileVoxels * 4);
-    const Slab<T, kM> gradient(tile_size, plan.out, 1, plan.table_at);
+    const Slab<T, kN> slab(plan.slab, plan.in, plan.load_step, plan.table_at + kTileVoxels * 4);
+    const Slab<T, kM> gradient(plan.tile, plan.out, 1, plan.table_at);
     const int at = plan.slab_bytes, beside = at + kTileVoxels * gradient.kPitch;
     const int constants = beside + kTileVoxels * gradient.kPitch, coefs = constants + gradient.kCoefBytes;
     const bool pending = Input::pending(p.in), raw = Output::pending(p.e);
@@ -215,7 +213,7 @@ struct Wgrad {
       }
       if (pending || raw) barrier();
       if (tile + 1 < last) find(tile + 1);
-      products.add(plan, size, at, 0);
+      products.add(plan, plan.slab.size, at, 0);
       barrier();
     }
     if (summing) write_sums(plan.sums_at, p.sums + block.x * 2 * plan.co, block_m, plan.co);

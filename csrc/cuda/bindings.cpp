@@ -351,6 +351,7 @@ PYBIND11_MODULE(_CUDA, m) {
   def(convolution, "facts", &Convolution::facts, "kernel");
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));
+  m.def("launches", &emulated::launches);
   m.def("set_block_limit", &emulated::set_block_limit, py::arg("value"));
 #endif
 }

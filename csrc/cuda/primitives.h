@@ -266,6 +266,9 @@ FF_DEVICE float dithered(float v, int64_t at) {
 
 // The reason that `launch` returned, with the kernel's name in front; empty if the launch was accepted.
 inline std::string launched(const char* kernel, const char* reason) {
+#ifdef FASTFILM_EMULATED
+  emulated::note(kernel);
+#endif
   return reason ? std::string("the kernel ") + kernel + " failed: " + reason : std::string();
 }
 

@@ -11,6 +11,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -76,6 +77,7 @@ Block* block = nullptr;
 uint64_t seed = 0;
 int64_t block_limit = 0;
 std::string reason;
+std::vector<std::string> launched_kernels;
 
 struct Stop : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -203,6 +205,8 @@ void meet(Compute compute) {
 
 }  // namespace
 
+void note(const char* kernel) { launched_kernels.push_back(kernel); }
+std::vector<std::string> launches() { return std::exchange(launched_kernels, {}); }
 void fail(const char* why) { throw Stop(why); }
 
 const char* run(const Request& request) {

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #define FF_DEVICE inline
 #define FF_HOST_DEVICE inline
@@ -34,6 +36,10 @@ void set_seed(uint64_t seed);
 
 // Sets a limit: of a launch of more blocks only the last one runs, for maps too large to run whole. 0: no limit.
 void set_block_limit(int64_t value);
+
+// Notes the name of a kernel that was launched; `launches` gives the names since its last call.
+void note(const char* kernel);
+std::vector<std::string> launches();
 
 void fail(const char* reason);
 

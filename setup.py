@@ -77,6 +77,7 @@ CUDA_DEPENDS = [
         "backward_epilogue",
         "calls",
         "convolve",
+        "merge",
         "merge_partials",
         "multiply",
         "operands",

@@ -1,7 +1,7 @@
 // The forward pass of a convolution: its epilogue, and the function that launches it.
 #include "calls.h"
 #include "convolve.h"
-#include "merge_partials.h"
+#include "merge.h"
 #include "operands.h"
 #include "pack.h"
 
@@ -18,6 +18,8 @@ struct ForwardEpilogue {
     T *y, *raw;
     bool aligned;
     float *partials, *counts;  // [N, groups, 2, co] and [N, groups]; null: no moments
+    float* stats;
+    unsigned* counters;
   };
   using State = Moments<kV>;
   struct Fetched {};
@@ -85,7 +87,14 @@ struct ForwardEpilogue {
     if (!p.partials) return;
     const int columns = plan.bn / kV;
     merge_rows<kConvThreads>(state, shared_memory(), columns);
-    if (thread_index() >= columns || chunk.valid == 0) return;
+    if (thread_index() < columns && chunk.valid > 0) write_partials(p, plan, chunk, state);
+    const int block_n = block_index().y;
+    if (!last_block(p.counters + chunk.n * plan.blocks_n + block_n, plan.groups)) return;
+    const MomentsMerge merge{p.partials, p.counts, plan.n, plan.groups, plan.co, p.stats};
+    for (int i = 0; i < plan.bn; i += kMergeColumns) merge.run(chunk.n, block_n * plan.bn + i);
+  }
+
+  FF_DEVICE static void write_partials(const Params& p, const ConvPlan& plan, const Chunk& chunk, const State& state) {
     const int64_t slot = chunk.n * plan.groups + block_index().x;
     float* partial = p.partials + slot * 2 * plan.co + chunk.channel;
 #pragma unroll
@@ -101,23 +110,22 @@ struct ForwardEpilogue {
 
 template <class T>
 std::string forward_of(const ConvPlan& plan, const Forward& c, void* workspace, Stream stream, int storage) {
-  std::string failure = pack_weights(plan, storage, c.weight, false, workspace, stream);
-  if (!failure.empty()) return failure;
-  const Sources in = sources_of<T>(c.inputs);
   float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed_bytes(plan, storage));
   float* counts = partials + plan.n * plan.groups * 2 * plan.co;
+  unsigned* counters = reinterpret_cast<unsigned*>(counts + plan.n * plan.groups);
+  const std::string failure = pack_weights(plan, storage, c.weight, false, workspace, counters, stream);
+  if (!failure.empty()) return failure;
+  const Sources in = sources_of<T>(c.inputs);
   const typename ForwardEpilogue<T>::Params epilogue{
       c.bias, c.pre, c.out_coef, c.pre ? c.pre_act : kNone, c.out_act, static_cast<T*>(c.y),
-      static_cast<T*>(c.raw), on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co), c.stats ? partials : nullptr, c.stats ? counts : nullptr};
-  failure = launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
-  if (!failure.empty() || !c.stats) return failure;
-  return finish_moments(partials, counts, plan.n, plan.groups, plan.co, c.stats, stream);
+      static_cast<T*>(c.raw), on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co), c.stats ? partials : nullptr, counts, c.stats, counters};
+  return launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
 }
 
 }  // namespace
 
 int64_t forward_workspace(const ConvPlan& plan, int storage) {
-  return packed_bytes(plan, storage) + plan.n * plan.groups * (2 * plan.co + 1) * 4;
+  return packed_bytes(plan, storage) + plan.n * plan.groups * (2 * plan.co + 1) * 4 + counters_of(plan) * 4;
 }
 
 std::string forward(const ConvPlan& plan, int storage, const Forward& call, void* workspace, Stream stream) {

@@ -1,6 +1,8 @@
 // The kernel that packs the weights of a convolution; pack.h has the order.
 #include "pack.h"
 
+#include <algorithm>
+
 #include "slab.h"
 
 namespace fastfilm::cuda {
@@ -14,12 +16,15 @@ struct Pack {
     int64_t row_stride, column_stride;
     WeightStrides strides;
     T* out;
+    unsigned* counters;
+    int count;
   };
   static constexpr int kThreads = 256, kMinBlocks = 1;
 
   static FF_DEVICE void run(const Params& p) {
     const ConvPlan& plan = p.plan;
     const int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
+    if (i < p.count) p.counters[i] = 0;
     if (i >= plan.packed) return;
     int c = 0;
     while (c + 1 < plan.classes && i >= plan.taps[c + 1].weights) ++c;
@@ -50,23 +55,25 @@ struct Pack {
 };
 
 template <class T>
-std::string pack(const ConvPlan& plan, const Weight& weight, bool backward, void* packed, Stream stream) {
-  if (plan.packed == 0) return "";
-  const Grid grid{static_cast<int>((plan.packed + 255) / 256), 1, 1};
+std::string pack(const ConvPlan& plan, const Weight& weight, bool backward, void* packed, unsigned* counters,
+                 Stream stream) {
+  const int count = counters_of(plan);
+  const Grid grid{static_cast<int>((std::max<int64_t>(plan.packed, count) + 255) / 256), 1, 1};
   const WeightStrides& s = weight.strides;
   return launched("pack_weights", launch<Pack<T>>(grid, 0, stream,
                                                   {plan, static_cast<const T*>(weight.data), backward ? s.ci : s.co,
-                                                   backward ? s.co : s.ci, s, static_cast<T*>(packed)}));
+                                                   backward ? s.co : s.ci, s, static_cast<T*>(packed), counters,
+                                                   count}));
 }
 
 }  // namespace
 
 std::string pack_weights(const ConvPlan& plan, int storage, const Weight& weight, bool backward, void* packed,
-                         Stream stream) {
+                         unsigned* counters, Stream stream) {
   // bits are moved and not converted, so BFloat16 serves float16 too
-  if (storage == kTensorFloat) return pack<TensorFloat>(plan, weight, backward, packed, stream);
-  return storage == kFloat32 ? pack<float>(plan, weight, backward, packed, stream)
-                             : pack<BFloat16>(plan, weight, backward, packed, stream);
+  if (storage == kTensorFloat) return pack<TensorFloat>(plan, weight, backward, packed, counters, stream);
+  return storage == kFloat32 ? pack<float>(plan, weight, backward, packed, counters, stream)
+                             : pack<BFloat16>(plan, weight, backward, packed, counters, stream);
 }
 
 }  // namespace fastfilm::cuda

@@ -345,7 +345,7 @@ std::string apply_backward(const Map& m, const void* dv, const void* y, const fl
                                           {in<T>(dv), in<T>(y), coef, static_cast<T*>(dy), workspace, m.n, m.s, m.c,
                                            w.span, w.groups, m.act, aligned<T>(m, {dv, y, dy})}));
     if (!failure.empty()) return failure;
-    return finish_coefficients(workspace, m.c, coef, m.n, w.blocks, m.c, dcoef, m.stream);
+    return finish_coefficients(workspace, coef, m.n, w.blocks, m.c, dcoef, m.stream);
   })
 }
 

@@ -57,6 +57,11 @@ FF_DEVICE unsigned char* shared_memory() {
 FF_DEVICE void barrier() { __syncthreads(); }
 FF_DEVICE void warp_barrier() { __syncwarp(); }
 
+// `fence` orders a thread's accesses to global memory in front of it before those behind it, as other blocks of threads
+// see them. `arrive` adds 1 to a counter and returns its former value.
+FF_DEVICE void fence() { __threadfence(); }
+FF_DEVICE unsigned arrive(unsigned* counter) { return atomicAdd(counter, 1u); }
+
 FF_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // Functions take places in shared memory as distances from its beginning; this is the hardware's address of a place.

@@ -76,6 +76,7 @@ CUDA_DEPENDS = [
         "affine",
         "backward_epilogue",
         "calls",
+        "coefficients",
         "convolve",
         "merge",
         "merge_partials",

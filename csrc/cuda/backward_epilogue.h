@@ -111,15 +111,22 @@ struct BackwardEpilogue {
     const int columns = plan.bn / kPair;
     merge_rows<kConvThreads>(state, shared_memory(), columns);
     if (thread_index() < columns && chunk.valid > 0) write_partials(p, plan, chunk, state);
-    const int block_n = block_index().y % plan.blocks_n, slots = plan.classes * plan.groups;
-    if (!last_block(p.counters + chunk.n * plan.blocks_n + block_n, slots)) return;
-    const CoefficientsMerge merge{p.partials, plan.n, slots, plan.co};
+    state.clear();  // frees its registers
+    conclude(p, plan);
+  }
+
+  // Merges the gradients at the coefficients of a sample in the last block that has a part in them.
+  FF_APART static void conclude(const Params& p, const ConvPlan& plan) {
+    const Grid block = block_index();
+    const int block_n = block.y % plan.blocks_n, slots = plan.classes * plan.groups;
+    if (!last_block(p.counters + block.z * plan.blocks_n + block_n, slots)) return;
+    const CoefficientsMerge sums{p.partials, plan.n, slots, plan.co};
     for (int i = 0; i < plan.bn; i += kMergeColumns) {
       const int from = static_cast<int>(merge_channel(block_n * plan.bn + i));
       const bool second = from >= p.part[0].channels;
       const Output& part = p.part[second];
       const int channel = from - (second ? p.part[0].channels : 0);
-      merge.run(chunk.n, from, {part.coef, part.dcoef, part.channels}, channel, from < plan.co && part.coef);
+      sums.run(block.z, from, {part.coef, part.dcoef, part.channels}, channel, from < plan.co && part.coef);
     }
   }
 

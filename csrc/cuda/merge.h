@@ -40,6 +40,13 @@ FF_DEVICE double column_sum(int64_t slots, double* scratch, F f) {
   return sum;
 }
 
+// The sum of column `column` of [rows, width], in all threads of the column.
+FF_DEVICE float row_sum(const float* partials, int64_t rows, int64_t width, int64_t column) {
+  const float* at = partials + (column < width ? column : 0);
+  const auto term = [&](int64_t row) -> double { return at[row * width]; };
+  return static_cast<float>(column_sum(rows, reinterpret_cast<double*>(shared_memory()), term));
+}
+
 // The channel of this thread of the kMergeColumns from `first` on, and whether it writes that channel's result.
 FF_DEVICE int64_t merge_channel(int64_t first) { return first + thread_index() % kMergeColumns; }
 FF_DEVICE bool writes_merged() { return thread_index() < kMergeColumns; }
@@ -88,20 +95,18 @@ struct CoefficientsMerge {
   FF_DEVICE void run(int64_t sample, int64_t from, const CoefficientsGradient& to, int64_t channel, bool valid) const {
     double* scratch = reinterpret_cast<double*>(shared_memory());
     const float* at = partials + sample * slots * kCoefSums * pitch + (valid ? from : 0);
-    double sums[kCoefSums];
-#pragma unroll
-    for (int r = 0; r < kCoefSums; ++r) {
-      sums[r] = column_sum(slots, scratch, [&](int64_t slot) -> double { return at[(slot * kCoefSums + r) * pitch]; });
-    }
-    if (!valid || !writes_merged()) return;
     const int64_t row = n * to.channels, here = sample * to.channels + channel;
-    to.dcoef[kA * row + here] = static_cast<float>(sums[kSumDzY]);
-    to.dcoef[kB * row + here] = static_cast<float>(sums[kSumDz]);
-    to.dcoef[kG * row + here] = static_cast<float>(sums[kSumDvH]);
-    to.dcoef[kS * row + here] = static_cast<float>(sums[kSumDv]);
-    to.dcoef[kP * row + here] = static_cast<float>(-to.coef[kA * row + here] * sums[kSumDz]);
-    to.dcoef[kQ * row + here] = static_cast<float>(-to.coef[kG * row + here] * sums[kSumDv]);
-    to.dcoef[kSlope * row + here] = static_cast<float>(sums[kSumSlope]);
+    // one sum after another: the kernels that merge have few registers left
+#pragma unroll 1
+    for (int r = 0; r < kCoefSums; ++r) {
+      const double sum = column_sum(slots, scratch, [&](int64_t slot) -> double { return at[(slot * kCoefSums + r) * pitch]; });
+      if (!valid || !writes_merged()) continue;
+      const int to_row = r == kSumDvH ? kG : r == kSumDv ? kS : r == kSumDzY ? kA : r == kSumDz ? kB : kSlope;
+      to.dcoef[to_row * row + here] = static_cast<float>(sum);
+      // the pivots' gradients
+      if (r == kSumDz) to.dcoef[kP * row + here] = static_cast<float>(-to.coef[kA * row + here] * sum);
+      if (r == kSumDv) to.dcoef[kQ * row + here] = static_cast<float>(-to.coef[kG * row + here] * sum);
+    }
   }
 };
 

@@ -30,30 +30,20 @@ struct FinishCoefficients {
   }
 };
 
-template <class T>
 struct SumRows {
   struct Params {
     const float* partials;
     int64_t rows, width;
-    T* out;
+    float* out;
   };
   static constexpr int kThreads = kMergeThreads, kMinBlocks = 1;
 
   static FF_DEVICE void run(const Params& p) {
-    double* scratch = reinterpret_cast<double*>(shared_memory());
-    const int64_t column = static_cast<int64_t>(block_index().x) * kColumns + thread_index() % kColumns;
-    const bool valid = column < p.width;
-    const float* at = p.partials + (valid ? column : 0);
-    const double sum = column_sum(p.rows, scratch, [&](int64_t row) -> double { return at[row * p.width]; });
-    if (valid && thread_index() < kColumns) from_float(static_cast<float>(sum), p.out[column]);
+    const int64_t column = merge_channel(static_cast<int64_t>(block_index().x) * kColumns);
+    const float sum = row_sum(p.partials, p.rows, p.width, column);
+    if (column < p.width && writes_merged()) p.out[column] = sum;
   }
 };
-
-template <class T>
-std::string sum_rows_of(const float* partials, int64_t rows, int64_t width, void* out, Stream stream) {
-  const Grid grid{static_cast<int>((width + kColumns - 1) / kColumns), 1, 1};
-  return launched("sum_rows", launch<SumRows<T>>(grid, kMergeScratch, stream, {partials, rows, width, static_cast<T*>(out)}));
-}
 
 Grid columns_grid(int64_t n, int64_t c) {
   return {static_cast<int>((c + kColumns - 1) / kColumns), static_cast<int>(n), 1};
@@ -73,15 +63,8 @@ std::string finish_coefficients(const float* partials, const float* coef, int64_
                                                                     {{partials, n, slots, c}, {coef, dcoef, c}}));
 }
 
-std::string sum_rows(const float* partials, int64_t rows, int64_t width, int storage, void* out, Stream stream) {
-  switch (storage) {
-    case kBFloat16:
-      return sum_rows_of<BFloat16>(partials, rows, width, out, stream);
-    case kFloat16:
-      return sum_rows_of<Float16>(partials, rows, width, out, stream);
-    default:
-      return sum_rows_of<float>(partials, rows, width, out, stream);
-  }
+std::string sum_rows(const float* partials, int64_t rows, int64_t width, float* out, Stream stream) {
+  return launched("sum_rows", launch<SumRows>(columns_grid(1, width), kMergeScratch, stream, {partials, rows, width, out}));
 }
 
 }  // namespace fastfilm::cuda

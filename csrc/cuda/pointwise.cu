@@ -373,7 +373,7 @@ std::string moments_backward(const Map& m, const void* dy, const float* dstats, 
                                     pre ? workspace : nullptr, m.n, m.s, m.c, w.span, w.groups, pre ? m.act : kNone,
                                     aligned<T>(m, {dy, y, e})}));
     if (!failure.empty() || !pre) return failure;
-    return sum_rows(workspace, m.n * w.blocks, 2 * m.c, kFloat32, dpre, m.stream);
+    return sum_rows(workspace, m.n * w.blocks, 2 * m.c, dpre, m.stream);
   })
 }
 

@@ -38,6 +38,8 @@ struct Grid {
 
 #define FF_DEVICE __device__ __forceinline__
 #define FF_HOST_DEVICE __host__ __device__ __forceinline__
+// A function that is called and not inlined: its registers are not those of the code in front of the call.
+#define FF_APART __device__ __noinline__
 
 namespace fastfilm::cuda {
 

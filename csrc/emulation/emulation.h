@@ -14,6 +14,7 @@
 
 #define FF_DEVICE inline
 #define FF_HOST_DEVICE inline
+#define FF_APART inline
 
 namespace fastfilm::cuda {
 
@@ -87,6 +88,7 @@ using emulated::load_matrix4_transposed;
 using emulated::shared_memory;
 using emulated::shuffle_xor;
 using emulated::thread_index;
+
 
 template <int kPending>
 inline void wait_copies() {

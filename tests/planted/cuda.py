@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "cuda-sign-of-the-gradient-at-q",
         "csrc/cuda/merge.h",
-        "-to.coef[kG * row + here] * sums[kSumDv]",
-        "to.coef[kG * row + here] * sums[kSumDv]",
+        "-to.coef[kG * row + here] * sum",
+        "to.coef[kG * row + here] * sum",
         POINTWISE,
     ),
     # the last block of a kernel
@@ -96,6 +96,57 @@ FAULTS = (
         "if (i < p.count) p.counters[i] = 0;",
         "",
         CONVOLUTION,
+    ),
+    Fault(
+        "cuda-coefficients-behind-the-first-sample-alone",
+        "csrc/cuda/fprop.cu",
+        "plan.blocks_n + block.y, plan.n)",
+        "plan.blocks_n + block.y, 1)",
+        "tests/cuda/test_behind.py",
+    ),
+    # coefficients behind a convolution
+    Fault(
+        "cuda-variance-of-batch-norm-without-that-between-samples",
+        "csrc/cuda/coefficients.h",
+        "total += variance(i) + d * d;",
+        "total += variance(i);",
+        "tests/cuda/test_behind.py",
+    ),
+    Fault(
+        "cuda-running-variance-is-biased",
+        "csrc/cuda/coefficients.h",
+        "total * block.unbiased, block.momentum",
+        "total, block.momentum",
+        "tests/cuda/test_behind.py",
+    ),
+    Fault(
+        "cuda-gamma-of-the-first-sample-for-all",
+        "csrc/cuda/coefficients.h",
+        "const int64_t i = n * of.pitch + channel * of.step;",
+        "const int64_t i = channel * of.step;",
+        "tests/cuda/test_behind.py",
+    ),
+    Fault(
+        "cuda-moved-statistics-unknown-to-autograd",
+        "fastfilm/ops/launchers/cuda/coefficients.py",
+        "torch.autograd.graph.increment_version(theirs)",
+        "pass",
+        "tests/cuda/test_behind.py -k moved",
+    ),
+    # the launch between two convolutions
+    Fault(
+        "cuda-dw-in-another-layout-than-its-strides-say",
+        "csrc/cuda/pack.cu",
+        "left.kernel.w * s.h + tap % left.kernel.w * s.w]",
+        "left.kernel.w * s.w + tap % left.kernel.w * s.h]",
+        CONVOLUTION,
+    ),
+    Fault(
+        "cuda-last-sums-of-a-weight-gradient-left-out",
+        "csrc/cuda/pack.cu",
+        "blocks_of(2 * static_cast<int64_t>(left.co), kMergeColumns)",
+        "2 * left.co / kMergeColumns",
+        "tests/cuda/test_sources.py",
     ),
     # convolution
     Fault(

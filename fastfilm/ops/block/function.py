@@ -95,10 +95,11 @@ def values(
     else:
         # a bare convolution has all of its bias
         bias = own if result == "raw" else added if added is None or plan.adds_bias else None
-        behind = _behind(work, kernels, tensors, needs, raw)
-        more = {} if behind is None else {"behind": behind}
-        if behind is not None:
-            coef = behind.coef
+        more: dict[str, Behind] = {}
+        if plan.route == "fused" and kernels.reads_sources:
+            behind = _behind(work, kernels, tensors, needs, raw)
+            if behind is not None:
+                more, coef = {"behind": behind}, behind.coef
         if seen is None and result == "written":
             # the coefficients do not depend on y: the convolution may finish the map
             if coef is None:
@@ -133,8 +134,7 @@ def _behind(
 ) -> Behind | None:
     """The coefficients, where the convolution writes them; None: they are a call of their own, or not wanted."""
     kind, (momentum, group) = work.how.kind, work.moving
-    reads = work.how.plan.route == "fused" and kernels.reads_sources
-    if not reads or work.result == "raw" or group is not None or (needs and needs[_MASK]):
+    if work.result == "raw" or group is not None or (needs and needs[_MASK]):
         return None
     size = 7, kind.batch, kind.channels
     coef = torch.empty(size, dtype=torch.float32, device=raw.device)

@@ -13,10 +13,11 @@ import contextlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -29,6 +30,8 @@ if __name__ == "__main__":
 import fastfilm
 from fastfilm.ops.maps import DeferredMap
 from fastfilm.ops.spec import Plan, eager
+
+from . import python_calls
 
 ROUTES = ("cuda/fused", "triton/fused", "triton/composed")
 NORMS = ("instance", "batch")
@@ -106,10 +109,17 @@ def _block(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
+class Counts(NamedTuple):
+    """Launches of a call by name, and the Python calls of the package."""
+
+    launches: list[str]
+    python: python_calls.Calls
+
+
 def of_block(
     route: str, norm: str, cast: str, extension: ModuleType | None = None
-) -> dict[str, list[str]]:
-    """Launches of a block's forward and backward pass in training, and of its forward in inference.
+) -> dict[str, Counts]:
+    """Counts of a block's forward and backward pass in training, and of its forward in inference.
 
     Args:
         route: "backend/route".
@@ -140,20 +150,28 @@ def of_block(
     for t in (raw, coef):
         t.requires_grad_()
     inputs = (raw, coef, *leaves.values())
-    found = {}
+    found: dict[str, Counts] = {}
+
+    def count(mode: str, call: Callable[[], Any]) -> Any:
+        with counted(extension) as names:
+            result = call()
+        python, _ = python_calls.counted(call)
+        found[mode] = Counts(names, python)
+        return result
+
     for _ in range(2):  # what is computed once is there the second time
-        with counted(extension) as found["forward"]:
-            results = called(True)
+        results = count("forward", lambda: called(True))
         upstream = [torch.ones_like(r) for r in results]
-        with counted(extension) as found["backward"]:
-            torch.autograd.grad(results, inputs, upstream)
-        with torch.no_grad(), counted(extension) as found["inference"]:
-            called(False)
+        count(
+            "backward", partial(torch.autograd.grad, results, inputs, upstream, retain_graph=True)
+        )
+        with torch.no_grad():
+            count("inference", lambda: called(False))
     return found
 
 
-def figures(extension: ModuleType | None) -> Iterator[tuple[str, list[str]]]:
-    """The launches of all routes, named "route norm cast: mode"; "cuda/fused" with its emulated kernels only."""
+def figures(extension: ModuleType | None) -> Iterator[tuple[str, Counts]]:
+    """The counts of all routes, named "route norm cast: mode"; "cuda/fused" with its emulated kernels only."""
     from . import emulation
 
     for route in ROUTES:
@@ -163,8 +181,8 @@ def figures(extension: ModuleType | None) -> Iterator[tuple[str, list[str]]]:
         with scope:
             for norm in NORMS:
                 for cast in CASTS:
-                    for mode, names in of_block(route, norm, cast, extension).items():
-                        yield f"{route} {norm} {cast}: {mode}", names
+                    for mode, counts in of_block(route, norm, cast, extension).items():
+                        yield f"{route} {norm} {cast}: {mode}", counts
 
 
 def main() -> None:
@@ -173,9 +191,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         extension = emulation.load(emulation.build(Path(folder)))
-        for said, names in figures(extension):
+        for said, (names, python) in figures(extension):
             each = ", ".join(f"{n} × {k}" if n > 1 else k for k, n in Counter(names).items())
-            print(f"{said:<44} {len(names):2}  {each}")
+            print(f"{said:<44} {len(names):2}, Python calls {python.calls:3}: {each}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ LIMITS = {
     ("triton/composed", "autocast"): (7, 10, 8),
 }
 
+CALLS = {"forward": 90, "backward": 106, "inference": 90}
+"""Functions of the package, without those of ``kernels``, that a block on ``cuda/fused`` calls."""
+
 
 @pytest.mark.parametrize("norm", launches.NORMS)
 @pytest.mark.parametrize("cast", launches.CASTS)
@@ -39,6 +42,9 @@ def test_a_block_takes_few_launches(
     with emulated_kernels.serving(extension):
         found = launches.of_block(route, norm, cast, extension)
     for mode, limit in zip(launches.MODES, LIMITS[route, cast], strict=True):
-        assert len(found[mode]) <= limit, f"{mode}: {', '.join(found[mode])}"
-        convolved = [k for k in found[mode] if "convolution" in k or "fprop" in k or "dgrad" in k]
+        names = found[mode].launches
+        assert len(names) <= limit, f"{mode}: {', '.join(names)}"
+        convolved = [k for k in names if "convolution" in k or "fprop" in k or "dgrad" in k]
         assert convolved, "the count missed the convolution"
+        if route == "cuda/fused":
+            assert 10 < found[mode].python.calls <= CALLS[mode], f"{mode}: {found[mode].python}"

@@ -22,10 +22,14 @@ _ABSENT = (0, 0, 0, 0)
 def covers_behind(behind: Behind, raw: Tensor) -> bool:
     """Whether a convolution of a map like ``raw`` writes such coefficients; not of group and layer norm."""
     kind, _, tensors, _ = behind
-    known = kind.norm in _NORMS and not kind.wide and raw.dtype in DTYPES
+    if kind.norm not in _NORMS or kind.wide or raw.dtype not in DTYPES:
+        return False
     if kind.dropout_position == "norm" and tensors.dropout_mask is None:
         return False  # those who have the gradients do not agree on the pivot
-    return known and all(t is None or t.dtype in DTYPES for t in tensors)
+    for t in tensors:  # noqa: SIM110 (a generator is a Python call for each)
+        if t is not None and t.dtype not in DTYPES:
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,25 +49,23 @@ def block_of(kind: Kind) -> _CUDA.Block:
 
 
 def described(behind: Behind) -> tuple[list[Tensor | None], list[tuple[int, ...]]]:
-    """The tensors of a block but the moments, dense, to be held during the call, and what the extension takes."""
+    """The tensors of a block but the moments, dense, to be held during the call, and what the extension takes.
+
+    That is (address, dtype, step, pitch): γ, β and the mask may have a row for each sample, the slope one number.
+    """
     mean, var, _, *others = behind.tensors
-    kept = [_readable(t) for t in (mean, var, *others)]
-    return kept, [_numbers(t, i) for i, t in enumerate(kept)]
-
-
-def _readable(t: Tensor | None) -> Tensor | None:
-    if t is None or (t.is_contiguous() and not t.is_neg() and not t._is_zerotensor()):
-        return t
-    return dense.contiguous(t.detach())
-
-
-def _numbers(t: Tensor | None, place: int) -> tuple[int, ...]:
-    """(address, dtype, step, pitch): γ, β and the mask may have a row for each sample, the slope one number."""
-    if t is None:
-        return _ABSENT
-    rows = 5 <= place < 8 and t.dim() == 2 and t.shape[0] > 1
-    step = 0 if place == 8 and t.numel() == 1 else 1
-    return t.data_ptr(), DTYPES[t.dtype], step, t.shape[-1] if rows else 0
+    kept = [mean, var, *others]
+    given: list[tuple[int, ...]] = [_ABSENT] * len(kept)
+    for i, t in enumerate(kept):
+        if t is None:
+            continue
+        if not t.is_contiguous() or t.is_neg() or t._is_zerotensor():
+            t = kept[i] = dense.contiguous(t.detach())
+        shape = t.shape
+        rows = 5 <= i < 8 and len(shape) == 2 and shape[0] > 1
+        step = 0 if i == 8 and shape.numel() == 1 else 1
+        given[i] = t.data_ptr(), DTYPES[t.dtype], step, shape[1] if rows else 0
+    return kept, given
 
 
 def moved(behind: Behind, kept: Sequence[Tensor | None]) -> None:

@@ -135,7 +135,14 @@ class _Watched:
             # a launcher that autograd has kept may be called when nobody counts any more; one that is borrowed
             # from another backend has been counted there
             if _collectors and all(k.name != name for k in _collectors[-1][before:]):
-                _collectors[-1].append(self._launch(name, args, options, result))
+                if name == "gradients":
+                    # (gradient, weight, outputs, sources, …): a kernel for each gradient
+                    _collectors[-1] += [
+                        self._launch("wgrad", (args[0], args[3]), {}, result[1]),
+                        self._launch("dgrad", args[:3], {}, result[0]),
+                    ]
+                else:
+                    _collectors[-1].append(self._launch(name, args, options, result))
             return result
 
         return call

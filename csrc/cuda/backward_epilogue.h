@@ -3,7 +3,7 @@
 
 #include "calls.h"
 #include "convolve.h"
-#include "merge_partials.h"
+#include "merge.h"
 #include "operands.h"
 
 namespace fastfilm::cuda {
@@ -15,6 +15,7 @@ struct BackwardEpilogue {
     Output part[2];  // without a second source its channels are 0
     bool aligned[2];
     float* partials;  // [N, classes * groups, 5, C]
+    unsigned* counters;
   };
   using State = Sums<kCoefSums, kPair>;
   struct Running : State {
@@ -114,7 +115,27 @@ struct BackwardEpilogue {
     if (!p.part[0].coef && !p.part[1].coef) return;
     const int columns = plan.bn / kPair;
     merge_rows<kConvThreads>(state, shared_memory(), columns);
-    if (thread_index() >= columns || chunk.valid == 0) return;
+    if (thread_index() < columns && chunk.valid > 0) write_partials(p, plan, chunk, state);
+    state.clear();  // frees its registers
+    conclude(p, plan);
+  }
+
+  // Merges the gradients at the coefficients of a sample in the last block that has a part in them.
+  FF_APART static void conclude(const Params& p, const ConvPlan& plan) {
+    const Grid block = block_index();
+    const int block_n = block.y % plan.blocks_n, slots = plan.classes * plan.groups;
+    if (!last_block(p.counters + block.z * plan.blocks_n + block_n, slots)) return;
+    const CoefficientsMerge sums{p.partials, plan.n, slots, plan.co};
+    for (int i = 0; i < plan.bn; i += kMergeColumns) {
+      const int from = static_cast<int>(merge_channel(block_n * plan.bn + i));
+      const bool second = from >= p.part[0].channels;
+      const Output& part = p.part[second];
+      const int channel = from - (second ? p.part[0].channels : 0);
+      sums.run(block.z, from, {part.coef, part.dcoef, part.channels}, channel, from < plan.co && part.coef);
+    }
+  }
+
+  FF_DEVICE static void write_partials(const Params& p, const ConvPlan& plan, const Chunk& chunk, const State& state) {
     const Grid block = block_index();
     const int64_t slot = (chunk.n * plan.classes + block.y / plan.blocks_n) * plan.groups + block.x;
     float* partial = p.partials + slot * kCoefSums * plan.co + chunk.channel;
@@ -128,8 +149,9 @@ struct BackwardEpilogue {
 
 // The epilogue's parameters; a source whose gradient is not wanted needs no coefficients.
 template <class T>
-typename BackwardEpilogue<T>::Params backward_epilogue(const Output (&outputs)[2], float* partials) {
-  typename BackwardEpilogue<T>::Params epilogue{{outputs[0], outputs[1]}, {}, partials};
+typename BackwardEpilogue<T>::Params backward_epilogue(const Output (&outputs)[2], float* partials,
+                                                       unsigned* counters) {
+  typename BackwardEpilogue<T>::Params epilogue{{outputs[0], outputs[1]}, {}, partials, counters};
   for (int i = 0; i < 2; ++i) {
     Output& part = epilogue.part[i];
     if (!part.dx) part.coef = nullptr;
@@ -138,19 +160,6 @@ typename BackwardEpilogue<T>::Params backward_epilogue(const Output (&outputs)[2
     epilogue.aligned[i] = on_chunks<T>(part.dx, part.channels) && (!part.coef || on_chunks<T>(part.x, part.channels));
   }
   return epilogue;
-}
-
-// Writes the gradients at the coefficients, from the sums of all blocks.
-template <class T>
-std::string finish_outputs(const ConvPlan& plan, const typename BackwardEpilogue<T>::Params& epilogue, Stream stream) {
-  std::string failure;
-  for (int i = 0, channel = 0; i < 2 && failure.empty(); channel += epilogue.part[i++].channels) {
-    const Output& part = epilogue.part[i];
-    if (!part.coef) continue;
-    failure = finish_coefficients(epilogue.partials + channel, plan.co, part.coef, plan.n, plan.classes * plan.groups,
-                                  part.channels, part.dcoef, stream);
-  }
-  return failure;
 }
 
 }  // namespace fastfilm::cuda

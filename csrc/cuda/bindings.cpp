@@ -10,6 +10,7 @@
 #include <string>
 
 #include "calls.h"
+#include "pack.h"
 #include "pointwise.h"
 #ifdef FASTFILM_EMULATED
 #include "primitives.h"
@@ -108,6 +109,52 @@ void py_moments_backward(Address dy, Address dstats, Address y, Address stats, A
                          pre ? pointer<float>("dpre", dpre) : nullptr, pointer<float>("workspace", workspace)));
 }
 
+// A block behind its convolution: what does not change from call to call.
+class BlockOf {
+ public:
+  BlockOf(int norm, int order, int position, bool use_input, bool update, double eps, double unbiased, double slope) {
+    check_range("norm", norm, 0, kNorms - 1);
+    check_range("order", order, 0, kOrders - 1);
+    check_range("position", position, 0, kPositions - 1);
+    if (use_input && norm == kNoNorm) throw std::invalid_argument("use_input needs a norm");
+    if (update && !use_input) throw std::invalid_argument("update needs use_input");
+    block_.norm = norm;
+    block_.order = order;
+    block_.position = position;
+    block_.uses_input = use_input;
+    block_.update = update;
+    block_.eps = static_cast<float>(eps);
+    block_.unbiased = static_cast<float>(unbiased);
+    block_.slope_value = static_cast<float>(slope);
+  }
+
+  // (address, dtype, step, pitch) of running mean and variance, norm weight and bias, bias, gamma, beta, mask and slope.
+  using Tensors = std::array<std::array<int64_t, 4>, 9>;
+
+  Block call(const Tensors& tensors, double momentum, Address coef) const {
+    Block b = block_;
+    b.momentum = static_cast<float>(momentum);
+    b.coef = pointer<float>("coef", coef);
+    Numbers* const to[] = {&b.running_mean, &b.running_var, &b.norm_weight, &b.norm_bias, &b.bias,
+                           &b.gamma,        &b.beta,        &b.mask,        &b.slope};
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const auto& t = tensors[i];
+      if (t[0] == 0) continue;
+      check_storage(static_cast<int>(t[1]));
+      void* data = pointer("a tensor of the block", static_cast<Address>(t[0]), bytes_of(static_cast<int>(t[1])));
+      *to[i] = {data, static_cast<int>(t[1]), static_cast<int>(t[2]), static_cast<int>(t[3])};
+    }
+    const bool normed = b.norm != kNoNorm && !b.uses_input;
+    if ((b.update || normed) && !(b.running_mean.data && b.running_var.data)) {
+      throw std::invalid_argument("running statistics are null");
+    }
+    return b;
+  }
+
+ private:
+  Block block_{};
+};
+
 // One convolution of one shape: its layouts, made when they are first needed, and its kernels.
 class Convolution {
  public:
@@ -140,8 +187,11 @@ class Convolution {
   }
 
   int64_t forward_bytes() { return forward_workspace(plan(Direction::kForward), shape_.storage); }
-  int64_t backward_bytes() { return backward_workspace(plan(Direction::kBackward), shape_.storage); }
-  int64_t weight_bytes() { return weight_gradient_workspace(wgrad()); }
+  // Bytes of the workspace of `gradients` at the input, at the weight, or at both.
+  int64_t gradients_bytes(bool at_input, bool at_weight) {
+    return (at_weight ? beside_weight() : 0) +
+           (at_input ? backward_workspace(plan(Direction::kBackward), shape_.storage) : 0);
+  }
 
   // Throws if one of the three kernels has no layout on the device.
   void check_plans() {
@@ -159,7 +209,8 @@ class Convolution {
 
   void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias,
                Address pre, int pre_act, Address out_coef, int out_act, Address y, Address raw, Address stats,
-               Address workspace, Address stream) {
+               const BlockOf* block, const BlockOf::Tensors& tensors, double momentum, Address coef, Address workspace,
+               Address stream) {
     check_range("pre_act", pre_act, 0, kActivations - 1);
     check_range("out_act", out_act, 0, kActivations - 1);
     Forward call{};
@@ -173,32 +224,32 @@ class Convolution {
     call.y = pointer("y", y, element());
     call.raw = pointer_or_null("raw", raw, element());
     call.stats = pointer_or_null<float>("stats", stats);
+    if (block) call.block = block->call(tensors, momentum, coef);
+    if (call.block.uses_input && !call.stats) throw std::invalid_argument("stats is null");
     check(fastfilm::cuda::forward(plan(Direction::kForward), shape_.storage, call, work(workspace),
                                   reinterpret_cast<Stream>(stream)));
   }
 
-  void backward(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
-                const Outputs& outputs, Address workspace, Address stream) {
-    Backward call{};
-    call.gradient = gradient_of(gradient);
-    call.weight = weight_of(weight, strides);
-    if (outputs.empty() || outputs.size() > 2) throw std::invalid_argument("there must be one source or two");
-    int64_t channels = 0;
-    for (size_t i = 0; i < outputs.size(); ++i) channels += output_of(outputs[i], call.outputs[i]);
-    check_channels(channels, call.outputs[0].channels, outputs.size() == 2);
-    check(fastfilm::cuda::backward(plan(Direction::kBackward), shape_.storage, call, work(workspace),
-                                   reinterpret_cast<Stream>(stream)));
-  }
-
-  void weight_gradient(const GivenGradient& gradient, const Sources& sources, Address dweight, Address dpre,
-                       Address workspace, Address stream) {
-    WeightGradient call{};
-    call.gradient = gradient_of(gradient);
-    inputs(sources, call.inputs);
-    call.dweight = pointer("dweight", dweight, element());
-    call.dpre = pointer_or_null<float>("dpre", dpre);
-    check(fastfilm::cuda::weight_gradient(wgrad(), shape_.storage, call, work(workspace),
-                                          reinterpret_cast<Stream>(stream)));
+  // The gradients at the sources, if there are outputs, and at the weight, if there are sources.
+  void gradients(const GivenGradient& gradient, Address weight, const std::array<int64_t, 5>& strides,
+                 const Outputs& outputs, const Sources& sources, Address dweight,
+                 const std::array<int64_t, 5>& dstrides, Address dpre, Address workspace, Address stream_) {
+    if (outputs.empty() && sources.empty()) throw std::invalid_argument("no gradient is wanted");
+    const Stream stream = reinterpret_cast<Stream>(stream_);
+    const Gradient at_output = gradient_of(gradient);
+    char* memory = static_cast<char*>(work(workspace));
+    Backward at_input{at_output, {}, {}};
+    if (!outputs.empty()) backward_of(outputs, weight, strides, at_input);
+    WeightSums left{};
+    if (!sources.empty()) {
+      WeightGradient call{at_output, {}, pointer("dweight", dweight, element()), weight_strides(dstrides),
+                          pointer_or_null<float>("dpre", dpre)};
+      inputs(sources, call.inputs);
+      check(weight_gradient(wgrad(), shape_.storage, call, memory, left, stream));
+      memory += beside_weight();
+    }
+    check(outputs.empty() ? prepare({}, {left}, shape_.storage, stream)
+                          : backward(plan(Direction::kBackward), shape_.storage, at_input, left, memory, stream));
   }
 
   // How the kernel "forward", "backward" or "weight" is laid out.
@@ -221,6 +272,16 @@ class Convolution {
   }
 
  private:
+  void backward_of(const Outputs& outputs, Address weight, const std::array<int64_t, 5>& strides, Backward& call) const {
+    call.weight = weight_of(weight, strides);
+    if (outputs.size() > 2) throw std::invalid_argument("there must be one source or two");
+    int64_t channels = 0;
+    for (size_t i = 0; i < outputs.size(); ++i) channels += output_of(outputs[i], call.outputs[i]);
+    check_channels(channels, call.outputs[0].channels, outputs.size() == 2);
+  }
+  // The part of a workspace that the gradient at the weight uses.
+  int64_t beside_weight() { return (weight_gradient_workspace(wgrad()) + 255) / 256 * 256; }
+
   template <class Plan>
   static void describe(py::dict& facts, const Plan& p, int rows, int columns) {
     facts["tile"] = py::make_tuple(1 << p.tile_log2.d, 1 << p.tile_log2.h, 1 << p.tile_log2.w);
@@ -252,8 +313,9 @@ class Convolution {
     return *wgrad_;
   }
   Weight weight_of(Address weight, const std::array<int64_t, 5>& s) const {
-    return {pointer("weight", weight, element()), {s[0], s[1], s[2], s[3], s[4]}};
+    return {pointer("weight", weight, element()), weight_strides(s)};
   }
+  static WeightStrides weight_strides(const std::array<int64_t, 5>& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
   template <class T = void>
   static T* at(const char* name, int64_t address, size_t align = 4) {
     return pointer_or_null<T>(name, static_cast<Address>(address), align);
@@ -332,6 +394,10 @@ PYBIND11_MODULE(_CUDA, m) {
   def(m, "moments", &py_moments, "y", "pre", "stats", "workspace", "dtype", "act", "n", "s", "c", "stream");
   def(m, "moments_backward", &py_moments_backward, "dy", "dstats", "y", "stats", "pre", "e", "dpre", "workspace",
       "dtype", "act", "n", "s", "c", "stream");
+  py::class_<BlockOf> block(m, "Block");
+  block.def(py::init<int, int, int, bool, bool, double, double, double>(), py::arg("norm"), py::arg("order"),
+            py::arg("position"), py::arg("use_input"), py::arg("update"), py::arg("eps"), py::arg("unbiased"),
+            py::arg("slope"));
   py::class_<Convolution> convolution(m, "Convolution");
   convolution.def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
                            Convolution::Three, int, Convolution::Three, bool>(),
@@ -340,17 +406,15 @@ PYBIND11_MODULE(_CUDA, m) {
                   py::arg("tf32") = false);
   def(convolution, "check", &Convolution::check_plans);
   def(convolution, "forward_workspace", &Convolution::forward_bytes);
-  def(convolution, "backward_workspace", &Convolution::backward_bytes);
-  def(convolution, "weight_gradient_workspace", &Convolution::weight_bytes);
+  def(convolution, "gradients_workspace", &Convolution::gradients_bytes, "at_input", "at_weight");
   def(convolution, "forward", &Convolution::forward, "sources", "weight", "strides", "bias", "pre", "pre_act",
-      "out_coef", "out_act", "y", "raw", "stats", "workspace", "stream");
-  def(convolution, "backward", &Convolution::backward, "gradient", "weight", "strides", "outputs", "workspace",
-      "stream");
-  def(convolution, "weight_gradient", &Convolution::weight_gradient, "gradient", "sources", "dweight", "dpre",
-      "workspace", "stream");
+      "out_coef", "out_act", "y", "raw", "stats", "block", "tensors", "momentum", "coef", "workspace", "stream");
+  def(convolution, "gradients", &Convolution::gradients, "gradient", "weight", "strides", "outputs", "sources", "dweight",
+      "dstrides", "dpre", "workspace", "stream");
   def(convolution, "facts", &Convolution::facts, "kernel");
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));
+  m.def("launches", &emulated::launches);
   m.def("set_block_limit", &emulated::set_block_limit, py::arg("value"));
 #endif
 }

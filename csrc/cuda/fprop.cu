@@ -1,7 +1,8 @@
 // The forward pass of a convolution: its epilogue, and the function that launches it.
 #include "calls.h"
+#include "coefficients.h"
 #include "convolve.h"
-#include "merge_partials.h"
+#include "merge.h"
 #include "operands.h"
 #include "pack.h"
 
@@ -17,7 +18,10 @@ struct ForwardEpilogue {
     int pre_act, out_act;
     T *y, *raw;
     bool aligned;
-    float *partials, *counts;  // [N, groups, 2, co] and [N, groups]; null: no moments
+    float *partials, *counts;  // [N, groups, 2, co] and [blocks_n, N, groups]; partials null: no moments
+    float* stats;
+    unsigned* counters;
+    Block block;  // whose coefficients follow the moments, if it has `coef`
   };
   using State = Moments<kV>;
   struct Running : Deviations<kV> {
@@ -88,9 +92,31 @@ struct ForwardEpilogue {
     if (!p.partials) return;
     const int columns = plan.bn / kV;
     merge_rows<kConvThreads>(state, shared_memory(), columns);
-    if (thread_index() >= columns || chunk.valid == 0) return;
-    const int64_t slot = chunk.n * plan.groups + block_index().x;
-    float* partial = p.partials + slot * 2 * plan.co + chunk.channel;
+    if (thread_index() < columns && chunk.valid > 0) write_partials(p, plan, chunk, state);
+    state.clear();  // frees its registers
+    conclude(p, plan);
+  }
+
+  // Merges the moments of a sample, and writes the coefficients, in the last block that has a part in them.
+  FF_APART static void conclude(const Params& p, const ConvPlan& plan) {
+    const Grid block = block_index();
+    if (!last_block(p.counters + block.z * plan.blocks_n + block.y, plan.groups)) return;
+    const MomentsMerge moments{p.partials, counts_of(p, plan), plan.n, plan.groups, plan.co, p.stats};
+    for (int i = 0; i < plan.bn; i += kMergeColumns) moments.run(block.z, block.y * plan.bn + i);
+    if (!p.block.coef || !last_block(p.counters + plan.n * plan.blocks_n + block.y, plan.n)) return;
+    for (int i = 0; i < plan.bn; i += kMergeColumns) {
+      write_coefficients(p.block, plan.n, plan.co, block.y * plan.bn + i);
+    }
+  }
+
+  // A block of channels has counts of its own: those of the others may not be there yet.
+  FF_DEVICE static float* counts_of(const Params& p, const ConvPlan& plan) {
+    return p.counts + block_index().y * plan.n * plan.groups;
+  }
+
+  FF_DEVICE static void write_partials(const Params& p, const ConvPlan& plan, const Chunk& chunk, const State& state) {
+    const int slot = static_cast<int>(chunk.n) * plan.groups + block_index().x;
+    float* partial = p.partials + static_cast<int64_t>(slot) * 2 * plan.co + chunk.channel;
 #pragma unroll
     for (int i = 0; i < kV; ++i) {
       if (i < chunk.valid) {
@@ -98,29 +124,33 @@ struct ForwardEpilogue {
         partial[plan.co + i] = state.m2[i];
       }
     }
-    if (chunk.channel == 0) p.counts[slot] = state.count;
+    if (chunk.channel % plan.bn == 0) counts_of(p, plan)[slot] = state.count;
   }
 };
 
 template <class T>
 std::string forward_of(const ConvPlan& plan, const Forward& c, void* workspace, Stream stream, int storage) {
-  std::string failure = pack_weights(plan, storage, c.weight, false, workspace, stream);
-  if (!failure.empty()) return failure;
-  const Sources in = sources_of<T>(c.inputs);
   float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed_bytes(plan, storage));
   float* counts = partials + plan.n * plan.groups * 2 * plan.co;
+  unsigned* counters = reinterpret_cast<unsigned*>(counts + plan.blocks_n * plan.n * plan.groups);
+  Block block = c.block;
+  if (block.uses_input) block.stats = c.stats;
+  Beside beside{{}, block, plan.n, plan.co};
+  if (block.uses_input) beside.block.coef = nullptr;
+  else block.coef = nullptr;
+  const std::string failure = prepare({&plan, c.weight, false, workspace, counters}, beside, storage, stream);
+  if (!failure.empty()) return failure;
+  const Sources in = sources_of<T>(c.inputs);
   const typename ForwardEpilogue<T>::Params epilogue{
       c.bias, c.pre, c.out_coef, c.pre ? c.pre_act : kNone, c.out_act, static_cast<T*>(c.y),
-      static_cast<T*>(c.raw), on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co), c.stats ? partials : nullptr, c.stats ? counts : nullptr};
-  failure = launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
-  if (!failure.empty() || !c.stats) return failure;
-  return finish_moments(partials, counts, plan.n, plan.groups, plan.co, c.stats, stream);
+      static_cast<T*>(c.raw), on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co), c.stats ? partials : nullptr, counts, c.stats, counters, block};
+  return launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
 }
 
 }  // namespace
 
 int64_t forward_workspace(const ConvPlan& plan, int storage) {
-  return packed_bytes(plan, storage) + plan.n * plan.groups * (2 * plan.co + 1) * 4;
+  return packed_bytes(plan, storage) + plan.n * plan.groups * (2 * plan.co + plan.blocks_n) * 4 + counters_of(plan) * 4;
 }
 
 std::string forward(const ConvPlan& plan, int storage, const Forward& call, void* workspace, Stream stream) {

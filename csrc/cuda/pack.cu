@@ -1,25 +1,68 @@
-// The kernel that packs the weights of a convolution; pack.h has the order.
+// The kernel that prepares a convolution: it packs the weights and clears the counters. It also takes the sums that the
+// gradient at a weight has left, and computes coefficients that depend on no map: with no launch of their own. A block
+// of threads has one of these works.
 #include "pack.h"
 
+#include <algorithm>
+
+#include "coefficients.h"
+#include "merge.h"
 #include "slab.h"
 
 namespace fastfilm::cuda {
 namespace {
 
 template <class T>
-struct Pack {
+struct Prepare {
   struct Params {
     ConvPlan plan;
     const T* weight;
     int64_t row_stride, column_stride;
     WeightStrides strides;
     T* out;
+    unsigned* counters;
+    int count;
+    Beside beside;
+    int packing, summing, pre;  // blocks that pack, that sum the gradient at the weight and dpre; the others: coefficients
   };
-  static constexpr int kThreads = 256, kMinBlocks = 1;
+  static constexpr int kThreads = kMergeThreads, kMinBlocks = 1;
 
   static FF_DEVICE void run(const Params& p) {
+    const int block = block_index().x, summing = block - p.packing;
+    if (summing < 0) {
+      pack(p, block);
+    } else if (summing < p.summing) {
+      sum_weight(p.beside.left, summing);
+    } else if (summing < p.summing + p.pre) {
+      sum_pre(p.beside.left, summing - p.summing);
+    } else {
+      const int64_t first = static_cast<int64_t>(summing - p.summing - p.pre) * kMergeColumns;
+      write_coefficients(p.beside.block, p.beside.n, p.beside.c, first);
+    }
+  }
+
+  static FF_DEVICE void sum_weight(const WeightSums& left, int block) {
+    const int64_t taps = left.kernel.volume(), width = left.co * taps * left.ci;
+    const int64_t column = merge_channel(static_cast<int64_t>(block) * kMergeColumns);
+    const float sum = row_sum(left.partials, left.slots, width, column);
+    if (column >= width || !writes_merged()) return;
+    const int ci = static_cast<int>(column % left.ci), co = static_cast<int>(column / left.ci / taps);
+    const int tap = static_cast<int>(column / left.ci % taps), plane = left.kernel.h * left.kernel.w;
+    const WeightStrides& s = left.strides;
+    from_float(sum, static_cast<T*>(left.dweight)[co * s.co + ci * s.ci + tap / plane * s.d +
+                                                  tap % plane / left.kernel.w * s.h + tap % left.kernel.w * s.w]);
+  }
+
+  static FF_DEVICE void sum_pre(const WeightSums& left, int block) {
+    const int64_t width = 2 * left.co, column = merge_channel(static_cast<int64_t>(block) * kMergeColumns);
+    const float sum = row_sum(left.sums, left.groups, width, column);
+    if (column < width && writes_merged()) left.dpre[column] = sum;
+  }
+
+  static FF_DEVICE void pack(const Params& p, int block) {
     const ConvPlan& plan = p.plan;
-    const int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
+    const int64_t i = static_cast<int64_t>(block) * kThreads + thread_index();
+    if (i < p.count) p.counters[i] = 0;
     if (i >= plan.packed) return;
     int c = 0;
     while (c + 1 < plan.classes && i >= plan.taps[c + 1].weights) ++c;
@@ -49,24 +92,48 @@ struct Pack {
   }
 };
 
+int blocks_of(int64_t elements, int each) { return static_cast<int>((elements + each - 1) / each); }
+
 template <class T>
-std::string pack(const ConvPlan& plan, const Weight& weight, bool backward, void* packed, Stream stream) {
-  if (plan.packed == 0) return "";
-  const Grid grid{static_cast<int>((plan.packed + 255) / 256), 1, 1};
-  const WeightStrides& s = weight.strides;
-  return launched("pack_weights", launch<Pack<T>>(grid, 0, stream,
-                                                  {plan, static_cast<const T*>(weight.data), backward ? s.ci : s.co,
-                                                   backward ? s.co : s.ci, s, static_cast<T*>(packed)}));
+std::string prepare_of(const Packing& packing, const Beside& beside, Stream stream) {
+  typename Prepare<T>::Params p{};
+  if (packing.plan) {
+    const WeightStrides& s = packing.weight.strides;
+    p.plan = *packing.plan;
+    p.weight = static_cast<const T*>(packing.weight.data);
+    p.row_stride = packing.backward ? s.ci : s.co;
+    p.column_stride = packing.backward ? s.co : s.ci;
+    p.strides = s;
+    p.out = static_cast<T*>(packing.packed);
+    p.counters = packing.counters;
+    p.count = counters_of(p.plan);
+    p.packing = blocks_of(std::max<int64_t>(p.plan.packed, p.count), Prepare<T>::kThreads);
+  }
+  const WeightSums& left = beside.left;
+  p.beside = beside;
+  if (left.dweight) {
+    p.summing = blocks_of(static_cast<int64_t>(left.co) * left.kernel.volume() * left.ci, kMergeColumns);
+    p.pre = left.dpre ? blocks_of(2 * static_cast<int64_t>(left.co), kMergeColumns) : 0;
+  }
+  const int coefs = beside.block.coef ? blocks_of(beside.c, kMergeColumns) : 0;
+  const char* name = !packing.plan ? "sum_weights" : left.dweight ? "pack_and_sum_weights" : "pack_weights";
+  const Grid grid{p.packing + p.summing + p.pre + coefs, 1, 1};
+  return launched(name, launch<Prepare<T>>(grid, kMergeScratch, stream, p));
 }
 
 }  // namespace
 
-std::string pack_weights(const ConvPlan& plan, int storage, const Weight& weight, bool backward, void* packed,
-                         Stream stream) {
-  // bits are moved and not converted, so BFloat16 serves float16 too
-  if (storage == kTensorFloat) return pack<TensorFloat>(plan, weight, backward, packed, stream);
-  return storage == kFloat32 ? pack<float>(plan, weight, backward, packed, stream)
-                             : pack<BFloat16>(plan, weight, backward, packed, stream);
+std::string prepare(const Packing& packing, const Beside& beside, int storage, Stream stream) {
+  switch (storage) {
+    case kBFloat16:
+      return prepare_of<BFloat16>(packing, beside, stream);
+    case kFloat16:
+      return prepare_of<Float16>(packing, beside, stream);
+    case kTensorFloat:
+      return prepare_of<TensorFloat>(packing, beside, stream);
+    default:
+      return prepare_of<float>(packing, beside, stream);
+  }
 }
 
 }  // namespace fastfilm::cuda

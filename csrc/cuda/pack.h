@@ -8,9 +8,29 @@
 
 namespace fastfilm::cuda {
 
-// Packs a weight on the GPU. With `backward` rows are the layer's input channels and columns its output channels.
-std::string pack_weights(const ConvPlan& plan, int storage, const Weight& weight, bool backward, void* packed,
-                         Stream stream);
+// A weight to pack for a plan's convolution. With `backward` rows are the layer's input channels and columns its output
+// channels.
+struct Packing {
+  const ConvPlan* plan;  // null: there is nothing to pack
+  Weight weight;
+  bool backward;
+  void* packed;
+  unsigned* counters;  // are set to 0 for the convolution
+};
+
+// What else a launch that packs may do.
+struct Beside {
+  WeightSums left;  // takes the sums that are left of a gradient at a weight
+  Block block;      // computes coefficients, of a map with n samples and c channels
+  int64_t n, c;
+};
+
+// Packs a weight and does what stands beside it, in one launch.
+std::string prepare(const Packing& packing, const Beside& beside, int storage, Stream stream);
+
+// A counter of the blocks of threads that are done for each sample and block of channels of the result (`last_block`),
+// and one of the samples that are done for each block of channels.
+inline int counters_of(const ConvPlan& plan) { return static_cast<int>(plan.n + 1) * plan.blocks_n; }
 
 inline int64_t packed_bytes(const ConvPlan& plan, int storage) {
   return (plan.packed * bytes_of(storage) + 255) / 256 * 256;

@@ -345,7 +345,7 @@ std::string apply_backward(const Map& m, const void* dv, const void* y, const fl
                                           {in<T>(dv), in<T>(y), coef, static_cast<T*>(dy), workspace, m.n, m.s, m.c,
                                            w.span, w.groups, m.act, aligned<T>(m, {dv, y, dy})}));
     if (!failure.empty()) return failure;
-    return finish_coefficients(workspace, m.c, coef, m.n, w.blocks, m.c, dcoef, m.stream);
+    return finish_coefficients(workspace, coef, m.n, w.blocks, m.c, dcoef, m.stream);
   })
 }
 
@@ -373,7 +373,7 @@ std::string moments_backward(const Map& m, const void* dy, const float* dstats, 
                                     pre ? workspace : nullptr, m.n, m.s, m.c, w.span, w.groups, pre ? m.act : kNone,
                                     aligned<T>(m, {dy, y, e})}));
     if (!failure.empty() || !pre) return failure;
-    return sum_rows(workspace, m.n * w.blocks, 2 * m.c, kFloat32, dpre, m.stream);
+    return sum_rows(workspace, m.n * w.blocks, 2 * m.c, dpre, m.stream);
   })
 }
 

@@ -38,6 +38,8 @@ struct Grid {
 
 #define FF_DEVICE __device__ __forceinline__
 #define FF_HOST_DEVICE __host__ __device__ __forceinline__
+// A function that is called and not inlined: its registers are not those of the code in front of the call.
+#define FF_APART __device__ __noinline__
 
 namespace fastfilm::cuda {
 
@@ -70,6 +72,11 @@ FF_DEVICE Grid block_anew() {
 
 FF_DEVICE void barrier() { __syncthreads(); }
 FF_DEVICE void warp_barrier() { __syncwarp(); }
+
+// `fence` orders a thread's accesses to global memory in front of it before those behind it, as other blocks of threads
+// see them. `arrive` adds 1 to a counter and returns its former value.
+FF_DEVICE void fence() { __threadfence(); }
+FF_DEVICE unsigned arrive(unsigned* counter) { return atomicAdd(counter, 1u); }
 
 FF_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
@@ -285,6 +292,9 @@ FF_DEVICE float dithered(float v, int64_t at) {
 
 // The reason that `launch` returned, with the kernel's name in front; empty if the launch was accepted.
 inline std::string launched(const char* kernel, const char* reason) {
+#ifdef FASTFILM_EMULATED
+  emulated::note(kernel);
+#endif
   return reason ? std::string("the kernel ") + kernel + " failed: " + reason : std::string();
 }
 

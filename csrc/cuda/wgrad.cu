@@ -1,6 +1,5 @@
 // The gradient at a convolution's weight, with the sums of the gradient at its raw output.
 #include "calls.h"
-#include "merge_partials.h"
 #include "operands.h"
 
 namespace fastfilm::cuda {
@@ -254,7 +253,7 @@ struct Wgrad {
 };
 
 template <class T>
-std::string weight_gradient_of(const WgradPlan& plan, int storage, const WeightGradient& c, void* workspace,
+std::string weight_gradient_of(const WgradPlan& plan, const WeightGradient& c, void* workspace, WeightSums& left,
                                Stream stream) {
   float* partials = static_cast<float*>(workspace);
   const int64_t width = static_cast<int64_t>(plan.co) * plan.kernel.volume() * plan.ci;
@@ -265,18 +264,14 @@ std::string weight_gradient_of(const WgradPlan& plan, int storage, const WeightG
   const auto start = [&](auto kernel) {
     return launched("wgrad", launch<decltype(kernel)>(grid, plan.shared_bytes, stream, {plan, in, e, partials, sums}));
   };
-  std::string failure;
+  left = {partials, plan.slots, plan.co, plan.ci, plan.kernel, c.dweight, c.strides, sums, plan.groups, c.dpre};
   if constexpr (sizeof(T) == 4) {
-    failure = start(Wgrad<T, 32, 16>{});
+    return start(Wgrad<T, 32, 16>{});
   } else {
-    failure = plan.bn == 64   ? start(Wgrad<T, 32, 64>{})
-              : plan.bn == 32 ? start(Wgrad<T, 32, 32>{})
-                              : start(Wgrad<T, 32, 16>{});
+    return plan.bn == 64   ? start(Wgrad<T, 32, 64>{})
+           : plan.bn == 32 ? start(Wgrad<T, 32, 32>{})
+                           : start(Wgrad<T, 32, 16>{});
   }
-  if (!failure.empty()) return failure;
-  failure = sum_rows(partials, plan.slots, width, storage, c.dweight, stream);
-  if (!failure.empty() || !sums) return failure;
-  return sum_rows(sums, plan.groups, 2 * plan.co, kFloat32, c.dpre, stream);
 }
 
 }  // namespace
@@ -287,16 +282,16 @@ int64_t weight_gradient_workspace(const WgradPlan& plan) {
 }
 
 std::string weight_gradient(const WgradPlan& plan, int storage, const WeightGradient& call, void* workspace,
-                            Stream stream) {
+                            WeightSums& left, Stream stream) {
   switch (storage) {
     case kBFloat16:
-      return weight_gradient_of<BFloat16>(plan, storage, call, workspace, stream);
+      return weight_gradient_of<BFloat16>(plan, call, workspace, left, stream);
     case kFloat16:
-      return weight_gradient_of<Float16>(plan, storage, call, workspace, stream);
+      return weight_gradient_of<Float16>(plan, call, workspace, left, stream);
     case kTensorFloat:
-      return weight_gradient_of<TensorFloat>(plan, storage, call, workspace, stream);
+      return weight_gradient_of<TensorFloat>(plan, call, workspace, left, stream);
     default:
-      return weight_gradient_of<float>(plan, storage, call, workspace, stream);
+      return weight_gradient_of<float>(plan, call, workspace, left, stream);
   }
 }
 

@@ -11,6 +11,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -42,6 +43,7 @@ struct Fiber {
   bool done = false;
   std::vector<Copy> issued;
   std::deque<std::vector<Copy>> groups;
+  int64_t fenced = -1;  // arrivals of the block at this thread's last fence
   std::string error;
 };
 
@@ -65,6 +67,7 @@ struct Block {
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   int at_barrier = 0;
   uint64_t barrier_generation = 0;
+  int64_t arrivals = 0;
   int current = 0;
   jmp_buf scheduler_state;
   void* scheduler_fake = nullptr;
@@ -76,6 +79,7 @@ Block* block = nullptr;
 uint64_t seed = 0;
 int64_t block_limit = 0;
 std::string reason;
+std::vector<std::string> launched_kernels;
 
 struct Stop : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -109,6 +113,7 @@ void fiber_main() {
     try {
       block->request.body(block->request.params);
       if (!f.groups.empty() || !f.issued.empty()) f.error = "an asynchronous copy was never waited for";
+      if (block->arrivals && f.fenced != block->arrivals) f.error = "no fence follows an arrival";
     } catch (const Stop& stop) {
       f.error = stop.what();
     }
@@ -144,6 +149,7 @@ void run_block(std::mt19937_64& random) {
     f.watched = nullptr;
     f.issued.clear();
     f.groups.clear();
+    f.fenced = -1;
     f.error.clear();
     f.fake_stack = nullptr;
 #ifdef FF_ASAN
@@ -160,6 +166,7 @@ void run_block(std::mt19937_64& random) {
   if (block->shared) std::memset(block->shared.get(), 0xff, block->request.shared_bytes);
   for (Rendezvous& w : block->warps) w.arrived = 0;
   block->at_barrier = 0;
+  block->arrivals = 0;
   std::vector<int> warps(count / kWarp), lanes(kWarp);
   for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
   for (int i = 0; i < kWarp; ++i) lanes[i] = i;
@@ -203,6 +210,8 @@ void meet(Compute compute) {
 
 }  // namespace
 
+void note(const char* kernel) { launched_kernels.push_back(kernel); }
+std::vector<std::string> launches() { return std::exchange(launched_kernels, {}); }
 void fail(const char* why) { throw Stop(why); }
 
 const char* run(const Request& request) {
@@ -221,10 +230,16 @@ const char* run(const Request& request) {
   const char* result = nullptr;
   const int64_t blocks = int64_t{1} * request.grid.x * request.grid.y * request.grid.z;
   const Grid first = block_limit && blocks > block_limit ? Grid{request.grid.x - 1, request.grid.y - 1, request.grid.z - 1} : Grid{0, 0, 0};
+  std::vector<Grid> order;
+  for (int z = first.z; z < request.grid.z; ++z)
+    for (int y = first.y; y < request.grid.y; ++y)
+      for (int x = first.x; x < request.grid.x; ++x) order.push_back({x, y, z});
+  if (seed) std::shuffle(order.begin(), order.end(), random);
   try {
-    for (b.index.z = first.z; b.index.z < request.grid.z; ++b.index.z)
-      for (b.index.y = first.y; b.index.y < request.grid.y; ++b.index.y)
-        for (b.index.x = first.x; b.index.x < request.grid.x; ++b.index.x) run_block(random);
+    for (const Grid& index : order) {
+      b.index = index;
+      run_block(random);
+    }
   } catch (const Stop& stop) {
     reason = stop.what();
     result = reason.c_str();
@@ -252,6 +267,16 @@ void barrier() {
 
 void warp_barrier() {
   meet([](Rendezvous&) {});
+}
+
+void fence() { block->fibers[block->current].fenced = block->arrivals; }
+
+unsigned arrive(unsigned* counter) {
+  for (int i = 0; i < block->request.threads; ++i) {
+    if (block->fibers[i].fenced != block->arrivals) fail("arrive: not every thread has come to a fence");
+  }
+  ++block->arrivals;
+  return (*counter)++;
 }
 
 float shuffle_xor(float value, int mask) {

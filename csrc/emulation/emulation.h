@@ -9,9 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #define FF_DEVICE inline
 #define FF_HOST_DEVICE inline
+#define FF_APART inline
 
 namespace fastfilm::cuda {
 
@@ -29,11 +32,16 @@ struct Request {
 // Runs all blocks; returns null, or the reason of a failure.
 const char* run(const Request& request);
 
-// Sets the seed of the order of threads, which is drawn anew at every switch. With 0 threads run in order.
+// Sets the seed of the order of blocks, and of that of threads, which is drawn anew at every switch. With 0 they run in
+// order.
 void set_seed(uint64_t seed);
 
 // Sets a limit: of a launch of more blocks only the last one runs, for maps too large to run whole. 0: no limit.
 void set_block_limit(int64_t value);
+
+// Notes the name of a kernel that was launched; `launches` gives the names since its last call.
+void note(const char* kernel);
+std::vector<std::string> launches();
 
 void fail(const char* reason);
 
@@ -46,6 +54,9 @@ Grid grid_size();
 unsigned char* shared_memory();
 void barrier();
 void warp_barrier();
+void fence();
+// An error unless every thread of the block has come to a fence, which must follow in each of them too.
+unsigned arrive(unsigned* counter);
 float shuffle_xor(float value, int mask);
 void copy_async16(int shared, const void* global, int bytes);
 void commit_copies();
@@ -64,11 +75,13 @@ uint16_t narrow_float16(float f);
 
 }  // namespace emulated
 
+using emulated::arrive;
 using emulated::barrier;
 using emulated::warp_barrier;
 using emulated::block_index;
 using emulated::commit_copies;
 using emulated::copy_async16;
+using emulated::fence;
 using emulated::grid_size;
 using emulated::load_matrix4;
 using emulated::load_matrix4_transposed;
@@ -77,6 +90,7 @@ using emulated::shuffle_xor;
 using emulated::thread_index;
 inline int thread_anew() { return thread_index(); }
 inline Grid block_anew() { return block_index(); }
+
 
 template <int kPending>
 inline void wait_copies() {

@@ -42,6 +42,16 @@ def _rounded(cuda: Any) -> None:
     check_rounded(cuda, TENSOR_FLOAT["2d"])
 
 
+def _strided(cuda: Any) -> None:
+    # a gradient of four classes of voxels, whose blocks share a counter
+    check_layer(cuda, Layer((9, 10), (40, 24), stride=2))
+
+
+def _several(cuda: Any) -> None:
+    # so large that a sample has several blocks of tiles
+    check_layer(cuda, Layer((33, 33), (8, 8), batch=1))
+
+
 def _deep(cuda: Any) -> None:
     check_layer(cuda, Layer((5, 5), (200, 8), dtype=torch.bfloat16))
 
@@ -61,11 +71,53 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         _pointwise,
     ),
     "a barrier of the merge of partial results is dropped": (
-        "merge_partials.cu",
+        "merge.h",
         "merge_partials.cu",
         "  scratch[t] = sum;\n  barrier();",
         "  scratch[t] = sum;",
         _pointwise,
+    ),
+    "the last block reads what others may not have written yet": (
+        "merge.h",
+        "fprop.cu",
+        "  fence();\n  barrier();\n  int* last",
+        "  barrier();\n  int* last",
+        _layer,
+    ),
+    "a block arrives before all of its threads have written": (
+        "merge.h",
+        "fprop.cu",
+        "  fence();\n  barrier();\n  int* last",
+        "  fence();\n  int* last",
+        _layer,
+    ),
+    "the last block may read what it had before the others wrote": (
+        "merge.h",
+        "dgrad.cu",
+        "  const bool found = *last;\n  fence();",
+        "  const bool found = *last;",
+        _layer,
+    ),
+    "the first block to be done takes itself for the last": (
+        "merge.h",
+        "dgrad.cu",
+        "static_cast<unsigned>(blocks) - 1;",
+        "0;",
+        _strided,
+    ),
+    "the block with the highest number takes itself for the last": (
+        "merge.h",
+        "fprop.cu",
+        "*last = arrive(counter) == static_cast<unsigned>(blocks) - 1;",
+        "*last = arrive(counter) < 99 && block_index().x == blocks - 1;",
+        _several,
+    ),
+    "the counters keep what was in their memory": (
+        "pack.cu",
+        "pack.cu",
+        "if (i < p.count) p.counters[i] = 0;",
+        "",
+        _layer,
     ),
     "the last voxel of a block is left out": (
         "pointwise.cu",

@@ -39,7 +39,7 @@ def test_entries_are_read_and_pack_stands_for_all_that_it_serves() -> None:
     found = left_out.parse(" cuda:wgrad , triton:dgrad:bfloat16,")
     assert {str(e) for e in found} == {"cuda:wgrad", "triton:dgrad:bfloat16"}
     packed = {str(e) for e in left_out.parse("cuda:pack:float16")}
-    assert packed == {f"cuda:{f}:float16" for f in ("pack", "fprop", "dgrad")}
+    assert packed == {f"cuda:{f}:float16" for f in ("pack", "fprop", "dgrad", "wgrad")}
     assert left_out.parse("") == frozenset()
 
 

@@ -22,6 +22,7 @@ from ..maps.assembled import Static, sources_of, wanted_of
 from ..operators.library import recalling
 from ..reference import derivatives
 from ..spec import (
+    Behind,
     Gradient,
     Keep,
     NormInput,
@@ -94,20 +95,26 @@ def values(
     else:
         # a bare convolution has all of its bias
         bias = own if result == "raw" else added if added is None or plan.adds_bias else None
+        more: dict[str, Behind] = {}
+        if plan.route == "fused" and kernels.reads_sources:
+            behind = _behind(work, kernels, tensors, needs, raw)
+            if behind is not None:
+                more, coef = {"behind": behind}, behind.coef
         if seen is None and result == "written":
             # the coefficients do not depend on y: the convolution may finish the map
-            coef, local = _coefficients(work, kernels, tensors, needs, raw.device)
+            if coef is None:
+                coef, local = _coefficients(work, kernels, tensors, needs, raw.device)
             finish = Pending(coef, kind.activation)
             if needs is None:
                 given = sources, weight, bias, finish, geometry, keep
-                v = ROUTES[plan.route].finished(kernels, *given)
+                v = ROUTES[plan.route].finished(kernels, *given, **more)
                 return None, v, None, None, None, None
             if _finishes(work, kernels, sources):
                 read = [s._replace(raw=channels_last(s.raw)) for s in sources]
-                v, y = kernels.fprop(read, weight, bias, geometry, finish=finish, raw=True)
+                v, y = kernels.fprop(read, weight, bias, geometry, finish=finish, raw=True, **more)
                 return y, v, coef, None, None, local
         route = ROUTES[plan.route]
-        y, stats = route.forward(kernels, sources, weight, bias, seen, geometry, keep)
+        y, stats = route.forward(kernels, sources, weight, bias, seen, geometry, keep, **more)
     if result == "raw":
         return y, None, None, None, None, None
     if coef is None:
@@ -116,6 +123,23 @@ def values(
     if result == "written":
         v = kernels.apply(y, coef, kind.activation, needs is None and geometry is not None)
     return y, v, coef, stats, seen, local
+
+
+def _behind(
+    work: Work,
+    kernels: Any,
+    tensors: TailTensors,
+    needs: Sequence[bool] | None,
+    raw: Tensor,
+) -> Behind | None:
+    """The coefficients, where the convolution writes them; None: they are a call of their own, or not wanted."""
+    kind, (momentum, group) = work.how.kind, work.moving
+    if work.result == "raw" or group is not None or (needs and needs[_MASK]):
+        return None
+    size = 7, kind.batch, kind.channels
+    coef = torch.empty(size, dtype=torch.float32, device=raw.device)
+    behind = Behind(kind, momentum, tensors, coef)
+    return behind if kernels.covers_behind(behind, raw) else None
 
 
 def _coefficients(

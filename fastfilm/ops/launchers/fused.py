@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..spec import (
+    Behind,
     Geometry,
     Gradient,
     Keep,
@@ -37,10 +38,12 @@ def forward(
     norm_input: NormInput | None,
     geometry: Geometry,
     keep: Keep | None = None,
+    behind: Behind | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``composed.forward``; nothing is kept of the weight."""
+    """As ``composed.forward``; nothing is kept of the weight. ``behind``: ``FusedKernels.fprop``."""
     read, _ = _readable(kernels, sources)
-    y, stats = kernels.fprop(read, weight, bias, geometry, norm_input)
+    more = {} if behind is None else {"behind": behind}
+    y, stats = kernels.fprop(read, weight, bias, geometry, norm_input, **more)
     return y, None if norm_input is None else stats
 
 
@@ -52,10 +55,13 @@ def finished(
     finish: Pending,
     geometry: Geometry,
     keep: Keep | None = None,
+    behind: Behind | None = None,
 ) -> Tensor:
-    """As ``composed.finished``."""
+    """As ``composed.finished``. ``behind``: ``FusedKernels.fprop``."""
     read, _ = _readable(kernels, sources)
-    return kernels.fprop(read, weight, bias, geometry, finish=finish)[0]
+    more = {} if behind is None else {"behind": behind}
+    done: Tensor = kernels.fprop(read, weight, bias, geometry, finish=finish, **more)[0]
+    return done
 
 
 def backward(
@@ -135,10 +141,14 @@ def _gradients(
     dweight = dpre = None
     size, at_sources = sources[0].size, any(wanted.sources)
     sums = kernels.reads_sources and (wanted.sums or gradient.pre is not None)
-    if at_sources:
-        found = kernels.dgrad(gradient, weight, outputs, size, geometry)
-    if wanted.weight:
-        dweight, dpre = kernels.wgrad(gradient, sources, weight, geometry, sums)
+    if at_sources and wanted.weight and kernels.reads_sources:
+        given = gradient, weight, outputs, sources, size, geometry, sums
+        found, dweight, dpre = kernels.gradients(*given)
+    else:
+        if at_sources:
+            found = kernels.dgrad(gradient, weight, outputs, size, geometry)
+        if wanted.weight:
+            dweight, dpre = kernels.wgrad(gradient, sources, weight, geometry, sums)
     for source, output in zip(sources, outputs, strict=True):
         if output.wanted and source.ledger is not None:
             source.ledger.came(output.into is not None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..spec import (
     Addends,
+    Behind,
     Geometry,
     Gradient,
     Keep,
@@ -137,11 +138,16 @@ class ConvolvingKernels(Kernels, Protocol):
 class FusedKernels(Kernels, Protocol):
     """A backend with the fused route: an affine in front of its convolutions, moments or an affine behind.
 
-    With ``reads_sources`` the gradient may come by its parts (``spec.Gradient``); ``wgrad`` sums it.
+    With ``reads_sources`` the gradient may come by its parts (``spec.Gradient``), ``wgrad`` sums it, and there is
+    ``gradients``: ``dgrad`` and ``wgrad`` as one call. Where ``covers_behind`` says so, ``fprop`` takes
+    ``behind=`` too and writes the block's coefficients, which ``finish`` may be.
     """
 
     def covers_sources(self, sources: Sequence[Source]) -> bool:
         """Whether the convolutions read such sources as they are: else they are written first."""
+
+    def covers_behind(self, behind: Behind, raw: Tensor) -> bool:
+        """Whether ``fprop`` of a map like ``raw`` writes such coefficients; with ``reads_sources`` only."""
 
     def fprop(
         self,
@@ -173,3 +179,15 @@ class FusedKernels(Kernels, Protocol):
         sums: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """dW, like ``weight``, and with ``sums`` dpre [2, Co]."""
+
+    def gradients(
+        self,
+        gradient: Gradient,
+        weight: Tensor,
+        outputs: Sequence[Output],
+        sources: Sequence[Source],
+        size: tuple[int, ...],
+        geometry: Geometry,
+        sums: bool = False,
+    ) -> tuple[Sequence[SourceGradient], Tensor | None, Tensor | None]:
+        """What ``dgrad`` gives for the ``outputs`` and ``wgrad`` for the ``sources``."""

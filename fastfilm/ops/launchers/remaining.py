@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..settings import forced, left_out
 from ..settings.left_out import FAMILIES, PASSES, why_not
+from ..spec import Geometry, Gradient, Output, Source
 from . import available, eager, of, plain_convolutions
 
 
@@ -24,6 +25,8 @@ class Remaining:
         found = getattr(self._module, name)
         if name == "covers_sources":
             return self._covers_sources
+        if name == "gradients":
+            return self._gradients
         for family, names in FAMILIES[self._backend].items():
             if name in names and why_not(self._backend, family, None):
                 return self._without(name, family, found)
@@ -41,6 +44,20 @@ class Remaining:
             return _instead(self._backend, name, reason)(*args, **options)
 
         return call
+
+    def _gradients(
+        self,
+        gradient: Gradient,
+        weight: Tensor,
+        outputs: Sequence[Output],
+        sources: Sequence[Source],
+        size: tuple[int, ...],
+        geometry: Geometry,
+        sums: bool = False,
+    ) -> Any:
+        """Both gradients by a call each, of which one may be left out."""
+        found = self.dgrad(gradient, weight, outputs, size, geometry)
+        return found, *self.wgrad(gradient, sources, weight, geometry, sums)
 
     def _covers_sources(self, sources: Any) -> bool:
         """Maps that a convolution would read unwritten are written where one of its kernels is left out."""

@@ -30,14 +30,15 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cuda": {
         **_CONVOLUTIONS,
+        "fprop": ("fprop", "covers_behind"),
         "pointwise": (*PASSES["pointwise"], "coefficients_backward"),
         "moments": PASSES["moments"],
         "pack": (),
     },
 }
-"""Backend -> family of kernels -> its launchers. ``pack`` arranges the weights for the other CUDA convolutions."""
+"""Backend -> family of kernels -> its launchers. ``pack`` works for all CUDA convolutions."""
 
-_PACKED = ("fprop", "dgrad")
+_PACKED = ("fprop", "dgrad", "wgrad")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32)}
 
 

@@ -12,7 +12,7 @@ from .checks import (
 )
 from .eager import direct
 from .geometry import GEOMETRY, Geometry, NormInput, Pending, Plan
-from .kind import Kind, Options, TailTensors
+from .kind import Behind, Kind, Options, TailTensors
 from .layout import (
     FORMATS,
     absent,

@@ -84,3 +84,19 @@ class TailTensors(NamedTuple):
     beta: Tensor | None = None
     dropout_mask: Tensor | None = None
     slope: Tensor | None = None
+
+
+class Behind(NamedTuple):
+    """The coefficients that a convolution gives beside its output.
+
+    Attributes:
+        kind: of the block; its ``norm_input`` is that of the convolution.
+        momentum: of the running statistics, which move.
+        tensors: of the block, but the moments.
+        coef: [7, N, C], float32, where they are written.
+    """
+
+    kind: Kind
+    momentum: float
+    tensors: TailTensors
+    coef: Tensor

@@ -82,6 +82,21 @@ class Facts(TypedDict, total=False):
     part: int
     bytes_an_output: float
 
+class Block:
+    """A block behind its convolution; the numbers of ``norm``, ``order`` and ``position`` are those of ``_C``."""
+
+    def __init__(
+        self,
+        norm: int,
+        order: int,
+        position: int,
+        use_input: bool,
+        update: bool,
+        eps: float,
+        unbiased: float,
+        slope: float,
+    ) -> None: ...
+
 class Convolution:
     """One shape: [n, ci, *in_size] to [n, co, *out_size], sizes as (d, h, w) with d = 1 in 2D.
 
@@ -111,8 +126,7 @@ class Convolution:
         """RuntimeError if one of the three kernels has no layout on the device."""
 
     def forward_workspace(self) -> int: ...
-    def backward_workspace(self) -> int: ...
-    def weight_gradient_workspace(self) -> int: ...
+    def gradients_workspace(self, at_input: bool, at_weight: bool) -> int: ...
     def forward(
         self,
         sources: Sequence[Sequence[int]],
@@ -126,25 +140,32 @@ class Convolution:
         y: int,
         raw: int,
         stats: int,
+        block: Block | None,
+        tensors: Sequence[Sequence[int]],
+        momentum: float,
+        coef: int,
         workspace: int,
         stream: int,
-    ) -> None: ...
-    def backward(
+    ) -> None:
+        """With a block also its coefficients [7, n, co].
+
+        ``tensors``: (address, dtype, step, pitch) of running mean and variance, norm weight and bias, bias, γ, β,
+        mask and slope; ``step`` numbers from channel to channel, ``pitch`` from sample to sample.
+        """
+
+    def gradients(
         self,
         gradient: Sequence[int],
         weight: int,
         strides: Sequence[int],
         outputs: Sequence[Sequence[int]],
-        workspace: int,
-        stream: int,
-    ) -> None: ...
-    def weight_gradient(
-        self,
-        gradient: Sequence[int],
         sources: Sequence[Sequence[int]],
         dweight: int,
+        dstrides: Sequence[int],
         dpre: int,
         workspace: int,
         stream: int,
-    ) -> None: ...
+    ) -> None:
+        """At the sources, if there are outputs, and at the weight, if there are sources; only these are read."""
+
     def facts(self, kernel: Literal["forward", "backward", "weight"]) -> Facts: ...

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...spec import (
+    Behind,
     Geometry,
     Gradient,
     NormInput,
@@ -26,9 +27,12 @@ from ...spec import (
 from ..arguments import activation_code, address, addresses
 from . import _CUDA
 from .arguments import empty_map, feature_map, numbers, on_device, stream_of
+from .coefficients import block_of, described, moved
 from .plans import Shape, plan
 
 Sizes = tuple[int, ...]
+
+_NO_BLOCK = [(0, 0, 0, 0)] * 9
 
 
 def covers_sources(sources: Sequence[Source]) -> bool:
@@ -114,13 +118,14 @@ def _check_weight(weight: Tensor, x: Tensor, channels: int) -> None:
 
 
 def _weight(weight: Tensor, x: Tensor, channels: int) -> Tensor:
-    """``weight`` channels-last: a tile's input channels are read side by side."""
+    """``weight``, checked; its strides may be any."""
     _check_weight(weight, x, channels)
-    return dense.channels_last(weight)
+    return dense.values(weight)
 
 
 def _bytes(count: int, like: Tensor) -> Tensor:
-    return torch.empty(max(count, 16), dtype=torch.uint8, device=like.device)
+    # float32, which tests fill with NaN: no kernel may count on zeros
+    return torch.empty(max(count // 4, 4), dtype=torch.float32, device=like.device)
 
 
 def fprop(
@@ -131,6 +136,7 @@ def fprop(
     norm_input: NormInput | None = None,
     finish: Pending | None = None,
     raw: bool = False,
+    behind: Behind | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The convolution of one map or of the concatenation of two, each behind its own pending affine.
 
@@ -140,6 +146,7 @@ def fprop(
         norm_input: whose moments are taken; None: none are.
         finish: coefficients [7, N, Co] and activation with which the output is finished.
         raw: the unfinished output is wanted too.
+        behind: coefficients that are written too; ``finish`` may take them where they need no moments.
 
     Returns:
         y [N, Co, *T], and its moments [2, N, Co] (empty without ``norm_input``), or with ``raw`` the unfinished y.
@@ -160,6 +167,7 @@ def fprop(
     unfinished = empty_map(y) if raw else None
     wanted = norm_input is not None
     stats = torch.empty((2, n, co) if wanted else (0,), dtype=torch.float32, device=x.device)
+    block, of_block = ([], []) if behind is None else described(behind)
     work = _bytes(conv.forward_workspace(), x)
     with on_device(x):
         conv.forward(
@@ -174,9 +182,15 @@ def fprop(
             y=y.data_ptr(),
             raw=address(unfinished),
             stats=stats.data_ptr() if wanted else 0,
+            block=None if behind is None else block_of(behind.kind),
+            tensors=of_block or _NO_BLOCK,
+            momentum=0.0 if behind is None else behind.momentum,
+            coef=0 if behind is None else behind.coef.data_ptr(),
             workspace=work.data_ptr(),
             stream=stream_of(x),
         )
+    if behind is not None:
+        moved(behind, block)
     del kept
     return y, stats if unfinished is None else unfinished
 
@@ -199,47 +213,64 @@ def dgrad(
     Returns:
         (dx, dcoef) of each output: None where nothing is wanted, or pending.
     """
-    return _gradients("backward", gradient, weight, geometry, size, outputs)[0]
+    return gradients(gradient, weight, outputs, (), size, geometry)[0]
 
 
-def _gradients(
-    method: str,
+def wgrad(
     gradient: Gradient,
+    sources: Sequence[Source],
     weight: Tensor,
     geometry: Geometry,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dW, like ``weight``.
+
+    With ``sums`` also dpre [2, Co]: Σ e, and the gradient at the slopes of ``gradient.pre``.
+    """
+    return gradients(gradient, weight, (), sources, sources[0].size, geometry, sums)[1:]
+
+
+def gradients(
+    gradient: Gradient,
+    weight: Tensor,
+    outputs: Sequence[Output],
+    sources: Sequence[Source],
     size: Sizes,
-    outputs: Sequence[Output] = (),
-    sources: Sequence[Source] = (),
+    geometry: Geometry,
     sums: bool = False,
 ) -> tuple[list[SourceGradient], Any, Tensor | None]:
-    """Gradients at the ``outputs``, at the weight if there are ``sources``, and dpre with ``sums``.
-
-    Args:
-        method: of ``_CUDA.Convolution``; "<method>_workspace" is the one that counts its bytes.
-    """
+    """``dgrad`` if there are ``outputs``, and ``wgrad`` if there are ``sources``, in fewer launches."""
     dy, dweight, dpre = gradient.dy, None, None
     found: list[SourceGradient] = []
-    call: dict[str, Any] = {}
+    described: list[tuple[int, ...]] = []
+    given: list[tuple[int, ...]] = []
     kept: list[Any] = []
     if outputs:
         weight = _weight(weight, dy, sum(o.channels for o in outputs))
-        found, call["outputs"], held = _outputs(outputs, dy, size)
-        call |= {"weight": weight.data_ptr(), "strides": _strides(weight)}
-        kept += held
+        found, described, kept = _outputs(outputs, dy, size)
     if sources:
         _check_weight(weight, sources[0].raw, sum(s.raw.shape[1] for s in sources))
-        read, call["sources"] = _sources(sources)
-        dweight, shape = raw_like(dy, weight.shape), (2, weight.shape[0])
+        read, given = _sources(sources)
+        dweight, shape = torch.empty_like(weight), (2, weight.shape[0])
         dpre = torch.empty(shape, dtype=torch.float32, device=dy.device) if sums else None
-        call |= {"dweight": dweight.data_ptr(), "dpre": address(dpre)}
-        kept += read
-    parts, call["gradient"] = _gradient(gradient, *dy.shape[:2])
-    kept += parts
+        kept = [*kept, *read]
+    parts, numbers_of = _gradient(gradient, *dy.shape[:2])
     conv = convolution(dy, weight, dy.shape[2:], geometry, size)
-    work = _bytes(getattr(conv, f"{method}_workspace")(), dy)
+    work = _bytes(conv.gradients_workspace(bool(outputs), bool(sources)), dy)
     with on_device(dy):
-        getattr(conv, method)(**call, workspace=work.data_ptr(), stream=stream_of(dy))
-    del kept
+        conv.gradients(
+            gradient=numbers_of,
+            weight=weight.data_ptr(),
+            strides=_strides(weight),
+            outputs=described,
+            sources=given,
+            dweight=address(dweight),
+            dstrides=_strides(weight if dweight is None else dweight),
+            dpre=address(dpre),
+            workspace=work.data_ptr(),
+            stream=stream_of(dy),
+        )
+    del kept, parts
     return found, dweight, dpre
 
 
@@ -286,18 +317,3 @@ def _output(
         *(dx.data_ptr(), address(dcoef), int(into is not None)),
     )
     return dx, dcoef, [raw, coef], described
-
-
-def wgrad(
-    gradient: Gradient,
-    sources: Sequence[Source],
-    weight: Tensor,
-    geometry: Geometry,
-    sums: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """dW, of ``weight``'s shape and dtype, channels-last.
-
-    With ``sums`` also dpre [2, Co]: Σ e, and the gradient at the slopes of ``gradient.pre``.
-    """
-    given = gradient, weight, geometry, sources[0].size
-    return _gradients("weight_gradient", *given, sources=sources, sums=sums)[1:]

@@ -10,11 +10,13 @@ import importlib.util
 from typing import Any
 
 from .. import eager, of
+from .coefficients import covers_behind
 from .convolution import (
     convolution,
     covers_sources,
     dgrad,
     fprop,
+    gradients,
     wgrad,
 )
 from .passes import (

@@ -196,39 +196,43 @@ struct Sums {
   }
 };
 
-// dv becomes the gradient at y; the terms of the coefficients' gradients are added to the sums. Both have kCount numbers,
-// voxel after voxel. `coef.get(row, values)` gives the coefficients of the kV channels.
-template <int kV, int kCount, class Rows>
-FF_DEVICE void affine_backward(const Rows& coef, const float (&y)[kCount], int act, float (&dv)[kCount],
-                               Sums<kCoefSums, kV>& sums) {
-  float h[kCount], slope_z[kCount], g[kV];
-  coef.get(kG, g);
+// The gradient at y, `dy`, from that at the value of the affine, `dv`; the terms of the coefficients' gradients are added to
+// the sums. All have kCount numbers, voxel after voxel. `coef.get(row, values)` gives the coefficients of the kV channels.
+// y and dv are functions that give their numbers when these are needed: a kernel with few registers loads them then.
+template <int kV, int kCount, class Rows, class Y, class Dv>
+FF_DEVICE void affine_backward(const Rows& coef, Y y, int act, Dv dv, float (&dy)[kCount], Sums<kCoefSums, kV>& sums) {
+  float h[kCount], slope_z[kCount], slope_s[kCount] = {};
   {
     float a[kV], p[kV], b[kV], of_channel[kV], slope[kCount];
+    y(h);
     coef.get(kA, a);
     coef.get(kP, p);
     coef.get(kB, b);
     coef.get(kSlope, of_channel);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      h[i] = a[i % kV] * (y[i] - p[i % kV]) + b[i % kV];
+      h[i] = a[i % kV] * (h[i] - p[i % kV]) + b[i % kV];
       slope[i] = of_channel[i % kV];
     }
-    activate(h, slope, act, slope_z, [&](int i, float by_slope) { sums.row[kSumSlope][i % kV] += dv[i] * g[i % kV] * by_slope; });
+    activate(h, slope, act, slope_z, [&](int i, float derivative) { slope_s[i] = derivative; });
   }
-  float a[kV], p[kV], q[kV];
+  float a[kV], p[kV], g[kV], q[kV], of_y[kCount], of_v[kCount];
+  y(of_y);
+  dv(of_v);
   coef.get(kA, a);
   coef.get(kP, p);
+  coef.get(kG, g);
   coef.get(kQ, q);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int c = i % kV;
-    const float dh = dv[i] * g[c], dz = dh * slope_z[i];
-    sums.row[kSumDvH][c] += dv[i] * (h[i] - q[c]);
-    sums.row[kSumDv][c] += dv[i];
-    sums.row[kSumDzY][c] += dz * (y[i] - p[c]);
+    const float dh = of_v[i] * g[c], dz = dh * slope_z[i];
+    sums.row[kSumDvH][c] += of_v[i] * (h[i] - q[c]);
+    sums.row[kSumDv][c] += of_v[i];
+    sums.row[kSumDzY][c] += dz * (of_y[i] - p[c]);
     sums.row[kSumDz][c] += dz;
-    dv[i] = dz * a[c];
+    sums.row[kSumSlope][c] += dh * slope_s[i];
+    dy[i] = dz * a[c];
   }
 }
 

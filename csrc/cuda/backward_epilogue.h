@@ -26,9 +26,10 @@ struct BackwardEpilogue {
   template <int kN>
   static constexpr int kBeside = kN * static_cast<int>(sizeof(T));
 
-  int coefs;     // place of this chunk's coefficients in shared memory, rows [bn]
-  int of_chunk;  // the number of the chunk's source, and twice the number of its channels that the chunk has
-  T* to;         // where the gradient at the chunk of the sample's first voxel goes
+  // Place of this chunk's coefficients in shared memory, rows [bn], a multiple of 8; in its last bits the number of the
+  // chunk's source, and twice the number of its channels that the chunk has: two registers fewer.
+  int packed;
+  T* to;  // where the gradient at the chunk of the sample's first voxel goes
 
   // The number of the source that `channel` belongs to, whose number in it `channel` becomes.
   FF_DEVICE static int source_of(const Params& p, int& channel) {
@@ -72,43 +73,55 @@ struct BackwardEpilogue {
   }
   FF_DEVICE static void wait() { wait_copies<0>(); }
 
-  FF_DEVICE BackwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk, int at) : coefs(at) {
+  FF_DEVICE BackwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk, int at) {
     int channel = chunk.channel;
     const int source = source_of(p, channel);
     const Output& part = p.part[source];
     const int left = part.channels - channel;
-    of_chunk = source + 2 * (left < 0 ? 0 : left < chunk.valid ? left : chunk.valid);
+    packed = at | source | 2 * (left < 0 ? 0 : left < chunk.valid ? left : chunk.valid);
     to = static_cast<T*>(part.dx) + (chunk.n * plan.out.volume() * part.channels + channel);
   }
 
   template <int kN>
-  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk&, int beside, int pitch,
-                       float (&dv)[kFew * kPair], Running& running) const {
-    const int source = of_chunk & 1;
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk&, int row, int beside,
+                       int pitch, Running& running) const {
+    const int source = packed & 1, valid = packed >> 1 & 3;
     const Output& part = p.part[source];
     if (!part.dx) return;
-    if (part.coef) {
-      float x[kFew * kPair];
+    float dv[kFew * kPair];
+    // the gradient of a voxel that does not exist adds nothing to the sums
+    const auto products = [&](float (&v)[kFew * kPair]) {
 #pragma unroll
       for (int i = 0; i < kFew; ++i) {
-        unpack_few<T>(load_few<T, kPair>(reinterpret_cast<const T*>(shared_memory() + beside + i * pitch), kPair, true), &x[i * kPair]);
-        // the gradient of a voxel that does not exist adds nothing to the sums
+        load_anew(row + i * pitch, &v[i * kPair]);
 #pragma unroll
-        for (int j = 0; j < kPair; ++j) dv[i * kPair + j] = number[i] < 0 ? 0.0f : dv[i * kPair + j];
+        for (int j = 0; j < kPair; ++j) v[i * kPair + j] = number[i] < 0 ? 0.0f : v[i * kPair + j];
       }
-      affine_backward<kPair>(SharedRows{coefs, plan.bn}, x, part.act, dv, running);
+    };
+    if (part.coef) {
+      const auto x = [&](float (&v)[kFew * kPair]) {
+#pragma unroll
+        for (int i = 0; i < kFew; ++i) {
+          Few<T, kPair> few;
+          load_anew(beside + i * pitch, few.w);
+          unpack_few<T>(few, &v[i * kPair]);
+        }
+      };
+      affine_backward<kPair>(SharedRows{packed & ~7, plan.bn}, x, part.act, products, dv, running);
+    } else {
+      products(dv);
     }
     if (part.add) {
 #pragma unroll
       for (int i = 0; i < kFew; ++i) {
         if (number[i] < 0) continue;
         float few[kPair];
-        unpack_few<T>(load_few<T, kPair>(to + static_cast<int64_t>(number[i]) * part.channels, of_chunk / 2, p.aligned[source]), few);
+        unpack_few<T>(load_few<T, kPair>(to + static_cast<int64_t>(number[i]) * part.channels, valid, p.aligned[source]), few);
 #pragma unroll
         for (int j = 0; j < kPair; ++j) dv[i * kPair + j] += few[j];
       }
     }
-    put_voxels<T, kPair>(to, part.channels, of_chunk / 2, p.aligned[source], number, dv);
+    put_voxels<T, kPair>(to, part.channels, valid, p.aligned[source], number, dv);
   }
 
   FF_DEVICE static void finish(const Params& p, const ConvPlan& plan, const Chunk& chunk, State& state) {

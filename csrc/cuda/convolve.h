@@ -236,15 +236,12 @@ struct Convolve {
       const Epilogue epilogue(p.epilogue, plan, chunk, constants_at(plan) + lane % kChunks * kV * 4);
 #pragma unroll 1
       for (int r = lane / kChunks; r < kHalf && chunk.valid > 0; r += kFew * kRows) {
-        const int row = staging + r * kPitch;
+        const int row = staging + r * kPitch, channel = lane % kChunks * kV;
         int number[kFew];
-        float values[kFew * kV];
 #pragma unroll
-        for (int i = 0; i < kFew; ++i) {
-          number[i] = numbers[r + i * kRows];
-          load_row<kV>(row + i * kRows * kPitch + lane % kChunks * kV * 4, &values[i * kV]);
-        }
-        epilogue.template write<kN>(p.epilogue, plan, number, chunk, row + kProducts + lane % kChunks * kV * static_cast<int>(sizeof(T)), kRows * kPitch, values, running);
+        for (int i = 0; i < kFew; ++i) number[i] = numbers[r + i * kRows];
+        epilogue.template write<kN>(p.epilogue, plan, number, chunk, row + channel * 4,
+                                    row + kProducts + channel * static_cast<int>(sizeof(T)), kRows * kPitch, running);
       }
       hold(plan, false, [&](State& state) { running.merge_into(state); });
     }

@@ -59,10 +59,12 @@ struct ForwardEpilogue {
       : constants(at), begin(chunk.n * plan.out.volume() * plan.co + chunk.channel) {}
 
   template <int kN>
-  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk, int, int,
-                       float (&v)[kFew * kV], Running& running) const {
-    float bias[kV];
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk, int row,
+                       int, int pitch, Running& running) const {
+    float bias[kV], v[kFew * kV];
     load_row(constants + kBias * plan.bn * 4, bias);
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) load_row<kV>(row + i * pitch, &v[i * kV]);
 #pragma unroll
     for (int i = 0; i < kFew * kV; ++i) v[i] += bias[i % kV];
     if (p.pre) {

@@ -148,8 +148,15 @@ struct ApplyBackward {
         float dv[kV], y[kV];
         unpack16<T>(dv_raw[j], dv);
         unpack16<T>(y_raw[j], y);
-        affine_backward(coef, y, p.act, dv, sums);
-        if (p.dy) store_chunk(p.dy + here.at[j], at.valid, p.aligned, dv);
+        const auto copy = [](const float (&from)[kV]) {
+          return [&from](float (&to)[kV]) {
+#pragma unroll
+            for (int i = 0; i < kV; ++i) to[i] = from[i];
+          };
+        };
+        float dy[kV];
+        affine_backward(coef, copy(y), p.act, copy(dv), dy, sums);
+        if (p.dy) store_chunk(p.dy + here.at[j], at.valid, p.aligned, dy);
       }
     }
     merge_rows<kThreads>(sums, shared_memory(), p.groups);

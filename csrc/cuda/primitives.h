@@ -97,9 +97,15 @@ FF_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Two numbers from shared memory, with an instruction that the compiler does not merge with another one.
-FF_DEVICE void load_pair_anew(int at, float (&pair)[2]) {
+// Loads from shared memory that the compiler does not merge with others: two numbers, or one or two words.
+FF_DEVICE void load_anew(int at, float* pair) {
   asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair[0]), "=f"(pair[1]) : "r"(shared_address(at)));
+}
+FF_DEVICE void load_anew(int at, uint32_t (&word)[1]) {
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(word[0]) : "r"(shared_address(at)));
+}
+FF_DEVICE void load_anew(int at, uint32_t (&words)[2]) {
+  asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(shared_address(at)));
 }
 
 // Four 8x8 matrices of 16-bit elements; lane i says where row i % 8 of matrix i / 8 is.

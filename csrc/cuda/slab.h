@@ -161,7 +161,7 @@ FF_DEVICE void load_coefficients(int at, int count, Coefficients<kV>& coef) {
 // registers.
 struct SharedRows {
   int at, count;
-  FF_DEVICE void get(CoefRow r, float (&values)[2]) const { load_pair_anew(at + r * count * 4, values); }
+  FF_DEVICE void get(CoefRow r, float (&values)[2]) const { load_anew(at + r * count * 4, values); }
 };
 
 // The coordinates of voxel m of a tile.

@@ -119,7 +119,11 @@ inline uint32_t float_to_bits(float f) {
   return bits;
 }
 
-inline void load_pair_anew(int at, float (&pair)[2]) { std::memcpy(pair, shared_memory() + at, 8); }
+inline void load_anew(int at, float* pair) { std::memcpy(pair, shared_memory() + at, 8); }
+template <int kWords>
+void load_anew(int at, uint32_t (&words)[kWords]) {
+  std::memcpy(words, shared_memory() + at, kWords * 4);
+}
 
 inline float to_float(BFloat16 v) { return emulated::widen_bfloat16(v.bits); }
 inline float to_float(Float16 v) { return emulated::widen_float16(v.bits); }

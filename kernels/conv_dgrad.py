@@ -31,6 +31,7 @@ from .conv_fprop import (
     CONFIGS_FLOAT32,
     Config,
     constants,
+    following,
     interpreter_tile,
     sizes,
     weight_rows,
@@ -69,35 +70,6 @@ def pick(
 def taps_from(first, K: tl.constexpr, STRIDE: tl.constexpr):
     """Number of the taps first, first + STRIDE, ... below K."""
     return (K - first + STRIDE - 1) // STRIDE
-
-
-@triton.jit
-def following(
-    kd,
-    kh,
-    kw,
-    k0,
-    first_h,
-    first_w,
-    C,
-    K: tl.constexpr,
-    STRIDE: tl.constexpr,
-    STRIDE_D: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Tap and first channel of the next product: blocks of channels first, then width, height and depth."""
-    if ONE_BLOCK:
-        kw += STRIDE
-    else:
-        k0 += BK
-        kw += tl.where(k0 >= C, STRIDE, 0)
-        k0 = tl.where(k0 >= C, 0, k0)
-    kh += tl.where(kw >= K, STRIDE, 0)
-    kw = tl.where(kw >= K, first_w, kw)
-    kd += tl.where(kh >= K, STRIDE_D, 0)
-    kh = tl.where(kh >= K, first_h, kh)
-    return kd, kh, kw, k0
 
 
 @triton.jit

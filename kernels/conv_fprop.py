@@ -328,4 +328,4 @@ def fprop(
         )
         if not moments:
             return y, scratch(x, 0)
-        return y, finish_moments(partials, counts, od * oh * ow)
+        return y, finish_moments(partials, counts)

@@ -74,8 +74,9 @@ CONFIGS = (
     Config(8, 16, 64, 64, 8, 2),
     Config(8, 16, 64, 32, 8, 2),
     Config(8, 16, 32, 64, 8, 2, archs=(80, 90)),
-    Config(8, 16, 16, 16, 8, 2),
+    Config(8, 16, 16, 16, 8, 2, archs=(80, 90)),
     Config(8, 8, 64, 64, 4, 2),
+    Config(8, 16, 16, 16, 4, 2, archs=(100,)),
 )
 """Shipped tiles for 16-bit types; each is compiled and checked for spills by the static suite."""
 
@@ -98,7 +99,7 @@ def pick(
     if height * width <= 64:
         order = [5]
     elif channels_out <= 16:
-        order = [4]
+        order = [4, 6]
     elif channels_out <= 32:
         order = [3, 2]
     elif channels_in <= 32:

@@ -103,6 +103,13 @@ FAULTS = (
         SHAPES,
     ),
     Fault(
+        "triton-first-plane-taken-for-padding",
+        "kernels/conv_fprop.py",
+        "tl.where((depth >= 0) & (depth < D)",
+        "tl.where((depth > 0) & (depth < D)",
+        f"{KERNELS} -k padding",
+    ),
+    Fault(
         "triton-padding-behind-the-affine-is-not-zero",
         "kernels/conv_fprop.py",
         "x = tl.where(mask, v, 0.0).to(x.dtype)",

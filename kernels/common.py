@@ -28,6 +28,9 @@ ACT_CODES = {
 COLUMNS, WARPS = 8, 8
 """Channels (32 bytes of a row) and warps of a program that adds up partial results."""
 
+SLOTS, SHARE = 1056, 128
+"""Partial results of a sample that one stage adds up at most, and that one program of a stage before it does."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 ADDS_IN_ROWS = tl.constexpr(INTERPRETED)
@@ -361,39 +364,57 @@ def coef_grad_kernel(part_ptr, coef_ptr, out_ptr, T, N, C, BT: tl.constexpr, BC:
     store_coef_grad(out_ptr, coef_ptr, n * C + channel, N * C, mask, totals)
 
 
+@triton.jit
+def sum_rows_kernel(part_ptr, out_ptr, R, W, share, BR: tl.constexpr, BW: tl.constexpr):
+    """[N, R, W] float32 -> [N, shares, W]: ``share`` rows at a time, added in a fixed order and float64."""
+    column = tl.program_id(0) * BW + tl.arange(0, BW)
+    mask = column < W
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, R)
+    base = part_ptr + tl.program_id(2).to(tl.int64) * R * W + column[None, :]
+    total = tl.zeros((BW,), tl.float64)
+    for r0 in loop(first, last, BR):
+        r = r0 + tl.arange(0, BR)
+        at = base + r.to(tl.int64)[:, None] * W
+        rows = tl.load(at, mask=(r < last)[:, None] & mask[None, :], other=0.0)
+        total += tl.sum(rows.to(tl.float64), axis=0)
+    slot = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    out = out_ptr + slot * W + column
+    tl.store(out, total.to(tl.float32).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _sum_rows(partials: torch.Tensor, out: torch.Tensor, share: int) -> torch.Tensor:
+    n, rows, width = partials.shape
+    block = power_of_two(width // 128, COLUMNS, 128)
+    sum_rows_kernel[(cdiv(width, block), cdiv(rows, share), n)](
+        partials, out, rows, width, share,
+        BR=power_of_two(share, 1, 4096 // block), BW=block, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Sums float32 ``partials`` [R, W] over R into ``out`` (W values, any float dtype)."""
+    return _sum_rows(partials[None], out, partials.shape[0])
+
+
+def share_of(slots: int) -> int:
+    """Partial results of a sample that one program puts together, so that at most ``SLOTS`` remain."""
+    return max(SHARE, cdiv(slots, SLOTS))
+
+
 def coef_grad(partials: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
     """dcoef [7, N, C] from partial sums [N, T, 5, C]."""
     n, tiles, _, channels = partials.shape
+    if tiles > SLOTS:
+        share, rows = share_of(tiles), partials.flatten(2)
+        tiles = cdiv(tiles, share)
+        partials = _sum_rows(rows, scratch(partials, n, tiles, 5, channels), share)
     out = torch.empty_like(coef)
     coef_grad_kernel[(n, cdiv(channels, COLUMNS))](
         partials, coef, out, tiles, n, channels, BT=power_of_two(tiles, 1, 256), BC=COLUMNS,
         num_warps=WARPS,
     )  # fmt: skip
-    return out
-
-
-@triton.jit
-def sum_rows_kernel(part_ptr, out_ptr, R, W, BR: tl.constexpr, BW: tl.constexpr):
-    """[R, W] float32 -> [W], rows added in a fixed order and float64."""
-    column = tl.program_id(0) * BW + tl.arange(0, BW)
-    mask = column < W
-    total = tl.zeros((BW,), tl.float64)
-    for r0 in loop(0, R, BR):
-        r = r0 + tl.arange(0, BR)
-        at = part_ptr + r.to(tl.int64)[:, None] * W + column[None, :]
-        rows = tl.load(at, mask=(r < R)[:, None] & mask[None, :], other=0.0)
-        total += tl.sum(rows.to(tl.float64), axis=0)
-    tl.store(out_ptr + column, total.to(tl.float32).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def sum_rows(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Sums float32 ``partials`` [R, W] over R into ``out`` (W values, any float dtype)."""
-    rows, width = partials.shape
-    block = power_of_two(width // 128, COLUMNS, 128)
-    block_rows = power_of_two(rows, 1, 4096 // block)
-    sum_rows_kernel[(cdiv(width, block),)](
-        partials, out, rows, width, BR=block_rows, BW=block, num_warps=WARPS
-    )
     return out
 
 
@@ -425,41 +446,71 @@ def store_moments(ptr, count_ptr, slot, channel, mask, C, mean, m2, count):
 
 
 @triton.jit
-def finish_moments_kernel(
-    part_ptr, count_ptr, out_ptr, T, N, C, total, BT: tl.constexpr, BC: tl.constexpr
+def merge_moments_kernel(
+    part_ptr,
+    count_ptr,
+    out_ptr,
+    out_count_ptr,
+    T,
+    C,
+    share,
+    pitch,
+    LAST: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    """Partials (count, mean, M2) [N, T] -> mean and variance [2, N, C] (Chan et al. 1983)."""
-    n = tl.program_id(0).to(tl.int64)
+    """Slots (count, mean, M2) [N, T] -> slots [N, shares] of ``share`` of them each (Chan et al. 1983).
+
+    ``LAST``: one share, of which mean and variance [2, N, C] are written, ``pitch`` numbers apart.
+    """
+    n = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = channel < C
+    first = tl.program_id(0) * share
+    last = tl.minimum(first + share, T)
     base = part_ptr + n * T * 2 * C + channel[None, :]
+    total = tl.zeros((BC,), tl.float64)
     mean = tl.zeros((BC,), tl.float64)
-    for t0 in loop(0, T, BT):
+    for t0 in loop(first, last, BT):
         t = t0 + tl.arange(0, BT)
-        m = (t < T)[:, None] & mask[None, :]
-        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0).to(tl.float64)
+        m = (t < last)[:, None] & mask[None, :]
+        count = tl.load(count_ptr + n * T + t, mask=t < last, other=0.0).to(tl.float64)
         mean_t = tl.load(base + (t.to(tl.int64) * 2 * C)[:, None], mask=m, other=0.0)
         mean += tl.sum(count[:, None] * mean_t.to(tl.float64), axis=0)
+        total += tl.sum(count, axis=0)
     mean = mean / total
     m2 = tl.zeros((BC,), tl.float64)
-    for t0 in loop(0, T, BT):
+    for t0 in loop(first, last, BT):
         t = t0 + tl.arange(0, BT)
-        m = (t < T)[:, None] & mask[None, :]
-        count = tl.load(count_ptr + n * T + t, mask=t < T, other=0.0).to(tl.float64)
+        m = (t < last)[:, None] & mask[None, :]
+        count = tl.load(count_ptr + n * T + t, mask=t < last, other=0.0).to(tl.float64)
         at = base + (t.to(tl.int64) * 2 * C)[:, None]
         d = tl.where(m, tl.load(at, mask=m, other=0.0).to(tl.float64) - mean[None, :], 0.0)
         m2 += tl.sum(tl.load(at + C, mask=m, other=0.0) + count[:, None] * d * d, axis=0)
-    out = out_ptr + n * C + channel
-    tl.store(out, mean.to(tl.float32), mask=mask)
-    tl.store(out + N * C, (m2 / total).to(tl.float32), mask=mask)
+    if LAST:
+        out = out_ptr + n * C + channel
+        store_rows(out, pitch, mask, (mean, m2 / total))
+    else:
+        slot = n * tl.num_programs(0) + tl.program_id(0)
+        store_moments(out_ptr, out_count_ptr, slot, channel, mask, C, mean, m2, total)
 
 
-def finish_moments(partials: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:
+def finish_moments(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Mean and variance [2, N, C] from partials [N, T, 2, C] and counts [N, T]."""
     n, tiles, _, channels = partials.shape
+    blocks = cdiv(channels, COLUMNS)
+    if tiles > SLOTS:
+        share = share_of(tiles)
+        shares = cdiv(tiles, share)
+        fewer, fewer_counts = scratch(partials, n, shares, 2, channels), scratch(counts, n, shares)
+        merge_moments_kernel[(shares, blocks, n)](
+            partials, counts, fewer, fewer_counts, tiles, channels, share, 0,
+            LAST=False, BT=power_of_two(share, 1, 512), BC=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+        partials, counts, tiles = fewer, fewer_counts, shares
     out = scratch(partials, 2, n, channels)
-    finish_moments_kernel[(n, cdiv(channels, COLUMNS))](
-        partials, counts, out, tiles, n, channels, float(total),
-        BT=power_of_two(tiles, 1, 512), BC=COLUMNS, num_warps=WARPS,
+    merge_moments_kernel[(1, blocks, n)](
+        partials, counts, out, out, tiles, channels, tiles, n * channels,
+        LAST=True, BT=power_of_two(tiles, 1, 512), BC=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     return out

@@ -31,6 +31,7 @@ from .conv_fprop import (
     CONFIGS_FLOAT32,
     Config,
     constants,
+    following,
     interpreter_tile,
     sizes,
     weight_rows,
@@ -63,6 +64,12 @@ def pick(
     else:
         order = [1] if channels_out <= 32 else [0, 1]
     return next(CONFIGS[i] for i in order if target in CONFIGS[i].archs)
+
+
+@triton.jit
+def taps_from(first, K: tl.constexpr, STRIDE: tl.constexpr):
+    """Number of the taps first, first + STRIDE, ... below K."""
+    return (K - first + STRIDE - 1) // STRIDE
 
 
 @triton.jit
@@ -122,38 +129,33 @@ def dgrad_kernel(
         iw = iw.to(tl.int64)
     ci = tl.program_id(1) * BN + tl.arange(0, BN)
     cimask = ci < CI
-    co0 = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    for kd in range(KD):
-        nd = d + PD - kd
-        hits_d = (nd >= 0) & (nd < OD * STRIDE_D) & (nd % STRIDE_D == 0)
-        plane = e_ptr + (n * OD + nd // STRIDE_D) * OH * OW * CO
-        for kh in range(K):
-            # + 2 K keeps the remainder's operand positive
-            hits_h = hits_d & ((rh + PH - kh + 2 * K * STRIDE) % STRIDE == 0)
-            nh = ih + PH - kh
-            oh = nh // STRIDE
-            inside_h = valid & (nh >= 0) & (oh < OH)
-            for kw in range(K):
-                if hits_h & ((rw + PW - kw + 2 * K * STRIDE) % STRIDE == 0):
-                    nw = iw + PW - kw
-                    ow = nw // STRIDE
-                    inside = inside_h & (nw >= 0) & (ow < OW)
-                    e_row = plane + (oh * OW + ow) * CO
-                    w_col = w_ptr + ((kd * K + kh) * K + kw) * CI + ci
-                    for k0 in loop(0, BK if ONE_BLOCK else CO, BK):
-                        co = k0 + co0
-                        e = tl.load(
-                            e_row[:, None] + co[None, :],
-                            mask=inside[:, None] & (co < CO)[None, :],
-                            other=0.0,
-                        )
-                        w = tl.load(
-                            w_col[None, :] + (co * (KD * K * K) * CI)[:, None],
-                            mask=(co < CO)[:, None] & cimask[None, :],
-                            other=0.0,
-                        )
-                        acc = add_product(e, w, acc, UPCAST, PRECISION)
+    # the taps of this parity alone, and in depth those that meet a plane: no load stands behind a condition
+    last = (d + PD) // STRIDE_D
+    low = tl.maximum(last - OD + 1, 0)
+    first_d, first_h, first_w = (d + PD) % STRIDE_D, (rh + PH) % STRIDE, (rw + PW) % STRIDE
+    planes = tl.minimum(taps_from(first_d, KD, STRIDE_D), last + 1) - low
+    taps = planes * taps_from(first_h, K, STRIDE) * taps_from(first_w, K, STRIDE)
+    kd, kh, kw, k0 = first_d + low * STRIDE_D, first_h, first_w, 0
+    for _ in loop(taps * (1 if ONE_BLOCK else tl.cdiv(CO, BK))):
+        nh, nw = ih + PH - kh, iw + PW - kw
+        oh, ow = nh // STRIDE, nw // STRIDE
+        inside = valid & (nh >= 0) & (oh < OH) & (nw >= 0) & (ow < OW)
+        e_row = e_ptr + (n * OD + (d + PD - kd) // STRIDE_D) * OH * OW * CO + (oh * OW + ow) * CO
+        w_col = w_ptr + ((kd * K + kh) * K + kw) * CI + ci
+        co = k0 + tl.arange(0, BK)
+        e = tl.load(
+            e_row[:, None] + co[None, :], mask=inside[:, None] & (co < CO)[None, :], other=0.0
+        )
+        w = tl.load(
+            w_col[None, :] + (co * (KD * K * K) * CI)[:, None],
+            mask=(co < CO)[:, None] & cimask[None, :],
+            other=0.0,
+        )
+        acc = add_product(e, w, acc, UPCAST, PRECISION)
+        kd, kh, kw, k0 = following(
+            kd, kh, kw, k0, first_h, first_w, CO, K, STRIDE, STRIDE_D, ONE_BLOCK, BK
+        )
     at = (ih * W + iw)[:, None] * CI + ci[None, :]
     here = (n * D + d) * H * W * CI
     mask = valid[:, None] & cimask[None, :]

@@ -143,6 +143,35 @@ def weight_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def following(
+    kd,
+    kh,
+    kw,
+    k0,
+    first_h,
+    first_w,
+    C,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Tap and first channel of the next product: blocks of channels first, then width, height and depth."""
+    if ONE_BLOCK:
+        kw += STRIDE
+    else:
+        k0 += BK
+        kw += tl.where(k0 >= C, STRIDE, 0)
+        k0 = tl.where(k0 >= C, 0, k0)
+    kh += tl.where(kw >= K, STRIDE, 0)
+    kw = tl.where(kw >= K, first_w, kw)
+    kd += tl.where(kh >= K, STRIDE_D, 0)
+    kh = tl.where(kh >= K, first_h, kh)
+    return kd, kh, kw, k0
+
+
+@triton.jit
 def fprop_kernel(
     x_ptr,
     w_ptr,
@@ -205,39 +234,30 @@ def fprop_kernel(
         ow = ow.to(tl.int64)
     co = tl.program_id(1) * BN + tl.arange(0, BN)
     comask = co < CO
-    ci0 = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    for kd in range(KD):
-        # a vector, not a scalar: Triton's interpreter widens a scalar mask when it broadcasts it
+    kd, kh, kw, k0 = 0, 0, 0, 0
+    for _ in loop(KD * K * K * (1 if ONE_BLOCK else tl.cdiv(CI, BK))):
         depth = od * STRIDE_D - PD + kd
-        depths = row * 0 + depth
-        inside_d = (depths >= 0) & (depths < D)
+        # beside the first and the last plane all rows lie above the map
+        ih = oh * STRIDE + tl.where((depth >= 0) & (depth < D), kh - PH, -H - 2 * PH)
+        iw = ow * STRIDE - PW + kw
+        inside = valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         plane = x_ptr + (n * D + depth) * H * W * CI
-        for kh in range(K):
-            ih = oh * STRIDE - PH + kh
-            inside_h = valid & inside_d & (ih >= 0) & (ih < H)
-            for kw in range(K):
-                iw = ow * STRIDE - PW + kw
-                inside = inside_h & (iw >= 0) & (iw < W)
-                x_row = plane + (ih * W + iw) * CI
-                w_col = w_ptr + ((co * KD + kd) * K + kh) * K * CI + kw * CI
-                # with one channel block, ``k0`` runs once and the compiler removes the loop; ``kw`` becomes
-                # the innermost
-                for k0 in loop(0, BK if ONE_BLOCK else CI, BK):
-                    ci = k0 + ci0
-                    mask = inside[:, None] & (ci < CI)[None, :]
-                    x = tl.load(x_row[:, None] + ci[None, :], mask=mask, other=0.0)
-                    w = tl.load(
-                        w_col[None, :] + ci[:, None],
-                        mask=(ci < CI)[:, None] & comask[None, :],
-                        other=0.0,
-                    )
-                    if HAS_COEF:
-                        coefs = load_coef(coef_ptr, n, ci, ci < CI, N, CI)
-                        v = affine(x.to(tl.float32), coefs, ACT)
-                        # padding is zero after the affine, not act(b)
-                        x = tl.where(mask, v, 0.0).to(x.dtype)
-                    acc = add_product(x, w, acc, UPCAST, PRECISION)
+        x_row = plane + (ih * W + iw) * CI
+        w_col = w_ptr + ((co * KD + kd) * K + kh) * K * CI + kw * CI
+        ci = k0 + tl.arange(0, BK)
+        mask = inside[:, None] & (ci < CI)[None, :]
+        x = tl.load(x_row[:, None] + ci[None, :], mask=mask, other=0.0)
+        w = tl.load(
+            w_col[None, :] + ci[:, None], mask=(ci < CI)[:, None] & comask[None, :], other=0.0
+        )
+        if HAS_COEF:
+            coefs = load_coef(coef_ptr, n, ci, ci < CI, N, CI)
+            v = affine(x.to(tl.float32), coefs, ACT)
+            # padding is zero after the affine, not act(b)
+            x = tl.where(mask, v, 0.0).to(x.dtype)
+        acc = add_product(x, w, acc, UPCAST, PRECISION)
+        kd, kh, kw, k0 = following(kd, kh, kw, k0, 0, 0, CI, K, 1, 1, ONE_BLOCK, BK)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + co, mask=comask, other=0.0).to(tl.float32)[None, :]
     if MOMENTS:
@@ -308,4 +328,4 @@ def fprop(
         )
         if not moments:
             return y, scratch(x, 0)
-        return y, finish_moments(partials, counts, od * oh * ow)
+        return y, finish_moments(partials, counts)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .common import (
     ACT_CODES,
+    SLOTS,
     add_affine_grad,
     affine,
     block_of_map,
@@ -37,7 +38,12 @@ ELEMENTS = 4096
 NUM_WARPS = 4
 
 MAX_SLOTS = 2048
-"""Partial results over all samples; a longer map gives each program several blocks."""
+"""Partial results over all samples, and ``SLOTS`` of one; a longer map gives each program several blocks."""
+
+
+def blocks_of_a_program(total: int, batch: int) -> int:
+    """Of ``total`` blocks in each sample, as many for a program as the limits on partial results ask for."""
+    return max(1, cdiv(total * batch, MAX_SLOTS), cdiv(total, SLOTS))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,7 +52,7 @@ def blocks(space: int, channels: int, batch: int, reduces: bool) -> tuple[int, i
     bc = power_of_two(channels, 1, 128)
     bs = power_of_two(space, 1, ELEMENTS // (2 * bc) if reduces else ELEMENTS // bc)
     total = cdiv(space, bs)
-    iters = max(1, cdiv(total * batch, MAX_SLOTS)) if reduces else 1
+    iters = blocks_of_a_program(total, batch) if reduces else 1
     return bs, bc, iters, cdiv(total, iters)
 
 

@@ -149,7 +149,7 @@ def moments(y: torch.Tensor, pre: torch.Tensor | None, act: str) -> torch.Tensor
             HAS_PRE=pre is not None,
             **d.constants,
         )
-        return finish_moments(partials, counts, space)
+        return finish_moments(partials, counts)
 
 
 def moments_backward(

@@ -36,7 +36,7 @@ from .common import (
     scratch,
     store_sums,
 )
-from .pointwise import MAX_SLOTS, NUM_WARPS
+from .pointwise import NUM_WARPS, blocks_of_a_program
 
 Taps = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Per axis (depth, height, width; one position deep in 2D): index int32 and weight float32, [positions, T]."""
@@ -334,7 +334,7 @@ def blocks(
     bc = power_of_two(channels, 1, 128)
     bs = power_of_two(width, 1, elements // bc)
     total = lines * cdiv(width, bs)
-    iters = max(1, cdiv(total * batch, MAX_SLOTS))
+    iters = blocks_of_a_program(total, batch)
     return bs, bc, iters, cdiv(total, iters)
 
 

@@ -6,6 +6,7 @@ from tests.planted.fault import Fault
 
 KERNELS = "tests/kernels/test_kernels.py"
 ORDERS = f"{KERNELS} -k 'order_and_norm and fused and interpreter'"
+STAGES = "tests/kernels/test_stages.py"
 COMPOSED = f"{KERNELS} -k 'order_and_norm and composed and interpreter'"
 SHAPES = f"{KERNELS} -k 'every_kernel_size and 2d and interpreter'"
 VIEWS = "tests/ops/test_maps.py -k triton"
@@ -40,8 +41,8 @@ FAULTS = (
     Fault(
         "triton-last-rows-of-a-sum-dropped",
         "kernels/common.py",
-        "for r0 in loop(0, R, BR):",
-        "for r0 in loop(0, (R - 1) // BR * BR, BR):",
+        "for r0 in loop(first, last, BR):",
+        "for r0 in loop(first, first + (last - first - 1) // BR * BR, BR):",
         SHAPES,
     ),
     Fault(
@@ -51,13 +52,62 @@ FAULTS = (
         "0.3989422804014327",
         f"{KERNELS} -k 'every_activation and gelu and interpreter'",
     ),
+    Fault(
+        "triton-last-share-of-the-moments-dropped",
+        "kernels/common.py",
+        "        shares = cdiv(tiles, share)\n",
+        "        shares = tiles // share\n",
+        f"{STAGES} -k moments",
+    ),
+    Fault(
+        "triton-first-slot-of-the-next-share-counted-twice",
+        "kernels/common.py",
+        "    last = tl.minimum(first + share, T)\n",
+        "    last = tl.minimum(first + share + 1, T)\n",
+        f"{STAGES} -k moments",
+    ),
+    Fault(
+        "triton-shares-of-sums-overlap",
+        "kernels/common.py",
+        "    last = tl.minimum(first + share, R)\n",
+        "    last = tl.minimum(first + share + 1, R)\n",
+        f"{STAGES} -k gradient",
+    ),
     # convolution
+    Fault(
+        "triton-tap-of-a-parity-skipped",
+        "kernels/conv_dgrad.py",
+        "return (K - first + STRIDE - 1) // STRIDE",
+        "return (K - first) // STRIDE",
+        f"{KERNELS} -k parity",
+    ),
+    Fault(
+        "triton-last-plane-of-a-gradient-skipped",
+        "kernels/conv_dgrad.py",
+        "low = tl.maximum(last - OD + 1, 0)",
+        "low = tl.maximum(last - OD + 2, 0)",
+        f"{KERNELS} -k parity",
+    ),
+    Fault(
+        "triton-row-of-taps-begins-at-the-first",
+        "kernels/conv_fprop.py",
+        "kw = tl.where(kw >= K, first_w, kw)",
+        "kw = tl.where(kw >= K, 0, kw)",
+        f"{KERNELS} -k parity",
+    ),
     Fault(
         "triton-column-behind-the-map-read",
         "kernels/conv_fprop.py",
-        "inside = inside_h & (iw >= 0) & (iw < W)",
-        "inside = inside_h & (iw >= 0) & (iw <= W)",
+        "(ih < H) & (iw >= 0) & (iw < W)",
+        "(ih < H) & (iw >= 0) & (iw <= W)",
         SHAPES,
+    ),
+    Fault(
+        "triton-first-plane-taken-for-padding",
+        "kernels/conv_fprop.py",
+        "tl.where((depth >= 0) & (depth < D)",
+        "tl.where((depth > 0) & (depth < D)",
+        f"{KERNELS} -k padding",
     ),
     Fault(
         "triton-padding-behind-the-affine-is-not-zero",
@@ -76,8 +126,8 @@ FAULTS = (
     Fault(
         "triton-padding-of-height-for-width",
         "kernels/conv_dgrad.py",
-        "nw = iw + PW - kw",
-        "nw = iw + PH - kw",
+        "nh, nw = ih + PH - kh, iw + PW - kw",
+        "nh, nw = ih + PH - kh, iw + PH - kw",
         f"{KERNELS} -k padding",
     ),
     Fault(

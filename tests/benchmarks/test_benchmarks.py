@@ -142,8 +142,9 @@ def test_counting_saved_bytes_leaves_no_graph_behind():
 
 def test_floor_of_a_layer_is_pinned():
     layer = roofline.Layer(32, 64, (8, 16), kernel=3)
-    assert roofline.flops(layer, 2) == 2 * 2 * 128 * 32 * 64 * 9
-    assert roofline.traffic(layer, 2, "bfloat16") == 2 * (2 * 128 * (32 + 64) + 32 * 64 * 9)
+    half = roofline.work([layer], 2, "bfloat16", "forward", CEILINGS)
+    assert half.flops == 2 * 2 * 128 * 32 * 64 * 9
+    assert half.bytes == 2 * (2 * 128 * (32 + 64) + 32 * 64 * 9)
     one = roofline.work([layer], 2, "float32", "forward", CEILINGS)
     assert one.bytes == 172032 and one.flops == 9437184
     assert one.floor_s == pytest.approx(172032 / 1e9)  # bandwidth-bound: 172 µs against 9 µs

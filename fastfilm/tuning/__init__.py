@@ -1,4 +1,4 @@
-"""Finds the fastest backend, route and tiles for a network's convolutions on a GPU (``fastfilm tune``), and estimates."""
+"""The fastest backend, route and tiles for a network's convolutions on a GPU: ``fastfilm tune``. The cost model."""
 
 from .search import Search, tune
 from .shapes import Shape, of_model

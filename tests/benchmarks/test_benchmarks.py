@@ -156,7 +156,7 @@ def test_floor_of_a_layer_is_pinned():
 
 def test_ceilings_of_another_run_are_taken_on_the_same_machine_only(tmp_path):
     about = {"device": "cuda", "device_name": "Card", "threads": 2, "torch": "2"}
-    ceilings = roofline.Ceilings(1e12, {"float32": 5e13, "bfloat16": 7e14}, 3e12, 2e-6, 132)
+    ceilings = roofline.Ceilings(1e12, {"float32": 5e13, "bfloat16": 7e14}, 3e12, 2e-6, 132, 80)
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"machine": about | machine.as_json(ceilings), "rows": []}))
     found = machine.known_ceilings(str(path), about, ["bfloat16"])
@@ -164,6 +164,7 @@ def test_ceilings_of_another_run_are_taken_on_the_same_machine_only(tmp_path):
         (1e12, 3e12, 2e-6, 132)
     )
     assert found.matrix == pytest.approx(ceilings.matrix)
+    assert found.arch == 80
     assert machine.known_ceilings(str(path), about | {"device_name": "Other"}, ["bfloat16"]) is None
     assert machine.known_ceilings(str(path), about, ["float16"]) is None
     assert machine.known_ceilings(str(tmp_path / "none.json"), about, ["float32"]) is None

@@ -307,6 +307,7 @@ setup(
         "fastfilm": ["py.typed"],
         "fastfilm.ops.launchers": ["*/*.pyi"],
         "fastfilm.ops.settings": ["tuned/*.json"],
+        "fastfilm.tuning": ["*.json"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},

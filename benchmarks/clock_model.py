@@ -31,28 +31,33 @@ from .suites.routes import SUBJECTS, Subject
 PASSES = {"fprop": "forward", "dgrad": "input gradient", "wgrad": "weight gradient"}
 FACTS = {"fprop": "forward", "dgrad": "backward", "wgrad": "weight"}
 DEFAULT_THREADS = 256
-DTYPE, BYTES = "bf16", 2
-"""Type of the maps that the figures are for, and the bytes of a value."""
+DTYPE = "bf16"
+"""Type that the ten layers' figures are for."""
+
+TYPES = {"bf16": (2, 2, False), "tf32": (4, 0, True), "fp32": (4, 0, False)}
+"""Type of the products -> bytes of a value, code of the storage, whether float32 is rounded for tensor cores."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a device: clocks/s, clocks of one HMMA on one of four tensor pipes, bytes/s of memory and L2."""
+    """Rates of a device: clocks/s, clocks of one HMMA and FFMA on one of four pipes, bytes/s of memory and L2."""
 
     arch: int
     processors: int
     clock: float
     hmma: float
+    ffma: float
     dram: float
     l2: float
 
 
 GPUS = {
     # data sheets. HMMA: 2048 multiply-adds by a pipe of 256 a clock on an A100; on an H100 of 512, of which
-    # mma.sync reaches 62 % (arXiv:2402.13499). DRAM of the H200: a copy measured on one. L2: assumed
-    "A100": Gpu(80, 108, 1.41e9, 8.0, 2.0e12, 4.0e12),
-    "H100": Gpu(90, 132, 1.755e9, 6.45, 3.35e12, 5.5e12),
-    "H200": Gpu(90, 132, 1.755e9, 6.45, 4.3e12, 5.5e12),
+    # mma.sync reaches 62 % (arXiv:2402.13499); half as many of tf32. FFMA: a pipe of 16 lanes, and of 32. DRAM of
+    # the H200: a copy measured on one. L2: assumed
+    "A100": Gpu(80, 108, 1.41e9, 8.0, 2.0, 2.0e12, 4.0e12),
+    "H100": Gpu(90, 132, 1.755e9, 6.45, 1.0, 3.35e12, 5.5e12),
+    "H200": Gpu(90, 132, 1.755e9, 6.45, 1.0, 4.3e12, 5.5e12),
 }
 
 UNITS = ("issue", "tensor", "shared")
@@ -175,6 +180,12 @@ class Shape:
     co: int
     size: tuple[int, int, int]
     kernel: tuple[int, int, int]
+    dtype: str = DTYPE
+
+    @property
+    def bytes(self) -> int:
+        """Of a value."""
+        return TYPES[self.dtype][0]
 
     @classmethod
     def of(cls, subject: Subject) -> Shape:
@@ -190,7 +201,8 @@ class Shape:
         device = gpu.arch, gpu.processors, SHARED_LIMIT[gpu.arch]
         padding = tuple(k // 2 for k in self.kernel)
         maps = self.batch, self.ci, self.co, self.size, self.size
-        conv = module.Convolution(2, self.dims, *maps, self.kernel, padding, 1, device, False)
+        _, storage, tf32 = TYPES[self.dtype]
+        conv = module.Convolution(storage, self.dims, *maps, self.kernel, padding, 1, device, tf32)
         found: dict[str, Any] = conv.facts(FACTS[kernel])
         return found
 
@@ -222,7 +234,8 @@ class Layer:
         # taps whose weights are in shared memory at a time
         part = facts.get("part") or math.prod(shape.kernel[1:])
         self.steps = 1 if self.wgrad else self.blocks_k * -(-self.taps // part)
-        self.input_aligned, self.output_aligned = shape.ci % 8 == 0, shape.co % 8 == 0
+        chunk = 16 // shape.bytes
+        self.input_aligned, self.output_aligned = shape.ci % chunk == 0, shape.co % chunk == 0
         self.views = shape.subject.resized > 0 and bool(code.loops("gather"))
         self.twice = not (self.forward or code.reads_map())  # the raw output has a slab, too
 
@@ -243,10 +256,10 @@ class Layer:
 
     def phases(self, seen: float, summing: bool) -> Iterator[Phase]:
         """Parts of a tile, of which a view has the share ``seen`` of the input's channels."""
-        s, code = self.shape, self.code
+        s, code, size = self.shape, self.code, self.shape.bytes
         pending = s.subject.block.layer.input_grad
-        a_slab = self.slab * self.columns * BYTES / self.threads * self.blocks_k
-        a_tile = self.voxels * self.rows * BYTES / self.threads
+        a_slab = self.slab * self.columns * size / self.threads * self.blocks_k
+        a_tile = self.voxels * self.rows * size / self.threads
         copied = a_slab * (1 - seen)
         if self.wgrad:
             yield from self._copies(copied, self.input_aligned)
@@ -256,7 +269,7 @@ class Layer:
             yield from self._copies(copied * (1 + self.twice), aligned)
         weights = code.copy("weights", True)
         if weights is not None and not self.facts.get("resident", self.wgrad):
-            moved = self.taps * self.rows * self.columns * BYTES * self.blocks_k
+            moved = self.taps * self.rows * self.columns * size * self.blocks_k
             yield Phase("weights", moved / self.threads / weights.bytes, weights)
         if self.facts.get("buffers", 1) == 1:
             here = copied * (1 + self.twice) + (a_tile * (1 + self.twice) if self.wgrad else 0)
@@ -279,7 +292,9 @@ class Layer:
             lanes = 32 * min(1.0, -(-s.co // 8) * 8 / width)
             for cost, treated in code.affine("gradient", self.output_aligned, summing, lanes):
                 yield Phase("gradient", values / treated, cost)
-        total = self.voxels / 16 * self.rows / 8 * self.columns * BYTES / 32 * self.blocks_k
+        total = self.voxels * self.rows * self.columns * self.blocks_k / 32
+        if code.on_tensor_cores:  # 16 by 8 results from 32 bytes
+            total *= size / 128
         for cost in code.products():
             turns = total * self.taps / cost.tensor / (self.threads / 32)
             yield Phase("products", turns, cost)
@@ -318,11 +333,11 @@ class Layer:
 
     def moved(self) -> tuple[float, float, float]:
         """Bytes of the kernel through memory and through the L2, and of the small kernels around it."""
-        s, resized = self.shape, self.shape.subject.resized
+        s, resized, size = self.shape, self.shape.subject.resized, self.shape.bytes
         voxels = s.batch * math.prod(s.size)
-        fine, coarse = BYTES * voxels * resized, BYTES * voxels * resized / 2**s.dims
-        x, y = BYTES * voxels * s.ci - fine, BYTES * voxels * s.co
-        weight = BYTES * s.ci * s.co * math.prod(s.kernel)
+        fine, coarse = size * voxels * resized, size * voxels * resized / 2**s.dims
+        x, y = size * voxels * s.ci - fine, size * voxels * s.co
+        weight = size * s.ci * s.co * math.prod(s.kernel)
         tiles = self.grid * self.facts["tiles_a_block"]
         loads = self.slab * self.columns * self.blocks_k + self.voxels * self.rows
         if not (self.wgrad or self.facts.get("resident", True)):
@@ -330,16 +345,16 @@ class Layer:
         # a resized map that the kernel does not gather is written in front of it
         first, x = (0.0, x + coarse) if self.views else (fine + coarse, x + fine)
         if self.forward:
-            return x + y, tiles * BYTES * loads, 3 * weight + first
+            return x + y, tiles * size * loads, 3 * weight + first
         if self.wgrad:
             warps = self.threads // 32
             shares = max(1, warps * 32 * 16 // (self.rows * self.columns))
             slots = self.grid / self.blocks_n / self.depths * shares
-            return x + 2 * y, tiles * BYTES * loads, slots * weight / BYTES * 8 + first
+            return x + 2 * y, tiles * size * loads, slots * weight / size * 8 + first
         # the gradient of a resized map is written at its full size and gathered behind the kernel
         return (
             2 * y + 2 * (x + fine * self.views),
-            tiles * BYTES * 2 * loads,
+            tiles * size * 2 * loads,
             3 * weight + fine + coarse,
         )
 
@@ -359,12 +374,13 @@ def predict(
     gpu = GPUS[name]
     layer = Layer(shape, kernel, facts, code)
     warps = layer.threads // 32
+    multiply = gpu.hmma if code.on_tensor_cores else gpu.ffma
     held = resident(code.registers, facts["shared_bytes"], warps, gpu.arch)
     sharing = max(1, min(held, -(-layer.grid // gpu.processors)))
     blocks: list[float] = []
     slowest: list[Time] = []
     for count, seen, summing in layer.variants():
-        times = [timed(p, warps, gpu.hmma) for p in layer.phases(seen, summing)]
+        times = [timed(p, warps, multiply) for p in layer.phases(seen, summing)]
         slowest = max(slowest, times, key=lambda ts: sum(t.total for t in ts))
         blocks += [facts["tiles_a_block"] * together(times, sharing) + CONSTANTS["block"]] * count
     clocks = scheduled(blocks, gpu.processors * sharing)
@@ -387,13 +403,15 @@ Kernels = Mapping[tuple[str, tuple[int, int]], Kernel]
 
 
 def kernel_of(
-    mangled: str, listing: Iterable[str], registers: int
+    mangled: str, listing: Iterable[str], registers: int, wanted: str = DTYPE
 ) -> tuple[tuple[str, tuple[int, int]], Kernel] | None:
-    """A convolution kernel of the modelled dtype, by pass and channels of a block; None: another function."""
+    """A convolution kernel of a type, by pass and channels of a block; None: another function."""
     name, dtype, channels = name_of(mangled)
-    if dtype != DTYPE or channels is None or name not in PASSES:
+    if dtype != wanted or channels is None or name not in PASSES:
         return None
-    return (name, channels), Kernel(sass.Function(sass.parse(listing)), registers, CONSTANTS)
+    return (name, channels), Kernel(
+        sass.Function(sass.parse(listing)), registers, CONSTANTS, TYPES[dtype][0]
+    )
 
 
 def read(library: Path, target: str) -> dict[tuple[str, tuple[int, int]], Kernel]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,9 @@ from .campaign.report import number, table
 from .networks import NETWORKS
 from .roofline import Ceilings
 
-ASSUMED = replace(cost.H200, l2=5.5e12, launch=3e-6)
-"""Copy and matrix product of an H200 as measured once without fastfilm; L2 and launch are assumptions."""
-
 NEXT = {
     "dram": "one pass less: the gradient at the raw output in the prologues of dgrad and wgrad",
-    "l2": "convolutions of our own by wgmma, which read a halo tile once: by mma.sync they lose to the vendor's",
-    "matrix": "convolutions of our own by wgmma, with the passes around them inside",
+    "matrix": "convolutions of our own by wgmma with the passes inside: by mma.sync they lose to the vendor's",
     "launch": "a CUDA graph of the step, fewer small kernels for the coefficients",
 }
 """Limiter -> what would move it."""
@@ -46,7 +41,7 @@ def text(results: Mapping[str, Any] | None) -> str:
         parts += table(("case", "peer", "its time over ours"), slower) or ["Nowhere.", ""]
     parts += [
         *_model(
-            machine.from_json(results["machine"]) if measured and results is not None else ASSUMED
+            machine.from_json(results["machine"]) if measured and results is not None else cost.H200
         )
     ]
     return "\n".join(parts).rstrip() + "\n"
@@ -57,9 +52,9 @@ def _state(results: Mapping[str, Any] | None) -> list[str]:
         return [
             "**No campaign has run on a GPU yet: no target has been measured, and none is claimed.** What stands"
             " here is what the cost model ([docs/benchmarks.md](../../docs/benchmarks.md)) says of the layers,"
-            " from the copy and the matrix product of an H200 (4.3 TB/s, 790 TFLOP/s) and assumptions for the L2"
-            " (5.5 TB/s, nothing found in the L1), the launch (3 µs) and the shares of the matrix rate (0.1 for"
-            " the fused kernels, 0.6 for the vendor's). It says where to look first, not how fast anything is.",
+            " from the copy and the matrix product of an H200 (4.3 TB/s, 790 TFLOP/s), a launch (4 µs), the clock"
+            " model's figures of the CUDA kernels and the shares of the matrix rate that the vendor's convolutions"
+            " reached (0.5 to 0.6). It says where to look first, not how fast anything is.",
             "",
             "    bash benchmarks/gpu.sh --out DIR --minutes 9",
             "",
@@ -120,7 +115,7 @@ def _next(target: targets.Target, limiter: str) -> str:
 def _limiter(target: targets.Target) -> str:
     for network in NETWORKS:
         if network.case == target.case:
-            found = explain.lines(network, target.mode, "bfloat16", ASSUMED)
+            found = explain.lines(network, target.mode, "bfloat16", cost.H200)
             terms = cost.added(
                 cost.Terms(
                     **{

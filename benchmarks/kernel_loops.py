@@ -1,14 +1,15 @@
 """The loops of a convolution kernel by the work they do, and the cost of an iteration.
 
-A loop is recognised by its instructions: products by HMMA, copies by LDGSTS (of a slab with many instructions for
-each, of weights with few), the affine by loads and stores of shared memory around arithmetic, the epilogue by
-stores to global memory, a view by a nest around wide loads from there. Neither names nor the order of loops count,
-so the kernels may change without this file.
+A loop is recognised by its instructions: products by HMMA (of IEEE float32 by FFMA), copies by LDGSTS (of a slab
+with many instructions for each, of weights with few), the affine by loads and stores of shared memory around
+arithmetic, the epilogue by stores to global memory, a view by a nest around wide loads from there. Neither names
+nor the order of loops count, so the kernels may change without this file.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,9 @@ TYPES = {
     "NS0_8BFloat16E": "bf16",
     "NS0_7Float16E": "fp16",
 }
+
+SUMS = 16
+"""FFMAs from which on a loop that stores nothing is one of float32 products."""
 
 Needs = list[Need | Loop | tuple[Need, int]]
 
@@ -52,9 +56,9 @@ class Cost:
     Attributes:
         issue: instructions.
         chain: clocks if no other warp were there.
-        tensor: HMMAs.
+        tensor: HMMAs; of float32 products FFMAs.
         shared: wavefronts of shared memory.
-        bytes: of a thread's work; for products HMMAs.
+        bytes: of a thread's work; for products the same as ``tensor``.
     """
 
     issue: float
@@ -77,18 +81,45 @@ class Kernel:
 
     Args:
         constants: clocks of latencies and ways of bank conflicts by name; see `clock_model.CONSTANTS`.
+        value: bytes of a number of the maps.
     """
 
-    def __init__(self, function: Function, registers: int, constants: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        function: Function,
+        registers: int,
+        constants: Mapping[str, float],
+        value: int = 2,
+    ) -> None:
         self.function, self.registers, self.constants = function, registers, constants
+        self.value = value
 
     @cached_property
     def tiles(self) -> Loop:
         """The loop over tiles: the outermost one around products."""
-        found = [i for i in self.function.loops if i.parent is None and self._has(i.body, HMMA)]
+        found = [i for i in self.function.loops if i.parent is None and i.body & self.multiplying]
         if not found:
             raise ValueError("no loop of the kernel has products of matrices")
         return found[0]
+
+    @cached_property
+    def on_tensor_cores(self) -> bool:
+        """Whether products are HMMAs, not FFMAs."""
+        return self._has(set(self.function.blocks), HMMA)
+
+    @cached_property
+    def multiplying(self) -> set[int]:
+        """Blocks of the products."""
+        blocks = self.function.blocks
+        if self.on_tensor_cores:
+            return {b for b in blocks if any(map(HMMA, blocks[b]))}
+        found: set[int] = set()
+        for loop in self.function.loops:
+            names = Counter(i.name for b in loop.own for i in blocks[b])
+            stores = names["STS"] + names["STG"] + names["LDGSTS"]
+            if names["LDS"] and names["FFMA"] >= SUMS and not stores:
+                found |= loop.own
+        return found
 
     @cached_property
     def kinds(self) -> dict[int, str]:
@@ -117,16 +148,16 @@ class Kernel:
     def _kind(self, loop: Loop) -> str:
         own, around = loop.own, loop.parent
         has = {n: self._has(own, is_(n)) for n in ("STG", "LDG", "STS", "LDS", "LDGSTS", "FFMA")}
-        if self._has(own, HMMA):
+        if own & self.multiplying:
             return "products"
-        if self._has(loop.body, HMMA):
+        if loop.body & self.multiplying:
             return "container"
         if has["STG"]:
             # a maximum's window is a nest of loops inside the epilogue
             nested = around is not None and self._has(around.body - loop.body, is_("STG"))
-            return "window" if nested and around not in self._around(HMMA) else "epilogue"
+            return "epilogue" if not nested or around.body & self.multiplying else "window"
         if has["LDGSTS"] and around is not None and self._has(around.body, is_("STG")):
-            if not self._has(around.body, HMMA):
+            if not around.body & self.multiplying:
                 return "beside"
         if has["LDGSTS"]:
             path = self.function.path(loop, [LDGSTS])
@@ -141,10 +172,6 @@ class Kernel:
         if has["STS"] and any(self._has(i.own, is_("STG")) for i in loop.inner):
             return "staging"
         return "other"
-
-    def _around(self, need: Need) -> list[Loop]:
-        """Loops that contain an instruction."""
-        return [i for i in self.function.loops if self._has(i.body, need)]
 
     def latency(self, i: Instruction) -> int:
         """Clocks until the result of an instruction of variable latency is there."""
@@ -194,17 +221,25 @@ class Kernel:
         )
 
     def products(self) -> list[Cost]:
-        """Each loop of products, with all of its matrix instructions on the way."""
+        """Each loop of products, with all of its matrix instructions (float32: FFMAs) on the way."""
         found = []
+        multiply = HMMA if self.on_tensor_cores else FFMA
         for loop in self.loops("products"):
-            path = self.function.path(loop, [HMMA], HMMA)
+            path = self.function.path(loop, [multiply], multiply)
             assert path is not None
-            found.append(self.cost(path, "HMMA"))
+            cost = self.cost(path, "HMMA")
+            if not self.on_tensor_cores:
+                # threads of a warp read few different words, each load in one wavefront
+                count, loads = sum(map(FFMA, path)), sum(i.name == "LDS" for i in path)
+                cost = replace(cost, tensor=count, shared=loads, bytes=count)
+            found.append(cost)
         return found
 
     def copy(self, kind: str, aligned: bool) -> Cost | None:
         """Copies of a slab, or of weights; not aligned: by ordinary loads and stores. None: no loop does it."""
-        needs: Needs = [LDGSTS] if aligned else [is_("STS", WIDE), is_("LDG", 2, 2)]
+        needs: Needs = (
+            [LDGSTS] if aligned else [is_("STS", WIDE), is_("LDG", self.value, self.value)]
+        )
         paths = [self.function.path(loop, needs) for loop in self.loops(kind)]
         costs = [self.cost(p, "LDGSTS" if aligned else "STS") for p in paths if p is not None]
         return min(costs, key=lambda c: c.issue / c.bytes, default=None)
@@ -240,7 +275,7 @@ class Kernel:
         loop = self._affine_loop(which)
         piece = self._widest(loop, "STS")
         needs: Needs = [is_("LDS", piece, piece), is_("STS", piece, piece), FFMA]
-        width = (WIDE, 16) if aligned else (2, 2)
+        width = (WIDE, 16) if aligned else (self.value, self.value)
         if which == "gradient" and self._has(loop.own, is_("LDG", *width)):
             needs.append(is_("LDG", *width))
         if which == "gradient" and summing and piece > 4 and self._has(loop.own, is_("STS", 4, 4)):
@@ -314,7 +349,7 @@ class Kernel:
         found: list[tuple[Loop, Cost]] = []
         for loop in self.loops("epilogue"):
             piece = self._widest(loop, "STG")
-            width = (piece, piece) if aligned else (2, 2)
+            width = (piece, piece) if aligned else (self.value, self.value)
             stores, loads = is_("STG", *width), is_("LDG", *width)
             needs: Needs = [stores, FFMA]
             # what is copied beside the products is not loaded; loads are of gradients that are added to, then

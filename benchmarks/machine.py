@@ -111,11 +111,13 @@ def ceilings(device: str, dtypes: list[str], clock: Clock, quick: bool = False) 
     # no more launches than the host queues while the clock holds the device back
     launches = 40 if big else 200
     launch = min(clock.time(partial(one.add_, 1), launches, flush=False) for _ in range(tries))
-    processors = torch.cuda.get_device_properties(0).multi_processor_count if big else 1
+    card = torch.cuda.get_device_properties(0) if big else None
+    processors = card.multi_processor_count if card else 1
+    arch = 10 * card.major + card.minor if card else Ceilings.arch
     matrix = {}
     for name in dtypes:
         matrix[name] = _matrix_rate(device, name, clock, tries)
-    return Ceilings(bandwidth, matrix, max(cached, bandwidth), launch, processors)
+    return Ceilings(bandwidth, matrix, max(cached, bandwidth), launch, processors, arch)
 
 
 def as_json(found: Ceilings) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def as_json(found: Ceilings) -> dict[str, Any]:
         "l2_gbps": (found.l2 or 0.0) / 1e9,
         "launch_us": found.launch * 1e6,
         "processors": found.processors,
+        "arch": found.arch,
         "matrix_tflops": {k: v / 1e12 for k, v in found.matrix.items()},
     }
 
@@ -137,6 +140,7 @@ def from_json(then: Mapping[str, Any]) -> Ceilings:
         then["l2_gbps"] * 1e9,
         then["launch_us"] / 1e6,
         then["processors"],
+        then.get("arch", Ceilings.arch),
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from fastfilm.tuning import cost
 from fastfilm.tuning.cost import Ceilings, Convolution
 
 DTYPES = {
@@ -99,27 +99,6 @@ def convolution(layer: Layer, batch: int, dtype: str, moments: bool = True) -> C
     )
 
 
-def flops(layer: Layer, batch: int) -> int:
-    """Floating point operations of the forward pass (a multiply-add is two)."""
-    places = math.prod(layer.size if layer.transposed else layer.output)
-    return 2 * batch * places * layer.cin * layer.cout * layer.kernel ** len(layer.size)
-
-
-def traffic(layer: Layer, batch: int, dtype: str) -> int:
-    """Bytes of the forward pass: input, weight and output once each."""
-    inputs = batch * layer.cin * math.prod(layer.size)
-    outputs = batch * layer.cout * math.prod(layer.output)
-    weights = layer.cin * layer.cout * layer.kernel ** len(layer.size)
-    return (inputs + outputs + weights) * torch.finfo(DTYPES[dtype]).bits // 8
-
-
-def passes(layer: Layer, mode: str) -> int:
-    """How many times the forward work a mode does: dgrad and wgrad move and compute as much."""
-    if mode in ("training", "forward+backward"):
-        return 3 if layer.input_grad else 2
-    return 2 if mode == "backward" else 1
-
-
 @dataclass(frozen=True)
 class Work:
     """What a case must at least do."""
@@ -133,9 +112,9 @@ def work(layers: Iterable[Layer], batch: int, dtype: str, mode: str, ceilings: C
     """Sum over the layers of max(bytes / bandwidth, flops / rate), times the passes of ``mode``."""
     total_flops, total_bytes, floor = 0, 0, 0.0
     for layer in layers:
-        n = passes(layer, mode)
-        f, b = flops(layer, batch), traffic(layer, batch, dtype)
-        total_flops += n * f
-        total_bytes += n * b
-        floor += n * max(b / ceilings.bandwidth, f / ceilings.rate(dtype))
+        c = convolution(layer, batch, dtype)
+        n = len(c.passes(mode))
+        total_flops += n * c.flops
+        total_bytes += n * c.moved
+        floor += cost.floor(c, mode, dtype, ceilings)
     return Work(total_flops, total_bytes, floor)

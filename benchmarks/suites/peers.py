@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import blocks, providers
+from .. import blocks, providers, roofline
 from ..blocks import Block, Tensors
 from ..harness import Effort
 from ..networks import NETWORKS, Network
-from ..roofline import DTYPES, Layer, flops, work
+from ..roofline import DTYPES, Layer, work
 from ..session import Case, Provider, Results, Session
 from ..step import Step
 from .model import compile_into, one_hot
@@ -45,12 +45,15 @@ def ranked(nets: list[Network]) -> list[tuple[Layer, Network, dict[str, int]]]:
     found: dict[tuple[Layer, int, str], dict[str, Any]] = {}
     for net in nets:
         layers = net.layers()
-        total = sum(count * flops(layer, net.batch) for layer, count in layers.items())
+        flops = {
+            layer: count * roofline.convolution(layer, net.batch, "float32").flops
+            for layer, count in layers.items()
+        }
         for layer, count in layers.items():
             entry = found.setdefault(
                 (layer, net.batch, net.norm), {"share": 0.0, "net": net, "in": {}}
             )
-            share = count * flops(layer, net.batch) / total
+            share = flops[layer] / sum(flops.values())
             entry["in"][net.case] = count
             if share > entry["share"]:
                 entry["share"], entry["net"] = share, net

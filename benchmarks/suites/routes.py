@@ -34,7 +34,7 @@ from ..layers import WANTED, LayerStep, joined, steady
 from ..networks import NETWORKS
 from ..providers import one_line
 from ..record import ERROR_FACTOR, FAILED, NO_TIME, SKIPPED, Row, relative_error
-from ..roofline import DTYPES, Ceilings, Layer, Work, flops, ulp
+from ..roofline import DTYPES, Ceilings, Layer, Work, convolution, ulp
 from ..session import Case, Session
 
 EMULATED = "FASTFILM_EMULATED_LIBRARY"
@@ -241,14 +241,12 @@ def step_of(
 def work_of(subject: Subject, direction: str, dtype: str, ceilings: Ceilings) -> Work:
     """Arithmetic and compulsory traffic of a direction: weight and maps once, a resized one at its own size."""
     block, layer = subject.block, subject.block.layer
-    itemsize = torch.finfo(DTYPES[dtype]).bits // 8
+    c = convolution(layer, block.batch, dtype)
     coarse = subject.resized * math.prod((s + 1) // 2 for s in layer.size)
     read = block.batch * (coarse + (layer.cin - subject.resized) * math.prod(layer.size))
-    written = block.batch * layer.cout * math.prod(layer.output)
-    weight = layer.cin * layer.cout * layer.kernel**subject.dims
     count = 2 if direction == "both gradients" else 1
-    moved = itemsize * (count * (read + weight) + written)
-    arithmetic = count * flops(layer, block.batch)
+    moved = count * (c.itemsize * read + c.w_bytes) + c.y_bytes
+    arithmetic = count * c.flops
     floor = max(moved / ceilings.bandwidth, arithmetic / ceilings.rate(dtype))
     return Work(arithmetic, moved, floor)
 

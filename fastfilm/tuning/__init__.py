@@ -1,4 +1,4 @@
-"""Finds the fastest backend, route and tiles for a network's convolutions on a GPU: ``fastfilm tune``."""
+"""The fastest backend, route and tiles for a network on a GPU (``fastfilm tune``), and the cost model."""
 
 from .search import Search, tune
 from .shapes import Shape, of_model

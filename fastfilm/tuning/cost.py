@@ -1,40 +1,61 @@
-"""What a convolution with its block should cost on a GPU: an analytic estimate from measured ceilings.
+"""The time of a convolution with its block on a GPU, by route: the package's one cost model.
 
-A layer is a list of *kernels*, one for each launch of a route. A kernel's time is the largest of three terms, and
-the launch is added (the terms overlap inside a kernel, launches of small kernels do not):
+A layer is a list of *kernels*, those of a route. A kernel's time is the largest of three terms, and its launches
+are added (the terms overlap inside a kernel, launches of small kernels do not):
 
     dram    bytes that must come from or go to memory / bandwidth of a copy that is larger than the L2
     l2      bytes that the multiprocessors read or write through the L2 / bandwidth of a copy inside the L2
-    matrix  2 · voxels · Ci · Co · K, padded to whole tiles and whole waves / (share · rate of a matrix product)
+    matrix  the vendor's convolution: 2 · voxels · Ci · Co · K, in whole blocks of channels / (share · rate of a
+            matrix product); a CUDA convolution of ours: clocks of its tiles / clock rate
 
-A convolution written as an implicit matrix product reads each input voxel once for every tap and every block of
-output channels, and each weight once for every tile: all of that goes through the L2, and once through memory.
+The clocks are figures of the clock model (``clocks.json``, made by ``python -m benchmarks.clock_figures`` from the
+CUDA kernels' machine code). Assumed are the vendor's share of the matrix rate and the share of the bandwidth that
+passes with sums reach: medians of what an H200 did in bfloat16. What is measured takes the place of both: ceilings
+of a device, and tables of plans (``fastfilm tune``), which decide before any estimate.
 
 The *floor* of a layer counts each convolution's input, weight and output once and its arithmetic at the full rate.
 No version runs faster, unless it computes something else (Winograd).
 
-What is assumed and not measured: the share of the matrix rate that a convolution reaches, that a multiprocessor
-holds one program of a convolution at a time, and that taps find nothing in the L1: the L2's term is an upper
-bound.
+Tiles of Triton's kernels are ranked by the same terms (`space`). A convolution written as an implicit matrix
+product reads each input voxel once for every tap and every block of output channels, and each weight once for
+every tile: all of that counts for the L2, as if taps found nothing in the L1.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 PASSES = ("fprop", "dgrad", "wgrad")
 LIMITERS = ("dram", "l2", "matrix", "launch")
 
-FUSED_SHARE = 0.1
-VENDOR_SHARE = 0.6
-"""Shares of the matrix rate of Triton's fused convolutions and the vendor's: medians of ten layers on an H200."""
+VENDOR_SHARE = {"fprop": 0.62, "dgrad": 0.62, "wgrad": 0.51}
+"""Share of the matrix rate that the vendor's convolution reaches, by pass: medians of ten layers on an H200."""
 
-VENDOR_TILE = (128, 128, 64)
-"""Voxels, output and input channels of a tile that the vendor's convolution is taken to have."""
+SUMMING_SHARE = 0.6
+"""Share of a copy's bandwidth of our passes that take sums over a map: 0.5 to 0.7 on an H200."""
 
+VENDOR_CHANNELS = (64, 32)
+"""Channels that the vendor's convolution produces and sums over at a time, as its times on an H200 say."""
+
+NARROW = 8
+"""Channels below which a map is read by values, and the vendor copies the other map to another layout."""
+
+TILE_VOXELS = 256
+"""Voxels of a tile of the CUDA kernels (``csrc/cuda/plan.h``)."""
+
+WIDE = 64
+"""Output channels of a CUDA block where a map has enough tiles for all multiprocessors, half of it elsewhere."""
+
+PARTIALS = 4096
+"""Sums of a tap that a block of the CUDA weight gradient writes."""
+
+FIGURES = Path(__file__).parent / "clocks.json"
 FLOAT32 = 4
 
 
@@ -48,6 +69,7 @@ class Ceilings:
         l2: bytes/s of a copy that stays in the L2; None: not known, the term is left out.
         launch: seconds that a launch takes when nothing hides it.
         processors: multiprocessors.
+        arch: 10 · compute capability; the figures of the CUDA kernels are those of the nearest one.
     """
 
     bandwidth: float
@@ -55,14 +77,20 @@ class Ceilings:
     l2: float | None = None
     launch: float = 0.0
     processors: int = 1
+    arch: int = 90
 
     def rate(self, dtype: str) -> float:
         """FLOP/s of a dtype; the slowest one known if that dtype is not."""
         return self.matrix.get(dtype) or min(self.matrix.values())
 
 
-H200 = Ceilings(4.3e12, {"bfloat16": 790e12, "float16": 790e12}, processors=132)
-"""Copy and dense bfloat16 product, both measured on one; what is not known is left out."""
+H200 = Ceilings(
+    4.3e12,
+    {"bfloat16": 790e12, "float16": 790e12, "tf32": 415e12, "float32": 51e12},
+    launch=4e-6,
+    processors=132,
+)
+"""Copy, dense products and a launch, all measured on one; what is not known is left out."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +141,11 @@ class Convolution:
     def w_bytes(self) -> int:
         """The weight, once."""
         return self.itemsize * self.cin * self.cout * self.taps
+
+    @property
+    def moved(self) -> int:
+        """Bytes of input, weight and output, once each."""
+        return self.x_bytes + self.y_bytes + self.w_bytes
 
     def passes(self, mode: str) -> tuple[str, ...]:
         """The convolutions of a mode: "inference" or "forward", "backward", "training"."""
@@ -176,13 +209,20 @@ def padded_flops(c: Convolution, tile: Tile) -> int:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: bytes through memory and L2, FLOPs (padded, with the last wave's tail), share of the rate."""
+    """Bytes through memory and L2; padded FLOPs and their share of the rate.
+
+    Attributes:
+        busy: seconds of the multiprocessors, where they are known and FLOPs are not.
+        launches: with those of small kernels around it.
+    """
 
     name: str
     dram: float
     l2: float = 0.0
     flops: float = 0.0
     share: float = 1.0
+    busy: float = 0.0
+    launches: int = 1
 
 
 @dataclass(frozen=True)
@@ -208,7 +248,7 @@ class Estimate:
     Attributes:
         floor: seconds that no version can go below.
         terms: seconds of each limiter over all its kernels; ``terms.total`` is the estimate.
-        kernels: name -> seconds of each launch.
+        kernels: name -> seconds of each kernel.
     """
 
     floor: float
@@ -227,115 +267,152 @@ class Estimate:
 
 
 def time(kernel: Kernel, dtype: str, ceilings: Ceilings) -> Terms:
-    """Terms of one launch."""
+    """Terms of one kernel."""
     dram = kernel.dram / ceilings.bandwidth
     l2 = kernel.l2 / ceilings.l2 if ceilings.l2 else 0.0
-    matrix = kernel.flops / (kernel.share * ceilings.rate(dtype))
-    return Terms(dram, l2, matrix, ceilings.launch, max(dram, l2, matrix) + ceilings.launch)
+    matrix = kernel.busy + kernel.flops / (kernel.share * ceilings.rate(dtype))
+    launch = kernel.launches * ceilings.launch
+    return Terms(dram, l2, matrix, launch, max(dram, l2, matrix) + launch)
 
 
-def _map(name: str, *moved: float) -> Kernel:
-    """A pointwise pass: all it moves goes through L2 and memory."""
-    return Kernel(name, sum(moved), sum(moved))
+def vendor_flops(c: Convolution, name: str) -> int:
+    """Arithmetic of a pass of the vendor's convolution in whole blocks of channels.
+
+    Both halves of the backward pass are as much work as the forward pass.
+    """
+    least, inner = VENDOR_CHANNELS
+    produced, summed = (c.cin, c.cout) if name == "dgrad" else (c.cout, c.cin)
+    return c.flops // (c.cin * c.cout) * whole(produced, least) * whole(summed, inner)
 
 
-def _tile_for(c: Convolution, route: str) -> Tile:
-    if route != "fused":
-        voxels, out, inner = VENDOR_TILE
-        return Tile(voxels, _channels(c.cout, out), _channels(c.cin, inner))
-    return Tile(8 * 16, _channels(c.cout, 64), _channels(c.cin, 64), (8, 16))
+@functools.lru_cache(maxsize=1)
+def figures() -> dict[str, Any]:
+    """The clock model's figures of the CUDA kernels."""
+    found: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8"))
+    return found
 
 
-def _channels(count: int, most: int) -> int:
-    return max(16, min(most, 1 << max(count - 1, 0).bit_length()))
+def _class(channels: int, known: Iterable[int]) -> int:
+    """The class of a number of channels: the least one that holds it, or the largest; 1 for fewer than 8."""
+    ordered = sorted(known)
+    if channels < NARROW:
+        return ordered[0]
+    return next((n for n in ordered if n >= channels), ordered[-1])
 
 
-def _convolution(
-    name: str, c: Convolution, route: str, processors: int, tile: Tile | None
-) -> Kernel:
-    """One pass of a convolution. Both halves of the backward pass are as much work as the forward pass."""
-    shape = tile or _tile_for(c, route)
+def ours(c: Convolution, name: str, dtype: str, ceilings: Ceilings) -> tuple[float, int]:
+    """Seconds that a pass of a CUDA convolution keeps the multiprocessors busy, and its blocks of threads.
+
+    Kernels of a stride are taken for those of stride 1 on its output, and its input's gradient for one of 1 × 1:
+    they take longer than that.
+    """
+    known = figures()
+    arch = min(known["clocks"], key=lambda a: (abs(int(a) - ceilings.arch), a))
+    taps = 1 if name == "dgrad" and max(c.stride) > 1 else c.taps
+    table = known["clocks"][arch]["bfloat16" if dtype == "float16" else dtype][f"{name} {taps}"]
+    produced, summed = (c.cin, c.cout) if name == "dgrad" else (c.cout, c.cin)
+    tiles = -(-math.prod(c.size if name == "dgrad" else c.output) // TILE_VOXELS)
+    classes = [tuple(map(int, key.split("x"))) for key in table]
+    if c.batch * tiles * -(-produced // WIDE) < ceilings.processors:
+        classes = [k for k in classes if k[0] < WIDE]
+    out = _class(produced, {k[0] for k in classes})
+    inner = _class(summed, {k[1] for k in classes})
+    rows, columns, alone, shared, further = table[f"{out}x{inner}"]
+    blocks = -(-produced // rows)
+    if name == "wgrad":
+        tiles *= c.batch
+        blocks *= -(-summed // columns) * (c.kernel[0] if len(c.kernel) == 3 else 1)
+    else:
+        blocks *= c.batch
+    # groups of tiles fill the places of the device, two on a multiprocessor
+    places = 2 * ceilings.processors
+    each = -(-tiles // max(1, min(tiles, places // blocks)))
+    blocks *= -(-tiles // each)
+    longer = 1 + further / shared * max(0, -(-(summed - inner) // columns))
+    once = alone if blocks <= ceilings.processors else 2 * shared * -(-blocks // places)
+    return float((known["block"] + each * once * longer) / known["clock"][arch]), blocks
+
+
+def _ours(name: str, c: Convolution, dtype: str, ceilings: Ceilings) -> Kernel:
+    """One pass of the fused route, with the small kernels around it: packed weights, merged sums."""
+    x, y = c.x_bytes, c.y_bytes
+    # the raw input is read for the chain rule of what is pending on it, the raw output for that of the moments
     maps = {
-        "fprop": c.x_bytes + c.y_bytes,
-        # the fused one reads the raw input again for the chain rule of what is pending on it
-        "dgrad": c.y_bytes + c.x_bytes * (2 if route == "fused" and c.affine else 1),
-        "wgrad": c.y_bytes + c.x_bytes,
-    }[name]
-    count = programs(c, shape)
-    partials = 0
-    if route == "fused" and name == "fprop" and c.moments:
-        # mean and squared deviations of each tile, written and read again
-        partials = 2 * 2 * FLOAT32 * count // -(-c.cout // shape.out) * c.cout
-    # a weight's gradient has its sum over voxels split until the device is full
-    waste = 1.0 if name == "wgrad" else tail(count, processors)
-    return Kernel(
-        name,
-        maps + c.w_bytes + partials,
-        l2_bytes(c, shape) + partials,
-        padded_flops(c, shape) * waste,
-        FUSED_SHARE if route == "fused" else VENDOR_SHARE,
-    )
+        "fprop": x + y,
+        "dgrad": x * (1 + c.affine) + y * (1 + c.moments),
+        "wgrad": x + y * (1 + c.moments),
+    }
+    busy, blocks = ours(c, name, dtype, ceilings)
+    around = 3 * c.w_bytes
+    if name == "wgrad":
+        around = 2 * FLOAT32 * PARTIALS * math.prod(c.kernel[-2:]) * blocks
+    return Kernel(name, maps[name] + around, busy=busy, launches=3)
+
+
+def _vendors(name: str, c: Convolution) -> list[Kernel]:
+    """One pass of the vendor's convolution."""
+    found = [Kernel(name, c.moved, flops=vendor_flops(c, name), share=VENDOR_SHARE[name])]
+    if min(c.cin, c.cout) < NARROW:
+        wide = max(c.x_bytes, c.y_bytes)
+        found.append(_pass("layout", wide, wide))
+    return found
+
+
+def _pass(name: str, *moved: float, summing: bool = False, launches: int = 1) -> Kernel:
+    """A pass over maps; one with sums has small kernels behind it."""
+    return Kernel(name, sum(moved) / (SUMMING_SHARE if summing else 1), launches=launches)
 
 
 def kernels(
-    c: Convolution, route: str, mode: str, processors: int = 1, tile: Tile | None = None
+    c: Convolution, route: str, mode: str, dtype: str = "bfloat16", ceilings: Ceilings = H200
 ) -> list[Kernel]:
-    """The launches of a route.
+    """The kernels of a route.
 
     Args:
-        route: "fused" (affine in the prologue, moments in the epilogue), "composed" (a pass for either, the
-            vendor's convolution between) or "floor" (the convolutions alone).
-        mode: "inference", "training", "backward".
-        tile: of the fused kernels; None: the usual one.
+        route: "fused" (the CUDA kernels: affine in the prologue, moments in the epilogue) or "composed" (a pass
+            for either, the vendor's convolution between).
+        mode: "inference", "forward", "training", "backward".
+
+    Raises:
+        ValueError: another route.
     """
-    if route not in ("fused", "composed", "floor"):
-        raise ValueError(f"route must be one of fused, composed, floor, got {route!r}")
-    shape = tile if route == "fused" else None
-    parts = {n: _convolution(n, c, route, processors, shape) for n in c.passes(mode)}
-    if route == "floor":
-        return list(parts.values())
-    composed, x, y = route == "composed", c.x_bytes, c.y_bytes
+    if route not in ("fused", "composed"):
+        raise ValueError(f"route must be one of fused, composed, got {route!r}")
+    if route == "fused":
+        return [_ours(name, c, dtype, ceilings) for name in c.passes(mode)]
+    parts = {name: _vendors(name, c) for name in c.passes(mode)}
+    x, y = c.x_bytes, c.y_bytes
     found: list[Kernel] = []
     if "fprop" in parts:
-        if composed and c.affine and mode != "inference":
-            found.append(_map("apply", x, x))
-        found.append(parts["fprop"])
-        if composed and c.moments:
-            found.append(_map("apply", y, y) if mode == "inference" else _map("moments", y))
+        if c.affine and mode != "inference":
+            found.append(_pass("apply", x, x))
+        found += parts["fprop"]
+        if c.moments and mode == "inference":
+            found.append(_pass("apply", y, y))
+        elif c.moments:
+            found.append(_pass("moments", y, summing=True, launches=3))
     if "wgrad" not in parts:
         return found
     if c.moments:
-        found.append(_map("moments_backward", y, y, y))
-    if composed and c.affine:
-        found.append(_map("apply", x, x))
+        found.append(_pass("moments_backward", y, y, y, summing=True, launches=2))
+    if c.affine:
+        found.append(_pass("apply", x, x))
     if "dgrad" in parts:
-        found.append(parts["dgrad"])
-        if composed and c.affine:
-            found.append(_map("apply_backward", x, x, x))
-    return [*found, parts["wgrad"]]
+        found += parts["dgrad"]
+        if c.affine:
+            found.append(_pass("apply_backward", x, x, x, summing=True, launches=2))
+    return [*found, *parts["wgrad"]]
 
 
 def floor(c: Convolution, mode: str, dtype: str, ceilings: Ceilings) -> float:
     """Seconds: max(compulsory bytes / bandwidth, FLOPs / rate), times the convolutions of the mode."""
-    once = max(
-        (c.x_bytes + c.y_bytes + c.w_bytes) / ceilings.bandwidth, c.flops / ceilings.rate(dtype)
-    )
+    once = max(c.moved / ceilings.bandwidth, c.flops / ceilings.rate(dtype))
     return len(c.passes(mode)) * once
 
 
-def estimate(
-    c: Convolution,
-    route: str,
-    mode: str,
-    dtype: str,
-    ceilings: Ceilings,
-    tile: Tile | None = None,
-) -> Estimate:
-    """Floor and estimated time of a layer by a route."""
-    timed = [
-        (k.name, time(k, dtype, ceilings))
-        for k in kernels(c, route, mode, ceilings.processors, tile)
-    ]
+def estimate(c: Convolution, route: str, mode: str, dtype: str, ceilings: Ceilings) -> Estimate:
+    """Floor and estimated time of a layer by a route; ``dtype`` "tf32" or "float32" for float32 maps."""
+    timed = [(k.name, time(k, dtype, ceilings)) for k in kernels(c, route, mode, dtype, ceilings)]
     return Estimate(floor(c, mode, dtype, ceilings), total(t for _, t in timed), _by_name(timed))
 
 

@@ -12,6 +12,7 @@ from fastfilm.ops import choice
 from fastfilm.ops.block import recipe
 from fastfilm.ops.choice import Request
 from fastfilm.ops.settings import tables
+from fastfilm.ops.spec import precision
 
 from . import cost
 
@@ -54,6 +55,13 @@ class Shape:
     def affine(self) -> bool:
         """Whether a norm, an activation or FiLM is pending on the input."""
         return self.channels[0] > IMAGE_CHANNELS
+
+    @property
+    def products(self) -> str:
+        """The type that products are made in, as ceilings name it: float32 may be rounded to "tf32"."""
+        if self.dtype == torch.float32 and precision.tf32():
+            return "tf32"
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def arguments(self) -> tuple[object, ...]:

@@ -142,8 +142,9 @@ def test_counting_saved_bytes_leaves_no_graph_behind():
 
 def test_floor_of_a_layer_is_pinned():
     layer = roofline.Layer(32, 64, (8, 16), kernel=3)
-    assert roofline.flops(layer, 2) == 2 * 2 * 128 * 32 * 64 * 9
-    assert roofline.traffic(layer, 2, "bfloat16") == 2 * (2 * 128 * (32 + 64) + 32 * 64 * 9)
+    half = roofline.work([layer], 2, "bfloat16", "forward", CEILINGS)
+    assert half.flops == 2 * 2 * 128 * 32 * 64 * 9
+    assert half.bytes == 2 * (2 * 128 * (32 + 64) + 32 * 64 * 9)
     one = roofline.work([layer], 2, "float32", "forward", CEILINGS)
     assert one.bytes == 172032 and one.flops == 9437184
     assert one.floor_s == pytest.approx(172032 / 1e9)  # bandwidth-bound: 172 µs against 9 µs
@@ -155,7 +156,7 @@ def test_floor_of_a_layer_is_pinned():
 
 def test_ceilings_of_another_run_are_taken_on_the_same_machine_only(tmp_path):
     about = {"device": "cuda", "device_name": "Card", "threads": 2, "torch": "2"}
-    ceilings = roofline.Ceilings(1e12, {"float32": 5e13, "bfloat16": 7e14}, 3e12, 2e-6, 132)
+    ceilings = roofline.Ceilings(1e12, {"float32": 5e13, "bfloat16": 7e14}, 3e12, 2e-6, 132, 80)
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"machine": about | machine.as_json(ceilings), "rows": []}))
     found = machine.known_ceilings(str(path), about, ["bfloat16"])
@@ -163,6 +164,7 @@ def test_ceilings_of_another_run_are_taken_on_the_same_machine_only(tmp_path):
         (1e12, 3e12, 2e-6, 132)
     )
     assert found.matrix == pytest.approx(ceilings.matrix)
+    assert found.arch == 80
     assert machine.known_ceilings(str(path), about | {"device_name": "Other"}, ["bfloat16"]) is None
     assert machine.known_ceilings(str(path), about, ["float16"]) is None
     assert machine.known_ceilings(str(tmp_path / "none.json"), about, ["float32"]) is None

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import clock_model, sass
+from benchmarks import clock_figures, clock_model, sass
 from benchmarks.clock_model import Phase, Time
 from benchmarks.kernel_loops import Cost, Kernel, is_, name_of
 from benchmarks.sass import Function
 from benchmarks.suites import gate
+from fastfilm.tuning import cost
 
 LATENCIES = {"LDG": 500, "LDS": 30}
 
@@ -158,6 +159,45 @@ def test_loops_of_a_kernel_are_recognised_by_what_they_do() -> None:
     assert not kernel.reads_map()
 
 
+def test_products_of_float32_are_a_loop_of_sums_that_stores_nothing() -> None:
+    kernel = Kernel(
+        function(
+            "MOV R4, R5",  # 00: a tile
+            "MOV R4, R5",  # 10: products
+            "LDS.128 R4, [R1]",
+            "LDS.128 R8, [R2]",
+            *["FFMA R12, R4, R8, R12"] * 16,
+            "@P0 BRA 0x10",
+            "LDS.128 R4, [R1]",  # 150: affine
+            *["FFMA R4, R4, R5, R6"] * 16,
+            "STS.128 [R1], R4",
+            "@P0 BRA 0x150",
+            "@P0 BRA 0x0",
+            "EXIT",
+        ),
+        128,
+        clock_model.CONSTANTS,
+        4,
+    )
+    assert not kernel.on_tensor_cores
+    assert kernel.tiles.header == 0
+    assert kernel.kinds == {0x10: "products", 0x150: "affine"}
+    (products,) = kernel.products()
+    # a load is of one wavefront there; elsewhere sums are no products
+    assert (products.tensor, products.bytes, products.shared) == (16, 16, 2)
+    ((affine, treated),) = kernel.affine("input", True, False)
+    assert (affine.tensor, affine.shared, treated) == (0, 8, 16)
+
+
+def test_copies_by_values_are_as_wide_as_a_value() -> None:
+    lines = ["MOV R4, R5", "LDG.E R4, desc[UR4][R2.64]", "STS.128 [R1], R4"]
+    lines += ["LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "@P0 BRA 0x10"]
+    lines += ["HMMA.1688.F32.TF32 R8, R4, R6, R8", "@P0 BRA 0x0", "EXIT"]
+    wide, narrow = (Kernel(function(*lines), 128, clock_model.CONSTANTS, n) for n in (4, 2))
+    assert [wide.copy(kind, False) is not None for kind in ("slab", "weights")] == [False, True]
+    assert narrow.copy("weights", False) is None
+
+
 def test_kernels_are_named_with_their_dtype_and_channels() -> None:
     mangled = "_ZN8fastfilm4cuda5entryINS0_8ConvolveINS0_8BFloat16ELi64ELi32ENS0_9ActivatedE"
     assert name_of(mangled) == ("fprop", "bf16", (64, 32))
@@ -233,8 +273,11 @@ def test_a_kernel_that_is_not_understood_costs_its_own_row_alone() -> None:
     assert found[0]["status"] == "FAILED: the library has no fprop of 64 by 64 channels"
 
 
+Built = tuple[clock_model.Kernels, ModuleType, int]
+
+
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
+def built() -> Built:
     pytest.importorskip("triton", reason="its package has the disassembler")
     library = sass.extension()
     if library is None:
@@ -244,12 +287,43 @@ def rows() -> list[dict[str, Any]]:
     arch = int(target.rstrip("af")) // 10 * 10
     if arch not in {gpu.arch for gpu in clock_model.GPUS.values()}:
         pytest.skip(f"no device of the model has compute capability {arch}")
-    return clock_model.rows(clock_model.read(library, f"sm_{target}"), module, arch)
+    return clock_model.read(library, f"sm_{target}"), module, arch
 
 
-def test_every_deciding_layer_has_a_time_and_what_binds_it(rows: list[dict[str, Any]]) -> None:
+def test_every_deciding_layer_has_a_time_and_what_binds_it(built: Built) -> None:
+    rows = clock_model.rows(*built)
     devices = {r["provider"] for r in rows}
     assert devices and len(rows) == 29 * len(devices)
     for row in rows:
         assert 1e1 < row["predicted_us"] < 1e6, row
         assert row["binding"] and row["status"] == "ok"
+
+
+def test_the_cost_models_figures_are_those_of_the_installed_kernels(built: Built) -> None:
+    """``python -m benchmarks.clock_figures`` makes them anew where kernels change; compilers differ a little."""
+    kernels, module, arch = built
+    device = next(name for name, gpu in clock_model.GPUS.items() if gpu.arch == arch)
+    committed = cost.figures()["clocks"][str(arch)]["bfloat16"]
+    found = dict(clock_figures.tables(kernels, module, device, "bf16"))
+    assert found.keys() == committed.keys()
+    for name, table in found.items():
+        assert table.keys() == committed[name].keys()
+        for key, figure in table.items():
+            assert figure[:2] == committed[name][key][:2], (name, key)
+            assert figure[2:] == pytest.approx(committed[name][key][2:], rel=0.05), (name, key)
+
+
+def test_figures_stand_one_a_line_for_every_type_pass_and_size() -> None:
+    text = cost.FIGURES.read_text(encoding="utf-8")
+    known = json.loads(text)
+    assert clock_figures.text(known) == text
+    assert set(known["clocks"]) == set(known["clock"]) == {"80", "90"}
+    for types in known["clocks"].values():
+        assert set(types) == {"bfloat16", "tf32", "float32"}
+        for name, tables in types.items():
+            assert set(tables) == {f"{p} {t}" for p in cost.PASSES for t in (1, 9, 27)}
+            sizes = 12 if name == "bfloat16" else 4
+            assert {len(table) for table in tables.values()} == {sizes}
+            for rows, columns, alone, shared, _ in (f for t in tables.values() for f in t.values()):
+                assert rows in (8, 16, 32, 64) and columns in (8, 16, 32, 64)
+                assert 0 < shared <= alone <= 2 * shared

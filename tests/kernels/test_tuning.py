@@ -18,6 +18,7 @@ import fastfilm
 from fastfilm.__main__ import main
 from fastfilm.ops import choice
 from fastfilm.ops.settings import tables
+from fastfilm.ops.spec import precision
 from fastfilm.tuning import binary, clock, facts, measure, search, shapes, space
 from fastfilm.tuning.facts import Facts
 from fastfilm.tuning.search import PRUNED, SKIPPED, TIMED, WRONG, Search
@@ -59,6 +60,17 @@ def test_a_tile_that_wastes_half_its_channels_ranks_behind_one_that_fits() -> No
     narrow = Shape(torch.bfloat16, 16, (64, 32), 3, 1, (320, 256))
     wide, fits = (space.estimated(narrow, "fprop", (8, 16, bn, 64)) for bn in (64, 32))
     assert wide > fits
+
+
+@pytest.mark.parametrize(("tf32", "name"), [(True, "tf32"), (False, "float32")])
+def test_float32_is_ranked_with_the_rate_of_its_products(tf32: bool, name: str) -> None:
+    shape = Shape(torch.float32, 16, (64, 64), 3, 1, (320, 256))
+    with precision.float32_products(tf32):
+        assert shape.products == name
+        seconds = space.estimated(shape, "fprop", (8, 16, 64, 64))
+    flops = shape.convolution().flops  # whole tiles; their arithmetic binds
+    assert seconds == pytest.approx(flops / (space.SHARE * space.RANKED.matrix[name]), rel=0.2)
+    assert FLAT.products == "bfloat16"
 
 
 def test_shapes_of_a_network_are_found_once_each_the_costliest_first() -> None:

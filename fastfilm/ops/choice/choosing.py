@@ -18,7 +18,11 @@ from . import registry
 from .registry import BACKENDS, ROUTES, Request
 
 UNMEASURED = "composed"
-"""The route where no table says which is the faster one: it was for every layer measured on an H200."""
+"""The route where no table says which is the faster one.
+
+A conclusion of the cost model (`fastfilm.tuning.cost`), held by ``tests/kernels/test_cost.py``: by its figures a
+training step is nowhere faster by the fused route, beyond what they are uncertain by.
+"""
 
 EAGER = Plan("reference", "eager")
 

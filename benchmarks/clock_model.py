@@ -388,8 +388,8 @@ def predict(
     dram, l2, around = layer.moved()
     terms = {"kernel": clocks / gpu.clock, "dram": dram / gpu.dram, "l2": l2 / gpu.l2}
     longest = max(terms, key=lambda t: terms[t])
-    launches = {"fprop": 3, "dgrad": 3, "wgrad": 3}.get(kernel, 4)
-    seconds = terms[longest] + launches * CONSTANTS["launch"] + around / gpu.dram
+    # one of a kernel beside the convolution: it packs the weights, and sums the weight's gradient
+    seconds = terms[longest] + CONSTANTS["launch"] + around / gpu.dram
     parts: dict[str, float] = {}
     for t in times:
         parts[t.name] = parts.get(t.name, 0.0) + t.total

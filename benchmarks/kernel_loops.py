@@ -156,9 +156,9 @@ class Kernel:
             # a maximum's window is a nest of loops inside the epilogue
             nested = around is not None and self._has(around.body - loop.body, is_("STG"))
             return "epilogue" if not nested or around.body & self.multiplying else "window"
-        if has["LDGSTS"] and around is not None and self._has(around.body, is_("STG")):
-            if not around.body & self.multiplying:
-                return "beside"
+        stored = around is not None and self._has(around.body, is_("STG"))
+        if has["LDGSTS"] and stored and around is not None and not around.body & self.multiplying:
+            return "beside"
         if has["LDGSTS"]:
             path = self.function.path(loop, [LDGSTS])
             each = len(path) / sum(map(LDGSTS, path)) if path is not None else BOX

@@ -346,7 +346,7 @@ def _ours(name: str, c: Convolution, dtype: str, ceilings: Ceilings) -> Kernel:
     around = 3 * c.w_bytes
     if name == "wgrad":
         around = 2 * FLOAT32 * PARTIALS * math.prod(c.kernel[-2:]) * blocks
-    return Kernel(name, maps[name] + around, busy=busy, launches=3)
+    return Kernel(name, maps[name] + around, busy=busy, launches=2)
 
 
 def _vendors(name: str, c: Convolution) -> list[Kernel]:

@@ -301,7 +301,8 @@ def test_elements_beyond_two_to_the_31(
         strides = (*weight.stride()[:2], 0, *weight.stride()[2:])
         extension.set_block_limit(1000)
         try:
-            where = (y.data_ptr(), 0, 0, work.data_ptr(), 0)
+            no_block = (None, [(0,) * 4] * 9, 0.0, 0)
+            where = (y.data_ptr(), 0, 0, *no_block, work.data_ptr(), 0)
             conv.forward([source], weight.data_ptr(), strides, 0, 0, 0, 0, 0, *where)
             close(y[..., -16:, -16:], exact, HALF)
             extension.apply(

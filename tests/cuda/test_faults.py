@@ -127,10 +127,10 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         _pointwise,
     ),
     "padding gets the affine too": (
-        "operands.h",
+        "slab.h",
         "fprop.cu",
-        "if (in_map[i]) write_piece<T>",
-        "write_piece<T>",
+        "if (number[i] >= 0) store_few<T, kPiece>",
+        "store_few<T, kPiece>",
         _layer,
     ),
     "the halo begins one voxel late": (
@@ -175,12 +175,26 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         "              barrier();",
         _parts,
     ),
-    "what is fetched ahead is a row off": (
+    "what lies beside the products is a row off": (
         "backward_epilogue.h",
         "dgrad.cu",
-        "return voxel[i] < 0 ? 0 : number_of(plan, chunk.n, voxel[i])",
-        "return voxel[i & ~1] < 0 ? 0 : number_of(plan, chunk.n, voxel[i & ~1])",
+        "load_anew(beside + i * pitch, few.w);",
+        "load_anew(beside + (i & ~1) * pitch, few.w);",
         _layer,
+    ),
+    "what lies beside the products is not waited for": (
+        "convolve.h",
+        "dgrad.cu",
+        "      Epilogue::wait();\n",
+        "",
+        _layer,
+    ),
+    "a tile reads the voxels of the one before": (
+        "convolve.h",
+        "fprop.cu",
+        "if (tile + 1 < last) find(tile + 1);",
+        "",
+        _halo,
     ),
     "the sums of a tile replace those of the tiles before": (
         "wgrad.cu",
@@ -192,15 +206,15 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
     "the products of two halves of a tile meet": (
         "convolve.h",
         "dgrad.cu",
-        "          warp_barrier();\n          products.next_half",
-        "          products.next_half",
+        "        warp_barrier();\n        products.next_half",
+        "        products.next_half",
         _layer,
     ),
     "a row of products is left out of the moments": (
+        "affine.h",
         "fprop.cu",
-        "fprop.cu",
-        "if (voxel[i] >= 0) state.add(few);",
-        "if (voxel[i] > 0) state.add(few);",
+        "const float d = number[i / kV] >= 0 ?",
+        "const float d = number[i / kV] > 0 ?",
         _layer,
     ),
     "the parity of a strided gradient is off": (
@@ -221,14 +235,14 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         "operands.h",
         "dgrad.cu",
         "          e[i] += du * slope_z[i];",
-        "          if (v[i / kW] > box.size.w) e[i] += du * slope_z[i];",
+        "          if (number[i / kW] > box.map.w) e[i] += du * slope_z[i];",
         _halo,
     ),
     "what other consumers gave is overwritten": (
         "backward_epilogue.h",
         "dgrad.cu",
-        "if (part.add) unpack_few<T>(fetched[i].before, few);",
-        "",
+        "dv[i * kPair + j] += few[j];",
+        "dv[i * kPair + j] += 0 * few[j];",
         _sources,
     ),
     "the operands of rounded products are cut off": (

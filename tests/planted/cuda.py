@@ -50,8 +50,8 @@ FAULTS = (
     Fault(
         "cuda-slope-of-elu-is-that-of-leaky-relu",
         "csrc/cuda/affine.h",
-        "dslope[i] = z[i] > 0 ? 0.0f : m;",
-        "dslope[i] = z[i] > 0 ? 0.0f : z[i];",
+        "at_slope(i, z[i] > 0 ? 0.0f : m);",
+        "at_slope(i, z[i] > 0 ? 0.0f : z[i]);  // ELU",
         "tests/cuda/test_emulated.py -k every_activation",
     ),
     Fault(
@@ -158,9 +158,9 @@ FAULTS = (
     ),
     Fault(
         "cuda-padding-behind-the-affine-is-not-zero",
-        "csrc/cuda/operands.h",
-        "if (in_map[i]) write_piece<T>",
-        "write_piece<T>",
+        "csrc/cuda/slab.h",
+        "if (number[i] >= 0) store_few<T, kPiece>",
+        "store_few<T, kPiece>",
         CONVOLUTION,
     ),
     Fault(
@@ -178,10 +178,10 @@ FAULTS = (
         CONVOLUTION,
     ),
     Fault(
-        "cuda-fetched-ahead-a-row-off",
+        "cuda-beside-the-products-a-row-off",
         "csrc/cuda/backward_epilogue.h",
-        "return voxel[i] < 0 ? 0 : number_of(plan, chunk.n, voxel[i])",
-        "return voxel[i & ~1] < 0 ? 0 : number_of(plan, chunk.n, voxel[i & ~1])",
+        "load_anew(beside + i * pitch, few.w);",
+        "load_anew(beside + (i & ~1) * pitch, few.w);",
         CONVOLUTION,
     ),
     Fault(
@@ -201,15 +201,15 @@ FAULTS = (
     Fault(
         "cuda-voxels-outside-in-depth-read",
         "csrc/cuda/slab.h",
-        "in_map[i] = static_cast<unsigned>(at[i].d) < static_cast<unsigned>(map.d) &&",
-        "in_map[i] = at[i].d <= map.d &&",
+        "const bool in_map = static_cast<unsigned>(at.d) < static_cast<unsigned>(map.d) &&",
+        "const bool in_map = at.d <= map.d &&",
         f"{CONVOLUTION} -k 3d",
     ),
     Fault(
         "cuda-32-bit-offsets",
         "csrc/cuda/slab.h",
-        "const int64_t offset = voxel_of(n, voxel[0]) * channels + channel;",
-        "const int64_t offset = static_cast<int>(voxel_of(n, voxel[0]) * channels + channel);",
+        "present ? sample + static_cast<int64_t>(number[0]) * channels : base;",
+        "present ? sample + static_cast<int>(static_cast<uint32_t>(number[0]) * channels) : base;",
         "tests/cuda/test_convolution.py -k two_to_the_31",
     ),
     Fault(
@@ -251,15 +251,15 @@ FAULTS = (
     Fault(
         "cuda-gradients-of-a-shared-map-not-added",
         "csrc/cuda/backward_epilogue.h",
-        "if (part.add) unpack_few<T>(fetched[i].before, few);",
-        "",
+        "dv[i * kPair + j] += few[j];",
+        "dv[i * kPair + j] += 0 * few[j];",
         NETWORKS,
     ),
     Fault(
         "cuda-second-source-of-the-gradient-by-the-first-s-coefficients",
         "csrc/cuda/backward_epilogue.h",
-        "channel = chunk.channel - (second ? p.part[0].channels : 0);",
-        "channel = chunk.channel % p.part[0].channels;",
+        "channel -= second ? p.part[0].channels : 0;",
+        "channel %= p.part[0].channels;",
         NETWORKS,
     ),
     # checks

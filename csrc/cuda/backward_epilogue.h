@@ -116,7 +116,8 @@ struct BackwardEpilogue {
       for (int i = 0; i < kFew; ++i) {
         if (number[i] < 0) continue;
         float few[kPair];
-        unpack_few<T>(load_few<T, kPair>(to + static_cast<int64_t>(number[i]) * part.channels, valid, p.aligned[source]), few);
+        const T* from = to + static_cast<int64_t>(number[i]) * part.channels;
+        unpack_few<T>(load_few<T, kPair>(from, valid, p.aligned[source]), few);
 #pragma unroll
         for (int j = 0; j < kPair; ++j) dv[i * kPair + j] += few[j];
       }

@@ -39,7 +39,8 @@ struct Chunk {
 // Writes kV channels of a few voxels, of which `valid` exist, to a map at `to`, the place of a sample's first voxel. Voxels
 // with a negative number do not exist.
 template <class T, int kV, int kFew>
-FF_DEVICE void put_voxels(T* to, int channels, int valid, bool aligned, const int (&number)[kFew], const float (&v)[kFew * kV]) {
+FF_DEVICE void put_voxels(T* to, int channels, int valid, bool aligned, const int (&number)[kFew],
+                          const float (&v)[kFew * kV]) {
   if (aligned) {
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
@@ -226,7 +227,8 @@ struct Convolve {
         products.next_half();
       }
       products.stage(staging, kPitch / 4);
-      Epilogue::template load<kN, kPitch>(p.epilogue, plan, block.z, block.y % plan.blocks_n * kN, staging + kProducts, numbers);
+      Epilogue::template load<kN, kPitch>(p.epilogue, plan, block.z, block.y % plan.blocks_n * kN, staging + kProducts,
+                                          numbers);
       Epilogue::wait();
       warp_barrier();
       // made here, where the registers of the staged half are free

@@ -45,7 +45,8 @@ struct Multiplier {
   // One tap: the slab's rows shifted by `shift`, the tap's weights [kN, kK].
   FF_DEVICE void add(int slab, int shift, int weights) {
     const uint32_t at = rows + static_cast<uint32_t>(shift * kPitch / 16) * 0x10001u;
-    const int from[2] = {slab + swizzle(static_cast<int>(at & 0xffff) * 16), slab + swizzle(static_cast<int>(at >> 16) * 16)};
+    const int from[2] = {slab + swizzle(static_cast<int>(at & 0xffff) * 16),
+                         slab + swizzle(static_cast<int>(at >> 16) * 16)};
     const int here = weights + weight;
     // 32 bytes of channels on are an XOR, since rows of up to 128 bytes are swizzled within 128 bytes
 #pragma unroll kN == 64 ? 2 : 4

@@ -104,7 +104,8 @@ bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool r
   }
   const bool forward = p.slabs == 1;
   // a staged voxel of the gradient has x beside it
-  const int staging = kTileVoxels / 2 * ((v.bn + 8) * 4 + (forward ? 0 : v.bn * element)), tap_bytes = v.bn * v.bk * element;
+  const int staging = kTileVoxels / 2 * ((v.bn + 8) * 4 + (forward ? 0 : v.bn * element));
+  const int tap_bytes = v.bn * v.bk * element;
   p.bn = v.bn;
   p.bk = v.bk;
   p.blocks_n = up(p.co, v.bn);
@@ -113,8 +114,9 @@ bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool r
   p.resident = resident;
   p.slots = resident ? p.blocks_k : 2;
   p.slab_bytes = align(voxels * v.bk * element);
-  const int slabs = std::max(p.slabs * p.slab_bytes, align(staging)), states = (forward ? kMoments : kSums) * kConvThreads * 4;
-  const int table = numbers * 4, rows = kTileVoxels * 4, of_result = (forward ? kConstants : kCoefficients) * v.bn * 4;
+  const int slabs = std::max(p.slabs * p.slab_bytes, align(staging));
+  const int states = (forward ? kMoments : kSums) * kConvThreads * 4, table = numbers * 4, rows = kTileVoxels * 4;
+  const int of_result = (forward ? kConstants : kCoefficients) * v.bn * 4;
   const int constants = of_result + kCoefficients * v.bk * 4 + kMaxTaps * 4;
   // of weights that are not resident as many come at a time as there is room for
   for (p.part = resident ? taps : std::max(1, std::min(taps, kPartBytes / tap_bytes)); p.part > 0; --p.part) {

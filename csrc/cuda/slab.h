@@ -94,7 +94,8 @@ struct Slab {
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
       Few<T, kPiece> few{};
-      if (number[i] >= 0) few = load_few<T, kPiece>(reinterpret_cast<const T*>(shared_memory() + at + i * kStride<kPieces>), kPiece, true);
+      const auto* from = reinterpret_cast<const T*>(shared_memory() + at + i * kStride<kPieces>);
+      if (number[i] >= 0) few = load_few<T, kPiece>(from, kPiece, true);
       unpack_few<T>(few, &v[i * kPiece]);
     }
   }
@@ -102,7 +103,8 @@ struct Slab {
   FF_DEVICE static void store_pieces(int at, const int (&number)[kFew], const float (&v)[kFew * kPiece]) {
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
-      if (number[i] >= 0) store_few<T, kPiece>(reinterpret_cast<T*>(shared_memory() + at + i * kStride<kPieces>), kPiece, true, &v[i * kPiece]);
+      auto* to = reinterpret_cast<T*>(shared_memory() + at + i * kStride<kPieces>);
+      if (number[i] >= 0) store_few<T, kPiece>(to, kPiece, true, &v[i * kPiece]);
     }
   }
 };

@@ -412,7 +412,7 @@ FEW = 4
 def test_without_a_table_the_composed_route_is_taken_because_the_model_says_so() -> None:
     """Fails where the figures of better kernels say that the choice without a table should be another one.
 
-    With few channels on a side they do say so; but these kernels have run on no GPU yet: there a measurement decides.
+    With few channels on a side they do say so, but these kernels have run on no GPU yet: a measurement decides.
     """
     assert UNMEASURED == "composed"
     for ceilings in (H200, H100):

@@ -19,7 +19,7 @@ from .sass import Function, Instruction, Loop, Need, chain
 WIDE = 8
 """Bytes from which on a load is one of several channels of a map, not one of a table."""
 
-BOX = 24
+BOX = 16
 """Instructions for each copy from which on a loop walks over the voxels of a box; weights lie in a row."""
 
 TYPES = {

@@ -272,8 +272,14 @@ std::string launch_conv(const char* name, const ConvPlan& plan, const typename O
         return start(Convolve<T, 64, 16, Operand, Epilogue>{});
       case 3232:
         return start(Convolve<T, 32, 32, Operand, Epilogue>{});
-      default:
+      case 3216:
         return start(Convolve<T, 32, 16, Operand, Epilogue>{});
+      case 1664:
+        return start(Convolve<T, 16, 64, Operand, Epilogue>{});
+      case 1632:
+        return start(Convolve<T, 16, 32, Operand, Epilogue>{});
+      default:
+        return start(Convolve<T, 16, 16, Operand, Epilogue>{});
     }
   }
 }

@@ -85,7 +85,7 @@ struct Prepare {
                        w * p.strides.w];
     }
     if constexpr (std::is_same_v<T, TensorFloat>) value.value = bits_to_float(round_to_tf32(float_to_bits(value.value)));
-    // each tap begins a multiple of 1024 bytes behind the slab's beginning, so its rows are swizzled by themselves
+    // a tap begins a multiple of 512 bytes behind its part's beginning; its rows are swizzled by themselves
     const int inside = (row * plan.bk + column) * static_cast<int>(sizeof(T));
     const int64_t tile = i - (row * plan.bk + column);
     p.out[tile + swizzle(inside) / static_cast<int>(sizeof(T))] = value;

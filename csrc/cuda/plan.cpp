@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 
 namespace fastfilm::cuda {
@@ -16,7 +17,7 @@ constexpr Extent kTiles[] = {{0, 4, 4}, {0, 3, 5}, {0, 5, 3}, {0, 2, 6}, {2, 3, 
 struct Variant {
   int bn, bk;
 };
-constexpr Variant kVariants[] = {{64, 64}, {64, 32}, {64, 16}, {32, 32}, {32, 16}};
+constexpr Variant kVariants[] = {{64, 64}, {64, 32}, {64, 16}, {32, 32}, {32, 16}, {16, 64}, {16, 32}, {16, 16}};
 constexpr Variant kVariantsFloat[] = {{32, 16}, {32, 8}};
 
 // The (bm, bn) of the gradient at the weight.
@@ -196,17 +197,17 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
   const bool wide = element == 4;
   // twice as many blocks of half the channels where there would be fewer blocks than multiprocessors
   const int64_t blocks = p.n * p.classes * up(voxels_of(size), kTileVoxels) * up(p.co, 64);
-  const bool many = p.co > 32 && blocks >= device.multiprocessors;
+  const int bn = p.co <= 16 ? 16 : p.co > 32 && blocks >= device.multiprocessors ? 64 : 32;
   const auto suits = [&](const Variant& v) {
-    return wide || ((v.bn == 64) == many && (v.bk == 16 || v.bk / 2 < p.ci));
+    return wide || (v.bn == bn && (v.bk == 16 || v.bk / 2 < p.ci));
   };
   for (p.resident_blocks = 2; p.resident_blocks > 0 && !found; p.resident_blocks -= !found) {
-    for (int i = 0; i < (wide ? 2 : 5) && !found; ++i) {
-      const Variant& v = wide ? kVariantsFloat[i] : kVariants[i];
-      if (!suits(v)) continue;
+    for (const Variant *v = wide ? kVariantsFloat : kVariants, *end = wide ? std::end(kVariantsFloat) : std::end(kVariants);
+         v != end && !found; ++v) {
+      if (!suits(*v)) continue;
       for (const bool resident : {true, false}) {
         found = found || best_tile(p, size, s.dims, count, [&](ConvPlan& q, const Extent& tile) {
-                  return fits(q, v, tile, element, resident, room(device, p.resident_blocks));
+                  return fits(q, *v, tile, element, resident, room(device, p.resident_blocks));
                 });
       }
     }

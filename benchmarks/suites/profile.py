@@ -29,9 +29,6 @@ KERNELS = {
 }
 """Kernel -> the direction and the route that launch it, once each."""
 
-RUNS = (("fprop", "dgrad", "wgrad"),)
-"""What one run of ncu reads."""
-
 SECTIONS = (
     "SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis_Tables", "Occupancy", "LaunchStats",
 )  # fmt: skip
@@ -61,9 +58,8 @@ NCU_SECONDS = 45.0
 def run(session: Session) -> None:
     """Counters of each CUDA convolution, then the layer with one stage after the other left out."""
     dtype = session.dtypes[0]
-    for names in RUNS:
-        if not session.budget.spent():
-            counters(session, names, dtype)
+    if not session.budget.spent():
+        counters(session, tuple(KERNELS), dtype)
     if not session.budget.spent():
         stages(session, dtype)
 

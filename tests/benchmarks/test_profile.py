@@ -119,7 +119,7 @@ def test_ncu_is_asked_for_a_launch_of_each_kernel_and_leaves_the_clocks(
         return SimpleNamespace(stdout=CANNED, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
-    text, found, reason = profile.under_ncu(profile.RUNS[0], "bfloat16")
+    text, found, reason = profile.under_ncu(tuple(profile.KERNELS), "bfloat16")
     assert text == CANNED and len(found) == 2 and reason is None
     (command,) = asked
     options = dict(pairwise(command))

@@ -42,9 +42,13 @@ ACTIVATION_CODES = {
 NORMS = ("none", "batch", "instance", "group", "layer")
 
 ORDERS = ("conv-norm-film-act", "conv-norm-act-film", "conv-act-norm-film")
+"""Their places are the orders' numbers in the C++ and CUDA kernels."""
 
 DROPOUT_POSITIONS = ("end", "film", "norm")
-"""Where channel dropout sits: after the whole block, just before FiLM, or just before the norm."""
+"""Where channel dropout sits: after the whole block, just before FiLM, or just before the norm.
+
+Their places are the positions' numbers in the C++ and CUDA kernels.
+"""
 
 DEFAULT_SLOPE = {"leaky_relu": 0.01, "prelu": 0.25, "elu": 1.0}
 """Second parameter of an activation where it has one (negative slope; alpha of ELU)."""

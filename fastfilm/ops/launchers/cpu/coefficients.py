@@ -8,13 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...spec import Kind, TailTensors, dense
+from ...spec import DROPOUT_POSITIONS, ORDERS, Kind, TailTensors, dense
 from . import _C
 from .arguments import DTYPES
 
 _NORMS = {"none": 0, "batch": 1, "instance": 2, "group": 3, "layer": 3}
-_ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
-_POSITIONS = {"end": 0, "film": 1, "norm": 2}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -22,8 +20,8 @@ def _algebra(kind: Kind) -> _C.Coefficients:
     return _C.Coefficients(
         wide=kind.wide,
         norm=_NORMS[kind.norm],
-        order=_ORDERS[kind.order],
-        position=_POSITIONS[kind.dropout_position],
+        order=ORDERS.index(kind.order),
+        position=DROPOUT_POSITIONS.index(kind.dropout_position),
         use_input=kind.uses_input,
         update=kind.update,
         n=kind.batch,

@@ -8,13 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...spec import Behind, Kind, dense
+from ...spec import DROPOUT_POSITIONS, NORMS, ORDERS, Behind, Kind, dense
 from . import _CUDA
 from .arguments import DTYPES
-
-_NORMS = {"none": 0, "batch": 1, "instance": 2}
-_ORDERS = {"conv-norm-film-act": 0, "conv-norm-act-film": 1, "conv-act-norm-film": 2}
-_POSITIONS = {"end": 0, "film": 1, "norm": 2}
 
 _ABSENT = (0, 0, 0, 0)
 
@@ -22,7 +18,7 @@ _ABSENT = (0, 0, 0, 0)
 def covers_behind(behind: Behind, raw: Tensor) -> bool:
     """Whether a convolution of a map like ``raw`` writes such coefficients; not of group and layer norm."""
     kind, _, tensors, _ = behind
-    if kind.norm not in _NORMS or kind.wide or raw.dtype not in DTYPES:
+    if kind.norm in ("group", "layer") or kind.wide or raw.dtype not in DTYPES:
         return False
     if kind.dropout_position == "norm" and tensors.dropout_mask is None:
         return False  # those who have the gradients do not agree on the pivot
@@ -37,9 +33,9 @@ def block_of(kind: Kind) -> _CUDA.Block:
     """A kind, as the extension takes it."""
     values = kind.count * (kind.batch if kind.norm == "batch" else 1)
     return _CUDA.Block(
-        norm=_NORMS[kind.norm],
-        order=_ORDERS[kind.order],
-        position=_POSITIONS[kind.dropout_position],
+        norm=NORMS.index(kind.norm),
+        order=ORDERS.index(kind.order),
+        position=DROPOUT_POSITIONS.index(kind.dropout_position),
         use_input=kind.uses_input,
         update=kind.update,
         eps=kind.eps,

@@ -194,6 +194,10 @@ class MetadataKey(Section):
         description="spellings of a missing value, beside an empty cell (a text in values is none of them);"
         " none: bids n/a; csv n/a, na, nan, none, null",
     )
+    input: bool = Field(
+        True,
+        description="the network gets it; false: it is read for splits, groups and sampling only",
+    )
 
     @field_validator("values", "missing", mode="before")
     @classmethod
@@ -285,6 +289,9 @@ class NetworkConfig(Section):
     generator: Literal["paper", "identity"] = Field(
         "identity", description="sigmoids as in the paper, or a start at γ = 1, β = 0"
     )
+    conditioning: Literal["film", "channels"] = Field(
+        "film", description="FiLM, or each column of the metadata as a constant image channel"
+    )
     film_layers: list[Literal[0, 1]] | None = Field(
         None, description="switches of the FiLM layers; none: all on"
     )
@@ -303,6 +310,8 @@ class NetworkConfig(Section):
     def _target(self) -> NetworkConfig:
         if (self.name == "condition") != (self.target is not None):
             raise ValueError("target is needed with name 'condition', and only there")
+        if self.conditioning == "channels" and (self.film_layers or self.where):
+            raise ValueError("film_layers and where are for conditioning 'film'")
         return self
 
 
@@ -393,6 +402,38 @@ class Splits(Section):
     seed: int = Field(0, ge=0)
 
 
+Arm = Literal["conditioned", "unconditioned", "shuffled", "channels", "encoder"]
+
+
+class Trial(Section):
+    """The design of ``fastfilm trial``; fixed before its first step."""
+
+    arms: list[Arm] = Field(
+        default_factory=lambda: ["conditioned", "unconditioned", "shuffled"],
+        description="conditioned: as configured; unconditioned: the same network without metadata; shuffled:"
+        " trained with the metadata of other training cases; channels: metadata as constant image"
+        " channels; encoder: FiLM in the encoder alone",
+    )
+    seeds: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="networks trained for each arm and fold"
+    )
+    margin: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="smallest difference of the mean Dice that is worth having"
+    )
+    cluster: str | None = Field(
+        None,
+        description="metadata key of what subjects come from, such as a site: drawn as a whole",
+    )
+
+    @field_validator("arms")
+    @classmethod
+    def _complete(cls, value: list[str]) -> list[str]:
+        needed = ["conditioned", "unconditioned"]
+        if not {*needed} <= {*value} or len({*value}) < len(value):
+            raise ValueError(f"arms must differ and have {' and '.join(needed)}, got {value}")
+        return value
+
+
 class Config(Section):
     """Everything ``fastfilm plan`` needs to know."""
 
@@ -404,6 +445,7 @@ class Config(Section):
     augmentation: Augmentation = Field(default_factory=Augmentation)
     training: Training = Field(default_factory=Training)
     splits: Splits = Field(default_factory=Splits)
+    trial: Trial = Field(default_factory=Trial)
 
     @field_validator("metadata", mode="before")
     @classmethod
@@ -459,6 +501,10 @@ class Config(Section):
             if name not in self.metadata:
                 hint = did_you_mean(name, self.metadata)
                 raise ValueError(f"splits.stratify: {name!r} is no metadata key{hint}")
+        cluster = self.trial.cluster
+        if cluster is not None and cluster not in self.metadata:
+            hint = did_you_mean(cluster, self.metadata)
+            raise ValueError(f"trial.cluster: {cluster!r} is no metadata key{hint}")
         return self
 
 

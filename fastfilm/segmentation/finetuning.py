@@ -11,7 +11,7 @@ from .config import Config
 from .errors import UserError
 from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
 from .model_folder import LabelInfo, ModelInfo, load_model
-from .network import generator_parameters, grow_metadata
+from .network import MetadataChannels, generator_parameters, grow_metadata
 from .sources import Case
 
 
@@ -55,7 +55,14 @@ def start_from(
         raise UserError(
             f"{folder}: labels of the model are {names}, of the plan {[x.name for x in info.labels]}"
         )
-    encoder = grown_encoder(old.network, before.metadata, _new_values(before, info.labels, cases))
+    new = _new_values(before, info.labels, cases)
+    if new and isinstance(old.network, MetadataChannels):
+        key, value = new[0]
+        raise UserError(
+            f"{folder}: {key} has a new value, {value!r}, and the model gets metadata as image channels, whose"
+            " number cannot grow (network.conditioning: film can)"
+        )
+    encoder = grown_encoder(old.network, before.metadata, new)
     network = old.network
     if config.training.freeze == "all_but_generator":
         freeze_all_but_generator(network)

@@ -45,7 +45,7 @@ def metadata_problems(
         if all(is_missing(v, key) for v in values.values()):
             wrong.append(_nowhere(name, key, found.places, config))
             continue
-        mine = _of_key(name, key, found.cases, folds, notes)
+        mine = _of_key(name, key, found.cases, folds if key.input else (), notes)
         many = _numbers(key, values)
         if many is not None:
             text = (

@@ -45,6 +45,15 @@ def build_network(
     Raises:
         UserError: settings that do not fit, a class that is not there.
     """
+    if config.conditioning == "channels" and metadata_size:
+        inner = build_network(
+            config,
+            spatial_dims=spatial_dims,
+            in_channels=in_channels + metadata_size,
+            out_channels=out_channels,
+            metadata_size=0,
+        )
+        return MetadataChannels(inner, metadata_size)
     try:
         if config.name == "condition":
             return _conditioned(config, spatial_dims, in_channels, out_channels, metadata_size)
@@ -78,6 +87,25 @@ def build_network(
         raise UserError(f"network: {error}") from error
     except (MemoryError, RuntimeError) as error:
         raise UserError(f"network: cannot be built: {str(error).splitlines()[0]}") from error
+
+
+class MetadataChannels(nn.Module):
+    """A network that gets its metadata as image channels, each of them constant.
+
+    Args:
+        network: takes C + M image channels and no metadata.
+        metadata_size: M.
+    """
+
+    def __init__(self, network: nn.Module, metadata_size: int) -> None:
+        super().__init__()
+        self.network, self.metadata_size = network, metadata_size
+
+    def forward(self, image: Tensor, metadata: Tensor) -> Any:
+        """Logits for ``image`` [N, C, *S] and ``metadata`` [N or 1, M]."""
+        rows = metadata.to(image).expand(len(image), -1)
+        rows = rows.reshape(*rows.shape, *[1] * (image.dim() - 2))
+        return self.network(torch.cat([image, rows.expand(-1, -1, *image.shape[2:])], 1))
 
 
 def call(network: nn.Module, image: Tensor, rows: Tensor | None) -> Any:

@@ -63,8 +63,8 @@ class PlanFolder:
 
 
 def metadata_keys(config: Config) -> dict[str, MetadataKey]:
-    """The configured keys; in output mode "task" also the task's, which is never hidden or unknown."""
-    keys = dict(config.metadata)
+    """The keys that the network gets; in output mode "task" also the task's, which is never hidden or unknown."""
+    keys = {name: key for name, key in config.metadata.items() if key.input}
     if config.output.mode == "task":
         keys[config.output.task_key] = MetadataKey(values=list(config.data.labels), dropout=0.0)
     return keys
@@ -142,7 +142,8 @@ def _build(config: Config, plan: Plan, cases: Sequence[Case]) -> None:
     """The network once, so that settings that it cannot take are found now; UserError says which."""
     refuse_fetching(plan.network.arguments)
     labels, mode = len(config.data.labels), config.output.mode
-    encoder = MetadataEncoder.fit({c.id: c.metadata for c in cases}, config.metadata)
+    keys = {name: key for name, key in config.metadata.items() if key.input}
+    encoder = MetadataEncoder.fit({c.id: c.metadata for c in cases}, keys)
     task = labels if mode == "task" else 0
     build_network(
         plan.network,

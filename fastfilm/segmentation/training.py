@@ -240,7 +240,7 @@ def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
     # how often is saved and who loads changes nothing
     for key in ("checkpoint_minutes", "checkpoint_steps", "workers"):
         del config["training"][key]
-    del config["data"]["root"]
+    del config["data"]["root"], config["trial"]
     model = info.model_dump(mode="json", exclude={"fastfilm", "training"})
     return {
         "fold": start.fold,

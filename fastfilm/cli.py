@@ -16,6 +16,7 @@ SUMMARIES = {
     "predict": "segment images with a trained model",
     "evaluate": "score predictions against the truth, compare runs",
     "report": "curves, tables, overlays and comparisons as one HTML file",
+    "trial": "whether the metadata help: trained with and without them, and compared",
     "inspect": "γ and β of each layer and metadata value",
     "export": "write a model as ONNX",
     "import": "make a model folder of ivadomed weights",

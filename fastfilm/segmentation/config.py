@@ -409,7 +409,7 @@ class Trial(Section):
     """The design of ``fastfilm trial``; fixed before its first step."""
 
     arms: list[Arm] = Field(
-        default_factory=lambda: ["conditioned", "unconditioned", "shuffled"],
+        ["conditioned", "unconditioned", "shuffled"],
         description="conditioned: as configured; unconditioned: the same network without metadata; shuffled:"
         " trained with the metadata of other training cases; channels: metadata as constant image"
         " channels; encoder: FiLM in the encoder alone",

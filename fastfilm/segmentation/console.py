@@ -19,9 +19,24 @@ from rich.progress import (
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
+_silent = False
+
+
 def say(text: str) -> None:
     """One line on stdout, as it is."""
-    out.print(text, markup=False)
+    if not _silent:
+        out.print(text, markup=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """``say`` prints nothing inside; bars, warnings and errors stay."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
 
 
 class Tick:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ class Samples(Dataset[Batch]):
         foreground: share of samples with a label in them.
         augment: None leaves samples as they are.
         labels: names, in the order of the masks.
+        fed: case -> metadata in place of its own; None: its own.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class Samples(Dataset[Batch]):
         foreground: float,
         augment: Augment | None,
         task_key: str | None = None,
+        fed: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.cases, self.draws, self.encoder = list(cases), draws, encoder
         self.labels, self.patch_size, self.foreground = list(labels), tuple(patch_size), foreground
-        self.augment, self.task_key = augment, task_key
+        self.augment, self.task_key, self.fed = augment, task_key, fed or {}
 
     def __getitem__(self, n: int) -> Batch:
         draw = self.draws(n)
@@ -116,7 +119,8 @@ class Samples(Dataset[Batch]):
         hidden = self.encoder.draw_hidden(draw.rng)
         if self.augment is not None:
             x, y = self.augment(x, y, seed)
-        values = {k: v for k, v in case.case.metadata.items() if k in self.encoder.names()}
+        given = self.fed.get(case.case.id, case.case.metadata)
+        values = {k: v for k, v in given.items() if k in self.encoder.names()}
         known = torch.tensor(case.known)
         if draw.task is not None and self.task_key is not None:
             values[self.task_key] = self.labels[draw.task]

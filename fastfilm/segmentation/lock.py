@@ -17,6 +17,11 @@ from .errors import UserError
 
 NAME = ".lock"
 
+
+class Busy(UserError):
+    """Another process, or another block of this one, holds the lock."""
+
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """How file systems without locks answer."""
 
@@ -38,7 +43,8 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         what: the command that writes, for the message that others get.
 
     Raises:
-        UserError: another process (or another block of this one) writes to it; the folder cannot be written.
+        Busy (a UserError): another process (or another block of this one) writes to it.
+        UserError: the folder cannot be written.
     """
     folder = Path(folder)
     made = not folder.exists()
@@ -51,7 +57,7 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     key = (os.getpid(), status.st_dev, status.st_ino)
     if key in _mine:
-        raise UserError(_refusal(folder, _read(folder / NAME)))
+        raise Busy(_refusal(folder, _read(folder / NAME)))
     _mine.add(key)
     try:
         handle = _take(folder, what)
@@ -80,7 +86,7 @@ def _take(folder: Path, what: str) -> int:
                     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     if error.errno in (errno.EACCES, errno.EAGAIN):
-                        raise UserError(_refusal(folder, _record(folder / NAME))) from None
+                        raise Busy(_refusal(folder, _record(folder / NAME))) from None
                     if error.errno not in NO_LOCKS:
                         raise
                     undo.close()
@@ -103,7 +109,7 @@ def _take_file(path: Path, what: str) -> int:
     holder = _read(path)
     # an empty one was made by the attempt to lock it
     if holder is not None and not _gone(holder):
-        raise UserError(f"{_refusal(path.parent, holder)}; if it is gone, remove {path}")
+        raise Busy(f"{_refusal(path.parent, holder)}; if it is gone, remove {path}")
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     _fill(handle, what)

@@ -1,4 +1,7 @@
-"""Ctrl-C and a cluster's SIGTERM: the first ends what is under way in order, the second at once."""
+"""Ctrl-C, a cluster's SIGTERM, and a time that was agreed on: what is under way ends in order.
+
+The second signal ends it at once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -19,7 +23,7 @@ class Stopped(BaseException):
     Attributes:
         number: of the signal.
         text: what is there to be said about it.
-        status: for the shell: 130 for SIGINT, 143 for SIGTERM.
+        status: for the shell: 130 for SIGINT, 143 for SIGTERM, 142 (SIGALRM) for a time that has passed.
     """
 
     def __init__(self, number: int, text: str = "") -> None:
@@ -34,12 +38,20 @@ class Stop:
         asked: number of the first one that came while ``patient``; None: none.
         patient: a first signal is only noted here; whoever sets this looks at ``asked`` often. Otherwise, and from
             the second one on, a signal raises ``Stopped`` where it comes.
+        deadline: in ``time.monotonic()``'s seconds; None: there is none.
     """
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        self.deadline: float | None = None
         self.patient = False
         self.replaced: dict[int, Any] = {}
+
+    def due(self) -> int | None:
+        """The signal that has come, SIGALRM for a deadline that has passed; None: neither."""
+        if self.asked is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            return signal.SIGALRM
+        return self.asked
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if not self.patient or self.asked is not None:

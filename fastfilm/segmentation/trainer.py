@@ -57,10 +57,11 @@ class Trainer:
         identity: Mapping[str, Any],
         surroundings: Mapping[str, Any],
         stop: Stop,
+        fed: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.config, self.info, self.folder = config.training, info, folder
         self.processes, self.identity, self.surroundings = processes, identity, surroundings
-        self.stop = stop
+        self.stop, self.fed = stop, fed
         self.labels = list(config.data.labels)
         self.train_cases, self.val_cases = list(train_cases), list(val_cases)
         self.batch_size = batch_size
@@ -249,10 +250,10 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Between two steps, or two cases of a validation."""
-        if self.stop.asked is not None:
+        if (number := self.stop.due()) is not None:
             self._save()
             step = self.state.progress.step
-            raise Stopped(self.stop.asked, f"interrupted after step {step}, the state is saved")
+            raise Stopped(number, f"interrupted after step {step}, the state is saved")
 
     def _finish(self) -> None:
         progress = self.state.progress
@@ -336,6 +337,7 @@ class Trainer:
                 flat=is_flat([c.spacing for c in self.train_cases]),
             ),
             task_key=self.info.task_key,
+            fed=self.fed,
         )
 
     def _epoch_steps(self, config: Config) -> int:

@@ -47,6 +47,8 @@ class Start:
         resume: go on from its last.safetensors.
         init: model folder to fine-tune.
         options: further ones of the command line, for the message that says how to go on.
+        fed: case -> metadata that training feeds in place of the case's own; None: its own.
+        again: the command that goes on with it; None: that of ``fastfilm train``.
     """
 
     plan: PlanFolder
@@ -55,9 +57,13 @@ class Start:
     resume: bool = False
     init: Path | None = None
     options: Sequence[str] = ()
+    fed: Mapping[str, Mapping[str, Any]] | None = None
+    again: str | None = None
 
     def command(self) -> str:
         """What goes on with this training."""
+        if self.again is not None:
+            return self.again
         words = [
             "fastfilm",
             "train",
@@ -70,18 +76,22 @@ class Start:
         return shlex.join([*words, *init, *self.options, "--resume"])
 
 
-def train(start: Start, processes: Processes) -> Progress:
+def train(start: Start, processes: Processes, deadline: float | None = None) -> Progress:
     """Trains, validates and writes the model folder, which no other process writes to meanwhile.
 
     In one process (not under torchrun), SIGINT and SIGTERM end it after the step under way.
 
+    Args:
+        deadline: in ``time.monotonic()``'s seconds; training ends after the step in which it passes.
+
     Raises:
         UserError: settings or data that do not fit, a loss that is not finite, a folder that cannot be written or
             is being written to, nothing to resume.
-        Stopped: a signal has come.
+        Stopped: a signal has come, or the deadline has passed.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals(processes.world == 1))
+        stop.deadline = deadline
         if processes.first:
             stack.enter_context(locked(start.folder, "fastfilm train"))
         trainer = _prepare(start, processes, stop)
@@ -109,7 +119,7 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
     train_cases, val_cases = (start.plan.cases_of(start.fold, part) for part in ("train", "val"))
     if not train_cases:
         raise UserError(f"fold {start.fold} of {start.plan.path} has no training cases")
-    info, network = _model(start, train_cases)
+    info, network = describe(start, train_cases)
     _check_metadata([*train_cases, *val_cases], info)
     decides, around = identity(start, info), surroundings(processes)
     if saved is not None:
@@ -151,6 +161,7 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
         identity=decides,
         surroundings=around,
         stop=stop,
+        fed=start.fed,
     )
     if saved is not None:
         trainer.state.restore(saved)
@@ -247,6 +258,7 @@ def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
         "batch": start.plan.plan.batch_size,
         "--from": None if start.init is None else str(start.init),
         **_flat(config),
+        **({} if start.fed is None else {"metadata that are fed": _sha(start.fed)}),
         "subjects of the fold": _sha(start.plan.folds[start.fold]),
         "encoder, preprocessing or patch size": _sha(model),
     }
@@ -282,11 +294,12 @@ def _sha(value: Any) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}"
 
 
-def _model(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
+def describe(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
     """The model's description with the encoder fitted on the training cases, and its network."""
     config, plan = start.plan.config, start.plan.plan
     task = config.output.mode == "task"
-    rows: dict[str, dict[str, Any]] = {c.id: dict(c.metadata) for c in cases}
+    fed = start.fed or {}
+    rows: dict[str, dict[str, Any]] = {c.id: dict(fed.get(c.id, c.metadata)) for c in cases}
     names = list(config.data.labels)
     for i, row in enumerate(rows.values()):
         if task:

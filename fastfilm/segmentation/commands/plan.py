@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from fastfilm.segmentation.config import Config, override, parse, read_config
 from fastfilm.segmentation.console import bar, say
@@ -16,8 +15,8 @@ from fastfilm.segmentation.datasets import contrasts_in
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.hints import contents
 from fastfilm.segmentation.plan import make_plan
+from fastfilm.segmentation.settings import setting, settings
 from fastfilm.segmentation.tables import read_table
-from fastfilm.segmentation.yaml_files import load_yaml
 
 
 def command(
@@ -44,15 +43,13 @@ def command(
 
     Every file is read; whatever is wrong is listed at once and nothing is written.
     """
-    settings: dict[str, Any] = {}
+    given = settings(set_ or [])
 
     def put(key: str, value: Any, option: str) -> None:
-        if key in settings:
+        if key in given:
             raise UserError(f"{option}: {key} is given twice")
-        settings[key] = value
+        given[key] = value
 
-    for text in set_ or []:
-        put(*_setting(text, "--set"), "--set")
     if output is not None:
         put("output.mode", output, "--output")
     for name in metadata or []:
@@ -61,11 +58,11 @@ def command(
     if contrast:
         put("data.contrasts", contrast, "--contrast")
     for text in label or []:
-        name, values = _setting(text, "--label")
+        name, values = setting(text, "--label")
         put(f"data.labels.{name}", _values(text, values), "--label")
     if os.path.exists(data) and os.path.abspath(data) == os.path.abspath(plan / "config.yaml"):
         raise UserError(f"{data}: would be written over: write the plan to another folder")
-    config = _config(data, settings)
+    config = _config(data, given)
     with bar("checking") as task:
         made, notes = make_plan(config, plan, task)
     for note in notes:
@@ -88,34 +85,24 @@ def _spacing(spacing: Sequence[float | None]) -> str:
     return f"resampled to {', '.join(known)}" if known else "voxels of the size that they have"
 
 
-def _config(data: Path, settings: dict[str, Any]) -> Config:
+def _config(data: Path, given: dict[str, Any]) -> Config:
     if data.suffix in (".yaml", ".yml"):
-        return read_config(data, settings)
+        return read_config(data, given)
     source = "bids" if data.is_dir() else "csv"
     if source == "csv" and data.suffix not in (".csv", ".tsv"):
         raise UserError(
             f"{data}: expected a .yaml configuration, a BIDS folder, a .csv or .tsv table"
         )
-    if "data.contrasts" not in settings:
+    if "data.contrasts" not in given:
         there = contrasts_in(data) if source == "bids" else read_table(data).columns
         if not there:
             raise UserError(f"{data}: no images in sub-* folders: {contents(data)}")
         what = "the images are of" if source == "bids" else "the table has the columns"
         raise UserError(f"{data}: --contrast is needed: {what} {', '.join(there)}")
     value: dict[str, Any] = {"data": {"source": source, "root": str(data.resolve())}}
-    for key, new in settings.items():
+    for key, new in given.items():
         override(value, key, new)
     return parse(value, str(data))
-
-
-def _setting(text: str, option: str) -> tuple[str, Any]:
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise UserError(f"{option} takes KEY=VALUE, got {text!r}")
-    try:
-        return key, load_yaml(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"{option} {text!r}: the value is not YAML") from error
 
 
 def _values(text: str, value: Any) -> Any:

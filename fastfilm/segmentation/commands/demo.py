@@ -22,6 +22,9 @@ def command(
     quick: Annotated[
         bool, typer.Option("--quick", help="a few steps only: shows that everything runs")
     ] = False,
+    only_data: Annotated[
+        bool, typer.Option("--only-data", help="write data and configuration, run no command")
+    ] = False,
 ) -> int:
     """Plans, trains, predicts, evaluates and reports on phantoms whose target depends on the tumour type.
 
@@ -33,6 +36,9 @@ def command(
     with bar("making phantoms") as progress:
         write_data_set(folder / "data", 9 if quick else 30, progress=progress)
     write_configuration(folder / "config.yaml", quick)
+    if only_data:
+        say(f"written to {folder}: data, config.yaml")
+        return 0
     plan, model, real, swap = (str(folder / n) for n in ("plan", "model", "predicted", "swapped"))
     report = str(folder / "report")
     steps = [

@@ -78,9 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one(unit: tuple[Path, str, int]) -> dict[str, Any]:
     """One trial: its answer, its effect and interval, and against shuffled metadata."""
+    from fastfilm.segmentation.trial.verdict import verdict
+
     from fastfilm import cli
     from fastfilm.segmentation.files import read_json
-    from fastfilm.segmentation.trial.verdict import verdict
 
     out, kind, number = unit
     folder = out / f"{kind}-{number:02d}"

@@ -153,11 +153,20 @@ def _timed(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _shapes(plan: PlanFolder) -> list[list[int]]:
-    """Of the cases, turned as the network sees them; resampling is not in it."""
-    axis = plan.plan.preprocessing.slice_axis
+    """Of the cases on the network's grid, before zeros around them are cut off; in network order."""
+    preprocessing = plan.plan.preprocessing
+    axis = preprocessing.slice_axis
     order = [axis, *(a for a in range(3) if a != axis)]
-    cases = read_json(plan.path / "fingerprint.json")["cases"]
-    return [[c["shape"][a] for a in order] for c in cases]
+    shapes = []
+    for case in read_json(plan.path / "fingerprint.json")["cases"]:
+        size = [
+            n if target is None else max(1, round(n * spacing / target))
+            for n, spacing, target in zip(
+                case["shape"], case["spacing"], preprocessing.spacing, strict=True
+            )
+        ]
+        shapes.append([size[a] for a in order])
+    return shapes
 
 
 def _windows(shape: list[int], patch: list[int]) -> int:

@@ -392,14 +392,49 @@ class Training(Section):
 class Splits(Section):
     """Who is trained on, who is validated on."""
 
-    folds: Annotated[int, Field(ge=2)] = 5
+    folds: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="none: 5, or with leave_out one a value"
+    )
     stratify: list[str] = Field(
         default_factory=list, description="metadata keys spread evenly over the folds"
+    )
+    group: str | None = Field(
+        None,
+        description="metadata key, such as a family: subjects with the same value stay together;"
+        " without one, alone",
+    )
+    leave_out: str | None = Field(
+        None,
+        description="metadata key, such as a site: each fold holds the subjects of a value out",
+    )
+    nested: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="one part in so many of a fold's training subjects becomes val, which chooses the weights,"
+        " and the held-out subjects become test, which choose nothing",
     )
     column: str | None = Field(
         None, description="column with train, val, test: one fixed split instead of folds"
     )
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_design(self) -> Splits:
+        if self.column is not None:
+            for name in ("group", "leave_out", "nested"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"column and {name} exclude each other: column says the part of every subject"
+                    )
+        if self.leave_out is not None:
+            if self.folds is not None:
+                raise ValueError(
+                    "leave_out and folds exclude each other: leave_out makes one fold for each value"
+                )
+            if self.stratify and self.nested is None:
+                raise ValueError(
+                    "leave_out and stratify need nested: without it there is no part whose subjects are chosen"
+                )
+        return self
 
 
 Arm = Literal["conditioned", "unconditioned", "shuffled", "channels", "encoder"]
@@ -501,6 +536,19 @@ class Config(Section):
             if name not in self.metadata:
                 hint = did_you_mean(name, self.metadata)
                 raise ValueError(f"splits.stratify: {name!r} is no metadata key{hint}")
+        for setting, chosen in (("group", self.splits.group), ("leave_out", self.splits.leave_out)):
+            if chosen is None:
+                continue
+            if chosen not in self.metadata:
+                hint = did_you_mean(chosen, self.metadata) or (
+                    f" (metadata.{chosen}.input: false reads it without giving it to the network)"
+                )
+                raise ValueError(f"splits.{setting}: {chosen!r} is no metadata key{hint}")
+            kind = self.metadata[chosen].kind
+            if kind not in ("category", "ordered"):
+                raise ValueError(
+                    f"splits.{setting}: {chosen!r} must be of kind category or ordered, got {kind}"
+                )
         cluster = self.trial.cluster
         if cluster is not None and cluster not in self.metadata:
             hint = did_you_mean(cluster, self.metadata)

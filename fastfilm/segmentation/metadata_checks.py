@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import Config, MetadataKey
+from .config import Config, MetadataKey, Splits
 from .errors import Problems
 from .hints import did_you_mean, some
 from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
@@ -45,8 +45,9 @@ def metadata_problems(
         if all(is_missing(v, key) for v in values.values()):
             wrong.append(_nowhere(name, key, found.places, config))
             continue
-        mine = _of_key(name, key, found.cases, folds if key.input else (), notes)
-        many = _numbers(key, values)
+        mine = _of_key(name, key, found.cases, folds if key.input else (), notes, config.splits)
+        # a key that the network does not get has no columns
+        many = _numbers(key, values) if key.input else None
         if many is not None:
             text = (
                 f"metadata {name!r}: {many} different numbers as categories, each with a column of its own: if it"
@@ -76,7 +77,12 @@ def train_value(rows: Mapping[str, Mapping[str, Any]], name: str, key: MetadataK
 
 
 def _of_key(
-    name: str, key: MetadataKey, cases: Sequence[Case], folds: Sequence[Fold], notes: list[str]
+    name: str,
+    key: MetadataKey,
+    cases: Sequence[Case],
+    folds: Sequence[Fold],
+    notes: list[str],
+    splits: Splits,
 ) -> list[str]:
     def row(case: Case) -> dict[str, Any]:
         return {name: case.metadata.get(name)}
@@ -111,8 +117,19 @@ def _of_key(
                 wrong.setdefault(str(error).split("; expected")[0], []).append(
                     f"{case.id} in fold {k}"
                 )
-    hint = "splits.stratify spreads values over the folds, unseen: unknown accepts them"
+    hint = _hint(name, splits)
     return [f"{some(where)}: {text}; {hint}" for text, where in wrong.items()]
+
+
+def _hint(name: str, splits: Splits) -> str:
+    """How values of the key that a fold's training lacks are dealt with."""
+    accepted = f"metadata.{name}.unseen: unknown accepts them"
+    if splits.leave_out is None:
+        return "splits.stratify spreads values over the folds, unseen: unknown accepts them"
+    kept = f"metadata.{name}.input: false keeps the key from the network, {accepted}"
+    if splits.leave_out == name:
+        return f"splits.leave_out keeps every held-out value from its fold's training: {kept}"
+    return kept
 
 
 def _numbers(key: MetadataKey, values: Mapping[str, Any]) -> int | None:

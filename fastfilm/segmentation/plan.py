@@ -33,7 +33,7 @@ from .metadata_checks import coverage, metadata_problems
 from .network import build_network
 from .offline import refuse_fetching
 from .sources import Case
-from .splits import Fold, make_splits
+from .splits import Fold, make_splits, split_notes
 
 
 @dataclass
@@ -113,6 +113,7 @@ def _make_plan(
         raise Problems(f"{config.data.root}: problems in the data set", wrong)
     if not facts:
         raise UserError(f"{config.data.root}: no case can be used")
+    notes += split_notes(found.cases, folds, config.splits)
     for name in config.data.labels:
         empty = sum(f.voxels.get(name) == 0 for f in facts)
         absent = sum(name not in f.voxels for f in facts)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .config import Config
 from .errors import UserError
+from .hints import some
 from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
 from .model_folder import LabelInfo, ModelInfo, load_model
 from .network import MetadataChannels, generator_parameters, grow_metadata
@@ -42,6 +43,14 @@ def start_from(
     ):
         if a != b:
             raise UserError(f"{folder}: {name} of the model are {a}, of the plan {b}")
+    for fitted in before.metadata.keys:
+        theirs = info.metadata[fitted.name].table_columns
+        if fitted.table_columns != theirs:
+            raise UserError(
+                f"{folder}: the model's metadata {fitted.name!r} have the columns"
+                f" {some(fitted.table_columns) or 'none'}, the plan's {some(theirs) or 'none'}: a vector must have"
+                " the same components in the same order"
+            )
     labels = list(before.labels)
     names = [label.name for label in labels]
     if info.output == "task":
@@ -107,7 +116,7 @@ def _new_values(
 ) -> list[tuple[str, str]]:
     new: dict[tuple[str, str], None] = {}
     for key in old.metadata.keys:
-        if key.kind == "continuous":
+        if key.kind in ("continuous", "vector"):
             continue
         if key.name == old.task_key:
             found = [label.name for label in labels]

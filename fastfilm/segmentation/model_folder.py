@@ -177,6 +177,16 @@ def _check_key(key: KeyEncoder) -> None:
         (all(a < b for a, b in itertools.pairwise(edges)), f"edges must ascend, got {edges}"),
         (0 <= key.dropout <= 1, f"dropout must be 0 to 1, got {key.dropout}"),
         (key.separator, "separator must not be empty"),
+        (
+            (key.kind == "vector") == (key.vector is not None),
+            f"kind {key.kind!r} {'needs' if key.kind == 'vector' else 'takes no'} vector",
+        ),
+        (key.vector is None or key.vector.problem() is None, key.vector and key.vector.problem()),
+        (
+            not key.table_columns
+            or (key.vector is not None and len(key.table_columns) == key.vector.length),
+            f"{len(key.table_columns)} table_columns do not fit the vector",
+        ),
     ):
         if not holds:
             raise ValueError(f"key {key.name!r}: {what}")

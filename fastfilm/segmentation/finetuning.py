@@ -71,7 +71,7 @@ def start_from(
             f"{folder}: {key} has a new value, {value!r}, and the model gets metadata as image channels, whose"
             " number cannot grow (network.conditioning: film can)"
         )
-    encoder = grown_encoder(old.network, before.metadata, new)
+    encoder = _counted(grown_encoder(old.network, before.metadata, new), info.metadata)
     network = old.network
     if config.training.freeze == "all_but_generator":
         freeze_all_but_generator(network)
@@ -95,6 +95,19 @@ def grown_encoder(
         encoder, column = encoder.grow(key, value)
         grow_metadata(network, column)
     return encoder
+
+
+def _counted(encoder: MetadataEncoder, new: MetadataEncoder) -> MetadataEncoder:
+    """With the new training cases added to the counts of values, where both have any."""
+    keys = []
+    for key in encoder.keys:
+        theirs = new[key.name]
+        if key.values and key.counts is not None and theirs.counts is not None:
+            more = dict(zip(theirs.values, theirs.counts, strict=True))
+            counts = [n + more.get(v, 0) for v, n in zip(key.values, key.counts, strict=True)]
+            key = key.model_copy(update={"counts": counts})
+        keys.append(key)
+    return MetadataEncoder(keys=keys)
 
 
 def freeze_all_but_generator(network: nn.Module) -> None:

@@ -32,6 +32,9 @@ from .vectors import VectorEncoder, numbers
 
 T = TypeVar("T")
 
+QUANTILES = 9
+"""Values of a continuous key that stand for its distribution in training."""
+
 
 def is_missing(value: Any, key: MetadataKey | KeyEncoder | None = None) -> bool:
     """Whether a value is not there: None, NaN, an empty list, blank text, or text that ``key.missing`` lists.
@@ -73,6 +76,11 @@ def as_category(value: Any) -> str:
     return str(value).strip()
 
 
+def bin_of(x: float, edges: Sequence[float]) -> int:
+    """Which of the bins [-∞, e₀), [e₀, e₁), … a number lies in."""
+    return int(np.searchsorted(edges, x, side="right"))
+
+
 class KeyEncoder(Section):
     """One fitted key.
 
@@ -88,6 +96,9 @@ class KeyEncoder(Section):
         mean, std: continuous, of the training values (of their logarithms with ``log``).
         edges: continuous in bins: the inner edges; None means standardised.
         lowest, highest: continuous: range in training.
+        counts: training cases with each of ``values``, or in each bin; None: not known (of a multilabel key, and
+            of models that were made before they were counted).
+        quantiles: continuous: values in training (of their logarithms with ``log``) at ``QUANTILES`` equal steps.
         separator: multilabel, between the values in a text.
         table_columns: vector: the table's columns with its components; none: one cell or entry has them all.
         vector: vector: how it is standardised and projected.
@@ -107,6 +118,8 @@ class KeyEncoder(Section):
     edges: list[float] | None = None
     lowest: float = 0.0
     highest: float = 0.0
+    counts: list[int] | None = None
+    quantiles: list[float] = Field(default_factory=list)
     separator: str = ";"
     table_columns: list[str] = Field(default_factory=list)
     vector: VectorEncoder | None = None
@@ -223,7 +236,7 @@ class KeyEncoder(Section):
                         f"metadata {self.name!r}: {value!r} is beyond all numbers; expected {self._expected()}"
                     )
             else:
-                row[np.searchsorted(self.edges, x, side="right")] = 1
+                row[bin_of(x, self.edges)] = 1
             return row
         if self.kind == "vector":
             try:
@@ -250,9 +263,22 @@ class KeyEncoder(Section):
                 row[i] = 1
         return row
 
+    def original(self, x: float) -> float:
+        """The value of a continuous key that ``number`` makes ``x`` of."""
+        return math.exp(x) if self.log else x
+
+    def middles(self) -> list[float]:
+        """A number in each bin, as ``number`` makes them: the middle, and the range's end in the outer ones."""
+        edges = self.edges or []
+        return [
+            self.lowest,
+            *((a + b) / 2 for a, b in itertools.pairwise(edges)),
+            *([self.highest] if edges else []),
+        ]
+
     def range_text(self) -> str:
         """A continuous key's range in training."""
-        low, high = (math.exp(v) if self.log else v for v in (self.lowest, self.highest))
+        low, high = self.original(self.lowest), self.original(self.highest)
         return f"{low:.6g} to {high:.6g}"
 
     def outside(self, value: Any) -> bool:
@@ -378,7 +404,8 @@ class MetadataEncoder(Section):
             if k.name == name:
                 break
             offset += k.width
-        grown = key.model_copy(update={"values": [*key.values, value]})
+        counts = None if key.counts is None else [*key.counts, 0]
+        grown = key.model_copy(update={"values": [*key.values, value], "counts": counts})
         keys = [grown if k.name == name else k for k in self.keys]
         return MetadataEncoder(keys=keys), offset + key.known_width
 
@@ -431,8 +458,11 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
         key.values = sorted(found)
         if not found:
             raise Problems(name, [f"metadata {name!r} has no value in any training case"])
-        return key
-    _each(present, key.encode, name)
+    else:
+        _each(present, key.encode, name)
+    if config.kind != "multilabel":
+        counts = Counter(map(as_category, present.values()))
+        key.counts = [counts[v] for v in key.values]
     return key
 
 
@@ -461,8 +491,14 @@ def _fit_continuous(key: KeyEncoder, config: MetadataKey, present: Mapping[str, 
             ],
         )
     key.lowest, key.highest = float(x.min()), float(x.max())
+    steps = min(QUANTILES, len(x))
+    # values that were there: field strengths have none between 1.5 and 3
+    levels = (np.arange(steps) + 0.5) / steps
+    key.quantiles = np.quantile(x, levels, method="inverted_cdf").tolist()
     if config.scaling == "bins":
         key.edges = density_edges(x)
+        bins = [bin_of(v, key.edges) for v in x]
+        key.counts = np.bincount(bins, minlength=len(key.edges) + 1).tolist()
     else:
         # one value only, to rounding: every other value is a deviation of its own size
         key.mean, key.std = mean, std if std > 1e-9 * abs(mean) else 1.0

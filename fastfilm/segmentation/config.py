@@ -166,8 +166,9 @@ class Data(Section):
 class MetadataKey(Section):
     """One metadata key and how its values become numbers."""
 
-    kind: Literal["category", "continuous", "ordered", "multilabel"] = Field(
-        "category", description="one of several values, a number, ranked values, several at once"
+    kind: Literal["category", "continuous", "ordered", "multilabel", "vector"] = Field(
+        "category",
+        description="one of several values, a number, ranked values, several at once, a row of numbers",
     )
     source: Literal["auto", "table", "entity", "sidecar"] = Field(
         "auto",
@@ -183,6 +184,16 @@ class MetadataKey(Section):
         description="the values there are (ordered: lowest first); none: those of the training cases",
     )
     separator: str = Field(";", min_length=1, description="multilabel: between the values")
+    columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="vector: the table's columns with its components, in this order (radiomics_*: those that"
+        " fit, in the table's); none: one cell or entry, a .npy file or a list of numbers",
+    )
+    projection: Positive | None = Field(
+        None,
+        description="vector: number of principal components; none: every component, standardised",
+    )
     unseen: Literal["error", "unknown"] = Field(
         "error", description="a value not seen in training: refuse, or treat as missing"
     )
@@ -217,6 +228,13 @@ class MetadataKey(Section):
             raise ValueError("kind 'ordered' needs values: two or more, lowest first")
         if self.kind == "continuous" and self.values is not None:
             raise ValueError("kind 'continuous' takes no values")
+        if self.kind == "vector" and self.values is not None:
+            raise ValueError("kind 'vector' takes no values")
+        for name in ("columns", "projection"):
+            if self.kind != "vector" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for kind 'vector', not for {self.kind!r}")
+        if self.columns is not None and self.source not in ("auto", "table"):
+            raise ValueError(f"columns are those of the table, and source is {self.source!r}")
         if self.values is not None and len(set(self.values)) < len(self.values):
             raise ValueError(f"values must differ, got {self.values}")
         return self
@@ -553,6 +571,12 @@ class Config(Section):
         if cluster is not None and cluster not in self.metadata:
             hint = did_you_mean(cluster, self.metadata)
             raise ValueError(f"trial.cluster: {cluster!r} is no metadata key{hint}")
+        groups = [("splits.stratify", name) for name in self.splits.stratify]
+        for setting, by in (*groups, ("training.balance", balance), ("trial.cluster", cluster)):
+            if by in self.metadata and self.metadata[by].kind == "vector":
+                raise ValueError(
+                    f"{setting}: {by!r} is a vector, whose values make no groups; expected a key of another kind"
+                )
         return self
 
 

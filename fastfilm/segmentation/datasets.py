@@ -26,10 +26,13 @@ from .sources import (
     stem,
 )
 from .tables import Table, read_table
+from .vectors import expanded
 
 
 def find_cases(config: Config) -> Found:
     """The cases of ``config.data``, in the order of their names.
+
+    Patterns in ``config``'s ``metadata.KEY.columns`` are replaced by the names of the table's columns that fit.
 
     Raises:
         UserError: no such folder or file, or nothing in it that matches.
@@ -121,15 +124,19 @@ def _bids(config: Config) -> Found:
         sidecar = Sidecar() if first is None else sidecars.of(first, data.root)
         found.places.entities |= entities.keys()
         found.places.sidecar |= sidecar.values.keys()
-        metadata, origins = find_metadata(config.metadata, row, entities, sidecar)
+        metadata = find_metadata(
+            config.metadata, row, entities, sidecar, (data.root / data.table).parent
+        )
+        found.problems += [f"{case}: {p}" for p in metadata.problems]
         made = Case(
             id=case,
             subject=subject,
             images=tuple(channels.get(n) for n in names),
             labels=labels,
-            metadata=metadata,
+            metadata=metadata.values,
             split=split_of(config, row, case, found),
-            origins=origins,
+            origins=metadata.origins,
+            vectors=metadata.vectors,
         )
         finish(found, made, config, row, expected)
     _say_left_out(found, left_out)
@@ -261,7 +268,7 @@ def _instead(folder: Path, image: str) -> str:
 def _participants(config: Config, found: Found) -> dict[str, dict[str, str]]:
     """Subject -> row."""
     path = config.data.root / config.data.table
-    needed = any(k.source == "table" for k in config.metadata.values())
+    needed = any(k.source == "table" or k.columns for k in config.metadata.values())
     needed = needed or bool(config.splits.column or config.data.annotated_column)
     if not os.path.lexists(path):
         if needed:
@@ -294,7 +301,12 @@ def _participants(config: Config, found: Found) -> dict[str, dict[str, str]]:
 
 def _uses_table(config: Config, columns: list[str]) -> bool:
     """Whether a metadata key or the split comes from the table."""
-    keys = [k for k, c in config.metadata.items() if c.source in ("auto", "table")]
+    keys = [
+        name
+        for k, c in config.metadata.items()
+        if c.source in ("auto", "table")
+        for name in c.columns or [k]
+    ]
     return any(k in columns for k in [*keys, config.splits.column])
 
 
@@ -356,9 +368,18 @@ def _rows(config: Config) -> Found:
             sidecar = Sidecar() if images[0] is None else sidecars.of(first)
             found.places.entities |= entities.keys()
             found.places.sidecar |= sidecar.values.keys()
-            metadata, origins = find_metadata(config.metadata, row, entities, sidecar)
-            split = split_of(config, row, where, found)
-            made = Case(case, subject, images, labels, metadata, split, origins)
+            metadata = find_metadata(config.metadata, row, entities, sidecar, data.root.parent)
+            found.problems += [f"{where}: {p}" for p in metadata.problems]
+            made = Case(
+                case,
+                subject,
+                images,
+                labels,
+                metadata.values,
+                split_of(config, row, where, found),
+                metadata.origins,
+                vectors=metadata.vectors,
+            )
             finish(found, made, config, row, expected)
     _say_left_out(found, left_out)
     return found
@@ -371,13 +392,25 @@ def _columns(config: Config, table: Table, found: Found) -> None:
         *data.contrasts,
         *(label.column or data.label_column for label in data.labels.values()),
     }
-    wanted |= {k for k, c in config.metadata.items() if c.source == "table"}
+    wanted |= {k for k, c in config.metadata.items() if c.source == "table" and not c.columns}
     _need(table, wanted, found)
     _named_columns(config, table, found)
 
 
 def _named_columns(config: Config, table: Table, found: Found) -> None:
+    """Those of splits, annotations and vectors; patterns of vectors become the names that fit, for good."""
     _need(table, {c for c in (config.splits.column, config.data.annotated_column) if c}, found)
+    for name, key in config.metadata.items():
+        if key.columns is None:
+            continue
+        try:
+            key.columns = expanded(key.columns, table.columns)
+        except ValueError as error:
+            found.problems.append(
+                f"{table.path}: metadata.{name}.columns: {error}; it has {', '.join(table.columns)}"
+            )
+            continue
+        _need(table, set(key.columns), found)
 
 
 def _need(table: Table, columns: set[str], found: Found) -> None:

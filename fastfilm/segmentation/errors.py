@@ -9,6 +9,10 @@ class UserError(Exception):
     """Something the user can mend: a file, a row, a key, a setting. The message names it."""
 
 
+class MetadataError(UserError):
+    """A value or key that the encoder cannot take; names the key, what was expected and what came."""
+
+
 class Problems(UserError):
     """Several of them, found in one pass.
 

@@ -175,7 +175,10 @@ def summarise(evaluation: Evaluation, tolerance: float, seed: int = 0) -> dict[s
             {
                 "case": pair.case,
                 "subject": pair.subject,
-                "metadata": pair.metadata,
+                # hundreds of numbers tell a reader nothing; predictions.json has them
+                "metadata": {
+                    k: v for k, v in pair.metadata.items() if evaluation.kinds.get(k) != "vector"
+                },
                 "image_file": None if pair.image is None else str(pair.image),
                 "prediction_file": str(pair.prediction),
                 "reference_file": str(pair.truth),

@@ -9,6 +9,7 @@ from torch import nn
 
 from .config import Config
 from .errors import UserError
+from .hints import some
 from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
 from .model_folder import LabelInfo, ModelInfo, load_model
 from .network import MetadataChannels, generator_parameters, grow_metadata
@@ -42,6 +43,14 @@ def start_from(
     ):
         if a != b:
             raise UserError(f"{folder}: {name} of the model are {a}, of the plan {b}")
+    for fitted in before.metadata.keys:
+        theirs = info.metadata[fitted.name].table_columns
+        if fitted.table_columns != theirs:
+            raise UserError(
+                f"{folder}: the model's metadata {fitted.name!r} have the columns"
+                f" {some(fitted.table_columns) or 'none'}, the plan's {some(theirs) or 'none'}: a vector must have"
+                " the same components in the same order"
+            )
     labels = list(before.labels)
     names = [label.name for label in labels]
     if info.output == "task":
@@ -62,7 +71,7 @@ def start_from(
             f"{folder}: {key} has a new value, {value!r}, and the model gets metadata as image channels, whose"
             " number cannot grow (network.conditioning: film can)"
         )
-    encoder = grown_encoder(old.network, before.metadata, new)
+    encoder = _counted(grown_encoder(old.network, before.metadata, new), info.metadata)
     network = old.network
     if config.training.freeze == "all_but_generator":
         freeze_all_but_generator(network)
@@ -88,6 +97,19 @@ def grown_encoder(
     return encoder
 
 
+def _counted(encoder: MetadataEncoder, new: MetadataEncoder) -> MetadataEncoder:
+    """With the new training cases added to the counts of values, where both have any."""
+    keys = []
+    for key in encoder.keys:
+        theirs = new[key.name]
+        if key.values and key.counts is not None and theirs.counts is not None:
+            more = dict(zip(theirs.values, theirs.counts, strict=True))
+            counts = [n + more.get(v, 0) for v, n in zip(key.values, key.counts, strict=True)]
+            key = key.model_copy(update={"counts": counts})
+        keys.append(key)
+    return MetadataEncoder(keys=keys)
+
+
 def freeze_all_but_generator(network: nn.Module) -> None:
     """Only the weights that turn metadata into γ and β are trained.
 
@@ -107,7 +129,7 @@ def _new_values(
 ) -> list[tuple[str, str]]:
     new: dict[tuple[str, str], None] = {}
     for key in old.metadata.keys:
-        if key.kind == "continuous":
+        if key.kind in ("continuous", "vector"):
             continue
         if key.name == old.task_key:
             found = [label.name for label in labels]

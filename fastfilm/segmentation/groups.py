@@ -42,7 +42,7 @@ def groupings(
 
     Args:
         metadata: case -> key -> value.
-        kinds: key -> category, continuous, ordered or multilabel, where it is known.
+        kinds: key -> category, continuous, ordered, multilabel or vector (which makes none), where it is known.
     """
     keys = sorted({k for values in metadata.values() for k in values})
     every = {k: grouping({c: v.get(k) for c, v in metadata.items()}, kinds.get(k)) for k in keys}
@@ -65,6 +65,8 @@ def grouping(
         kind: of the key; None: continuous if all values are numbers, and many.
         taken: names that the group without a value must not have.
     """
+    if kind == "vector":
+        return None
     present = {c: v for c, v in values.items() if not is_absent(v)}
     missing = [c for c in values if c not in present]
     numbers = {c: x for c, v in present.items() if (x := _number(v)) is not None}

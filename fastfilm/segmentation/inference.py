@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastfilm.nn import ConvNormFiLM2d, ConvNormFiLM3d
 
+from .averaging import Prior, missing_keys, weighted
 from .errors import UserError
 from .model_folder import LoadedModel
 from .preprocessing import AXES, Geometry, Preprocessed, resample
@@ -33,6 +34,8 @@ class Options:
         flips: the case is also predicted mirrored across these planes (all combinations), and the mean is taken.
         samples: with n > 0 the mean over n draws of the dropout masks, which also give the uncertainty.
         seed: of the draws.
+        missing: a case without a value of a key is predicted as "unknown", or as the mean over its values.
+        prior: the weights of such values; a key that is not there has those of its frequency in training.
     """
 
     overlap: float = 0.5
@@ -40,6 +43,8 @@ class Options:
     flips: tuple[Plane, ...] = ()
     samples: int = 0
     seed: int = 0
+    missing: Literal["unknown", "average"] = "unknown"
+    prior: Prior = ()
 
 
 @dataclass
@@ -52,6 +57,8 @@ class Predicted:
         probabilities: float32 [K, X, Y, Z] if asked for.
         entropy: float32 [X, Y, Z]: entropy in bits of the mean prediction, highest over the labels.
         information: float32 [X, Y, Z]: mutual information in bits of prediction and dropout mask.
+        metadata_entropy: float32 [X, Y, Z]: mutual information in bits of prediction and missing metadata value,
+            highest over the labels; None where no value was missing, or a missing one is "unknown".
         timing: seconds in and around the network.
     """
 
@@ -60,6 +67,7 @@ class Predicted:
     probabilities: NDArray[np.float32] | None = None
     entropy: NDArray[np.float32] | None = None
     information: NDArray[np.float32] | None = None
+    metadata_entropy: NDArray[np.float32] | None = None
     timing: Timing = field(default_factory=Timing)
 
 
@@ -94,7 +102,7 @@ def predict(
     network = CaseNetwork(model, values, options)
     turned = tuple(geometry.shape[a] for a in geometry.axes)
     maps = labels if probabilities else 0
-    kept = np.zeros((maps + 2 * uncertain, *turned), np.float32)
+    kept = np.zeros((maps + 2 * uncertain + network.averaged, *turned), np.float32)
     masks = np.zeros((labels, *turned), bool)
     strongest = np.zeros(turned, np.int16)
     image = torch.from_numpy(np.ascontiguousarray(case.image)).to(model.device)
@@ -113,6 +121,8 @@ def predict(
             h = entropy(p[:labels], exclusive)
             kept[maps][at] = h
             kept[maps + 1][at] = np.maximum(h - p[labels], 0)
+        if network.averaged:
+            kept[maps][at] = p[labels]
     kept = _to_file(kept, geometry)
     return Predicted(
         _to_file(masks, geometry),
@@ -120,6 +130,7 @@ def predict(
         kept[:maps] if probabilities else None,
         kept[maps] if uncertain else None,
         kept[maps + 1] if uncertain else None,
+        kept[maps] if network.averaged else None,
         timing,
     )
 
@@ -168,11 +179,16 @@ def entropy(p: NDArray[np.float32], exclusive: bool) -> NDArray[np.float32]:
 
 def _bits(p: Tensor, exclusive: bool) -> Tensor:
     """The same for [N, K, …] -> [N, 1, …]."""
+    return _entropies(p, exclusive).amax(1, keepdim=True)
+
+
+def _entropies(p: Tensor, exclusive: bool) -> Tensor:
+    """In bits, [N, K, …] -> [N, 1, …] over background and labels, or [N, K, …], yes or no for each label."""
     rest = (1 - p.sum(1, keepdim=True)).clamp_min(0) if exclusive else 1 - p
     if exclusive:
         whole = torch.cat([p, rest], 1)
         return -torch.xlogy(whole, whole).sum(1, keepdim=True) / np.log(2)
-    return (-torch.xlogy(p, p) - torch.xlogy(rest, rest)).amax(1, keepdim=True) / np.log(2)
+    return (-torch.xlogy(p, p) - torch.xlogy(rest, rest)) / np.log(2)
 
 
 def check_options(model: LoadedModel, options: Options) -> list[str]:
@@ -191,30 +207,69 @@ def check_options(model: LoadedModel, options: Options) -> list[str]:
             )
     if options.samples and not droppable(model.network):
         raise UserError("uncertainty needs a network with dropout; this one has none")
+    if options.samples and options.missing == "average":
+        raise UserError(
+            "dropout samples and the mean over missing metadata (--samples, --missing average) do not go together"
+        )
+    if options.prior and options.missing != "average":
+        raise UserError("--prior is for --missing average")
     return axes
+
+
+def averaged_keys(model: LoadedModel, values: Mapping[str, Any], options: Options) -> list[str]:
+    """The keys over whose values the mean is taken for a case."""
+    return missing_keys(model, values) if options.missing == "average" else []
+
+
+def completed(
+    model: LoadedModel, values: Mapping[str, Any], options: Options
+) -> list[tuple[float, dict[str, Any]]]:
+    """What a case is predicted under, each with its weight: its metadata, or every completion of them.
+
+    Raises:
+        UserError: missing values over which there is no mean (``averaging.weighted``).
+    """
+    if averaged_keys(model, values, options):
+        return weighted(model, values, options.prior)
+    return [(1.0, dict(values))]
 
 
 class CaseNetwork:
     """Windows [N, C, *S] -> probabilities [N, K, *S] under one case's metadata.
 
     γ and β are computed once. With dropout samples there is one more channel: the mean entropy of the samples.
+    With the mean over missing metadata there is one more, too: H(Σ w p) - Σ w H(p) over the values, highest over
+    the labels, the mutual information of prediction and value. It is taken here, so that it holds nothing of what
+    windows that overlap disagree about.
+
+    Attributes:
+        averaged: the case has missing metadata over whose values the mean is taken.
     """
 
     def __init__(self, model: LoadedModel, values: Mapping[str, Any], options: Options) -> None:
         self.model, self.options = model, options
         tasks: Sequence[str | None] = model.tasks() or [None]
-        rows = [torch.from_numpy(model.encode(values, t)).to(model.device) for t in tasks]
-        self.film: list[Any] = [None] * len(rows)
-        if model.encoder.size:
-            modulate = getattr(model.network, "modulate", None)
-            self.film = [r if modulate is None else modulate(r) for r in rows]
+        self.averaged = bool(averaged_keys(model, values, options))
+        cases = completed(model, values, options)
+        self.weights = [weight for weight, _ in cases]
+        # γ and β [values][tasks]
+        self.film = [self._film([model.encode(v, t) for t in tasks]) for _, v in cases]
         axes = check_options(model, options)
         dims = [2 + axes.index(p) for p in options.flips]
         self.flips = [c for n in range(len(dims) + 1) for c in itertools.combinations(dims, n)]
 
+    def _film(self, rows: Sequence[NDArray[np.float32]]) -> list[Any]:
+        if not self.model.encoder.size:
+            return [None] * len(rows)
+        modulate = getattr(self.model.network, "modulate", None)
+        placed = [torch.from_numpy(r).to(self.model.device) for r in rows]
+        return [r if modulate is None else modulate(r) for r in placed]
+
     def __call__(self, x: Tensor) -> Tensor:
+        if self.averaged:
+            return self._over_values(x)
         if not self.options.samples:
-            return self._mean(x)
+            return self._mean(x, self.film[0])
         exclusive = self.model.info.output == "classes"
         total = None
         devices = [x.device] if x.device.type == "cuda" else []
@@ -222,26 +277,40 @@ class CaseNetwork:
             for i in range(self.options.samples):
                 # what is drawn depends on the seed alone, not on the windows before
                 torch.manual_seed(self.options.seed + i)
-                p = self._mean(x)
+                p = self._mean(x, self.film[0])
                 p = torch.cat([p, _bits(p, exclusive)], 1)
                 total = p if total is None else total + p
         assert total is not None
         return total / self.options.samples
 
-    def _mean(self, x: Tensor) -> Tensor:
+    def _over_values(self, x: Tensor) -> Tensor:
+        exclusive = self.model.info.output == "classes"
+        mean: Tensor | None = None
+        within: Tensor | None = None
+        for weight, film in zip(self.weights, self.film, strict=True):
+            p = self._mean(x, film)
+            h = weight * _entropies(p, exclusive)
+            p = weight * p
+            mean, within = (p, h) if mean is None or within is None else (mean + p, within + h)
+        assert mean is not None and within is not None
+        # weights add up to 1 but for rounding
+        mean = mean.clamp_max(1)
+        information = (_entropies(mean, exclusive) - within).amax(1, keepdim=True).clamp_min(0)
+        return torch.cat([mean, information], 1)
+
+    def _mean(self, x: Tensor, film: Sequence[Any]) -> Tensor:
         total: Tensor | None = None
         for dims in self.flips:
-            p = self._once(x.flip(dims) if dims else x)
+            p = self._once(x.flip(dims) if dims else x, film)
             p = p.flip(dims) if dims else p
             total = p if total is None else total + p
         assert total is not None
         return total / len(self.flips)
 
-    def _once(self, x: Tensor) -> Tensor:
+    def _once(self, x: Tensor, film: Sequence[Any]) -> Tensor:
         model = self.model
         outs = [
-            model.activate(model.network(x) if f is None else model.network(x, f))
-            for f in self.film
+            model.activate(model.network(x) if f is None else model.network(x, f)) for f in film
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from .errors import UserError
 from .hints import contents, did_you_mean
-from .metadata import KeyEncoder
+from .metadata import KeyEncoder, is_missing
 from .model_folder import LoadedModel, ModelInfo
 from .plan import read_plan
 from .sidecars import Sidecars, data_set_of
 from .sources import (
     SUFFIXES,
     Sidecar,
+    columns_of,
     contrast_of,
     find_entities,
     find_metadata,
@@ -23,6 +24,7 @@ from .sources import (
     stem,
 )
 from .tables import Table, read_table
+from .vectors import read_vector
 
 
 @dataclass
@@ -55,13 +57,14 @@ class InputCase:
         return next(p for p in self.images if p is not None)
 
 
-def parse_meta(texts: Sequence[str], model: LoadedModel) -> dict[str, str]:
-    """``key=value`` settings, each checked against the model.
+def parse_meta(texts: Sequence[str], model: LoadedModel) -> dict[str, Any]:
+    """``key=value`` settings, each checked against the model; a vector is ``[1,2,3]`` or a .npy file.
 
     Raises:
         UserError: no ``=``, a key the model does not have, a value it cannot take.
     """
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for text in texts:
         key, sign, value = text.partition("=")
         if not sign:
@@ -76,10 +79,16 @@ def parse_meta(texts: Sequence[str], model: LoadedModel) -> dict[str, str]:
                 f"--meta {text}: the model has no metadata key {key!r}; it has"
                 f" {', '.join(model.metadata_keys()) or 'none'}{hint}"
             )
-        if key in values and values[key] != value:
-            raise UserError(f"--meta gives {key!r} twice: {values[key]!r} and {value!r}")
-        model.encoder[key].encode(value)
+        if given.setdefault(key, value) != value:
+            raise UserError(f"--meta gives {key!r} twice: {given[key]!r} and {value!r}")
+        encoder = model.encoder[key]
         values[key] = value
+        if encoder.kind == "vector" and not is_missing(value, encoder):
+            try:
+                values[key] = read_vector(value, Path())[0]
+            except ValueError as error:
+                raise UserError(f"--meta {text:.80}: {error}") from error
+        encoder.encode(values[key])
     return values
 
 
@@ -110,7 +119,14 @@ def find_inputs(
     if (source / "plan.json").is_file():
         plan = read_plan(source)
         cases = [
-            InputCase(c.id, c.subject, c.images, {**c.metadata, **meta}, dict(c.labels))
+            InputCase(
+                c.id,
+                c.subject,
+                c.images,
+                {**c.metadata, **meta},
+                dict(c.labels),
+                next(iter(c.changed_vectors()), None),
+            )
             for c in plan.cases_of(fold, part)
         ]
         if not cases:
@@ -288,7 +304,7 @@ def _case(
             case.problem = str(error)
             return case
         wanted = [n for n, k in keys.items() if k.source in ("auto", "table")]
-        wanted = [n for n in wanted if n in table.columns]
+        wanted = [n for n in wanted if any(c in table.columns for c in columns_of(keys[n]) or [n])]
         if row is None and wanted:
             case.problem = f"{table.path}: no row for {name} (metadata {', '.join(wanted)})"
             return case
@@ -301,5 +317,9 @@ def _case(
         case.problem = problems[0]
         return case
     typed: dict[str, KeyEncoder] = keys
-    case.metadata = {**find_metadata(typed, row or {}, entities, sidecar)[0], **meta}
+    folder = Path() if table is None else table.path.parent
+    found = find_metadata(typed, row or {}, entities, sidecar, folder)
+    if found.problems:
+        case.problem = f"{first}: {found.problems[0]}"
+    case.metadata = {**found.values, **meta}
     return case

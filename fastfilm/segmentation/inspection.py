@@ -20,6 +20,9 @@ from .names import file_name
 STEPS = 7
 """Values of a continuous key that are looked at, from the lowest to the highest in training."""
 
+VECTOR_NUMBERS, VECTOR_STEP = 3, 2.0
+"""Of a vector: the first so many of its numbers are changed, by so many deviations up and down."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -59,12 +62,12 @@ def inspect(model: LoadedModel) -> list[Inspection]:
     for key in model.encoder.keys:
         values = _values(model, key.name)
         base = {k.name: _default(model, k.name) for k in model.encoder.keys if k.name != key.name}
-        rows = np.stack([model.encoder.encode({**base, key.name: v}) for v in values])
+        rows = np.stack([model.encoder.encode({**base, key.name: v}) for _, v in values])
         layers = []
         for name, generator in named:
             gamma, beta = generator(torch.from_numpy(rows).to(model.device))
             layers.append(Layer(titles.get(name, name), gamma.cpu().numpy(), beta.cpu().numpy()))
-        result.append(Inspection(key.name, [_text(v) for v in values], layers))
+        result.append(Inspection(key.name, [n for n, _ in values], layers))
     return result
 
 
@@ -110,21 +113,27 @@ def principal_components(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64]
     return coordinates, [*share, 0.0, 0.0][:2]
 
 
-def _values(model: LoadedModel, name: str) -> list[Any]:
+def _values(model: LoadedModel, name: str) -> list[tuple[str, Any]]:
+    """The values that are looked at, each behind its name; of a vector its mean, and steps from it."""
     key = model.encoder[name]
-    unknown = [None] if key.unknown else []
+    unknown = [("unknown", None)] if key.unknown else []
+    if key.kind == "vector":
+        vector = key.fitted_vector
+        found: list[tuple[str, Any]] = [("mean", vector.along(0, 0))]
+        for i, column in enumerate(key.columns()[: min(VECTOR_NUMBERS, vector.width)]):
+            found += [
+                (f"{column} {step:+g}σ", vector.along(i, step))
+                for step in (-VECTOR_STEP, VECTOR_STEP)
+            ]
+        return [*found, *unknown]
     if key.kind != "continuous":
-        return [*key.values, *unknown]
+        return [*((v, v) for v in key.values), *unknown]
     if key.log:
-        return [*np.geomspace(np.exp(key.lowest), np.exp(key.highest), STEPS).tolist(), *unknown]
-    return [*np.linspace(key.lowest, key.highest, STEPS).tolist(), *unknown]
+        steps = np.geomspace(np.exp(key.lowest), np.exp(key.highest), STEPS)
+    else:
+        steps = np.linspace(key.lowest, key.highest, STEPS)
+    return [*((f"{v:.4g}", v) for v in steps.tolist()), *unknown]
 
 
 def _default(model: LoadedModel, name: str) -> Any:
-    return None if model.encoder[name].unknown else _values(model, name)[0]
-
-
-def _text(value: Any) -> str:
-    return (
-        "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    )
+    return None if model.encoder[name].unknown else _values(model, name)[0][1]

@@ -10,12 +10,14 @@ others are 0, so that the generator's first layer learns a vector for "unknown".
 | multilabel | one a value (several may be 1) |
 | ordered | n - 1 for n values: column i is 1 if the value ranks above i |
 | continuous | (x - mean) / std, of x or of log x; or one a bin |
+| vector | (x - mean) / std of each component; or of the first principal components |
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -25,13 +27,13 @@ from pydantic import Field
 
 from .config import MISSING, MetadataKey, Section
 from .density import density_edges
-from .errors import Problems, UserError
+from .errors import MetadataError, Problems
+from .vectors import VectorEncoder, numbers
 
 T = TypeVar("T")
 
-
-class MetadataError(UserError):
-    """A value or key that the encoder cannot take; names the key, what was expected and what came."""
+QUANTILES = 9
+"""Values of a continuous key that stand for its distribution in training."""
 
 
 def is_missing(value: Any, key: MetadataKey | KeyEncoder | None = None) -> bool:
@@ -74,14 +76,19 @@ def as_category(value: Any) -> str:
     return str(value).strip()
 
 
+def bin_of(x: float, edges: Sequence[float]) -> int:
+    """Which of the bins [-∞, e₀), [e₀, e₁), … a number lies in."""
+    return int(np.searchsorted(edges, x, side="right"))
+
+
 class KeyEncoder(Section):
     """One fitted key.
 
     Attributes:
         name: the key.
-        kind: category, continuous, ordered or multilabel.
+        kind: category, continuous, ordered, multilabel or vector.
         source: where its values come from: table, entity (file name), sidecar, or auto, the first that has it.
-        values: the values it knows, in the order of the columns (none for continuous).
+        values: the values it knows, in the order of the columns (none for continuous and vector).
         unknown: there is a trained "unknown"; without it a missing value is an error.
         unseen: what happens to a value that is not in ``values``.
         dropout: probability that training hides a value.
@@ -89,12 +96,17 @@ class KeyEncoder(Section):
         mean, std: continuous, of the training values (of their logarithms with ``log``).
         edges: continuous in bins: the inner edges; None means standardised.
         lowest, highest: continuous: range in training.
+        counts: training cases with each of ``values``, or in each bin; None: not known (of a multilabel key, and
+            of models that were made before they were counted).
+        quantiles: continuous: values in training (of their logarithms with ``log``) at ``QUANTILES`` equal steps.
         separator: multilabel, between the values in a text.
+        table_columns: vector: the table's columns with its components; none: one cell or entry has them all.
+        vector: vector: how it is standardised and projected.
         missing: spellings of a missing value (blank text is one anyway; a text in ``values`` is none).
     """
 
     name: str
-    kind: Literal["category", "continuous", "ordered", "multilabel"]
+    kind: Literal["category", "continuous", "ordered", "multilabel", "vector"]
     source: Literal["auto", "table", "entity", "sidecar"] = "auto"
     values: list[str] = Field(default_factory=list)
     unknown: bool = False
@@ -106,7 +118,11 @@ class KeyEncoder(Section):
     edges: list[float] | None = None
     lowest: float = 0.0
     highest: float = 0.0
+    counts: list[int] | None = None
+    quantiles: list[float] = Field(default_factory=list)
     separator: str = ";"
+    table_columns: list[str] = Field(default_factory=list)
+    vector: VectorEncoder | None = None
     missing: list[str] = Field(default_factory=lambda: list(MISSING["bids"]))
 
     @property
@@ -114,7 +130,15 @@ class KeyEncoder(Section):
         """Columns without the one for "unknown"."""
         if self.kind == "continuous":
             return 1 if self.edges is None else len(self.edges) + 1
+        if self.kind == "vector":
+            return self.fitted_vector.width
         return len(self.values) - (self.kind == "ordered")
+
+    @property
+    def fitted_vector(self) -> VectorEncoder:
+        """Of a vector key."""
+        assert self.vector is not None, self.name
+        return self.vector
 
     @property
     def width(self) -> int:
@@ -128,6 +152,8 @@ class KeyEncoder(Section):
             if self.edges is not None:
                 ends = [-math.inf, *self.edges, math.inf]
                 known = [f"{self.name} in [{a:.4g}, {b:.4g})" for a, b in itertools.pairwise(ends)]
+        elif self.kind == "vector":
+            known = self.fitted_vector.names(self.name, self.table_columns)
         elif self.kind == "ordered":
             known = [f"{self.name}>{v}" for v in self.values[:-1]]
         else:
@@ -181,6 +207,13 @@ class KeyEncoder(Section):
             raise MetadataError(f"metadata {self.name!r} must be {kind}, got {value!r}{hint}")
         return math.log(x) if self.log else x
 
+    def components(self, value: Any) -> NDArray[np.float64]:
+        """A vector's components, of whatever length."""
+        try:
+            return numbers(value)
+        except ValueError as error:
+            raise MetadataError(f"metadata {self.name!r}: {error}") from None
+
     def _spelling(self) -> str:
         return f" (if that stands for a missing value: metadata.{self.name}.missing)"
 
@@ -203,7 +236,16 @@ class KeyEncoder(Section):
                         f"metadata {self.name!r}: {value!r} is beyond all numbers; expected {self._expected()}"
                     )
             else:
-                row[np.searchsorted(self.edges, x, side="right")] = 1
+                row[bin_of(x, self.edges)] = 1
+            return row
+        if self.kind == "vector":
+            try:
+                with np.errstate(over="ignore"):
+                    row[:] = self.fitted_vector.encode(self.components(value))
+            except ValueError as error:
+                raise MetadataError(f"metadata {self.name!r} {error}") from None
+            if not np.isfinite(row).all():
+                raise MetadataError(f"metadata {self.name!r}: components are beyond all numbers")
             return row
         names = self.several(value) if self.kind == "multilabel" else [as_category(value)]
         for name in names:
@@ -221,9 +263,22 @@ class KeyEncoder(Section):
                 row[i] = 1
         return row
 
+    def original(self, x: float) -> float:
+        """The value of a continuous key that ``number`` makes ``x`` of."""
+        return math.exp(x) if self.log else x
+
+    def middles(self) -> list[float]:
+        """A number in each bin, as ``number`` makes them: the middle, and the range's end in the outer ones."""
+        edges = self.edges or []
+        return [
+            self.lowest,
+            *((a + b) / 2 for a, b in itertools.pairwise(edges)),
+            *([self.highest] if edges else []),
+        ]
+
     def range_text(self) -> str:
         """A continuous key's range in training."""
-        low, high = (math.exp(v) if self.log else v for v in (self.lowest, self.highest))
+        low, high = self.original(self.lowest), self.original(self.highest)
         return f"{low:.6g} to {high:.6g}"
 
     def outside(self, value: Any) -> bool:
@@ -241,6 +296,8 @@ class KeyEncoder(Section):
     def _expected(self) -> str:
         if self.kind == "continuous":
             return f"a number (training had {self.range_text()})"
+        if self.kind == "vector":
+            return f"a vector of {self.fitted_vector.length} numbers"
         return "one of " + ", ".join(self.values)
 
 
@@ -338,6 +395,8 @@ class MetadataEncoder(Section):
         key = self[name]
         if key.kind == "continuous":
             raise MetadataError(f"metadata {name!r} is continuous: it has no values to add to")
+        if key.kind == "vector":
+            raise MetadataError(f"metadata {name!r} is a vector: it has no values to add to")
         if value in key.values:
             raise MetadataError(f"metadata {name!r} has the value {value!r} already")
         offset = 0
@@ -345,7 +404,8 @@ class MetadataEncoder(Section):
             if k.name == name:
                 break
             offset += k.width
-        grown = key.model_copy(update={"values": [*key.values, value]})
+        counts = None if key.counts is None else [*key.counts, 0]
+        grown = key.model_copy(update={"values": [*key.values, value], "counts": counts})
         keys = [grown if k.name == name else k for k in self.keys]
         return MetadataEncoder(keys=keys), offset + key.known_width
 
@@ -374,6 +434,7 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
         dropout=config.dropout,
         log=config.kind == "continuous" and config.scaling == "log",
         separator=config.separator,
+        table_columns=config.columns or [],
         missing=list(MISSING["bids"] if config.missing is None else config.missing),
     )
     if not present:
@@ -388,6 +449,8 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
     _each(present, key._plain, name)
     if config.kind == "continuous":
         return _fit_continuous(key, config, present)
+    if config.kind == "vector":
+        return _fit_vector(key, config, present)
     if config.values is None:
         found: set[str] = set()
         for v in present.values():
@@ -395,8 +458,11 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
         key.values = sorted(found)
         if not found:
             raise Problems(name, [f"metadata {name!r} has no value in any training case"])
-        return key
-    _each(present, key.encode, name)
+    else:
+        _each(present, key.encode, name)
+    if config.kind != "multilabel":
+        counts = Counter(map(as_category, present.values()))
+        key.counts = [counts[v] for v in key.values]
     return key
 
 
@@ -425,11 +491,37 @@ def _fit_continuous(key: KeyEncoder, config: MetadataKey, present: Mapping[str, 
             ],
         )
     key.lowest, key.highest = float(x.min()), float(x.max())
+    steps = min(QUANTILES, len(x))
+    # values that were there: field strengths have none between 1.5 and 3
+    levels = (np.arange(steps) + 0.5) / steps
+    key.quantiles = np.quantile(x, levels, method="inverted_cdf").tolist()
     if config.scaling == "bins":
         key.edges = density_edges(x)
+        bins = [bin_of(v, key.edges) for v in x]
+        key.counts = np.bincount(bins, minlength=len(key.edges) + 1).tolist()
     else:
         # one value only, to rounding: every other value is a deviation of its own size
         key.mean, key.std = mean, std if std > 1e-9 * abs(mean) else 1.0
+    return key
+
+
+def _fit_vector(key: KeyEncoder, config: MetadataKey, present: Mapping[str, Any]) -> KeyEncoder:
+    rows = _each(present, key.components, key.name)
+    lengths = Counter(map(len, rows))
+    usual, count = lengths.most_common(1)[0]
+    if len(lengths) > 1:
+        raise Problems(
+            key.name,
+            [
+                f"{case}: metadata {key.name!r} has {len(row)} components, {count} other cases have {usual}"
+                for case, row in zip(present, rows, strict=True)
+                if len(row) != usual
+            ],
+        )
+    try:
+        key.vector = VectorEncoder.fit(np.stack(rows), config.projection)
+    except ValueError as error:
+        raise Problems(key.name, [f"metadata {key.name!r}: {error}"]) from None
     return key
 
 

@@ -43,6 +43,9 @@ def metadata_problems(
     for name, key in config.metadata.items():
         values = {c.id: c.metadata.get(name) for c in found.cases}
         if all(is_missing(v, key) for v in values.values()):
+            if any(name in c.origins for c in found.cases):
+                # vectors that could not be read, which is said already
+                continue
             wrong.append(_nowhere(name, key, found.places, config))
             continue
         mine = _of_key(name, key, found.cases, folds if key.input else (), notes, config.splits)
@@ -107,6 +110,12 @@ def _of_key(
             notes.append(
                 f"metadata {name!r}: one value ({train_value(train, name, key)}) in all training cases of fold {k}"
             )
+        if fitted.kind == "vector" and fitted.fitted_vector.constant:
+            vector = fitted.fitted_vector
+            notes.append(
+                f"metadata {name!r}: {vector.constant} of {vector.length} components are the same in all training"
+                f" cases of fold {k}, and count as 0"
+            )
         for case in cases:
             if case.id in train:
                 continue
@@ -154,6 +163,11 @@ def _nowhere(name: str, key: MetadataKey, places: Places, config: Config) -> str
     if key.source in ("auto", "table"):
         if places.table is None:
             looked.append(f"there is no table {config.data.root / config.data.table}")
+        elif key.columns:
+            return (
+                f"metadata {name!r} has no value in any case: its {len(key.columns)} columns of {places.table} are"
+                " empty everywhere"
+            )
         elif name in places.columns:
             return (
                 f"metadata {name!r} has no value in any case: column {name!r} of {places.table} is empty or"

@@ -171,12 +171,27 @@ class ModelInfo(Section):
 def _check_key(key: KeyEncoder) -> None:
     """Raises ValueError where the key would divide by zero, or give a value two meanings."""
     edges = key.edges or []
+    groups = len(edges) + 1 if key.kind == "continuous" else len(key.values)
     for holds, what in (
         (key.std > 0, f"std must be above 0, got {key.std}"),
         (len(set(key.values)) == len(key.values), f"values must differ, got {key.values}"),
         (all(a < b for a, b in itertools.pairwise(edges)), f"edges must ascend, got {edges}"),
         (0 <= key.dropout <= 1, f"dropout must be 0 to 1, got {key.dropout}"),
         (key.separator, "separator must not be empty"),
+        (
+            key.counts is None or (len(key.counts) == groups and min(key.counts, default=0) >= 0),
+            f"counts do not fit the values: {key.counts}",
+        ),
+        (
+            (key.kind == "vector") == (key.vector is not None),
+            f"kind {key.kind!r} {'needs' if key.kind == 'vector' else 'takes no'} vector",
+        ),
+        (key.vector is None or key.vector.problem() is None, key.vector and key.vector.problem()),
+        (
+            not key.table_columns
+            or (key.vector is not None and len(key.table_columns) == key.vector.length),
+            f"{len(key.table_columns)} table_columns do not fit the vector",
+        ),
     ):
         if not holds:
             raise ValueError(f"key {key.name!r}: {what}")

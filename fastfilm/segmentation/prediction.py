@@ -2,6 +2,7 @@
 
 OUT/CASE.nii.gz                  label values (labels with masks of their own: CASE_LABEL.nii.gz each, 0 and 1)
 OUT/CASE_LABEL_probability.nii.gz, CASE_entropy.nii.gz, CASE_information.nii.gz    if asked for
+OUT/CASE_metadata_entropy.nii.gz of a case with missing metadata over whose values the mean was taken
 OUT/predictions.json             model, labels, and per case: images, metadata, outputs, known truth
 """
 
@@ -22,7 +23,7 @@ import torch
 from .errors import UserError
 from .files import read_json, write_json
 from .images import label_dtype, write_like
-from .inference import Options, Predicted, check_options, predict
+from .inference import Options, Predicted, averaged_keys, check_options, completed, predict
 from .inputs import InputCase
 from .metadata import is_missing
 from .model_folder import LoadedModel
@@ -214,7 +215,11 @@ def _drop_outputs(
 ) -> None:
     """Removes what an earlier run wrote of a case, further maps included."""
     every = output_paths(
-        model, case, replace(options, samples=1), replace(writing, probabilities=True)
+        model,
+        # without metadata it has the map of missing ones
+        replace(case, metadata={}),
+        replace(options, samples=1, missing="average"),
+        replace(writing, probabilities=True),
     )
     for _, name in every:
         if (out / name).exists() and _ours(out / name):
@@ -260,7 +265,8 @@ def _one(
     affine = next(v for v in volumes if v is not None).affine
     values = resolved(model, case.metadata)
     try:
-        model.encode(values, model.tasks()[0] if model.tasks() else None)
+        for _, whole in completed(model, values, options):
+            model.encode(whole, model.tasks()[0] if model.tasks() else None)
         ready = model.preprocess([None if v is None else v.array for v in volumes], affine)
     except UserError as error:
         raise UserError(f"{case.first}: {error}") from error
@@ -269,14 +275,24 @@ def _one(
     outcome.timing.network += found.timing.network
     outcome.timing.around += found.timing.around
     _clean(found, writing)
+    averaged = averaged_keys(model, values, options)
     return {
         "subject": case.subject,
         "images": [None if p is None else str(p.resolve()) for p in case.images],
         "stamps": stamps,
         "metadata": values,
+        **({"averaged": averaged, "metadata_entropy": _in_foreground(found)} if averaged else {}),
         "truth": {k: str(p.resolve()) for k, p in case.labels.items()},
         "outputs": _write(model, case, out, options, writing, found),
     }
+
+
+def _in_foreground(found: Predicted) -> float | None:
+    """Mean metadata entropy, in bits, of the voxels that any label was predicted for; None without such voxels."""
+    on = found.masks.any(0)
+    if found.metadata_entropy is None or not on.any():
+        return None
+    return float(found.metadata_entropy[on].mean(dtype=np.float64))
 
 
 def _clean(found: Predicted, writing: Writing) -> None:
@@ -325,6 +341,9 @@ def _write(
         if found.entropy is not None and found.information is not None:
             write("entropy", found.entropy, "entropy of the mean prediction, bits")
             write("information", found.information, "mutual information, bits")
+        if found.metadata_entropy is not None:
+            about = "mutual information of prediction and missing metadata, bits"
+            write("metadata_entropy", found.metadata_entropy, about)
         if model.info.separate:
             for label, mask in zip(labels, found.masks, strict=True):
                 write(label.name, mask.astype(np.uint8), label.name)
@@ -350,6 +369,8 @@ def output_paths(
     ends = ends if writing.probabilities else []
     if options.samples:
         ends += [("entropy", "_entropy"), ("information", "_information")]
+    if averaged_keys(model, case.metadata, options):
+        ends += [("metadata_entropy", "_metadata_entropy")]
     ends += [(name, f"_{name}") for name in labels] if model.info.separate else [("labels", "")]
     begin = case.file or file_name(case.id)
     return [(what, f"{begin}{file_name(end) if end else ''}{case.suffix}") for what, end in ends]

@@ -40,7 +40,9 @@ class Sidecars:
                 if path != own:
                     values |= self._object(path)
         beside = self._object(own) if own.exists() or own.is_symlink() else {}
-        return Sidecar({**values, **beside}, frozenset(values.keys() - beside.keys()))
+        return Sidecar(
+            {**values, **beside}, frozenset(values.keys() - beside.keys()), root or image.parent
+        )
 
     def _above(self, image: Path, root: Path) -> list[Path]:
         """The files that apply, the least specific first."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, MetadataKey
+from .hints import some
 from .metadata import KeyEncoder, is_blank, is_missing
+from .vectors import read_vector
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -29,6 +31,7 @@ class Case:
         split: "train", "val" or "test" where the data set says so.
         origins: key -> where its value was found: table, entity, sidecar, inherited sidecar.
         stamps: file -> its size and time when it was checked.
+        vectors: key -> the .npy file that its value was read from.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Case:
     split: str | None = None
     origins: dict[str, str] = field(default_factory=dict)
     stamps: dict[str, list[int]] = field(default_factory=dict)
+    vectors: dict[str, Path] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; inverse of ``from_json``."""
@@ -51,11 +55,13 @@ class Case:
             "split": self.split,
             "origins": self.origins,
             "stamps": self.stamps,
+            "vectors": {k: str(p) for k, p in self.vectors.items()},
         }
 
     def stamped(self) -> Case:
         """With the size and time that its files have now."""
-        files = [*(p for p in self.images if p is not None), *self.labels.values()]
+        images = [p for p in self.images if p is not None]
+        files = [*images, *self.labels.values(), *self.vectors.values()]
         found = {str(p): p.stat() for p in dict.fromkeys(files) if p.exists()}
         return replace(self, stamps={k: [s.st_size, s.st_mtime_ns] for k, s in found.items()})
 
@@ -71,7 +77,24 @@ class Case:
             split=value["split"],
             origins=dict(value.get("origins", {})),
             stamps=dict(value.get("stamps", {})),
+            vectors={k: Path(p) for k, p in value.get("vectors", {}).items()},
         )
+
+    def changed_vectors(self) -> list[str]:
+        """A line for each vector whose file no longer holds the numbers that the plan was made with."""
+        wrong = []
+        for name, path in self.vectors.items():
+            stamp = path.stat() if path.exists() else None
+            if stamp and [stamp.st_size, stamp.st_mtime_ns] == self.stamps.get(str(path)):
+                continue
+            try:
+                same = read_vector(str(path), Path())[0] == self.metadata[name]
+                what = "" if same else f"{path}: has changed since the plan was made"
+            except ValueError as error:
+                what = str(error)
+            if what:
+                wrong.append(f"{self.id}: metadata {name!r}: {what}; run fastfilm plan again")
+        return wrong
 
 
 @dataclass
@@ -116,10 +139,32 @@ class Found:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The JSON values that hold for an image, and which of them stand in files further up (BIDS inheritance)."""
+    """The JSON values that hold for an image, and which of them stand in files further up (BIDS inheritance).
+
+    Attributes:
+        folder: that paths in the values are relative to: the BIDS data set's root, else the image's folder.
+    """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     inherited: frozenset[str] = frozenset()
+    folder: Path = field(default_factory=Path)
+
+
+@dataclass
+class Metadata:
+    """What was found for a case.
+
+    Attributes:
+        values: key -> value, None where no place has one.
+        origins: key -> the place that has it.
+        vectors: key -> the .npy file that its value was read from.
+        problems: vectors that cannot be read, one line each.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    vectors: dict[str, Path] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
 
 def find_metadata(
@@ -127,25 +172,61 @@ def find_metadata(
     row: Mapping[str, str],
     entities: Mapping[str, str],
     sidecar: Sidecar,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Each key's value from the first place that has it (None where none has), and which place that was."""
+    folder: Path,
+) -> Metadata:
+    """Each key's value from the first place that has it.
+
+    Args:
+        folder: the table's; paths in ``row`` are relative to it.
+    """
     places: dict[str, Mapping[str, Any]] = {
         "table": row,
         "entity": entities,
         "sidecar": sidecar.values,
     }
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    found = Metadata()
     for name, key in keys.items():
-        values[name] = None
+        found.values[name] = None
         for place in places if key.source == "auto" else [key.source]:
             value = places[place].get(name)
-            if not is_missing(value, key):
-                inherited = place == "sidecar" and name in sidecar.inherited
-                values[name] = value
-                origins[name] = "inherited sidecar" if inherited else place
-                break
-    return values, origins
+            columns = columns_of(key)
+            if columns:
+                value = None if place != "table" else [row.get(c) for c in columns]
+            if is_missing(value, key):
+                continue
+            inherited = place == "sidecar" and name in sidecar.inherited
+            found.origins[name] = "inherited sidecar" if inherited else place
+            if key.kind == "vector":
+                base = folder if place == "table" else sidecar.folder
+                _read_vector(found, name, key, value, base)
+            else:
+                found.values[name] = value
+            break
+    return found
+
+
+def _read_vector(
+    found: Metadata, name: str, key: MetadataKey | KeyEncoder, value: Any, folder: Path
+) -> None:
+    columns = columns_of(key)
+    gone = [c for c, v in zip(columns, value, strict=True) if is_missing(v, key)] if columns else []
+    if gone:
+        found.problems.append(
+            f"metadata {name!r}: {len(gone)} of {len(columns)} components are missing: {some(gone)}"
+        )
+        return
+    try:
+        found.values[name], path = read_vector(value, folder)
+    except ValueError as error:
+        found.problems.append(f"metadata {name!r}: {error}")
+        return
+    if path is not None:
+        found.vectors[name] = path.resolve()
+
+
+def columns_of(key: MetadataKey | KeyEncoder) -> list[str]:
+    """The table's columns with a vector's components; none for a key whose value is one cell or entry."""
+    return (key.columns if isinstance(key, MetadataKey) else key.table_columns) or []
 
 
 def finish(

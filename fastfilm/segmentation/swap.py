@@ -28,6 +28,11 @@ def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
     if key == model.info.task_key:
         raise UserError(f"--swap {key}: every {key} is predicted anyway")
     encoder = model.encoder[key]
+    if encoder.kind == "vector":
+        raise UserError(
+            f"--swap {key}: is a vector of {encoder.fitted_vector.length} numbers and has no list of values; to"
+            f" compare vectors, predict with each of them (--meta {key}=FILE.npy) into a folder of its own"
+        )
     if not sign:
         if encoder.kind == "continuous":
             raise UserError(f"--swap {key} is continuous: give values, as in {key}=20,40,60")

@@ -347,6 +347,7 @@ def _check_metadata(cases: Sequence[Case], info: ModelInfo) -> None:
         values = {k: v for k, v in case.metadata.items() if k in encoder.names()}
         if info.task_key is not None:
             values[info.task_key] = info.labels[0].name
+        wrong += case.changed_vectors()
         try:
             encoder.encode(values)
         except MetadataError as error:

@@ -287,8 +287,8 @@ FAULTS = (
     Fault(
         "segmentation-inference-entropy-summed-over-labels",
         "fastfilm/segmentation/inference.py",
-        ".amax(1, keepdim=True) / np.log(2)",
-        ".sum(1, keepdim=True) / np.log(2)",
+        "_entropies(p, exclusive).amax(1, keepdim=True)",
+        "_entropies(p, exclusive).sum(1, keepdim=True)",
         INFERENCE,
     ),
 )

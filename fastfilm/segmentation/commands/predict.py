@@ -12,6 +12,7 @@ import typer
 
 from fastfilm.segmentation import devices
 from fastfilm.segmentation import threads as cpu
+from fastfilm.segmentation.averaging import parse_prior
 from fastfilm.segmentation.console import bar, say
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.hints import some
@@ -61,6 +62,13 @@ def command(
         int, typer.Option(help="dropout samples; more than 0 writes uncertainty maps")
     ] = 0,
     seed: Annotated[int, typer.Option(help="of the dropout samples")] = 0,
+    missing: Annotated[
+        str, typer.Option(help="metadata without a value: unknown, or average over their values")
+    ] = "unknown",
+    prior: Annotated[
+        list[str] | None,
+        typer.Option(help="average: KEY=VALUE:WEIGHT,VALUE:WEIGHT; none: as often as in training"),
+    ] = None,
     keep_largest: Annotated[bool, typer.Option("--keep-largest")] = False,
     fill_holes: Annotated[bool, typer.Option("--fill-holes")] = False,
     probabilities: Annotated[
@@ -86,11 +94,25 @@ def command(
         raise UserError(f"--overlap must be at least 0 and below 1, got {overlap}")
     if samples < 0 or (batch is not None and batch < 1):
         raise UserError(f"--samples and --batch must not be negative, got {samples} and {batch}")
+    if missing not in ("unknown", "average"):
+        raise UserError(f"--missing must be unknown or average, got {missing!r}")
+    if swap is not None and missing == "average":
+        raise UserError(
+            "--swap feeds every value, unknown too: it goes with --missing unknown, not with average"
+        )
     chosen = devices.choose(device)
     cpu.use(threads, chosen)
     loaded = load_model(model, chosen, weights)
     given = parse_meta(meta or [], loaded)
-    options = Options(overlap, batch, tuple(flip or ()), samples, seed)  # type: ignore[arg-type]
+    options = Options(
+        overlap,
+        batch,
+        tuple(flip or ()),  # type: ignore[arg-type]
+        samples,
+        seed,
+        missing,  # type: ignore[arg-type]
+        parse_prior(prior or [], loaded),
+    )
     writing = Writing(keep_largest, fill_holes, probabilities)
     single = out.name.endswith(SUFFIXES)
     if single and (not source.is_file() or swap):
@@ -120,7 +142,7 @@ def command(
         extra = {"swap": {"key": key, "true": true}}
     else:
         jobs, extra, listed = [(out, cases)], {}, []
-    _say_unknown(loaded, cases, "" if swap is None else swap.partition("=")[0])
+    _say_unknown(loaded, cases, "" if swap is None else swap.partition("=")[0], options)
     if single:
         if out.resolve() in [p.resolve() for p in cases[0].images if p is not None]:
             raise UserError(f"{out}: is the image itself: give another name")
@@ -162,8 +184,11 @@ def _split(out: Path) -> tuple[str, str]:
     return out.name.removesuffix(end), end
 
 
-def _say_unknown(model: LoadedModel, cases: Sequence[InputCase], but: str) -> None:
-    """A line for each key that is predicted as unknown: a forgotten table shall not pass for a known value."""
+def _say_unknown(
+    model: LoadedModel, cases: Sequence[InputCase], but: str, options: Options
+) -> None:
+    """A line for each key that is not known: a forgotten table shall not pass for a known value."""
+    average = options.missing == "average"
     for name in model.metadata_keys():
         key = model.encoder[name]
         if name == but:
@@ -180,7 +205,10 @@ def _say_unknown(model: LoadedModel, cases: Sequence[InputCase], but: str) -> No
                 elif key.outside(value):
                     outside.append(f"{case.id} ({value})")
         for found, text in (
-            (without if key.unknown else [], "is unknown"),
+            (
+                without if key.unknown or average else [],
+                "is missing, and averaged over," if average else "is unknown",
+            ),
             (unseen, "has a value that was not in training, and counts as unknown,"),
             (outside, f"is outside the training's range ({key.range_text()})"),
         ):

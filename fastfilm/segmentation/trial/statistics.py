@@ -427,7 +427,8 @@ def _drawn(n: int, size: tuple[int, ...], rng: np.random.Generator) -> Array:
     """Weights [*size, n] by Rao and Wu: n - 1 of n are drawn, each counts n / (n - 1); one stays as it is."""
     if n == 1:
         return np.ones((*size, 1))
-    return rng.multinomial(n - 1, np.full(n, 1 / n), size) * (n / (n - 1))
+    drawn = rng.multinomial(n - 1, np.full(n, 1 / n), size)
+    return drawn * np.float64(n / (n - 1))
 
 
 def _bootstrap(shares: Array, share: Array, rng: np.random.Generator) -> tuple[float, float]:

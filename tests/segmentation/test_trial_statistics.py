@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ pytest.importorskip("scipy", reason="needs the extra [segmentation]")
 
 from scipy import stats
 
+from benchmarks.paper.trial_statistics import settings, summary
 from fastfilm.segmentation.trial.statistics import (
     FLIPS,
     RESAMPLES,
@@ -291,3 +294,15 @@ def test_values_that_make_no_difference_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         difference(values, folds, ["a"] * 2 if len(values) == 2 else ["a"] * len(values))
+
+
+def test_the_table_of_simulations_is_that_of_the_settings_and_its_rows_are_of_such_trials() -> None:
+    file = Path(__file__).parents[2] / "docs/results/trial-statistics.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    known = [asdict(s) for s in settings()]
+    assert [{k: row[k] for k in known[0]} for row in rows] == known
+    one = summary(replace(settings()[0], subjects=6), trials=3)
+    assert one.keys() == rows[0].keys() and one["smallest_p"] == 2 / 2**6
+    # what the page says: t covers 94 to 96 % where its assumptions hold
+    covered = [r["covered"]["t"] for r in rows if r["seeds"] > 1 and not r["fold"]]
+    assert min(covered) > 93.5 and max(covered) < 96.5

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
-import io
 import multiprocessing
 import os
 import sys
@@ -25,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.machine import cpu_model
 from benchmarks.paper.trial_phantoms import KINDS, configuration, write_phantoms
 
-TRIALS = {"null": 40, "help": 20, "mislead": 20}
+TRIALS = {"null": 40, "help": 20, "mislead": 10}
 
 ASKED = {
     "null": "“use it” in 2 or fewer",
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the trials")
     parser.add_argument("--jobs", type=int, default=1, help="processes, with one thread each")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--trials", type=int, help="of each kind; none: 40, 20 and 20")
+    parser.add_argument("--trials", type=int, help="of each kind; none: 40, 20 and 10")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--page", type=Path, help="page whose table is made anew")
     options = parser.parse_args(argv)
@@ -78,32 +76,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one(unit: tuple[Path, str, int]) -> dict[str, Any]:
     """One trial: its answer, its effect and interval, and against shuffled metadata."""
+    import torch
+
+    from fastfilm.segmentation.config import read_config
+    from fastfilm.segmentation.console import quiet
+    from fastfilm.segmentation.distributed import processes
+    from fastfilm.segmentation.errors import UserError
+    from fastfilm.segmentation.trial.design import runs
+    from fastfilm.segmentation.trial.folder import open_trial
+    from fastfilm.segmentation.trial.results import collect
+    from fastfilm.segmentation.trial.runs import make_runs
     from fastfilm.segmentation.trial.verdict import verdict
 
-    from fastfilm import cli
-    from fastfilm.segmentation.files import read_json
-
+    torch.set_num_threads(1)
     out, kind, number = unit
     folder = out / f"{kind}-{number:02d}"
-    if not (folder / "data" / "participants.tsv").is_file():
-        write_phantoms(folder / "data", kind, number)
-    config = folder / "config.yaml"
-    config.write_text(configuration(kind), encoding="utf-8")
-    trial = folder / "trial"
-    if not (trial / "results.json").is_file():
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            status = cli.run("trial", [str(config), str(trial), "--threads", "1"])
-        if status:
-            return {"kind": kind, "number": number, "error": said.getvalue().strip()}
-    results = read_json(trial / "results.json")
-    primary, shuffled = results["primary"], results["arms"].get("shuffled")
+    try:
+        if not (folder / "data" / "participants.tsv").is_file():
+            write_phantoms(folder / "data", kind, number)
+        (folder / "config.yaml").write_text(configuration(kind), encoding="utf-8")
+        with quiet(), processes("cpu") as joined:
+            plan, design, _ = open_trial(read_config(folder / "config.yaml"), folder / "trial")
+            make_runs(folder / "trial", plan, design, list(runs(design)), joined)
+        results = collect(folder / "trial")
+    except UserError as error:
+        return {"kind": kind, "number": number, "error": str(error)}
     return {
         "kind": kind,
         "number": number,
         "answer": verdict(results).answer,
-        **{k: primary[k] for k in ("mean", "low", "high", "p")},
-        "against_shuffled": None if shuffled is None else shuffled["mean"],
+        **{k: results["primary"][k] for k in ("mean", "low", "high", "p")},
+        "against_shuffled": results["against"]["shuffled"]["mean"],
     }
 
 

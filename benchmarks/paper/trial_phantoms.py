@@ -81,7 +81,7 @@ def configuration(kind: str) -> str:
         "splits": {"leave_out": "site"} if sites else {"folds": 3},
         "training": {
             "epochs": 1,
-            "steps_per_epoch": 60,
+            "steps_per_epoch": 90,
             "batch_size": 8,
             "learning_rate": 1.0e-2,
             "warmup_steps": 5,

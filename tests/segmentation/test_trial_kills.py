@@ -1,4 +1,4 @@
-"""``fastfilm trial`` killed with SIGKILL at moments of chance, and run by two processes, ends with the same results."""
+"""``fastfilm trial`` killed at moments of chance, and run by two processes, ends with the same results."""
 
 from __future__ import annotations
 

@@ -78,9 +78,10 @@ def likely(key: KeyEncoder) -> Sequence[tuple[Any, float]]:
             f" {example} (as in a{key.separator}b:1,a:2)"
         )
     if key.kind == "continuous" and key.edges is None:
-        values, counts = [key.original(x) for x in key.quantiles], [1] * len(key.quantiles)
+        values: list[Any] = [key.original(x) for x in key.quantiles]
+        counts = [1] * len(values)
     else:
-        values = [key.original(x) for x in key.middles()] if key.edges is not None else key.values
+        values = key.values if key.edges is None else [key.original(x) for x in key.middles()]
         counts = key.counts or []
     total = sum(counts)
     if not total:
@@ -90,6 +91,7 @@ def likely(key: KeyEncoder) -> Sequence[tuple[Any, float]]:
         )
     shares: dict[Any, float] = {}
     for value, count in zip(values, counts, strict=True):
+        # equal quantiles are one value
         if count:
             shares[value] = shares.get(value, 0.0) + count / total
     return list(shares.items())

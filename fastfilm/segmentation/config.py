@@ -119,6 +119,9 @@ class Data(Section):
     )
     derivatives: str = Field("derivatives/labels", description="BIDS: folder of the labels")
     table: str = Field("participants.tsv", description="BIDS: table of metadata, by participant_id")
+    dicom_column: str = Field(
+        "dicom", description="CSV: column of DICOM files or folders, for metadata with source dicom"
+    )
     missing_labels: Literal["error", "mask", "skip"] = Field(
         "error",
         description="a label file that is not there: refuse, leave the label out of the case's loss,"
@@ -170,9 +173,15 @@ class MetadataKey(Section):
         "category",
         description="one of several values, a number, ranked values, several at once, a row of numbers",
     )
-    source: Literal["auto", "table", "entity", "sidecar"] = Field(
+    source: Literal["auto", "table", "entity", "sidecar", "dicom"] = Field(
         "auto",
-        description="table column, entity in the file name, JSON sidecar; auto: the first that has it",
+        description="table column, entity in the file name, JSON sidecar; auto: the first of these that has it;"
+        " dicom: header of the files that the image was made from",
+    )
+    tag: str | None = Field(
+        None,
+        pattern=r"^([A-Za-z][A-Za-z0-9]*|[0-9A-Fa-f]{4},[0-9A-Fa-f]{4})$",
+        description="dicom: keyword or number, EchoTime or 0018,0081; none: the key's name",
     )
     scaling: Literal["standardise", "log", "bins"] = Field(
         "standardise",
@@ -233,6 +242,10 @@ class MetadataKey(Section):
         for name in ("columns", "projection"):
             if self.kind != "vector" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for kind 'vector', not for {self.kind!r}")
+        if self.tag is not None and self.source != "dicom":
+            raise ValueError(f"tag is for source 'dicom', not for {self.source!r}")
+        if self.kind == "vector" and self.source == "dicom":
+            raise ValueError("kind 'vector' has no source 'dicom'")
         if self.columns is not None and self.source not in ("auto", "table"):
             raise ValueError(f"columns are those of the table, and source is {self.source!r}")
         if self.values is not None and len(set(self.values)) < len(self.values):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .config import Config, Data
+from .dicom import of_image, tag_of
 from .encoding import dangling
 from .errors import UserError
 from .hints import contents, did_you_mean, some
@@ -35,9 +36,16 @@ def find_cases(config: Config) -> Found:
     Patterns in ``config``'s ``metadata.KEY.columns`` are replaced by the names of the table's columns that fit.
 
     Raises:
-        UserError: no such folder or file, or nothing in it that matches.
+        UserError: no such folder or file, or nothing in it that matches; a DICOM tag that there is not.
     """
     data = config.data
+    for name, key in config.metadata.items():
+        if key.source == "dicom":
+            try:
+                # once, before it would be said of each case
+                tag_of(key.tag or name)
+            except UserError as error:
+                raise UserError(f"metadata.{name}: {error}") from error
     found = _bids(config) if data.source == "bids" else _rows(config)
     names = [*dict.fromkeys(n for c in found.cases for n in (c.subject, c.id))]
     for name in data.exclude:
@@ -125,7 +133,12 @@ def _bids(config: Config) -> Found:
         found.places.entities |= entities.keys()
         found.places.sidecar |= sidecar.values.keys()
         metadata = find_metadata(
-            config.metadata, row, entities, sidecar, (data.root / data.table).parent
+            config.metadata,
+            row,
+            entities,
+            sidecar,
+            (data.root / data.table).parent,
+            None if first is None else of_image(first, stem(first), data.root),
         )
         found.problems += [f"{case}: {p}" for p in metadata.problems]
         made = Case(
@@ -368,7 +381,11 @@ def _rows(config: Config) -> Found:
             sidecar = Sidecar() if images[0] is None else sidecars.of(first)
             found.places.entities |= entities.keys()
             found.places.sidecar |= sidecar.values.keys()
-            metadata = find_metadata(config.metadata, row, entities, sidecar, data.root.parent)
+            cell = "" if images[0] is None else row.get(data.dicom_column, "")
+            dicom = None if is_blank(cell) else data.root.parent / cell
+            metadata = find_metadata(
+                config.metadata, row, entities, sidecar, data.root.parent, dicom
+            )
             found.problems += [f"{where}: {p}" for p in metadata.problems]
             made = Case(
                 case,
@@ -393,6 +410,8 @@ def _columns(config: Config, table: Table, found: Found) -> None:
         *(label.column or data.label_column for label in data.labels.values()),
     }
     wanted |= {k for k, c in config.metadata.items() if c.source == "table" and not c.columns}
+    if any(c.source == "dicom" for c in config.metadata.values()):
+        wanted.add(data.dicom_column)
     _need(table, wanted, found)
     _named_columns(config, table, found)
 

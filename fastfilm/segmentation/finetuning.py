@@ -81,6 +81,7 @@ def start_from(
         "contrasts": info.contrasts,
         "combine": info.combine,
         "missing_contrast": info.missing_contrast,
+        "dicom_column": info.dicom_column,
         "training": info.training,
         "fastfilm": info.fastfilm,
     }

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .dicom import of_image
 from .errors import UserError
 from .hints import contents, did_you_mean
-from .metadata import KeyEncoder, is_missing
+from .metadata import KeyEncoder, is_blank, is_missing
 from .model_folder import LoadedModel, ModelInfo
 from .plan import read_plan
 from .sidecars import Sidecars, data_set_of
@@ -318,7 +319,15 @@ def _case(
         return case
     typed: dict[str, KeyEncoder] = keys
     folder = Path() if table is None else table.path.parent
-    found = find_metadata(typed, row or {}, entities, sidecar, folder)
+    dicom = None
+    if images[0] is not None:
+        bids = root or data_set_of(first)
+        cell = (row or {}).get(info.dicom_column, "")
+        if bids is not None:
+            dicom = of_image(first, stem(first), bids)
+        elif not is_blank(cell):
+            dicom = folder / cell
+    found = find_metadata(typed, row or {}, entities, sidecar, folder, dicom)
     if found.problems:
         case.problem = f"{first}: {found.problems[0]}"
     case.metadata = {**found.values, **meta}

@@ -87,7 +87,9 @@ class KeyEncoder(Section):
     Attributes:
         name: the key.
         kind: category, continuous, ordered, multilabel or vector.
-        source: where its values come from: table, entity (file name), sidecar, or auto, the first that has it.
+        source: where its values come from: table, entity (file name), sidecar, or auto, the first that has it; or
+            dicom.
+        tag: dicom: keyword or number of the tag; None: the key's name.
         values: the values it knows, in the order of the columns (none for continuous and vector).
         unknown: there is a trained "unknown"; without it a missing value is an error.
         unseen: what happens to a value that is not in ``values``.
@@ -107,7 +109,8 @@ class KeyEncoder(Section):
 
     name: str
     kind: Literal["category", "continuous", "ordered", "multilabel", "vector"]
-    source: Literal["auto", "table", "entity", "sidecar"] = "auto"
+    source: Literal["auto", "table", "entity", "sidecar", "dicom"] = "auto"
+    tag: str | None = None
     values: list[str] = Field(default_factory=list)
     unknown: bool = False
     unseen: Literal["error", "unknown"] = "error"
@@ -428,6 +431,7 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
         name=name,
         kind=config.kind,
         source=config.source,
+        tag=config.tag,
         values=config.values or [],
         unknown=config.dropout > 0 or len(present) < len(values),
         unseen=config.unseen,

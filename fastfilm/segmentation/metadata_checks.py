@@ -27,6 +27,7 @@ ORIGINS = {
     "entity": "file name",
     "sidecar": "sidecar",
     "inherited sidecar": "sidecar further up",
+    "dicom": "DICOM",
 }
 
 
@@ -45,6 +46,9 @@ def metadata_problems(
         if all(is_missing(v, key) for v in values.values()):
             if any(name in c.origins for c in found.cases):
                 # vectors that could not be read, which is said already
+                continue
+            if any(f"metadata {name!r}: " in p for p in found.problems):
+                # and so are headers
                 continue
             wrong.append(_nowhere(name, key, found.places, config))
             continue
@@ -160,6 +164,16 @@ def _nowhere(name: str, key: MetadataKey, places: Places, config: Config) -> str
     """Why a key has no value in any case."""
     looked: list[str] = []
     known: list[str] = []
+    if key.source == "dicom":
+        where = (
+            "sourcedata/, its folders, and one called like the image"
+            if config.data.source == "bids"
+            else f"the paths in column {config.data.dicom_column!r}"
+        )
+        return (
+            f"metadata {name!r} has no value in any case: no DICOM file has tag {key.tag or name};"
+            f" looked in {where}"
+        )
     if key.source in ("auto", "table"):
         if places.table is None:
             looked.append(f"there is no table {config.data.root / config.data.table}")

@@ -78,7 +78,7 @@ class ModelInfo(Section):
         in_channels: image channels.
         contrasts: the channels' names, in order (BIDS: what stands behind the subject; CSV: columns); with
             ``combine`` "samples" any one of them is the only channel.
-        combine, missing_contrast: as in the configuration's data section.
+        combine, missing_contrast, dicom_column: as in the configuration's data section.
         labels: in the order of the channels.
         output: "channels": a sigmoid for each label; "classes": softmax over background and labels; "task": one
             sigmoid channel for the label whose name is the metadata value of ``task_key``.
@@ -98,6 +98,7 @@ class ModelInfo(Section):
     contrasts: list[str]
     combine: Literal["channels", "samples"] = "channels"
     missing_contrast: Literal["error", "zeros", "skip"] = "error"
+    dicom_column: str = "dicom"
     labels: list[LabelInfo] = Field(min_length=1)
     output: Literal["channels", "classes", "task"]
     task_key: str | None = None

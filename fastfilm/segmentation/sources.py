@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, MetadataKey
+from .dicom import read_tags
 from .hints import some
 from .metadata import KeyEncoder, is_blank, is_missing
 from .vectors import read_vector
@@ -29,7 +30,7 @@ class Case:
         labels: label name -> its file; a name that is not there was not annotated.
         metadata: key -> value as found, None where missing.
         split: "train", "val" or "test" where the data set says so.
-        origins: key -> where its value was found: table, entity, sidecar, inherited sidecar.
+        origins: key -> where its value was found: table, entity, sidecar, inherited sidecar, dicom.
         stamps: file -> its size and time when it was checked.
         vectors: key -> the .npy file that its value was read from.
     """
@@ -158,7 +159,7 @@ class Metadata:
         values: key -> value, None where no place has one.
         origins: key -> the place that has it.
         vectors: key -> the .npy file that its value was read from.
-        problems: vectors that cannot be read, one line each.
+        problems: vectors and DICOM headers that cannot be read, one line each.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -173,21 +174,34 @@ def find_metadata(
     entities: Mapping[str, str],
     sidecar: Sidecar,
     folder: Path,
+    dicom: Path | None = None,
 ) -> Metadata:
     """Each key's value from the first place that has it.
 
     Args:
         folder: the table's; paths in ``row`` are relative to it.
+        dicom: file or folder that the image was made from, where it is known.
+
+    Raises:
+        UserError: a DICOM header is asked for, and pydicom is not installed, or the keyword is none of DICOM's.
     """
+    found = Metadata()
+    tags = {name: key.tag or name for name, key in keys.items() if key.source == "dicom"}
+    headers: dict[str, Any] = {}
+    if tags and dicom is not None:
+        try:
+            headers, found.problems = read_tags(dicom, tags)
+        except ValueError as error:
+            found.problems = [f"metadata {name!r}: {error}" for name in tags]
     places: dict[str, Mapping[str, Any]] = {
         "table": row,
         "entity": entities,
         "sidecar": sidecar.values,
+        "dicom": headers,
     }
-    found = Metadata()
     for name, key in keys.items():
         found.values[name] = None
-        for place in places if key.source == "auto" else [key.source]:
+        for place in ("table", "entity", "sidecar") if key.source == "auto" else [key.source]:
             value = places[place].get(name)
             columns = columns_of(key)
             if columns:

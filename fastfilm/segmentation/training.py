@@ -319,6 +319,7 @@ def describe(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]
         contrasts=config.data.contrasts,
         combine=config.data.combine,
         missing_contrast=config.data.missing_contrast,
+        dicom_column=config.data.dicom_column,
         labels=labels,
         output=config.output.mode,
         task_key=config.output.task_key if task else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,12 @@ class VectorEncoder(Section):
         """Numbers that the network gets."""
         return self.length if self.components is None else len(self.components)
 
+    @functools.cached_property
+    def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Mean [L], std [L] and components [N, L] (N = 0 without a projection), which every sample needs."""
+        components = np.reshape(self.components or [], (-1, self.length))
+        return np.array(self.mean), np.array(self.std), components
+
     @property
     def constant(self) -> int:
         """Components that are the same in all training cases."""
@@ -92,9 +99,9 @@ class VectorEncoder(Section):
 
     def standardised(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
         """[L] -> [L]."""
-        std = np.array(self.std)
+        mean, std, _ = self.arrays
         varies = std > 0
-        return np.where(varies, (vector - np.array(self.mean)) / np.where(varies, std, 1), 0)
+        return np.where(varies, (vector - mean) / np.where(varies, std, 1), 0)
 
     def encode(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
         """[L] -> [width].
@@ -106,7 +113,7 @@ class VectorEncoder(Section):
             raise ValueError(f"has {len(vector)} components, expected {self.length}")
         with np.errstate(over="ignore", invalid="ignore"):
             z = self.standardised(vector)
-            return z if self.components is None else np.array(self.components) @ z
+            return z if self.components is None else self.arrays[2] @ z
 
     def along(self, i: int, amount: float) -> list[float]:
         """The vector that is encoded as ``amount`` in number ``i`` and as 0 in all others.

@@ -31,6 +31,7 @@ from tests.planted import (  # noqa: E402
     package,
     segmentation_data,
     segmentation_files,
+    segmentation_metadata,
     segmentation_results,
     segmentation_training,
 )
@@ -44,6 +45,7 @@ FAULTS: tuple[Fault, ...] = (
     *package.FAULTS,
     *segmentation_data.FAULTS,
     *segmentation_files.FAULTS,
+    *segmentation_metadata.FAULTS,
     *segmentation_results.FAULTS,
     *segmentation_training.FAULTS,
 )

@@ -34,7 +34,7 @@ from fastfilm.segmentation.model_folder import (
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.sources import Case
 from fastfilm.segmentation.swap import swap_values
-from fastfilm.segmentation.training import Start, _model
+from fastfilm.segmentation.training import Start, describe
 from fastfilm.segmentation.vectors import VectorEncoder, expanded, read_vector
 
 from ..support.models import make_model
@@ -255,7 +255,7 @@ def planned(data: Path, **sections: Any) -> tuple[PlanFolder, list[str]]:
 def modelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vectors")
     plan, _ = planned(vectors_in(root / "bids"))
-    info, network = _model(Start(plan, 0, root / "model"), plan.cases_of(0, "train"))
+    info, network = describe(Start(plan, 0, root / "model"), plan.cases_of(0, "train"))
     save_model(root / "model", info)
     save_weights(root / "model", "best", network)
     return root

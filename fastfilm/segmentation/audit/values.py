@@ -17,6 +17,9 @@ from .rows import Column, Rows
 SHARED = 2
 """Subjects a value must have on average, else the key is nearly an identifier."""
 
+NAMED = ("category", "ordered", "multilabel")
+"""Kinds whose values are names."""
+
 
 def is_identifier(column: Column) -> bool:
     """Whether hardly any two subjects share a value."""
@@ -36,7 +39,7 @@ def value_findings(rows: Rows, plan: PlanFolder) -> list[Finding]:
             findings.append(_identifier(column, different, len(there)))
     identifiers = {f.about for f in findings if f.kind == "identifier"}
     for name, key in plan.config.metadata.items():
-        if key.input and key.kind != "continuous" and name not in identifiers:
+        if key.input and key.kind in NAMED and name not in identifiers:
             findings += _rare(name, key, plan)
     findings += _of_one_site(rows, sites(plan))
     return findings

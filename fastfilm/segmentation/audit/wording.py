@@ -51,10 +51,11 @@ NOTHING = "Nothing to do: no more than chance."
 
 def _label(f: Finding, inputs: Collection[str]) -> tuple[Level, str]:
     source = f.about.partition(" -> ")[0]
-    if is_leak(f) and source not in inputs and not source.startswith("all "):
-        return "look", (
-            "It codes the label, and the network does not get it: leave it so, and look at results by its values."
+    if is_real(f) and source not in inputs and not source.startswith("all "):
+        codes = (
+            " and codes the label: leave it so" if is_leak(f) else ": look at results by its values"
         )
+        return "look", f"The network does not get it{codes}."
     if is_leak(f):
         return "warning", (
             "It codes the label: find out whether it was measured on the label, and leave it out if it is not"

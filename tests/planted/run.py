@@ -33,6 +33,7 @@ from tests.planted import (  # noqa: E402
     segmentation_files,
     segmentation_results,
     segmentation_training,
+    segmentation_trial,
 )
 from tests.planted.fault import Fault  # noqa: E402
 from tests.planted.workshop import Stale, Workshop  # noqa: E402
@@ -46,6 +47,7 @@ FAULTS: tuple[Fault, ...] = (
     *segmentation_files.FAULTS,
     *segmentation_results.FAULTS,
     *segmentation_training.FAULTS,
+    *segmentation_trial.FAULTS,
 )
 Task, Result = TypeVar("Task"), TypeVar("Result")
 CLEAN_LIMIT = 1200

@@ -30,13 +30,13 @@ def methods(results: Mapping[str, Any]) -> str:
 def _design(results: Mapping[str, Any]) -> list[str]:
     design, counts = results["design"], results["counts"]
     arms = ", ".join(f"{arm} ({MEANING[arm]})" if arm in MEANING else arm for arm in design["arms"])
-    folds, seeds = _counted(design["folds"], "fold"), _counted(len(design["seeds"]), "random seed")
+    folds, seeds = counted(design["folds"], "fold"), counted(len(design["seeds"]), "random seed")
     left_out = counts["cases"] - counts["compared"]
     without = f" ({left_out} of them without a label that counts)" if left_out else ""
     return [
         f"Whether metadata ({', '.join(design['keys'])}) improve the segmentation of"
-        f" {', '.join(design['labels'])} was tested on {_counted(counts['cases'], 'case')}{without} of"
-        f" {_counted(counts['subjects'], 'subject')}.",
+        f" {', '.join(design['labels'])} was tested on {counted(counts['cases'], 'case')}{without} of"
+        f" {counted(counts['subjects'], 'subject')}.",
         f"With {folds} and {seeds}, one network was trained for each fold, each seed and each of the arms"
         f" {arms}: {counts['networks']} networks of {steps(counts['steps'])} steps.",
         f"Design and endpoint were fixed before training (SHA-256 {design['sha256'][:16]}). The primary"
@@ -51,11 +51,12 @@ def _statistics(results: Mapping[str, Any]) -> list[str]:
     unit = f"cluster ({design['cluster']}, n = {p['clusters']})" if clustered else "subject"
     text = f"The standard error of the mean difference is clustered by {unit}"
     if p["training_known"]:
-        text += " and by training run"
+        text += " and by training run (Cameron, Gelbach and Miller 2011)"
     if p["degrees"]:
         text += f"; the 95 % confidence interval is Student's t with {p['degrees']:.1f} degrees of freedom"
+        text += " (Satterthwaite 1946)"
     return [
-        f"{text} (Cameron, Gelbach and Miller 2011; Satterthwaite 1946).",
+        f"{text}.",
         "p is two-sided: the largest of this t test and of two sign-flip permutation tests, of whole training"
         f" runs and of whole {'clusters' if clustered else 'subjects'}.",
     ]
@@ -85,5 +86,6 @@ def steps(found: Sequence[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def _counted(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
+    """``1 case``, ``2 cases``."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -14,7 +14,7 @@ from ..html_page import STYLE, Page, table
 from ..layout import NONE, number, p_value
 from ..metrics import METRICS
 from . import pictures
-from .methods import MEANING, methods, steps
+from .methods import MEANING, counted, methods, steps
 from .pictures import Row
 from .scores import CONDITIONED, UNCONDITIONED
 from .statistics import Needed
@@ -334,7 +334,7 @@ def _audit(page: Page, audit: Mapping[str, Any]) -> None:
     if lines:
         _bullets(page, lines)
     else:
-        _paragraph(page, f"{len(findings)} associations were looked at; none needs attention.")
+        _paragraph(page, f"{counted(len(findings), 'finding')}, none of which needs attention.")
     rows = [
         [
             f["about"],

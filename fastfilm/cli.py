@@ -12,6 +12,7 @@ from typing import Any
 
 SUMMARIES = {
     "plan": "check a data set, decide preprocessing and patch size, write the splits",
+    "audit": "look for shortcuts in a plan's metadata before any training",
     "train": "train one fold of a plan",
     "predict": "segment images with a trained model",
     "evaluate": "score predictions against the truth, compare runs",

@@ -216,7 +216,7 @@ class MetadataKey(Section):
     )
     input: bool = Field(
         True,
-        description="the network gets it; false: it is read for splits, groups and sampling only",
+        description="the network gets it; false: it is read for splits, groups, sampling and the audit only",
     )
 
     @field_validator("values", "missing", mode="before")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 import fastfilm
 
@@ -18,6 +14,7 @@ from .counterfactual import read_table
 from .errors import UserError
 from .evaluation import metric_of, read_summary
 from .files import write_text
+from .html_page import STYLE, Page, table
 from .inspection import has_film, inspect
 from .layout import DIGITS, NONE, interval, number, p_value
 from .metrics import METRICS
@@ -27,42 +24,6 @@ from .record import read_log
 from .records import check_writable
 
 SHOWN = ("Dice", "IoU", "HD95", "NSD", "volume_error", "lesion_F1")
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.6em } h2 { margin-top: 2em; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-div.wide { overflow-x: auto; font-size: .87em }
-th, td { padding: .25em .6em; text-align: right; vertical-align: top; white-space: pre }
-th { border-bottom: 1px solid #888 } td.name, th { white-space: pre-line }
-td.name, th.name { text-align: left; overflow-wrap: anywhere; min-width: 5em }
-td.name + td.name, th.name + th.name { min-width: 11em }
-tr:nth-child(even) { background: #f5f5f5 } img { max-width: 100% } p.note { color: #555; font-size: .9em }
-"""
-
-
-class _Page:
-    """What the report will hold; nothing is written before all of it is there."""
-
-    def __init__(self) -> None:
-        self.sections: list[str] = []
-        self.pictures: dict[str, bytes] = {}
-
-    def title(self, text: str) -> None:
-        """Begins a section."""
-        self.sections.append(f"<h2>{html.escape(text)}</h2>")
-
-    def note(self, text: str) -> None:
-        """A sentence in small print."""
-        self.sections.append(f'<p class="note">{html.escape(text)}</p>')
-
-    def picture(self, name: str, figure: Figure, about: str) -> None:
-        """A picture, NAME.png, with a sentence on it."""
-        picture = figures.png(figure)
-        self.pictures[f"{name}.png"] = picture
-        self.note(about)
-        data = base64.b64encode(picture).decode()
-        self.sections.append(f'<img alt="{html.escape(about)}" src="data:image/png;base64,{data}">')
 
 
 def write_report(
@@ -93,7 +54,7 @@ def write_report(
     other = None if compared is None else read_summary(compared)
     table_of_swaps = None if swapped is None else read_table(swapped)
     loaded = None if model is None else load_model(model)
-    page = _Page()
+    page = Page()
     if loaded is not None:
         _model(page, loaded)
     if summary is not None:
@@ -117,25 +78,7 @@ def write_report(
     return out / "report.html"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]], names: int = 1) -> str:
-    """An HTML table; every cell is escaped.
-
-    Args:
-        names: columns at the left that are words, not numbers.
-    """
-
-    def row(cells: Sequence[Any], tag: str) -> str:
-        text = ""
-        for i, cell in enumerate(cells):
-            kind = ' class="name"' if i < names else ""
-            text += f"<{tag}{kind}>{html.escape(str(cell))}</{tag}>"
-        return f"<tr>{text}</tr>"
-
-    body = "".join(row(r, "td") for r in rows)
-    return f'<div class="wide"><table>{row(head, "th")}{body}</table></div>'
-
-
-def _model(page: _Page, model: LoadedModel) -> None:
+def _model(page: Page, model: LoadedModel) -> None:
     info = model.info
     rows = [
         (
@@ -158,7 +101,7 @@ def _model(page: _Page, model: LoadedModel) -> None:
         page.picture("training", figures.training_curves(log), about)
 
 
-def _evaluation(page: _Page, summary: Mapping[str, Any]) -> None:
+def _evaluation(page: Page, summary: Mapping[str, Any]) -> None:
     page.title("Evaluation")
     mean = summary["foreground_mean"]["Dice"]
     shown = "not defined" if mean is None else f"{mean:.3f}"
@@ -229,7 +172,7 @@ def _cases(summary: Mapping[str, Any]) -> str:
 
 
 def _comparison(
-    page: _Page, a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]
+    page: Page, a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]
 ) -> None:
     compared = compare_summaries(a, b, names[1], a["bootstrap"]["seed"])
     page.title("Comparison")
@@ -256,7 +199,7 @@ def _comparison(
     page.picture("comparison", figure, "Dice of the same cases in both runs.")
 
 
-def _swapped(page: _Page, result: Mapping[str, Any]) -> None:
+def _swapped(page: Page, result: Mapping[str, Any]) -> None:
     page.title(f"Swapped {result['key']}")
     about = (
         "Mean Dice of the cases of a row when the model is told the value of a column; brackets:"
@@ -273,7 +216,7 @@ def _swapped(page: _Page, result: Mapping[str, Any]) -> None:
         )
 
 
-def _metadata(page: _Page, model: LoadedModel) -> None:
+def _metadata(page: Page, model: LoadedModel) -> None:
     if not model.encoder.size:
         return
     page.title("What the metadata do")

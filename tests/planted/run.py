@@ -34,6 +34,7 @@ from tests.planted import (  # noqa: E402
     segmentation_metadata,
     segmentation_results,
     segmentation_training,
+    segmentation_trial,
 )
 from tests.planted.fault import Fault  # noqa: E402
 from tests.planted.workshop import Stale, Workshop  # noqa: E402
@@ -48,6 +49,7 @@ FAULTS: tuple[Fault, ...] = (
     *segmentation_metadata.FAULTS,
     *segmentation_results.FAULTS,
     *segmentation_training.FAULTS,
+    *segmentation_trial.FAULTS,
 )
 Task, Result = TypeVar("Task"), TypeVar("Result")
 CLEAN_LIMIT = 1200

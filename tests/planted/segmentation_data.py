@@ -13,6 +13,7 @@ PREPROCESSING = (
     "-k 'test_preprocessing.py or orientation'"
 )
 SPLITS = "tests/segmentation/test_splits.py"
+AUDIT = "tests/segmentation/test_audit.py -k 'not command'"
 SAMPLES = "tests/segmentation/test_samples.py tests/segmentation/test_sampling.py"
 ENCODER = "tests/segmentation/test_encoder.py tests/segmentation/test_metadata.py"
 CACHE = "tests/segmentation/test_cache.py"
@@ -259,6 +260,84 @@ FAULTS = (
         "if len(found := set().union(*sets)) > 1:",
         "if len(found := set().union(*sets)) > 2:",
         SPLITS,
+    ),
+    # audit
+    Fault(
+        "segmentation-audit-trained-on-the-held-out",
+        "fastfilm/segmentation/audit/prediction.py",
+        "np.setdiff1d(np.arange(self.n), held)",
+        "np.arange(self.n)",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-with-the-training-mean",
+        "fastfilm/segmentation/audit/prediction.py",
+        "return slope @ target\n",
+        "return slope @ target + mean @ target\n",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-common-classes-preferred",
+        "fastfilm/segmentation/audit/prediction.py",
+        "slope @ one / prior",
+        "slope @ one",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-permutations-without-the-truth",
+        "fastfilm/segmentation/audit/prediction.py",
+        "(as_high + 1) / (done + 1)",
+        "as_high / done",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-bias-of-v-left-in",
+        "fastfilm/segmentation/audit/association.py",
+        "chi_square(x, y) - (r - 1) * (c - 1) / (n - 1)",
+        "chi_square(x, y)",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-spearman-of-one-side",
+        "fastfilm/segmentation/audit/association.py",
+        "return np.abs(tested(",
+        "return 1 * (tested(",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-holm-not-monotone",
+        "fastfilm/segmentation/audit/findings.py",
+        "highest = max(highest, min(",
+        "highest = max(0, min(",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-leaks-not-told",
+        "fastfilm/segmentation/audit/findings.py",
+        "finding.value >= LEAK[finding.measure]",
+        "finding.value >= 1.1",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-all-cases-of-one-visit",
+        "fastfilm/segmentation/audit/rows.py",
+        "drawn.append(mine[int(rng.integers(len(mine)))])",
+        "drawn.append(mine[0])",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-missing-is-the-first-value",
+        "fastfilm/segmentation/audit/questions.py",
+        "~column.there(), [",
+        "column.there() & ~column.there(), [",
+        AUDIT,
+    ),
+    Fault(
+        "segmentation-audit-volumes-in-voxels",
+        "fastfilm/segmentation/audit/rows.py",
+        " * np.prod(f.spacing) / 1000",
+        "",
+        AUDIT,
     ),
     Fault(
         "segmentation-sampling-not-balanced",

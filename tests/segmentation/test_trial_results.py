@@ -171,7 +171,12 @@ def test_the_mean_of_the_wrong_values_is_a_cases_own(tmp_path: Path) -> None:
     entries = {c: {"metadata": metadata[c], "swapped": swapped[c]} for c in swapped}
     found = collect(by_hand(tmp_path, dice, ("a",), keys={"key": "category"}, **entries))
     assert found["swaps"]["key"]["wrong"]["mean"] == pytest.approx((0.2 + 0.2) / 2)
-    assert found["swaps"]["key"]["wrong"]["cases"] == 2 and found["swaps"]["key"]["unknown"] is None
+    assert found["swaps"]["key"]["wrong"]["cases"] == 2
+    # a label that was not segmented under another value leaves nothing to compare the case with
+    two = {arm: {c: [(0.5, 0.9), (0.5, 0.9)] for c in dice[arm]} for arm in ARMS}
+    both = collect(by_hand(tmp_path / "two", two, keys={"key": "category"}, **entries))
+    assert both["swaps"]["key"]["wrong"] is None
+    assert found["swaps"]["key"]["unknown"] is None
 
 
 def test_the_calibration_error_is_of_the_pooled_bins(tmp_path: Path) -> None:

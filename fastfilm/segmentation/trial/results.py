@@ -131,10 +131,10 @@ class _Compared:
         self.left_out: Mask = annotated & ~defined
 
     def mean_of(self, values: Array) -> Array:
-        """[cases, seeds, labels] -> [cases, seeds]: over the labels that count; NaN for a case without any."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-            return np.asarray(np.nanmean(np.where(self.counts[:, None], values, np.nan), axis=2))
+        """Over the labels that count: [cases, seeds, labels] -> [cases, seeds]; NaN without any, or where one is."""
+        n = self.counts.sum(1)[:, None]
+        total = np.where(self.counts[:, None], values, 0.0).sum(2)
+        return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
     def means(self, arm: str) -> Array:
         """Of each case and seed over the labels that count, [cases, seeds]."""
@@ -288,9 +288,6 @@ def _swap(compared: _Compared, key: str, fed: Sequence[str]) -> dict[str, Any]:
     true = [_name(c.metadata.get(key)) for c in scores.cases]
     own = compared.means(CONDITIONED)
     under = {value: compared.mean_of(scores.swap(key, value)) for value in fed}
-    for values in under.values():
-        # a mean over fewer labels than the true value's is none
-        values[~np.isfinite(values).all(1)] = np.nan
     hiding = MISSING if MISSING in fed else None if UNKNOWN in true else UNKNOWN
     wrong = np.full((len(fed), *own.shape), np.nan)
     for i, value in enumerate(fed):

@@ -3,8 +3,9 @@
 The margin is the smallest difference of the mean Dice that is worth having, and the interval that of conditioned -
 unconditioned. The first rule that holds gives the answer:
 
-1. One seed, fewer than ``MINIMUM`` subjects, or no interval: "cannot tell yet". With one seed the noise of training
-   is not known, and the interval leaves it out; a trial that cannot say yes for that reason cannot say no either.
+1. One seed, fewer than ``MINIMUM`` subjects, or no interval: "cannot tell yet". With one seed the noise of
+   training is not known, and the interval leaves it out; a trial that cannot say yes for that reason cannot say
+   no either.
 2. The interval lies below the margin (below 0 too): "do not". Metadata have to be asked for, checked and kept, and
    a wrong value can do harm: what brings less than is worth having is not used, even where it is surely above 0.
 3. The interval lies above 0, p is below alpha, and the mean is the margin or more; and, where there is an arm
@@ -15,8 +16,8 @@ unconditioned. The first rule that holds gives the answer:
    additional parameters, and a network without metadata can have these.
 5. "cannot tell yet", with what would decide.
 
-With fewer than ``MINIMUM`` pairs of networks or clusters p cannot be below 0.05, so that rule 3 never holds; rule 2
-may.
+With fewer than ``MINIMUM`` pairs of networks or clusters p cannot be below 0.05, so that rule 3 never holds; rule
+2 may.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Verdict:
 
     Attributes:
         reasons: what the answer follows from, one rule's condition each.
-        sentences: five lines: the answer; the effect; values or parameters; where it helps and hurts; the next step.
+        sentences: five lines: answer; effect; values or parameters; where it helps and hurts; next step.
     """
 
     answer: Answer
@@ -98,26 +99,26 @@ def _answer(trial: _Trial) -> tuple[Answer, list[str]]:
     little = _too_little(p)
     if little:
         return "cannot tell yet", little
-    ends = f"the interval, {signed(p.low)} to {signed(p.high)}, lies"
+    lies = f"the interval, {signed(p.low)} to {signed(p.high)}, lies"
     if p.excludes(margin):
-        return "do not", [f"{ends} below {'0' if below(p) else f'the margin of {margin:g}'}"]
+        return "do not", [f"{lies} below {'0' if below(p) else f'the margin of {margin:g}'}"]
     if trial.gains:
         reasons = [
-            f"{ends} above 0 (p {p_text(p.p)})",
+            f"{lies} above 0 (p {p_text(p.p)})",
             f"the mean, {signed(p.mean)}, is at least the margin of {margin:g}",
         ]
         if trial.shuffled is None:
             return "use it", reasons
         s = trial.shuffled
-        ends = f"the interval against shuffled metadata, {signed(s.low)} to {signed(s.high)}, lies"
+        lies = f"the interval against shuffled metadata, {signed(s.low)} to {signed(s.high)}, lies"
         if s.superior:
-            return "use it", [*reasons, f"{ends} above 0"]
+            return "use it", [*reasons, f"{lies} above 0"]
         if s.excludes(margin):
-            return "do not", [f"{ends} below the margin of {margin:g}"]
-        return "cannot tell yet", [f"{ends} on both sides of 0"]
+            return "do not", [f"{lies} below the margin of {margin:g}"]
+        return "cannot tell yet", [f"{lies} on both sides of 0"]
     reasons = []
     if not p.superior:
-        reasons.append(f"{ends} on both sides of 0")
+        reasons.append(f"{lies} on both sides of 0")
     elif p.p is None or p.p >= trial.alpha:
         reasons.append(f"p {p_text(p.p)} is not below {trial.alpha:g}")
     if p.superior and p.mean < margin:
@@ -222,8 +223,7 @@ def _where(trial: _Trial) -> str:
 
 
 def _group(row: Mapping[str, Any]) -> str:
-    ends = f"{signed(row['low'])} to {signed(row['high'])}"
-    return f"{signed(row['mean'])} ({ends}, {row['cases']} cases)"
+    return f"{signed(row['mean'])} ({ends(row)}, {row['cases']} cases)"
 
 
 def group_name(key: str, group: str, binned: bool) -> str:
@@ -285,12 +285,19 @@ def needed_text(needed: Needed, arm: str) -> str:
     return f"a few more seeds: the interval{against} is nearly {aim}"
 
 
-def signed(value: float | None) -> str:
-    """Three digits behind the point, with the sign; – for None."""
+def signed(value: float | None, digits: int = 3) -> str:
+    """With the sign, which zero has not; – for None."""
     if value is None:
         return NONE
-    text = f"{value:+.3f}"
-    return "0.000" if text in ("+0.000", "-0.000") else text
+    text = f"{value:+.{digits}f}"
+    return text if text.strip("+-0.") else text[1:]
+
+
+def ends(row: Mapping[str, Any], digits: int = 3) -> str:
+    """``low to high`` of a difference; – where it has no interval."""
+    if row["low"] is None:
+        return NONE
+    return f"{signed(row['low'], digits)} to {signed(row['high'], digits)}"
 
 
 def p_text(p: float | None) -> str:

@@ -130,6 +130,21 @@ def test_groups_are_those_of_the_metadata_and_the_extremes_are_named(tmp_path: P
     assert len(every) == 6 and first["p_holm"] == pytest.approx(6 * first["p"])
 
 
+def test_a_cluster_by_itself_is_judged_by_its_subjects(tmp_path: Path) -> None:
+    keys = {"site": ["A", "B", "C"], "sex": ["f", "m"]}
+    out = write_trial(
+        tmp_path, {"conditioned": 0.03}, keys=keys, cluster="site", subjects=24, folds=2
+    )
+    found = collect(out)
+    assert (found["primary"]["clusters"], found["counts"]["clusters"]) == (3, 3)
+    one = found["groups"]["site"]["groups"]["A"]
+    assert (one["clusters"], one["subjects"]) == (None, 8) and one["low"] < one["mean"] < one[
+        "high"
+    ]
+    assert found["groups"]["sex"]["groups"]["f"]["clusters"] == 3
+    assert any("3 values of site: a permutation test of fewer than 6" in n for n in found["notes"])
+
+
 def test_each_further_arm_is_compared_and_corrected_for_their_number(tmp_path: Path) -> None:
     gain = {"conditioned": 0.05, "shuffled": 0.0, "channels": 0.05, "encoder": 0.045}
     found = collect(write_trial(tmp_path, gain, subjects=30, folds=3))

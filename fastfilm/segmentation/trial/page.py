@@ -209,6 +209,11 @@ def _groups(page: Page, results: Mapping[str, Any]) -> None:
         "Groups were not chosen before the trial and may be small: take them for hints. p (Holm) is corrected"
         f" for the number of groups ({len(cells)}), the intervals are not."
     )
+    cluster = results["design"]["cluster"]
+    if cluster in groups:
+        page.note(
+            f"{cluster}: the interval of one value is over its subjects and says nothing of other values."
+        )
 
 
 def _swaps(page: Page, results: Mapping[str, Any]) -> None:

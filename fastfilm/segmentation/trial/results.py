@@ -131,7 +131,7 @@ class _Compared:
         self.left_out: Mask = annotated & ~defined
 
     def mean_of(self, values: Array) -> Array:
-        """Over the labels that count: [cases, seeds, labels] -> [cases, seeds]; NaN without any, or where one is."""
+        """Over the labels that count: [cases, seeds, labels] -> [cases, seeds]; NaN where none does or one is."""
         n = self.counts.sum(1)[:, None]
         total = np.where(self.counts[:, None], values, 0.0).sum(2)
         return np.where(n > 0, total / np.maximum(n, 1), np.nan)
@@ -140,17 +140,20 @@ class _Compared:
         """Of each case and seed over the labels that count, [cases, seeds]."""
         return self.mean_of(self.values[arm])
 
-    def difference(self, values: Array, where: Mask | None = None) -> Difference:
+    def difference(
+        self, values: Array, where: Mask | None = None, clustered: bool = True
+    ) -> Difference:
         """Of the cases in ``where`` that are defined.
 
         Args:
             values: [cases, seeds].
             where: [cases]; None: all.
+            clustered: clusters are the units where the design has some.
         """
         there = np.isfinite(values).all(1)
         at = np.flatnonzero(there if where is None else there & where)
         cases = [self.scores.cases[i] for i in at]
-        clustered = self.scores.design.cluster is not None
+        clustered = clustered and self.scores.design.cluster is not None
         return difference(
             values[at],
             [self.scores.fold[i] for i in at],
@@ -198,14 +201,16 @@ def _arm(compared: _Compared, arm: str, dice: Array) -> dict[str, Any]:
     }
 
 
-def _both(compared: _Compared, a: Array, b: Array, where: Mask | None = None) -> dict[str, Any]:
+def _both(
+    compared: _Compared, a: Array, b: Array, where: Mask | None = None, clustered: bool = True
+) -> dict[str, Any]:
     """Means of both arms on the cases in ``where``, and their difference; values [cases, seeds]."""
     there: Mask = np.asarray(np.isfinite(a - b).all(1))
     there = there if where is None else there & where
     return {
         CONDITIONED: _mean(a[there]),
         UNCONDITIONED: _mean(b[there]),
-        **compared.difference(a - b, there).to_json(),
+        **compared.difference(a - b, there, clustered).to_json(),
     }
 
 
@@ -240,7 +245,10 @@ def _secondary(scores: Scores) -> dict[str, Any]:
 
 
 def _groups(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
-    """Key -> group -> conditioned against unconditioned, for keys that make two groups or more."""
+    """Key -> group -> conditioned against unconditioned, for keys that make two groups or more.
+
+    A group of the key that makes the clusters is one cluster: what is said of it is said of its subjects.
+    """
     scores = compared.scores
     metadata = {
         n: c.metadata
@@ -255,7 +263,8 @@ def _groups(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
         found[key] = {"binned": grouping.binned, "input": key in scores.design.keys, "groups": {}}
         for name, members in grouping.members.items():
             a, b = (dice[arm] for arm in COMPARED)
-            row = _both(compared, a, b, compared.where(members))
+            clustered = key != scores.design.cluster
+            row = _both(compared, a, b, compared.where(members), clustered)
             found[key]["groups"][name] = row
             every.append(row)
     for row, p in zip(every, holm([row["p"] for row in every]), strict=True):

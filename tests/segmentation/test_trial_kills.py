@@ -76,7 +76,17 @@ def test_two_processes_share_a_trial(whole: tuple[Path, float]) -> None:
 
 def test_parts_of_a_trial_give_no_verdict(whole: tuple[Path, float]) -> None:
     folder, _ = whole
-    words = ["trial", "config.yaml", "parts", "--arm", "unconditioned", "--fold", "1", "--seed", "0"]
+    words = [
+        "trial",
+        "config.yaml",
+        "parts",
+        "--arm",
+        "unconditioned",
+        "--fold",
+        "1",
+        "--seed",
+        "0",
+    ]
     assert run(folder, *words) == 0
     assert [p.parent.name for p in (folder / "parts").rglob("scores.json")] == ["seed-0"]
     assert not (folder / "parts" / "results.json").exists()

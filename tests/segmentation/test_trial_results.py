@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.trial.results import collect
+from fastfilm.segmentation.trial.results import _rising, collect
 from fastfilm.segmentation.trial.statistics import Difference
 
 from ..support.trials import SHA, case, write_design, write_run, write_trial
@@ -303,3 +303,17 @@ def test_a_design_or_scores_without_anything_to_compare_are_refused(tmp_path: Pa
     with pytest.raises(UserError, match="no case has a label whose Dice is defined in every run"):
         collect(by_hand(tmp_path, nothing, ("a",)))
     assert len(SHA) == 64
+
+
+def test_a_training_that_had_not_levelled_off_is_said() -> None:
+    def curve(*means: float) -> list[dict[str, float]]:
+        return [{"step": 100.0 * (i + 1), "mean": m} for i, m in enumerate(means)]
+
+    assert _rising("conditioned", curve(0.1, 0.5, 0.70, 0.715)) == []
+    assert _rising("conditioned", curve(0.9, 0.5, 0.70, 0.6)) == []
+    assert _rising("conditioned", curve(0.5)) == []
+    assert _rising("conditioned", []) == []
+    (line,) = _rising("conditioned", curve(0.1, 0.5, 0.70, 0.75))
+    assert line.startswith(
+        "conditioned: the validation Dice still rose by 0.050 in the last quarter"
+    )

@@ -221,3 +221,19 @@ def test_a_trial_with_a_known_truth_finds_it(
     found = verdict(collect(out))
     assert found.answer == answer, found.sentences
     assert found.to_json()["answer"] == answer
+
+
+def test_networks_that_learned_nothing_give_no_answer(base: dict[str, Any]) -> None:
+    results = given(base, NONE, NONE)
+    assert verdict(results).answer == "do not"
+    for arm in ("conditioned", "unconditioned"):
+        results["arms"][arm]["mean"] = 0.09
+    found = verdict(results)
+    assert found.answer == "cannot tell yet"
+    assert found.reasons == (
+        "mean Dice is 0.090 at the most: the networks have not learned the task",
+    )
+    assert "more training.epochs" in found.sentences[-1]
+    # one arm that did is enough
+    results["arms"]["unconditioned"]["mean"] = 0.11
+    assert verdict(results).answer == "do not"

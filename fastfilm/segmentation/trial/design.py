@@ -34,8 +34,9 @@ ENDPOINT = (
 )
 
 TEST = (
-    "paired difference conditioned - unconditioned, two-sided: the larger p of two sign-flip permutation tests,"
-    " over networks (fold and seed) and over subjects (or clusters)"
+    "paired difference conditioned - unconditioned, two-sided: the largest p of Student's t with a standard error"
+    " clustered by subject (or cluster) and training run, and of two sign-flip permutation tests, over training"
+    " runs (fold and seed) and over subjects (or clusters)"
 )
 
 FREE = ("workers", "checkpoint_minutes", "checkpoint_steps")

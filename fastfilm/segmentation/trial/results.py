@@ -35,6 +35,9 @@ COMPARED = (CONDITIONED, UNCONDITIONED)
 DIGITS = 10
 """Significant digits that are written: the last ones depend on how a machine adds up."""
 
+RISE = 0.02
+"""Of the validation Dice in the last quarter of the steps: more says that training had not levelled off."""
+
 Mask = NDArray[np.bool_]
 
 
@@ -257,7 +260,7 @@ def _groups(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     every: list[dict[str, Any]] = []
-    for key, grouping in groupings(metadata, scores.design.keys).items():
+    for key, grouping in groupings(metadata, scores.design.every_kind()).items():
         if len(grouping.members) < 2:
             continue
         found[key] = {"binned": grouping.binned, "input": key in scores.design.keys, "groups": {}}
@@ -316,7 +319,7 @@ def _swap(compared: _Compared, key: str, fed: Sequence[str]) -> dict[str, Any]:
         for n, c, ok in zip(scores.names, scores.cases, compared.cases, strict=True)
         if ok
     }
-    grouping = groupings(metadata, scores.design.keys).get(key)
+    grouping = groupings(metadata, scores.design.every_kind()).get(key)
     members = {"all": [*metadata]} if grouping is None else grouping.members
     rows = {}
     for group, names in members.items():
@@ -372,7 +375,7 @@ def _calibration(compared: _Compared) -> dict[str, Any]:
                 labels[arm][label] = {"error": error, "bins": rows}
     metadata = {n: c.metadata for n, c in zip(scores.names, scores.cases, strict=True)}
     groups: dict[str, Any] = {}
-    for key, grouping in groupings(metadata, scores.design.keys).items():
+    for key, grouping in groupings(metadata, scores.design.every_kind()).items():
         if len(grouping.members) < 2:
             continue
         groups[key] = {
@@ -450,6 +453,20 @@ def _points(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
     return {"cases": cases, "networks": networks}
 
 
+def _rising(arm: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note where an arm's mean validation Dice rose by more than ``RISE`` in the last quarter of the steps."""
+    if not curve:
+        return []
+    last = curve[-1]
+    before = [point["mean"] for point in curve if point["step"] <= 0.75 * last["step"]]
+    if not before or last["mean"] - before[-1] <= RISE:
+        return []
+    return [
+        f"{arm}: the validation Dice still rose by {last['mean'] - before[-1]:.3f} in the last quarter of the"
+        " training: the answer holds for trainings of this length"
+    ]
+
+
 def _notes(compared: _Compared, primary: Difference) -> list[str]:
     """What a reader has to know about the numbers."""
     scores = compared.scores
@@ -473,6 +490,7 @@ def _notes(compared: _Compared, primary: Difference) -> list[str]:
     if without.size:
         names = some([scores.names[i] for i in without])
         notes.append(f"{_counted(without.size)} without a label that counts: {names}")
+    notes += [line for arm in COMPARED for line in _rising(arm, _curve(scores, arm))]
     if not primary.training_known:
         notes.append(
             "one seed: how much the result depends on the training run is not known; the intervals hold for these"

@@ -42,6 +42,7 @@ class Design(Record):
     cluster: str | None
     labels: list[str] = Field(min_length=1)
     keys: dict[str, str]
+    kinds: dict[str, str] = Field(default_factory=dict)
     endpoint: str
     test: str
     sha256: str
@@ -54,6 +55,10 @@ class Design(Record):
         if not {CONDITIONED, UNCONDITIONED} <= {*self.arms}:
             raise ValueError(f"arms must have {CONDITIONED} and {UNCONDITIONED}, got {self.arms}")
         return self
+
+    def every_kind(self) -> dict[str, str]:
+        """Key -> kind, of the keys that the network gets and of those that it does not."""
+        return self.kinds | self.keys
 
     def shown(self) -> dict[str, Any]:
         """The entries that results repeat."""

@@ -4,8 +4,9 @@ The margin is the smallest difference of the mean Dice that is worth having, and
 unconditioned. The first rule that holds gives the answer:
 
 1. One seed, fewer than ``MINIMUM`` subjects, or no interval: "cannot tell yet". With one seed the noise of
-   training is not known, and the interval leaves it out; a trial that cannot say yes for that reason cannot say
-   no either.
+   training is not known, and the interval leaves it out; a trial that cannot say yes for that reason cannot say no
+   either. The same where neither arm reaches a mean Dice of ``LEARNED``: networks that have not learned the task
+   do not differ, whatever the metadata are worth.
 2. The interval lies below the margin (below 0 too): "do not". Metadata have to be asked for, checked and kept, and
    a wrong value can do harm: what brings less than is worth having is not used, even where it is surely above 0.
 3. The interval lies above 0, p is below alpha, and the mean is the margin or more; and, where there is an arm
@@ -31,6 +32,9 @@ from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED
 from .statistics import MINIMUM, Difference, Needed
 
 Answer = Literal["use it", "do not", "cannot tell yet"]
+
+LEARNED = 0.1
+"""Mean Dice that the better of the two main arms needs: below it the networks have not learned the task."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def _own(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _answer(trial: _Trial) -> tuple[Answer, list[str]]:
     p, margin = trial.primary, trial.margin
-    little = _too_little(p)
+    little = [*_too_little(p), *_not_learned(trial)]
     if little:
         return "cannot tell yet", little
     lies = f"the interval, {signed(p.low)} to {signed(p.high)}, lies"
@@ -138,6 +142,14 @@ def _too_little(p: Difference) -> list[str]:
     if p.low is None and p.clusters is not None:
         found.append("all subjects are of one cluster: nothing is known of others")
     return found
+
+
+def _not_learned(trial: _Trial) -> list[str]:
+    """What rule 1 finds in the level of Dice."""
+    best = max(trial.results["arms"][arm]["mean"] for arm in (CONDITIONED, UNCONDITIONED))
+    if best >= LEARNED:
+        return []
+    return [f"mean Dice is {best:.3f} at the most: the networks have not learned the task"]
 
 
 def _few_units(p: Difference) -> list[str]:
@@ -253,6 +265,8 @@ def _next(trial: _Trial, answer: Answer) -> str:
         return "Next: the same trial with trial.seeds: 3 or more."
     if p.subjects < MINIMUM:
         return f"Next: more subjects, {MINIMUM} at the least."
+    if _not_learned(trial):
+        return "Next: a trial whose networks learn the task: more training.epochs, or another network."
     if p.low is None:
         return f"Next: subjects of more clusters, {MINIMUM} at the least, or no trial.cluster."
     which = SHUFFLED if trial.gains else UNCONDITIONED

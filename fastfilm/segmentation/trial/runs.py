@@ -20,8 +20,10 @@ from ..plan import PlanFolder
 from ..record import read_log
 from ..stopping import Stopped
 from ..training import Start, train
+from . import nnunet
 from .arms import arm_plan, fed_metadata
 from .design import Run
+from .nnunet_data import ARMS
 from .scoring import fed_values, score_cases
 
 SCORES = "scores.json"
@@ -78,7 +80,20 @@ def make_runs(
             with locked(folder, "fastfilm trial"):
                 if done(out, run):
                     continue
-                scores = _make(folder, plan, design, run, processes, deadline, options)
+                begun = time.monotonic()
+                if run.arm in ARMS:
+                    device, part = processes.device, design["held_out"]
+                    made = nnunet.make(folder, out, plan, run, part, device, deadline)
+                else:
+                    made = _make(folder, plan, design, run, processes, deadline, options)
+                scores = {
+                    "arm": run.arm,
+                    "fold": run.fold,
+                    "seed": run.seed,
+                    "design": design["sha256"],
+                    **made,
+                    "seconds": round(time.monotonic() - begun, 1),
+                }
                 write_json(folder / SCORES, scores)
         except Busy:
             left.busy.append(run)
@@ -115,7 +130,7 @@ def _make(
     deadline: float | None,
     options: Sequence[str],
 ) -> dict[str, Any]:
-    begun = time.monotonic()
+    """What scores.json says of a network of ours."""
     own = arm_plan(plan, run)
     again = shlex.join(["fastfilm", "trial", *options])
     model_folder = folder / MODEL
@@ -137,12 +152,7 @@ def _make(
         fed = fed_values(model, keys, own.cases_of(run.fold, "train"))
     found = score_cases(model, own, cases, fed, _in_time(deadline))
     return {
-        "arm": run.arm,
-        "fold": run.fold,
-        "seed": run.seed,
-        "design": design["sha256"],
         "steps": progress.step,
-        "seconds": round(time.monotonic() - begun, 1),
         "cases": found,
         "curve": [
             {"step": line["step"], "dice_mean": line["dice_mean"]}

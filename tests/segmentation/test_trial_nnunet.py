@@ -117,6 +117,26 @@ def test_images_that_nnunet_would_read_otherwise_are_copied_in_mm(tmp_path: Path
     assert np.array_equal(np.asarray(copy.dataobj), array.astype(np.float32))
 
 
+def test_images_whose_voxel_sizes_are_not_those_of_the_affine_are_copied(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=4)
+    odd = root / "sub-02" / "anat" / "sub-02_FLAIR.nii.gz"
+    image = nib.load(odd)
+    image.header["pixdim"][1:4] *= np.float32(1.0002)
+    image.header["qform_code"] = 0
+    nib.save(image, odd)
+    written = nib.load(odd)
+    assert not np.allclose(
+        written.header.get_zooms(), nib.affines.voxel_sizes(written.affine), rtol=1e-5
+    )
+    plan = planned(tmp_path, root)
+    nnunet_data.write_data_set(plan, tmp_path)
+    folder = tmp_path / "nnunet" / "raw" / "Dataset001_fastfilm" / "imagesTr"
+    links = [(folder / f"case_{i:05d}_0000.nii.gz").is_symlink() for i in range(4)]
+    assert links == [True, True, False, True]
+    copy = nib.load(folder / "case_00002_0000.nii.gz")
+    assert np.allclose(copy.header.get_zooms(), nib.affines.voxel_sizes(copy.affine), rtol=1e-6)
+
+
 def test_a_data_set_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     plan = planned(tmp_path, write_bids(tmp_path / "bids", count=4))
     nnunet_data.write_data_set(plan, tmp_path)
@@ -353,6 +373,82 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
     monkeypatch.setattr(nnunet, "MODULE", "stand_in")
 
 
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+words = sys.argv[1:]
+with open(os.environ["CALLS"], "a") as file:
+    names = [n for n in os.environ if n.startswith(("nnUNet", "FASTFILM_NNUNET", "CUDA_VIS"))]
+    file.write(json.dumps([words, {n: os.environ[n] for n in names}]) + "\\n")
+if words[0] == "train":
+    report = Path(words[words.index("--report") + 1])
+    found = {"results": "results/fold", "steps": 12, "curve": [{"step": 12, "dice_mean": 0.5}]}
+    report.write_text(json.dumps(found))
+"""
+
+
+def test_a_run_prepares_once_and_gets_its_own_seed_folders_device_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tmp_path, write_bids(tmp_path / "bids", count=4))
+    out = tmp_path / "out"
+    nnunet_data.write_data_set(plan, out)
+    script(monkeypatch, tmp_path, STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("FASTFILM_NNUNET_META", "left=over")
+    labels = out / "nnunet" / "raw" / "Dataset001_fastfilm" / "labelsTr"
+    device = torch.device("cuda", 1)
+    for run in (Run("nnunet", 0, 3), Run("nnunet_conditioned", 1, 4)):
+        folder = out / run.path
+        # the truth as predictions
+        shutil.copytree(labels, folder / "results" / "fold" / "validation")
+        for _ in range(2):
+            made = nnunet.make(folder, out, plan, run, "val", device, None, "")
+            assert made["steps"] == 12 and made["curve"] == [{"step": 12, "dice_mean": 0.5}]
+            held = plan.cases_of(run.fold, "val")
+            assert list(made["cases"]) == [c.id for c in held] and held
+            assert all(c["metrics"]["lesion"]["Dice"] == 1 for c in made["cases"].values())
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [words[0] for words, _ in calls] == ["prepare", "train", "train"]
+    assert calls[0][0][1:] == ["Dataset001_fastfilm", "2d"]
+    assert read_json(out / "nnunet/preprocessed/Dataset001_fastfilm/splits_final.json") == (
+        nnunet_data.splits(plan, "val")
+    )
+    for (words, environment), arm, trainer, fold, seed in (
+        (calls[1], "nnunet", "nnUNetTrainer", "0", "3"),
+        (calls[2], "nnunet_conditioned", "nnUNetTrainerFastFiLM", "1", "4"),
+    ):
+        assert words[1:4] == ["Dataset001_fastfilm", "2d", fold]
+        assert words[words.index("--trainer") + 1] == trainer
+        assert words[words.index("--seed") + 1] == seed
+        assert words[words.index("--device") + 1] == "cuda"
+        folder = out / "runs" / arm / f"fold-{fold}" / f"seed-{seed}"
+        assert environment["nnUNet_results"] == str(folder / "results")
+        assert environment["nnUNet_raw"] == str(out / "nnunet" / "raw")
+        assert environment["CUDA_VISIBLE_DEVICES"] == "7"
+        assert (Path(environment["nnUNet_extTrainer"]) / "nnUNetTrainerFastFiLM.py").is_file()
+        assert "FASTFILM_NNUNET_META" not in environment
+    assert "FASTFILM_NNUNET_TABLE" not in calls[1][1]
+    conditioned = calls[2][1]
+    columns = conditioned["FASTFILM_NNUNET_COLUMNS"].split(",")
+    assert columns == ["metadata.tumor_type"]
+    cases = nnunet_data.splits(plan, "val")[1]
+    table = integration.read(
+        conditioned["FASTFILM_NNUNET_TABLE"], columns, [*cases["train"], *cases["val"]]
+    )
+    assert table["case_00001"] == {"metadata.tumor_type": "=ependymoma"}
+
+
+def test_a_device_that_nnunet_has_not_is_refused(tmp_path: Path) -> None:
+    plan = planned(tmp_path, write_bids(tmp_path / "bids", count=4))
+    with pytest.raises(UserError, match="nnU-Net computes on cpu, cuda, mps, not on xpu"):
+        nnunet.make(
+            tmp_path, tmp_path, plan, Run("nnunet", 0, 0), "val", torch.device("xpu"), None, ""
+        )
+
+
 def test_the_end_of_the_log_is_shown_when_nnunet_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,7 +627,10 @@ def test_a_training_that_was_killed_or_interrupted_goes_on_after_its_last_epoch(
     wait_for(latest.exists, process)
     process.kill()
     process.wait()
+    # far more than the end of a pipe takes
+    last = time.monotonic() + 120
     while nnunet_processes(out):
+        assert time.monotonic() < last, "nnU-Net has outlived the process that started it"
         time.sleep(0.05)
     assert latest.exists() and not (folder / SCORES).exists()
     begun = torch.load(latest, weights_only=False)

@@ -77,13 +77,7 @@ def train(
         torch.backends.cudnn.benchmark = True
     _seed(seed, 0)
     made = get_trainer_from_args(
-        dataset,
-        configuration,
-        fold,
-        trainer,
-        PLANS,
-        continue_training=False,
-        device=torch.device(device),
+        dataset, configuration, fold, trainer, PLANS, device=torch.device(device)
     )
     chosen = settings()
     if chosen.epochs is not None:
@@ -165,8 +159,10 @@ def main() -> None:
     command.add_argument("--report", required=True)
     given = vars(parser.parse_args())
     _end_with_the_parent()
-    work = {"prepare": prepare, "train": train}[given.pop("command")]
-    work(**given)
+    if given.pop("command") == "prepare":
+        prepare(**given)
+    else:
+        train(**given)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def make(
     part: str,
     device: torch.device,
     deadline: float | None,
+    again: str,
 ) -> dict[str, Any]:
     """Trains a run's network, or goes on with it, and scores its held-out cases.
 
@@ -69,6 +70,7 @@ def make(
         part: the held-out one, see ``design.held_out``.
         deadline: in ``time.monotonic()``'s seconds; nnU-Net is ended when it passes, and goes on later with the
             epoch that was under way.
+        again: the command that goes on with the trial.
 
     Returns:
         ``steps``, ``cases`` and ``curve`` of scores.json. The curve is nnU-Net's pseudo Dice: of patches of the
@@ -81,9 +83,13 @@ def make(
     """
     if device.type not in DEVICES:
         raise UserError(f"{run}: nnU-Net computes on {', '.join(DEVICES)}, not on {device}")
-    _prepare(out, plan, part, device, deadline)
-    if not (folder / REPORT).is_file():
-        _train(folder, out, plan, run, part, device, deadline)
+    try:
+        _prepare(out, plan, part, device, deadline)
+        if not (folder / REPORT).is_file():
+            _train(folder, out, plan, run, part, device, deadline)
+    except Stopped as stopped:
+        text = f"{stopped.text}; go on with:\n  {again}"
+        raise Stopped(stopped.number, text) from None
     report = read_json(folder / REPORT)
     predictions = folder / report["results"] / "validation"
     return {

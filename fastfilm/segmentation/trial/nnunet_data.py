@@ -220,8 +220,8 @@ def _write_case(plan: PlanFolder, case: Case, data: Path, name: str) -> None:
 def _plain(path: Path, volume: NiftiVolume, first: NiftiVolume) -> bool:
     """Whether nnU-Net's readers see the file as the plan does, and on the grid of the case's first one.
 
-    Units other than mm, an orientation of the qform's own, a fourth dimension or channels a little apart are read
-    in several ways, or not at all.
+    Units other than mm, an orientation of the qform's own, voxel sizes that the affine has not, a fourth dimension
+    or channels a little apart are read in several ways, or not at all.
     """
     image: Any = nib.load(path)
     return bool(
@@ -229,6 +229,7 @@ def _plain(path: Path, volume: NiftiVolume, first: NiftiVolume) -> bool:
         and volume.remarks.keys() <= {"unit"}
         and image.ndim == 3
         and np.array_equal(image.affine, first.affine)
+        and np.allclose(image.header.get_zooms(), volume.spacing, rtol=1e-6)
     )
 
 

@@ -70,6 +70,7 @@ def make_runs(
         Stopped: a signal has come; UserError: a run cannot be made.
     """
     left = Left()
+    again = shlex.join(["fastfilm", "trial", *options])
     todo = [run for run in runs if not done(out, run)]
     for i, run in enumerate(todo, start=1):
         if deadline is not None and time.monotonic() >= deadline:
@@ -83,9 +84,9 @@ def make_runs(
                 begun = time.monotonic()
                 if run.arm in ARMS:
                     device, part = processes.device, design["held_out"]
-                    made = nnunet.make(folder, out, plan, run, part, device, deadline)
+                    made = nnunet.make(folder, out, plan, run, part, device, deadline, again)
                 else:
-                    made = _make(folder, plan, design, run, processes, deadline, options)
+                    made = _make(folder, plan, design, run, processes, deadline, again)
                 scores = {
                     "arm": run.arm,
                     "fold": run.fold,
@@ -128,11 +129,10 @@ def _make(
     run: Run,
     processes: Processes,
     deadline: float | None,
-    options: Sequence[str],
+    again: str,
 ) -> dict[str, Any]:
     """What scores.json says of a network of ours."""
     own = arm_plan(plan, run)
-    again = shlex.join(["fastfilm", "trial", *options])
     model_folder = folder / MODEL
     start = Start(
         own,

@@ -468,7 +468,15 @@ class Splits(Section):
         return self
 
 
-Arm = Literal["conditioned", "unconditioned", "shuffled", "channels", "encoder"]
+Arm = Literal[
+    "conditioned",
+    "unconditioned",
+    "shuffled",
+    "channels",
+    "encoder",
+    "nnunet",
+    "nnunet_conditioned",
+]
 
 
 class Trial(Section):
@@ -478,7 +486,8 @@ class Trial(Section):
         ["conditioned", "unconditioned", "shuffled"],
         description="conditioned: as configured; unconditioned: the same network without metadata; shuffled:"
         " trained with the metadata of other training cases; channels: metadata as constant image"
-        " channels; encoder: FiLM in the encoder alone",
+        " channels; encoder: FiLM in the encoder alone; nnunet: nnU-Net (installed apart);"
+        " nnunet_conditioned: nnU-Net with FiLM on the metadata",
     )
     seeds: Annotated[int, Field(ge=1, le=100)] = Field(
         3, description="networks trained for each arm and fold"

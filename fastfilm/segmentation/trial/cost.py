@@ -21,6 +21,7 @@ from ..trainer import MOST_STEPS
 from ..training import Start, describe
 from .arms import arm_plan
 from .design import Run, held_out
+from .nnunet_data import ARMS
 from .scoring import MOST_VALUES
 
 STEPS = 3
@@ -104,10 +105,10 @@ def measure(plan: PlanFolder, run: Run, steps: int, device: str | None) -> Cost:
 
 
 def cost_of(plan: PlanFolder, runs: Sequence[Run], device: str | None) -> dict[str, Cost]:
-    """Arm -> the cost of one of its runs, of the arms among ``runs``."""
+    """Arm -> the cost of one of its runs, of the arms among ``runs``; those of nnU-Net are not measured."""
     found: dict[str, Cost] = {}
     for run in runs:
-        if run.arm not in found:
+        if run.arm not in found and run.arm not in ARMS:
             found[run.arm] = measure(arm_plan(plan, run), run, steps_of(plan, run), device)
     return found
 
@@ -115,16 +116,23 @@ def cost_of(plan: PlanFolder, runs: Sequence[Run], device: str | None) -> dict[s
 def said(costs: dict[str, Cost], runs: Sequence[Run]) -> list[str]:
     """The costs in lines of text."""
     lines = []
-    total = sum(costs[run.arm].seconds for run in runs)
+    counted = [run for run in runs if run.arm in costs]
+    total = sum(costs[run.arm].seconds for run in counted)
     for arm, c in costs.items():
         lines.append(
             f"{arm}: {c.steps} steps of {c.step:.3g} s, {c.validation:.0f} s of validation, {c.scoring:.0f} s of"
             f" scoring: {c.seconds / 60:.3g} minutes a network"
         )
-    lines.append(
-        f"{len(runs)} networks on this device: about {total / 3600:.2g} hours, and what reading and augmenting"
-        " images add; several processes with the same folder share them"
-    )
+    if counted:
+        lines.append(
+            f"{len(counted)} networks on this device: about {total / 3600:.2g} hours, and what reading and"
+            " augmenting images add; several processes with the same folder share them"
+        )
+    if len(counted) < len(runs):
+        lines.append(
+            f"{len(runs) - len(counted)} networks of nnU-Net: their cost is not estimated; its log says how long"
+            " an epoch takes"
+        )
     return lines
 
 

@@ -20,6 +20,7 @@ from ..errors import Problems, UserError
 from ..files import read_json, write_json
 from ..hints import did_you_mean
 from ..plan import PlanFolder
+from . import nnunet_data
 
 NAME = "design.json"
 
@@ -86,6 +87,7 @@ def check_config(config: Config) -> None:
         )
     if "channels" in config.trial.arms and config.network.conditioning == "channels":
         wrong.append("trial.arms: 'channels' is what network.conditioning is already")
+    wrong += nnunet_data.config_problems(config)
     if wrong:
         raise Problems("the configuration does not make a trial", wrong)
 
@@ -108,6 +110,7 @@ def check_plan(plan: PlanFolder) -> None:
         for name in ("train", part):
             if not plan.cases_of(k, name):
                 wrong.append(f"fold {k}: no case is in its part {name!r} ({fold.get(name, [])})")
+    wrong += nnunet_data.plan_problems(plan)
     if wrong:
         raise Problems("the plan does not make a trial", wrong)
 
@@ -145,6 +148,8 @@ def design(plan: PlanFolder) -> dict[str, Any]:
         "splits": plan.folds,
         "data": plan.plan.files["fingerprint.json"],
     }
+    if nnunet_data.asked(config):
+        value["nnunet"] = nnunet_data.settings(plan)
     return {**value, "sha256": digest(value)}
 
 

@@ -12,6 +12,7 @@ from ..config import Config
 from ..errors import Problems, UserError
 from ..files import read_json
 from ..plan import PlanFolder, make_plan, read_plan
+from . import nnunet_data
 from .design import FREE, check_config, check_plan, differences, fix_design
 
 PLAN = "plan"
@@ -52,6 +53,9 @@ def open_trial(
     else:
         plan, notes = make_plan(config, out / PLAN, progress)
     check_plan(plan)
+    if nnunet_data.asked(config):
+        # finds labels that overlap, before anything is trained
+        nnunet_data.write_data_set(plan, out, progress)
     return plan, fix_design(out, plan), notes
 
 

@@ -20,8 +20,10 @@ from ..plan import PlanFolder
 from ..record import read_log
 from ..stopping import Stopped
 from ..training import Start, train
+from . import nnunet
 from .arms import arm_plan, fed_metadata
 from .design import Run
+from .nnunet_data import ARMS
 from .scoring import fed_values, score_cases
 
 SCORES = "scores.json"
@@ -68,6 +70,7 @@ def make_runs(
         Stopped: a signal has come; UserError: a run cannot be made.
     """
     left = Left()
+    again = shlex.join(["fastfilm", "trial", *options])
     todo = [run for run in runs if not done(out, run)]
     for i, run in enumerate(todo, start=1):
         if deadline is not None and time.monotonic() >= deadline:
@@ -78,7 +81,20 @@ def make_runs(
             with locked(folder, "fastfilm trial"):
                 if done(out, run):
                     continue
-                scores = _make(folder, plan, design, run, processes, deadline, options)
+                begun = time.monotonic()
+                if run.arm in ARMS:
+                    device, part = processes.device, design["held_out"]
+                    made = nnunet.make(folder, out, plan, run, part, device, deadline, again)
+                else:
+                    made = _make(folder, plan, design, run, processes, deadline, again)
+                scores = {
+                    "arm": run.arm,
+                    "fold": run.fold,
+                    "seed": run.seed,
+                    "design": design["sha256"],
+                    **made,
+                    "seconds": round(time.monotonic() - begun, 1),
+                }
                 write_json(folder / SCORES, scores)
         except Busy:
             left.busy.append(run)
@@ -113,11 +129,10 @@ def _make(
     run: Run,
     processes: Processes,
     deadline: float | None,
-    options: Sequence[str],
+    again: str,
 ) -> dict[str, Any]:
-    begun = time.monotonic()
+    """What scores.json says of a network of ours."""
     own = arm_plan(plan, run)
-    again = shlex.join(["fastfilm", "trial", *options])
     model_folder = folder / MODEL
     start = Start(
         own,
@@ -137,12 +152,7 @@ def _make(
         fed = fed_values(model, keys, own.cases_of(run.fold, "train"))
     found = score_cases(model, own, cases, fed, _in_time(deadline))
     return {
-        "arm": run.arm,
-        "fold": run.fold,
-        "seed": run.seed,
-        "design": design["sha256"],
         "steps": progress.step,
-        "seconds": round(time.monotonic() - begun, 1),
         "cases": found,
         "curve": [
             {"step": line["step"], "dice_mean": line["dice_mean"]}

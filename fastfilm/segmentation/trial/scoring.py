@@ -115,14 +115,14 @@ def _case(model: LoadedModel, plan: PlanFolder, case: Case, fed: Fed) -> dict[st
     first = next(v for v in volumes if v is not None)
     ready = model.preprocess([None if v is None else v.array for v in volumes], first.affine)
     del volumes
-    truths, grid = _truths(plan, case)
+    true, grid = truths(plan, case)
     own = resolved(model, case.metadata)
     base = predict(model, ready, own, Options(), probabilities=True)
     metrics, reliability = {}, {}
     assert base.probabilities is not None
     for i, label in enumerate(model.info.labels):
-        if label.name in truths:
-            truth = truths[label.name]
+        if label.name in true:
+            truth = true[label.name]
             mask = _mask(model, base, i)
             every = case_metrics(mask, truth, grid)
             metrics[label.name] = {m: every[m] for m in METRICS}
@@ -138,14 +138,13 @@ def _case(model: LoadedModel, plan: PlanFolder, case: Case, fed: Fed) -> dict[st
                 continue
             other = predict(model, ready, {**own, key: value}, Options())
             swaps[key][name] = {
-                label.name: _dice(_mask(model, other, i), truths[label.name])
+                label.name: _dice(_mask(model, other, i), true[label.name])
                 for i, label in enumerate(model.info.labels)
-                if label.name in truths
+                if label.name in true
             }
-    cluster = plan.config.trial.cluster
     return {
         "subject": case.subject,
-        "cluster": None if cluster is None else _cluster(case, cluster, plan),
+        "cluster": cluster_of(plan, case),
         "metadata": dict(case.metadata),
         "metrics": metrics,
         "swaps": swaps,
@@ -153,8 +152,11 @@ def _case(model: LoadedModel, plan: PlanFolder, case: Case, fed: Fed) -> dict[st
     }
 
 
-def _cluster(case: Case, key: str, plan: PlanFolder) -> str:
-    """The cluster's name; a subject whose value is missing is one of its own."""
+def cluster_of(plan: PlanFolder, case: Case) -> str | None:
+    """The cluster's name (None: there are no clusters); a subject whose value is missing is one of its own."""
+    key = plan.config.trial.cluster
+    if key is None:
+        return None
     value = case.metadata.get(key)
     return case.subject if is_missing(value, plan.config.metadata[key]) else as_category(value)
 
@@ -164,9 +166,9 @@ def _mask(model: LoadedModel, found: Predicted, i: int) -> Mask:
     return found.masks[i] if model.info.separate else found.strongest == i + 1
 
 
-def _truths(plan: PlanFolder, case: Case) -> tuple[dict[str, Mask], NDArray[np.float64]]:
+def truths(plan: PlanFolder, case: Case) -> tuple[dict[str, Mask], NDArray[np.float64]]:
     """The masks of the labels that were annotated, and the grid's matrix."""
-    truths: dict[str, Mask] = {}
+    found: dict[str, Mask] = {}
     read: dict[Path, NDArray[np.integer]] = {}
     image = read_volume(next(p for p in case.images if p is not None))
     for name, path in case.labels.items():
@@ -175,8 +177,8 @@ def _truths(plan: PlanFolder, case: Case) -> tuple[dict[str, Mask], NDArray[np.f
             if (difference := same_grid(image, volume)) is not None:
                 raise UserError(f"{path}: not on the grid of the image: {difference}")
             read[path] = whole_labels(path, volume.array)[0]
-        truths[name] = mask_of(path, read[path], plan.config.data.labels[name].values)
-    return truths, np.asarray(image.affine[:3, :3], np.float64)
+        found[name] = mask_of(path, read[path], plan.config.data.labels[name].values)
+    return found, np.asarray(image.affine[:3, :3], np.float64)
 
 
 def _dice(mask: Mask, truth: Mask) -> float | None:

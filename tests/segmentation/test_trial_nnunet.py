@@ -1,0 +1,653 @@
+"""nnU-Net as an arm of a trial: its data set, what it cannot take, and runs that are killed and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("monai", reason="needs the extra [segmentation]")
+pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
+pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
+
+from fastfilm.integrations.nnunet import cases as integration
+from fastfilm.segmentation.config import parse
+from fastfilm.segmentation.demo import configuration, write_data_set
+from fastfilm.segmentation.distributed import Processes
+from fastfilm.segmentation.errors import Problems, UserError
+from fastfilm.segmentation.files import read_json, write_json
+from fastfilm.segmentation.plan import PlanFolder, make_plan
+from fastfilm.segmentation.stopping import Stopped
+from fastfilm.segmentation.trial import nnunet, nnunet_data
+from fastfilm.segmentation.trial.cost import cost_of, said
+from fastfilm.segmentation.trial.design import Run, check_config, check_plan, design, selected
+from fastfilm.segmentation.trial.folder import open_trial
+from fastfilm.segmentation.trial.runs import SCORES, make_runs
+
+from ..support.phantoms import settings as phantom_settings
+from ..support.phantoms import write_bids
+
+ROOT = Path(__file__).parents[2]
+BOTH = ["conditioned", "unconditioned", "nnunet", "nnunet_conditioned"]
+CPU = Processes(0, 1, torch.device("cpu"))
+installed = importlib.util.find_spec("nnunetv2") is not None
+needs_nnunet = pytest.mark.skipif(not installed, reason="nnunetv2 is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net counts as installed, except where a test says otherwise or runs it."""
+    if not installed:
+        monkeypatch.setattr(nnunet_data, "installed", lambda: True)
+        monkeypatch.setattr(nnunet_data, "version", lambda name: "2.0")
+
+
+def planned(tmp_path: Path, root: Path, **sections: Any) -> PlanFolder:
+    value = phantom_settings(root, **{"trial": {"arms": BOTH}, **sections})
+    return make_plan(parse(value, "test"), tmp_path / "plan")[0]
+
+
+def test_the_data_set_holds_linked_images_and_merged_labels(tmp_path: Path) -> None:
+    def label(image: Any, mask: Any) -> Any:
+        values = np.zeros(mask.shape, np.uint8)
+        values[2:5, 2:5, 2:5] = 7
+        values[8:10, 8:10, 3] = 3
+        values[0, 0, 0] = 9
+        return values
+
+    root = write_bids(tmp_path / "bids", count=4, labels=label)
+    data = {"labels": {"inner": 7, "outer": [3, 4]}, "ignore_values": [9]}
+    plan = planned(tmp_path, root, data=data)
+    nnunet_data.write_data_set(plan, tmp_path)
+    written = tmp_path / "nnunet" / "raw" / "Dataset001_fastfilm"
+    assert read_json(tmp_path / "nnunet" / "cases.json") == {
+        f"case_{i:05d}": case.id for i, case in enumerate(plan.cases)
+    }
+    assert read_json(written / "dataset.json") == {
+        "channel_names": {"0": "contrast FLAIR"},
+        "labels": {"background": 0, "1 inner": 1, "2 outer": 2},
+        "numTraining": 4,
+        "file_ending": ".nii.gz",
+    }
+    assert len(list((written / "imagesTr").iterdir())) == len(plan.cases) == 4
+    for i, case in enumerate(plan.cases):
+        image = written / "imagesTr" / f"case_{i:05d}_0000.nii.gz"
+        assert image.is_symlink() and image.samefile(case.images[0] or "")
+        merged = nib.load(written / "labelsTr" / f"case_{i:05d}.nii.gz")
+        expected = np.zeros(merged.shape, np.uint8)
+        expected[2:5, 2:5, 2:5] = 1
+        expected[8:10, 8:10, 3] = 2
+        assert merged.get_data_dtype() == np.uint8
+        assert np.array_equal(np.asarray(merged.dataobj), expected)
+        assert np.array_equal(merged.affine, nib.load(image).affine)
+
+
+def test_images_that_nnunet_would_read_otherwise_are_copied_in_mm(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=4)
+    odd = root / "sub-00" / "anat" / "sub-00_FLAIR.nii.gz"
+    plain = nib.load(odd)
+    array = np.asarray(plain.dataobj)
+    metres = plain.affine.copy()
+    metres[:3] /= 1000
+    image = nib.Nifti1Image(array[..., None], metres)
+    image.header.set_xyzt_units("meter")
+    nib.save(image, odd)
+    plan = planned(tmp_path, root)
+    nnunet_data.write_data_set(plan, tmp_path)
+    folder = tmp_path / "nnunet" / "raw" / "Dataset001_fastfilm" / "imagesTr"
+    copy = nib.load(folder / "case_00000_0000.nii.gz")
+    assert not (folder / "case_00000_0000.nii.gz").is_symlink()
+    assert (folder / "case_00001_0000.nii.gz").is_symlink()
+    assert copy.shape == array.shape and copy.header.get_xyzt_units()[0] == "mm"
+    assert np.allclose(copy.affine, plain.affine, atol=1e-4)
+    assert np.array_equal(np.asarray(copy.dataobj), array.astype(np.float32))
+
+
+def test_images_whose_voxel_sizes_are_not_those_of_the_affine_are_copied(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=4)
+    odd = root / "sub-02" / "anat" / "sub-02_FLAIR.nii.gz"
+    image = nib.load(odd)
+    image.header["pixdim"][1:4] *= np.float32(1.0002)
+    image.header["qform_code"] = 0
+    nib.save(image, odd)
+    written = nib.load(odd)
+    assert not np.allclose(
+        written.header.get_zooms(), nib.affines.voxel_sizes(written.affine), rtol=1e-5
+    )
+    plan = planned(tmp_path, root)
+    nnunet_data.write_data_set(plan, tmp_path)
+    folder = tmp_path / "nnunet" / "raw" / "Dataset001_fastfilm" / "imagesTr"
+    links = [(folder / f"case_{i:05d}_0000.nii.gz").is_symlink() for i in range(4)]
+    assert links == [True, True, False, True]
+    copy = nib.load(folder / "case_00002_0000.nii.gz")
+    assert np.allclose(copy.header.get_zooms(), nib.affines.voxel_sizes(copy.affine), rtol=1e-6)
+
+
+def test_a_data_set_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    plan = planned(tmp_path, write_bids(tmp_path / "bids", count=4))
+    nnunet_data.write_data_set(plan, tmp_path)
+    (tmp_path / "nnunet" / "raw" / "Dataset001_fastfilm" / "dataset.json").unlink()
+    nnunet_data.write_data_set(plan, tmp_path)
+    assert not (tmp_path / "nnunet" / "raw" / "Dataset001_fastfilm" / "dataset.json").exists()
+    # without the file that is written last it was interrupted
+    (tmp_path / "nnunet" / "cases.json").unlink()
+    nnunet_data.write_data_set(plan, tmp_path)
+    assert (tmp_path / "nnunet" / "raw" / "Dataset001_fastfilm" / "dataset.json").exists()
+
+
+def test_labels_that_overlap_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=4, labels=lambda image, mask: mask * 0 + 2)
+    with pytest.raises(
+        Problems, match=r"(?s)\(4\).*sub-00: two and all overlap in 3072 voxels.*exclude"
+    ) as raised:
+        value = phantom_settings(
+            root, trial={"arms": BOTH}, data={"labels": {"all": [1, 2], "two": 2}}
+        )
+        open_trial(parse({**value, "data": value["data"]}, "test"), tmp_path / "trial")
+    assert len(raised.value.problems) == 4
+    assert not (tmp_path / "trial" / "design.json").exists()
+    assert not (tmp_path / "trial" / "nnunet" / "raw").exists()
+
+
+def test_sheared_grids_are_refused(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=4)
+    for path in root.rglob("*sub-01*.nii.gz"):
+        image = nib.load(path)
+        affine = image.affine.copy()
+        affine[0, 1] = 0.3 * affine[1, 1]
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+    plan = planned(tmp_path, root)
+    with pytest.raises(Problems, match=r"sub-01: .*FLAIR.nii.gz: the axes are not at right angles"):
+        nnunet_data.write_data_set(plan, tmp_path)
+
+
+def test_splits_are_the_folds_with_the_held_out_part_as_validation(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=6)
+    plan = planned(tmp_path, root)
+    name = {f"sub-{i:02d}": f"case_{i:05d}" for i in range(6)}
+    assert [c.subject for c in plan.cases] == list(name)
+    plan.folds = [
+        {"train": ["sub-00", "sub-03"], "val": ["sub-01"], "test": ["sub-02", "sub-05"]},
+        {"train": ["sub-04"], "val": ["sub-00"], "test": ["sub-01"]},
+    ]
+    assert nnunet_data.splits(plan, "test") == [
+        {"train": ["case_00000", "case_00003"], "val": ["case_00002", "case_00005"]},
+        {"train": ["case_00004"], "val": ["case_00001"]},
+    ]
+    assert nnunet_data.splits(plan, "val")[0]["val"] == ["case_00001"]
+
+
+def test_the_table_gives_the_trainer_what_the_other_arms_get(tmp_path: Path) -> None:
+    """Categories that look like numbers stay categories, and what training has not seen is missing."""
+    root = write_bids(tmp_path / "bids", count=6)
+    rows = ["participant_id\tsite, old\tcase\tage"]
+    sites = ["1", "2", "1", "2", "n/a", "3"]
+    ages = ["10", "100", "n/a", "1000", "10", "0.1"]
+    rows += [f"sub-{i:02d}\t{sites[i]}\tx\t{ages[i]}" for i in range(6)]
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    metadata = {
+        "site, old": {"unseen": "unknown"},
+        "case": {"input": False},
+        "age": {"kind": "continuous", "scaling": "log"},
+    }
+    value = phantom_settings(root, trial={"arms": BOTH})
+    config = parse({**value, "metadata": metadata}, "test")
+    plan = make_plan(config, tmp_path / "plan")[0]
+    plan.folds = [{"train": [f"sub-{i:02d}" for i in range(5)], "val": ["sub-05"]}]
+    path = tmp_path / "metadata.csv"
+    columns = nnunet_data.write_table(plan, 0, "val", path)
+    assert columns == ["metadata.site%2C%20old", "metadata.age"]
+    with open(path, newline="") as file:
+        written = list(csv.reader(file))
+    assert written[0] == ["case", *columns]
+    assert [r[0] for r in written[1:]] == [f"case_{i:05d}" for i in range(6)]
+    assert [r[1] for r in written[1:]] == ["=1", "=2", "=1", "=2", "", ""]
+    found = [r[2] for r in written[1:]]
+    assert found[2] == ""
+    assert [float(f) for f in found if f] == pytest.approx(
+        [np.log(x) for x in (10, 100, 1000, 10, 0.1)]
+    )
+    # as the trainer reads it
+    values = integration.read(str(path), columns, [r[0] for r in written[1:]])
+    described = integration.describe(values, columns)
+    assert [c["numbers"] for c in described] == [False, True]
+    assert described[0]["values"] == ["=1", "=2"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"output": {"mode": "task"}}, "output.mode task: nnU-Net segments all labels at once"),
+        (
+            {"data": {"combine": "samples", "contrasts": ["FLAIR", "T1w"]}},
+            "data.combine samples: the contrasts are channels in nnU-Net",
+        ),
+        (
+            {"metadata": {"grade": {"kind": "ordered", "values": ["1", "2"]}}},
+            "metadata.grade.kind ordered: 'nnunet_conditioned' takes category and continuous",
+        ),
+        (
+            {"metadata": {"age": {"kind": "continuous", "scaling": "bins"}}},
+            "metadata.age.scaling bins: 'nnunet_conditioned' takes standardise and log",
+        ),
+        (
+            {"trial": {"arms": ["conditioned", "unconditioned", "nnunet_conditioned"]}},
+            "'nnunet_conditioned' needs 'nnunet'",
+        ),
+    ],
+)
+def test_what_nnunet_cannot_take_is_refused_by_its_key(
+    sections: dict[str, Any], message: str
+) -> None:
+    value = phantom_settings(Path("/nowhere"), **{"trial": {"arms": BOTH}, **sections})
+    with pytest.raises(Problems) as raised:
+        check_config(parse(value, "test"))
+    assert [p for p in raised.value.problems if message in p]
+
+
+def test_keys_that_are_no_input_may_be_of_any_kind(tmp_path: Path) -> None:
+    grade = {"kind": "ordered", "values": ["1", "2"], "input": False}
+    value = phantom_settings(Path("/nowhere"), trial={"arms": BOTH}, metadata={"grade": grade})
+    check_config(parse(value, "test"))
+
+
+def test_without_nnunet_the_command_to_install_it_is_named_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nnunet_data, "installed", lambda: False)
+    root = write_bids(tmp_path / "bids", count=4)
+    arms = ["conditioned", "unconditioned", "nnunet"]
+    config = parse(phantom_settings(root, trial={"arms": arms}), "test")
+    with pytest.raises(Problems, match="pip install nnunetv2"):
+        open_trial(config, tmp_path / "trial")
+    assert not (tmp_path / "trial").exists()
+    check_config(parse(phantom_settings(root), "test"))
+
+
+def test_cases_without_a_channel_or_a_label_are_named(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=6)
+    shutil.copy(
+        root / "sub-00" / "anat" / "sub-00_FLAIR.nii.gz",
+        root / "sub-00" / "anat" / "sub-00_T1w.nii.gz",
+    )
+    rows = [line.split("\t") for line in (root / "participants.tsv").read_text().splitlines()]
+    rows = [[*r, "done" if i == 0 else "lesion" if i != 3 else ""] for i, r in enumerate(rows)]
+    (root / "participants.tsv").write_text("\n".join("\t".join(r) for r in rows) + "\n")
+    data = {"contrasts": ["FLAIR", "T1w"], "missing_contrast": "zeros"}
+    plan = planned(tmp_path, root, data=data)
+    plan.cases[2] = type(plan.cases[2])(**{**vars(plan.cases[2]), "labels": {}})
+    with pytest.raises(Problems) as raised:
+        check_plan(plan)
+    wrong = raised.value.problems
+    assert [w.split(":")[0] for w in wrong] == [
+        "sub-01",
+        "sub-02",
+        "sub-02",
+        "sub-03",
+        "sub-04",
+        "sub-05",
+    ]
+    assert "without the contrast T1w" in wrong[0]
+    assert "lesion not annotated" in wrong[2]
+    plan.config.trial.arms = ["conditioned", "unconditioned"]
+    check_plan(plan)
+
+
+def test_what_the_environment_changes_of_a_training_is_part_of_the_design(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tmp_path, write_bids(tmp_path / "bids", count=4))
+    whole = design(plan)
+    said = whole["nnunet"]
+    assert (said["configuration"], said["epochs"], said["iterations"]) == ("2d", None, None)
+    assert said["version"] == nnunet_data.version("nnunetv2") and said["where"] == "decoder"
+    monkeypatch.setenv("FASTFILM_NNUNET_EPOCHS", "7")
+    shorter = design(plan)
+    assert shorter["nnunet"]["epochs"] == 7 and shorter["sha256"] != whole["sha256"]
+    plan.config.trial.arms = ["conditioned", "unconditioned"]
+    assert "nnunet" not in design(plan)
+
+
+def test_the_cost_of_nnunet_is_said_to_be_unknown() -> None:
+    runs = [Run("nnunet", 0, 0), Run("nnunet_conditioned", 0, 0)]
+    assert cost_of(None, runs, "cpu") == {}  # type: ignore[arg-type]
+    (line,) = said({}, runs)
+    assert line.startswith("2 networks of nnU-Net: their cost is not estimated")
+
+
+def test_predictions_are_scored_voxel_by_voxel_against_the_labels_of_the_plan(
+    tmp_path: Path,
+) -> None:
+    def label(image: Any, mask: Any) -> Any:
+        values = np.zeros(mask.shape, np.uint8)
+        values[2:6, 2:6, 2:6] = 5
+        values[8:10, 8:12, 3] = 2
+        return values
+
+    root = write_bids(tmp_path / "bids", count=4, labels=label)
+    plan = planned(
+        tmp_path,
+        root,
+        data={"labels": {"one": 5, "two": 2}},
+        trial={"arms": BOTH, "cluster": "tumor_type"},
+    )
+    predicted = np.zeros((16, 16, 12), np.uint8)
+    predicted[4:6, 2:6, 2:6] = 1  # half of 64 voxels: Dice 2·32 / (32 + 64)
+    predicted[8:10, 8:12, 3] = 2
+    image = nib.Nifti1Image(predicted, np.diag([-1.0, 1, 1, 1]))
+    nib.save(image, tmp_path / "case_00001.nii.gz")
+    found = nnunet.score_files(plan, [plan.cases[1]], tmp_path)
+    (scores,) = found.values()
+    assert list(found) == [plan.cases[1].id] and scores["subject"] == "sub-01"
+    assert scores["cluster"] == scores["metadata"]["tumor_type"] == "ependymoma"
+    assert scores["metrics"]["one"]["Dice"] == pytest.approx(2 / 3)
+    assert scores["metrics"]["two"]["Dice"] == 1 and scores["metrics"]["two"]["HD95"] == 0
+    grid = nib.load(plan.cases[1].images[0]).affine[:3, :3]
+    ml = abs(np.linalg.det(grid)) / 1000
+    assert scores["metrics"]["one"]["volume_error"] == pytest.approx(-32 * ml)
+    assert scores["swaps"] == scores["reliability"] == {}
+    nib.save(nib.Nifti1Image(predicted[1:], np.eye(4)), tmp_path / "case_00000.nii.gz")
+    with pytest.raises(
+        Problems, match=r"(?s)sub-00: .*has shape \(15, 16, 12\).*sub-02: .*no such"
+    ):
+        nnunet.score_files(plan, [plan.cases[0], plan.cases[2]], tmp_path)
+
+
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
+    """A program of a few lines takes nnU-Net's place."""
+    (tmp_path / "stand_in.py").write_text(text)
+    monkeypatch.setattr(nnunet, "MODULE", "stand_in")
+
+
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+words = sys.argv[1:]
+with open(os.environ["CALLS"], "a") as file:
+    names = [n for n in os.environ if n.startswith(("nnUNet", "FASTFILM_NNUNET", "CUDA_VIS"))]
+    file.write(json.dumps([words, {n: os.environ[n] for n in names}]) + "\\n")
+if words[0] == "train":
+    report = Path(words[words.index("--report") + 1])
+    found = {"results": "results/fold", "steps": 12, "curve": [{"step": 12, "dice_mean": 0.5}]}
+    report.write_text(json.dumps(found))
+"""
+
+
+def test_a_run_prepares_once_and_gets_its_own_seed_folders_device_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tmp_path, write_bids(tmp_path / "bids", count=4))
+    out = tmp_path / "out"
+    nnunet_data.write_data_set(plan, out)
+    script(monkeypatch, tmp_path, STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("FASTFILM_NNUNET_META", "left=over")
+    labels = out / "nnunet" / "raw" / "Dataset001_fastfilm" / "labelsTr"
+    device = torch.device("cuda", 1)
+    for run in (Run("nnunet", 0, 3), Run("nnunet_conditioned", 1, 4)):
+        folder = out / run.path
+        # the truth as predictions
+        shutil.copytree(labels, folder / "results" / "fold" / "validation")
+        for _ in range(2):
+            made = nnunet.make(folder, out, plan, run, "val", device, None, "")
+            assert made["steps"] == 12 and made["curve"] == [{"step": 12, "dice_mean": 0.5}]
+            held = plan.cases_of(run.fold, "val")
+            assert list(made["cases"]) == [c.id for c in held] and held
+            assert all(c["metrics"]["lesion"]["Dice"] == 1 for c in made["cases"].values())
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [words[0] for words, _ in calls] == ["prepare", "train", "train"]
+    assert calls[0][0][1:] == ["Dataset001_fastfilm", "2d"]
+    assert read_json(out / "nnunet/preprocessed/Dataset001_fastfilm/splits_final.json") == (
+        nnunet_data.splits(plan, "val")
+    )
+    for (words, environment), arm, trainer, fold, seed in (
+        (calls[1], "nnunet", "nnUNetTrainer", "0", "3"),
+        (calls[2], "nnunet_conditioned", "nnUNetTrainerFastFiLM", "1", "4"),
+    ):
+        assert words[1:4] == ["Dataset001_fastfilm", "2d", fold]
+        assert words[words.index("--trainer") + 1] == trainer
+        assert words[words.index("--seed") + 1] == seed
+        assert words[words.index("--device") + 1] == "cuda"
+        folder = out / "runs" / arm / f"fold-{fold}" / f"seed-{seed}"
+        assert environment["nnUNet_results"] == str(folder / "results")
+        assert environment["nnUNet_raw"] == str(out / "nnunet" / "raw")
+        assert environment["CUDA_VISIBLE_DEVICES"] == "7"
+        assert (Path(environment["nnUNet_extTrainer"]) / "nnUNetTrainerFastFiLM.py").is_file()
+        assert "FASTFILM_NNUNET_META" not in environment
+    assert "FASTFILM_NNUNET_TABLE" not in calls[1][1]
+    conditioned = calls[2][1]
+    columns = conditioned["FASTFILM_NNUNET_COLUMNS"].split(",")
+    assert columns == ["metadata.tumor_type"]
+    cases = nnunet_data.splits(plan, "val")[1]
+    table = integration.read(
+        conditioned["FASTFILM_NNUNET_TABLE"], columns, [*cases["train"], *cases["val"]]
+    )
+    assert table["case_00001"] == {"metadata.tumor_type": "=ependymoma"}
+
+
+def test_a_device_that_nnunet_has_not_is_refused(tmp_path: Path) -> None:
+    plan = planned(tmp_path, write_bids(tmp_path / "bids", count=4))
+    with pytest.raises(UserError, match="nnU-Net computes on cpu, cuda, mps, not on xpu"):
+        nnunet.make(
+            tmp_path, tmp_path, plan, Run("nnunet", 0, 0), "val", torch.device("xpu"), None, ""
+        )
+
+
+def test_the_end_of_the_log_is_shown_when_nnunet_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, tmp_path, "for i in range(40): print('line', i)\nraise SystemExit(3)\n")
+    log = tmp_path / "nnunet.log"
+    with pytest.raises(UserError) as raised:
+        nnunet.call([], {**os.environ, "PYTHONPATH": str(tmp_path)}, log, None, "")
+    assert "nnU-Net has failed (status 3)" in str(raised.value)
+    shown = str(raised.value).splitlines()[1:]
+    assert shown == [f"  line {i}" for i in range(25, 40)]
+    assert log.read_text().splitlines()[0] == "line 0"
+
+
+def test_nnunet_is_interrupted_when_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(
+        monkeypatch,
+        tmp_path,
+        "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('in order')\n",
+    )
+    log = tmp_path / "nnunet.log"
+    wait = subprocess.Popen.wait
+
+    def after(process: Any, timeout: float | None = None) -> int:
+        # the first look comes once the program is at work
+        while "ready" not in log.read_text():
+            time.sleep(0.01)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", after)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with pytest.raises(Stopped, match="interrupted; all is kept") as raised:
+        nnunet.call([], environment, log, time.monotonic(), "all is kept")
+    assert raised.value.number == signal.SIGALRM
+    assert log.read_text() == "ready\nin order\n"
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A configuration and the folder of its trial, with a tiny nnU-Net training set in the environment."""
+    folder = tmp_path_factory.mktemp("trial")
+    write_data_set(folder / "data", cases=9, shape=(32, 32, 8))
+    value = configuration(quick=True)
+    value["data"]["root"] = str(folder / "data")
+    value["trial"] = {"arms": BOTH, "seeds": 1}
+    write_json(folder / "config.yaml", value)
+    site = folder / "site"
+    site.mkdir()
+    # torchvision without its operators does not import, and nnU-Net imports it
+    (site / "sitecustomize.py").write_text(
+        "try:\n    import torchvision\nexcept Exception:\n    import torch\n"
+        "    kept = torch.library.Library('torchvision', 'DEF')\n"
+        "    kept.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
+        "    kept.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n",
+        encoding="utf-8",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT}")
+        patch.setenv("FASTFILM_NNUNET_EPOCHS", "3")
+        patch.setenv("FASTFILM_NNUNET_ITERATIONS", "1")
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        patch.setenv("nnUNet_def_n_proc", "1")
+        yield folder / "config.yaml", folder / "out"
+
+
+def opened(config: Path, out: Path) -> tuple[PlanFolder, dict[str, Any]]:
+    from fastfilm.segmentation.config import read_config
+
+    plan, made, _ = open_trial(read_config(config), out)
+    return plan, made
+
+
+@needs_nnunet
+def test_both_arms_are_trained_and_scored_on_the_folds_of_the_others(
+    trial: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = trial
+    plan, made = opened(config, out)
+    runs = selected(made, nnunet_data.ARMS, [1], [0])
+    left = make_runs(out, plan, made, runs, CPU)
+    assert not left.busy and not left.late
+    held = plan.cases_of(1, "val")
+    scores = {run.arm: read_json(out / run.path / SCORES) for run in runs}
+    assert list(scores) == list(nnunet_data.ARMS)
+    for arm, found in scores.items():
+        assert (found["arm"], found["fold"], found["seed"]) == (arm, 1, 0)
+        assert found["design"] == made["sha256"] and found["steps"] == 3
+        assert list(found["cases"]) == [c.id for c in held] and len(held) == 3
+        assert {line["step"] for line in found["curve"]} <= {1, 2, 3}
+        results = out / "runs" / arm / "fold-1" / "seed-0" / "results" / "Dataset001_fastfilm"
+        (model,) = results.iterdir()
+        summary = read_json_with_nan(model / "fold_1" / "validation" / "summary.json")
+        theirs = {
+            Path(c["prediction_file"]).name.partition(".")[0]: c["metrics"]["1"]["Dice"]
+            for c in summary["metric_per_case"]
+        }
+        name = nnunet_data.names(plan)
+        assert sorted(theirs) == sorted(name[c.id] for c in held)
+        for case in held:
+            ours = found["cases"][case.id]["metrics"]["target"]["Dice"]
+            assert ours is not None and ours == pytest.approx(theirs[name[case.id]])
+    conditioned = read_json(
+        next((out / runs[1].path / "results").glob("*/nnUNetTrainerFastFiLM__nnUNetPlans__2d"))
+        / "plans.json"
+    )
+    assert [c["column"] for c in conditioned["fastfilm"]["columns"]] == ["metadata.tumor_type"]
+    plain = next((out / runs[0].path / "results").glob("*/nnUNetTrainer__nnUNetPlans__2d"))
+    weights = [
+        torch.load(f / "fold_1" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+        for f in (plain, next((out / runs[1].path / "results").glob("*/*FastFiLM*")))
+    ]
+    assert not any("film" in k for k in weights[0]) and len(weights[1]) > len(weights[0])
+    # nothing is left to do
+    assert not make_runs(out, plan, made, runs, CPU).late
+
+
+def read_json_with_nan(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+from fastfilm.segmentation.config import read_config
+from fastfilm.segmentation.distributed import Processes
+from fastfilm.segmentation.trial.design import selected
+from fastfilm.segmentation.trial.folder import open_trial
+from fastfilm.segmentation.trial.runs import make_runs
+from fastfilm.segmentation.stopping import Stopped
+
+out = Path(sys.argv[2])
+plan, design, _ = open_trial(read_config(sys.argv[1]), out)
+runs = selected(design, ["nnunet"], [0], [0])
+try:
+    make_runs(out, plan, design, runs, Processes(0, 1, torch.device("cpu")))
+except Stopped as stopped:
+    sys.exit(stopped.status)
+"""
+
+
+def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", RUN, str(config), str(out)])
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    while not there():
+        assert process.poll() is None, "it ended before"
+        time.sleep(0.01)
+
+
+def nnunet_processes(out: Path) -> list[int]:
+    """Processes whose environment has a results folder inside ``out``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"nnUNet_results={out.resolve()}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@needs_nnunet
+def test_a_training_that_was_killed_or_interrupted_goes_on_after_its_last_epoch(
+    trial: tuple[Path, Path],
+) -> None:
+    config, out = trial
+    folder = out / "runs" / "nnunet" / "fold-0" / "seed-0"
+    results = folder / "results" / "Dataset001_fastfilm" / "nnUNetTrainer__nnUNetPlans__2d"
+    latest = results / "fold_0" / "checkpoint_latest.pth"
+    # killed: nnU-Net's process must not outlive the one that started it
+    process = start(config, out)
+    wait_for(latest.exists, process)
+    process.kill()
+    process.wait()
+    # far more than the end of a pipe takes
+    last = time.monotonic() + 120
+    while nnunet_processes(out):
+        assert time.monotonic() < last, "nnU-Net has outlived the process that started it"
+        time.sleep(0.05)
+    assert latest.exists() and not (folder / SCORES).exists()
+    begun = torch.load(latest, weights_only=False)
+    epoch = begun["current_epoch"]
+    assert 1 <= epoch < 3
+    # interrupted: as a cluster does
+    process = start(config, out)
+    wait_for(lambda: len(nnunet_processes(out)) > 0, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not nnunet_processes(out) and not (folder / SCORES).exists()
+    # gone on with
+    process = start(config, out)
+    assert process.wait() == 0
+    assert read_json(folder / SCORES)["steps"] == 3
+    final = torch.load(results / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert final["current_epoch"] == 3
+    kept = begun["logging"]["epoch_start_timestamps"]
+    assert final["logging"]["epoch_start_timestamps"][: len(kept)] == kept
+    assert len(final["logging"]["epoch_start_timestamps"]) == 3

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, and the comparison of two runs on the same cases."""
+"""Means with bootstrap intervals, the comparison of two runs on the same cases, and corrected p-values."""
 
 from __future__ import annotations
 
@@ -137,3 +137,17 @@ def compare(
         p_two_sided=p["two-sided"],
         effect=effect,
     )
+
+
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """p-values corrected for their number, in the same order; None stays None and does not count.
+
+    Holm (1979), "A simple sequentially rejective multiple test procedure", Scand. J. Stat. 6.
+    """
+    given = sorted((v, i) for i, v in enumerate(p) if v is not None)
+    corrected: list[float | None] = [None] * len(p)
+    largest = 0.0
+    for rank, (value, i) in enumerate(given):
+        largest = max(largest, min(1.0, (len(given) - rank) * value))
+        corrected[i] = largest
+    return corrected

@@ -305,13 +305,6 @@ FAULTS = (
         AUDIT,
     ),
     Fault(
-        "segmentation-audit-holm-not-monotone",
-        "fastfilm/segmentation/audit/findings.py",
-        "highest = max(highest, min(",
-        "highest = max(0, min(",
-        AUDIT,
-    ),
-    Fault(
         "segmentation-audit-leaks-not-told",
         "fastfilm/segmentation/audit/findings.py",
         "finding.value >= LEAK[finding.measure]",

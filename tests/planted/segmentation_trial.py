@@ -67,11 +67,11 @@ FAULTS = (
         STATISTICS,
     ),
     Fault(
-        "segmentation-trial-holm-falls",
-        "fastfilm/segmentation/trial/statistics.py",
+        "segmentation-holm-falls",
+        "fastfilm/segmentation/statistics.py",
         "largest = max(largest, min(1.0, (len(given) - rank) * value))",
         "largest = min(1.0, (len(given) - rank) * value)",
-        STATISTICS,
+        "tests/segmentation/test_statistics.py",
     ),
     Fault(
         "segmentation-trial-seeds-needed-shrink-all",

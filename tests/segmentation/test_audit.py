@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fastfilm.__main__ import main
 from fastfilm.segmentation.audit import association, audit, prediction
-from fastfilm.segmentation.audit.findings import Finding, corrected, holm
+from fastfilm.segmentation.audit.findings import Finding, corrected
 from fastfilm.segmentation.audit.images import of_channel
 from fastfilm.segmentation.audit.page import lines, page
 from fastfilm.segmentation.audit.questions import (
@@ -175,10 +175,7 @@ def test_eta_is_that_of_the_analysis_of_variance_and_spearman_that_of_scipy() ->
         association.associate(np.zeros(9), y[:9], (True, False))
 
 
-def test_holms_correction_by_hand() -> None:
-    """0.005 * 4, 0.01 * 3, 0.03 * 2; the last is not below the one before it."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1, 1] and holm([]) == []
+def test_only_what_was_tested_is_corrected() -> None:
     untested = Finding("rare", "x", "subjects", 1, None, None, 5, 9)
     tested = Finding("label", "x", "R2", 0, None, None, 0, 9, p=0.02)
     found = corrected([tested, untested, tested])

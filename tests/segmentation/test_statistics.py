@@ -12,7 +12,7 @@ pytest.importorskip("scipy", reason="needs the extra [segmentation]")
 
 from scipy import stats
 
-from fastfilm.segmentation.statistics import bootstrap_means, compare, mean_of
+from fastfilm.segmentation.statistics import bootstrap_means, compare, holm, mean_of
 
 VALUES = [0.1, 0.5, 0.9, 0.2, 0.4, 0.8]
 SUBJECTS = ["a", "b", "b", "b", "c", "c"]
@@ -77,3 +77,10 @@ def test_sides_are_named_for_the_first_run_and_pairs_need_both_values() -> None:
     assert compare(b, a, list("uvwxyz")).p_less == found.p_greater  # type: ignore[union-attr]
     single = compare([0.9], [0.5], ["u"])
     assert single is not None and single.p_greater is None and single.effect == 1
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls() -> None:
+    # 0.005 * 4, 0.01 * 3, 0.03 * 2; the last is not below the one before it
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, 0.04, 0.03, None]) == pytest.approx([0.03, 0.06, 0.06, None])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == [] and holm([None]) == [None]

@@ -21,7 +21,6 @@ from fastfilm.segmentation.trial.statistics import (
     RESAMPLES,
     Difference,
     difference,
-    holm,
     needed,
 )
 
@@ -226,11 +225,6 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say() -> None:
     assert np.mean([f.p_runs < 0.05 for f in found]) > rejected
     effect = [drawn(rng, n=20, folds=3, mean=0.06) for _ in range(10)]
     assert np.mean([f.p < 0.05 for f in effect]) > 0.9  # type: ignore[operator]
-
-
-def test_holm_multiplies_by_what_is_left_and_never_falls() -> None:
-    assert holm([0.01, 0.04, 0.03, None]) == pytest.approx([0.03, 0.06, 0.06, None])
-    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == [] and holm([None]) == [None]
 
 
 def test_superiority_inferiority_and_exclusion_are_read_off_the_interval() -> None:

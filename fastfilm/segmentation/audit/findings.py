@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from ..statistics import holm
+
 Level = Literal["fine", "look", "warning"]
 
 ALPHA = 0.05
@@ -70,24 +72,10 @@ class Finding:
         return asdict(self)
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Corrected p values, in the order given.
-
-    Holm (1979), "A simple sequentially rejective multiple test procedure", Scand. J. Stat. 6.
-    """
-    order = sorted(range(len(p)), key=p.__getitem__)
-    corrected, highest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = highest
-    return corrected
-
-
 def corrected(findings: Sequence[Finding]) -> list[Finding]:
     """With ``p_corrected`` where there is a p."""
-    tested = [f.p for f in findings if f.p is not None]
-    found = iter(holm(tested))
-    return [f if f.p is None else replace(f, p_corrected=next(found)) for f in findings]
+    every = holm([f.p for f in findings])
+    return [replace(f, p_corrected=p) for f, p in zip(findings, every, strict=True)]
 
 
 def is_leak(finding: Finding) -> bool:

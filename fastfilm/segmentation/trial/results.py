@@ -22,8 +22,9 @@ from ..files import write_json
 from ..groups import MISSING, UNKNOWN, groupings, is_absent
 from ..hints import some
 from ..metadata import as_category
+from ..statistics import holm
 from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED, Array, Scores, read_scores
-from .statistics import MINIMUM, Difference, difference, holm, needed
+from .statistics import MINIMUM, Difference, difference, needed
 
 RESULTS = "results.json"
 

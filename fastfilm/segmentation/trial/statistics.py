@@ -233,17 +233,6 @@ def difference(
     )
 
 
-def holm(p: Sequence[float | None]) -> list[float | None]:
-    """p-values corrected for their number (Holm 1979), in the same order; None stays None and does not count."""
-    given = sorted((v, i) for i, v in enumerate(p) if v is not None)
-    corrected: list[float | None] = [None] * len(p)
-    largest = 0.0
-    for rank, (value, i) in enumerate(given):
-        largest = max(largest, min(1.0, (len(given) - rank) * value))
-        corrected[i] = largest
-    return corrected
-
-
 @dataclass(frozen=True)
 class Needed:
     """How much more would make the interval decide with 80 % power, if the true effect is the one that was found.

@@ -266,7 +266,9 @@ def _next(trial: _Trial, answer: Answer) -> str:
     if p.subjects < MINIMUM:
         return f"Next: more subjects, {MINIMUM} at the least."
     if _not_learned(trial):
-        return "Next: a trial whose networks learn the task: more training.epochs, or another network."
+        return (
+            "Next: a trial whose networks learn the task: more training.epochs, or another network."
+        )
     if p.low is None:
         return f"Next: subjects of more clusters, {MINIMUM} at the least, or no trial.cluster."
     which = SHUFFLED if trial.gains else UNCONDITIONED

@@ -15,7 +15,7 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.config import Config, parse
+from fastfilm.segmentation.config import Config, parse, read_config
 from fastfilm.segmentation.errors import Problems, UserError
 from fastfilm.segmentation.network import MetadataChannels, build_network
 from fastfilm.segmentation.plan import PlanFolder
@@ -217,3 +217,16 @@ def test_the_budget_is_a_number_of_hours(
     path.write_text(yaml.safe_dump(settings(bids)))
     assert main(["trial", str(path), str(tmp_path / "out"), "--budget", "0"]) == 1
     assert "--budget must be a number of hours above 0" in capsys.readouterr().err
+
+
+def test_the_example_of_the_guide_makes_a_trial(tmp_path: Path, monkeypatch: Any) -> None:
+    from fastfilm.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "trial.md").read_text(encoding="utf-8")
+    example = page.split("<!-- example: begin -->")[1].split("<!-- example: end -->")[0]
+    text = example.split("```yaml\n")[1].split("```")[0]
+    Path("trial.yaml").write_text(text, encoding="utf-8")
+    assert main(["demo", "phantoms", "--only-data", "--quick"]) == 0
+    plan, design, _ = open_trial(read_config("trial.yaml"), tmp_path / "out")
+    assert len(plan.cases) == 9 and design["folds"] == 3 and design["seeds"] == [0, 1, 2]

@@ -11,8 +11,8 @@ import torch
 from monai import transforms as mt
 from torch import Tensor
 
-from .config import Augmentation
 from .preprocessing import AXES
+from .sections import Augmentation
 
 IMAGE, MASK = "image", "mask"
 

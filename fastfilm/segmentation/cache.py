@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import check_case
-from .config import Data
 from .console import say
 from .errors import Problems, UserError
 from .files import read_json
 from .labels import mask_of, whole_labels
 from .names import file_name
 from .preprocessing import Preprocessing
+from .sections import Data
 from .sources import Case
 from .volumes import read_volume, same_grid
 

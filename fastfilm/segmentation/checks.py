@@ -13,9 +13,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Data
 from .errors import UserError
 from .labels import listed, mask_of, whole_labels
+from .sections import Data
 from .sources import Case
 from .volumes import NiftiVolume, Remarks, read_volume, same_grid, voxel_problems
 

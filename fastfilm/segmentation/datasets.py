@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .config import Config, Data
+from .config import Config
 from .dicom import of_image, tag_of
 from .encoding import dangling
 from .errors import UserError
 from .hints import contents, did_you_mean, some
 from .metadata import is_blank
+from .sections import Data
 from .sidecars import Sidecars
 from .sources import (
     SUFFIXES,

@@ -13,9 +13,10 @@ import fastfilm
 
 from . import memory
 from .checks import CaseFacts
-from .config import Config, NetworkConfig, Section
+from .config import Config
 from .errors import UserError
 from .preprocessing import AXES, Normalisation, Preprocessing
+from .sections import NetworkConfig, Section
 
 LARGEST_2D, LARGEST_3D = 512 * 512, 128**3
 CPU_2D, CPU_3D = 256 * 256, 64**3

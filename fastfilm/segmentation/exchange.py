@@ -16,7 +16,6 @@ from torch.export import Dim
 import fastfilm
 from fastfilm.nn import FiLMedUNet, Modified3DUNet
 
-from .config import NetworkConfig
 from .errors import UserError
 from .files import atomic, read_tensors
 from .metadata import KeyEncoder, MetadataEncoder
@@ -32,6 +31,7 @@ from .model_folder import (
 from .network import divisor
 from .preprocessing import Normalisation, Preprocessing
 from .records import check_writable
+from .sections import NetworkConfig
 
 TOLERANCE = 1e-3
 """Largest difference of probabilities between ONNX Runtime and the model."""

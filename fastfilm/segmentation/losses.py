@@ -13,7 +13,7 @@ import torch
 from monai import losses as ml
 from torch import Tensor
 
-from .config import Training
+from .sections import Training
 
 Term = Callable[[Tensor, Tensor], Tensor]
 

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from .config import MISSING, MetadataKey, Section
 from .density import density_edges
 from .errors import MetadataError, Problems
+from .sections import MISSING, MetadataKey, Section
 from .vectors import VectorEncoder, numbers
 
 T = TypeVar("T")
@@ -308,7 +308,7 @@ class MetadataEncoder(Section):
     """All keys of a model.
 
     Example:
-        >>> from fastfilm.segmentation.config import MetadataKey
+        >>> from fastfilm.segmentation.sections import MetadataKey
         >>> rows = {"a": {"tumor_type": "astrocytoma"}, "b": {"tumor_type": "ependymoma"}}
         >>> encoder = MetadataEncoder.fit(rows, {"tumor_type": MetadataKey(dropout=0.1)})
         >>> encoder.columns()

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import Config, MetadataKey, Splits
+from .config import Config
 from .errors import Problems
 from .hints import did_you_mean, some
 from .metadata import MetadataEncoder, MetadataError, as_category, is_missing
+from .sections import MetadataKey, Splits
 from .sources import Case, Found, Places
 from .splits import Fold
 

@@ -40,12 +40,13 @@ from torch import Tensor, nn
 
 import fastfilm
 
-from .config import LabelValue, NetworkConfig, PatchSide, Section, problems
+from .config import problems
 from .errors import Problems, UserError
 from .files import read_json, read_tensors, write_json, write_tensors
 from .metadata import KeyEncoder, MetadataEncoder
 from .network import build_network, call
 from .preprocessing import Preprocessed, Preprocessing, Volume
+from .sections import LabelValue, NetworkConfig, PatchSide, Section
 
 FORMAT = 2
 """Of model.json. In format 1 the spellings of a missing value came on top of ``MISSING_IN_FORMAT_1``."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import fastfilm
 from fastfilm.nn import FiLMGenerator
 
-from .config import NetworkConfig
 from .errors import UserError
 from .offline import offline, switched_off
+from .sections import NetworkConfig
 
 TRUSTED = (
     "monai.networks.nets.",

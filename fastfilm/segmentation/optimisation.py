@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import Training
 from .network import generator_parameters
+from .sections import Training
 
 
 def make_optimizer(network: nn.Module, config: Training) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from .checks import CaseFacts, check_cases
-from .config import Config, MetadataKey, config_text, problems, read_config
+from .config import Config, config_text, problems, read_config
 from .datasets import find_cases
 from .decisions import Plan, decide, demands
 from .errors import Problems, UserError
@@ -32,6 +32,7 @@ from .metadata import MetadataEncoder
 from .metadata_checks import coverage, metadata_problems
 from .network import build_network
 from .offline import refuse_fetching
+from .sections import MetadataKey
 from .sources import Case
 from .splits import Fold, make_splits, split_notes
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from . import memory
-from .config import Section
 from .errors import UserError
+from .sections import Section
 
 AXES = ("sagittal", "coronal", "axial")
 """The plane of a slice across the first (right), second (anterior), third (superior) axis."""

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .config import Config, Label, MetadataKey
+from .config import Config
+from .sections import Label, MetadataKey
 
 BEGIN, END = "<!-- configuration: begin -->\n", "<!-- configuration: end -->\n"
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import Config, MetadataKey
+from .config import Config
 from .dicom import read_tags
 from .hints import some
 from .metadata import KeyEncoder, is_blank, is_missing
+from .sections import MetadataKey
 from .vectors import read_vector
 
 SUFFIXES = (".nii.gz", ".nii")

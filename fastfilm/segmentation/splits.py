@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .config import MetadataKey, Splits
 from .hints import some
 from .metadata import KeyEncoder, MetadataError, as_category, is_missing
+from .sections import MetadataKey, Splits
 from .sources import Case
 
 Fold = dict[str, list[str]]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from .config import Section
+from .sections import Section
 
 LONGEST = 2**16
 """Components of a vector."""

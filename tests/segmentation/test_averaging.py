@@ -18,7 +18,7 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
 from fastfilm.segmentation.averaging import MOST, likely, parse_prior, weighted
-from fastfilm.segmentation.config import MetadataKey, NetworkConfig, parse
+from fastfilm.segmentation.config import parse
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.finetuning import start_from
 from fastfilm.segmentation.inference import CaseNetwork, Options, predict
@@ -32,6 +32,7 @@ from fastfilm.segmentation.model_folder import (
 )
 from fastfilm.segmentation.plan import make_plan
 from fastfilm.segmentation.preprocessing import Geometry, Preprocessed
+from fastfilm.segmentation.sections import MetadataKey, NetworkConfig
 from fastfilm.segmentation.sources import Case
 
 from ..support.models import TYPES, make_model

@@ -18,11 +18,12 @@ pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation import trainer
 from fastfilm.segmentation.checkpoint import State, seed_step
-from fastfilm.segmentation.config import Training, parse
+from fastfilm.segmentation.config import parse
 from fastfilm.segmentation.distributed import Processes
 from fastfilm.segmentation.files import read_tensors
 from fastfilm.segmentation.optimisation import Average, Progress, make_optimizer
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
+from fastfilm.segmentation.sections import Training
 from fastfilm.segmentation.training import Start, train
 from fastfilm.segmentation.validation import Validated
 

@@ -17,7 +17,7 @@ pytest.importorskip("pydicom", reason="needs the extra [dicom]")
 
 import pydicom
 
-from fastfilm.segmentation.config import Config, MetadataKey, parse
+from fastfilm.segmentation.config import Config, parse
 from fastfilm.segmentation.datasets import find_cases
 from fastfilm.segmentation.dicom import of_image, read_tags, tag_of
 from fastfilm.segmentation.errors import Problems, UserError
@@ -25,6 +25,7 @@ from fastfilm.segmentation.inputs import find_inputs
 from fastfilm.segmentation.metadata import MetadataEncoder
 from fastfilm.segmentation.model_folder import ModelInfo
 from fastfilm.segmentation.plan import make_plan
+from fastfilm.segmentation.sections import MetadataKey
 
 from ..support.models import make_model
 from ..support.phantoms import settings, write_bids

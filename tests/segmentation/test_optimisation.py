@@ -11,8 +11,8 @@ from torch import nn
 
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.config import Training
 from fastfilm.segmentation.optimisation import Average, Progress, learning_rate, make_optimizer
+from fastfilm.segmentation.sections import Training
 
 
 def rates(steps: int = 110, **options: Any) -> list[float]:

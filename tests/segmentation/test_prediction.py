@@ -19,7 +19,6 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 from fastfilm import cli
 from fastfilm.segmentation import prediction
-from fastfilm.segmentation.config import MetadataKey
 from fastfilm.segmentation.errors import UserError
 from fastfilm.segmentation.images import write_like
 from fastfilm.segmentation.inference import CaseNetwork, Options, predict, regridded
@@ -27,6 +26,7 @@ from fastfilm.segmentation.metadata import MetadataEncoder
 from fastfilm.segmentation.model_folder import LabelInfo, LoadedModel
 from fastfilm.segmentation.postprocessing import fill_holes, keep_largest
 from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
+from fastfilm.segmentation.sections import MetadataKey
 from fastfilm.segmentation.windows import Timing, sliding_windows
 
 from ..support.models import TYPES, make_model

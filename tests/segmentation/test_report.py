@@ -18,12 +18,12 @@ from rich.cells import cell_len
 
 from fastfilm import cli
 from fastfilm.segmentation import figures, layout
-from fastfilm.segmentation.config import MetadataKey
 from fastfilm.segmentation.figures import png
 from fastfilm.segmentation.groups import grouping
 from fastfilm.segmentation.inspection import Inspection, Layer
 from fastfilm.segmentation.metadata import MetadataEncoder
 from fastfilm.segmentation.metrics import METRICS
+from fastfilm.segmentation.sections import MetadataKey
 
 from ..support.models import TYPES, make_model
 from .test_pairs import entry, manifest, some, summary, write

@@ -16,10 +16,10 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation.augment import Augment, is_flat
 from fastfilm.segmentation.cache import CachedCase
-from fastfilm.segmentation.config import Augmentation, MetadataKey
 from fastfilm.segmentation.dataset import Samples, collate, cut
 from fastfilm.segmentation.metadata import MetadataEncoder
 from fastfilm.segmentation.sampling import Draw, Draws, Steps, place
+from fastfilm.segmentation.sections import Augmentation, MetadataKey
 from fastfilm.segmentation.sources import Case
 
 OFF = dict.fromkeys(("affine", "noise", "blur", "brightness", "gamma"), 0.0)

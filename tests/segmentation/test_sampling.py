@@ -16,11 +16,11 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation.augment import Augment
 from fastfilm.segmentation.cache import CachedCase
-from fastfilm.segmentation.config import Augmentation, Training
 from fastfilm.segmentation.dataset import cut
 from fastfilm.segmentation.losses import KnownLoss
 from fastfilm.segmentation.optimisation import Average, Progress, learning_rate, make_optimizer
 from fastfilm.segmentation.sampling import Draw, Draws, Steps, groups_by, place
+from fastfilm.segmentation.sections import Augmentation, Training
 from fastfilm.segmentation.sources import Case
 
 LOSSES = ["dice", "ce", "focal", "tversky", "generalised_dice"]

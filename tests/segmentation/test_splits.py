@@ -11,11 +11,12 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config import MetadataKey, Splits, config_text, parse, write_config
+from fastfilm.segmentation.config import config_text, parse, write_config
 from fastfilm.segmentation.errors import Problems
 from fastfilm.segmentation.files import read_json
 from fastfilm.segmentation.model_folder import load_model
 from fastfilm.segmentation.plan import make_plan, read_plan
+from fastfilm.segmentation.sections import MetadataKey, Splits
 from fastfilm.segmentation.sources import Case
 from fastfilm.segmentation.splits import make_splits, split_notes
 from fastfilm.segmentation.yaml_files import load_yaml

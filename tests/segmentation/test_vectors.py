@@ -16,7 +16,7 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 from sklearn.decomposition import PCA
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config import MetadataKey, parse
+from fastfilm.segmentation.config import parse
 from fastfilm.segmentation.datasets import find_cases
 from fastfilm.segmentation.errors import MetadataError, Problems, UserError
 from fastfilm.segmentation.finetuning import start_from
@@ -32,6 +32,7 @@ from fastfilm.segmentation.model_folder import (
     save_weights,
 )
 from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
+from fastfilm.segmentation.sections import MetadataKey
 from fastfilm.segmentation.sources import Case
 from fastfilm.segmentation.swap import swap_values
 from fastfilm.segmentation.training import Start, describe

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from fastfilm.segmentation.config import MetadataKey, NetworkConfig
 from fastfilm.segmentation.metadata import MetadataEncoder
 from fastfilm.segmentation.model_folder import (
     LabelInfo,
@@ -18,6 +17,7 @@ from fastfilm.segmentation.model_folder import (
     save_weights,
 )
 from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
+from fastfilm.segmentation.sections import MetadataKey, NetworkConfig
 
 TYPES = ("astrocytoma", "ependymoma", "hemangioblastoma")
 

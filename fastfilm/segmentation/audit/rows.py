@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..config import MetadataKey
 from ..errors import UserError
 from ..metadata import KeyEncoder, MetadataEncoder, as_category, is_missing
 from ..plan import PlanFolder
 from ..records import Record, read_record
+from ..sections import MetadataKey
 from ..sources import Case
 
 KINDS = ("category", "ordered", "multilabel", "continuous")

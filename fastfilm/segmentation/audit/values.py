@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from ..config import MetadataKey
 from ..hints import some
 from ..metadata import as_category, is_missing
 from ..plan import PlanFolder
+from ..sections import MetadataKey
 from ..sources import Case
 from .findings import CLASS, Finding
 from .rows import Column, Rows

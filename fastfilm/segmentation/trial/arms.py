@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Config, NetworkConfig
+from ..config import Config
 from ..decisions import Plan
 from ..errors import UserError
 from ..plan import PlanFolder
+from ..sections import NetworkConfig
 from .design import Run
 
 Fed = dict[str, dict[str, Any]]

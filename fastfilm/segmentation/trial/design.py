@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Arm, Config
+from ..config import Config
 from ..errors import Problems, UserError
 from ..files import read_json, write_json
 from ..hints import did_you_mean
 from ..plan import PlanFolder
+from ..sections import Arm
 from . import nnunet_data
 
 NAME = "design.json"

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import MetadataKey
 from ..errors import Problems, UserError
 from ..inference import Options, Predicted, predict
 from ..inputs import InputCase
@@ -21,6 +20,7 @@ from ..plan import PlanFolder
 from ..postprocessing import Mask
 from ..prediction import load_case, resolved
 from ..preprocessing import bounding_box
+from ..sections import MetadataKey
 from ..sources import Case
 from ..swap import shown
 from ..volumes import read_volume, same_grid

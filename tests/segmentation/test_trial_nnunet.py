@@ -96,15 +96,20 @@ def test_the_data_set_holds_linked_images_and_merged_labels(tmp_path: Path) -> N
         assert np.array_equal(merged.affine, nib.load(image).affine)
 
 
-def test_images_that_nnunet_would_read_otherwise_are_copied_in_mm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("odd_one", ["metres", "dimension"])
+def test_images_that_nnunet_would_read_otherwise_are_copied_in_mm(
+    tmp_path: Path, odd_one: str
+) -> None:
     root = write_bids(tmp_path / "bids", count=4)
     odd = root / "sub-00" / "anat" / "sub-00_FLAIR.nii.gz"
     plain = nib.load(odd)
     array = np.asarray(plain.dataobj)
     metres = plain.affine.copy()
     metres[:3] /= 1000
-    image = nib.Nifti1Image(array[..., None], metres)
+    image = nib.Nifti1Image(array, metres)
     image.header.set_xyzt_units("meter")
+    if odd_one == "dimension":
+        image = nib.Nifti1Image(array[..., None], plain.affine)
     nib.save(image, odd)
     plan = planned(tmp_path, root)
     nnunet_data.write_data_set(plan, tmp_path)
@@ -462,13 +467,22 @@ def test_the_end_of_the_log_is_shown_when_nnunet_fails(
     assert log.read_text().splitlines()[0] == "line 0"
 
 
-def test_nnunet_is_interrupted_when_the_time_is_over(
+def alive(pid: int) -> bool:
+    """Whether a process is there and not only waits for its parent to take note of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_nnunet_and_what_it_has_started_end_when_the_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(
         monkeypatch,
         tmp_path,
-        "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "import subprocess, time\nleft = subprocess.Popen(['sleep', '600'])\n"
+        "try:\n    print(left.pid, 'ready', flush=True)\n    time.sleep(600)\n"
         "except KeyboardInterrupt:\n    print('in order')\n",
     )
     log = tmp_path / "nnunet.log"
@@ -485,7 +499,12 @@ def test_nnunet_is_interrupted_when_the_time_is_over(
     with pytest.raises(Stopped, match="interrupted; all is kept") as raised:
         nnunet.call([], environment, log, time.monotonic(), "all is kept")
     assert raised.value.number == signal.SIGALRM
-    assert log.read_text() == "ready\nin order\n"
+    first, second = log.read_text().splitlines()
+    assert second == "in order"
+    last = time.monotonic() + 60
+    while alive(int(first.split()[0])):
+        assert time.monotonic() < last, "a process that nnU-Net has started is left"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -317,3 +317,16 @@ def test_a_training_that_had_not_levelled_off_is_said() -> None:
     assert line.startswith(
         "conditioned: the validation Dice still rose by 0.050 in the last quarter"
     )
+
+
+def test_nnunets_arms_are_compared_with_each_other_too(tmp_path: Path) -> None:
+    gain = {"conditioned": 0.03, "nnunet": 0.05, "nnunet_conditioned": 0.1}
+    found = collect(write_trial(tmp_path, gain, subjects=20, folds=2))
+    assert list(found["against"]) == ["nnunet", "nnunet_conditioned"]
+    (row,) = found["pairs"].values()
+    assert list(found["pairs"]) == ["nnunet_conditioned - nnunet"]
+    difference = found["against"]["nnunet"]["mean"] - found["against"]["nnunet_conditioned"]["mean"]
+    assert row["mean"] == pytest.approx(difference) and row["low"] > 0.02
+    # one family of three
+    p = [r["p"] for r in (*found["against"].values(), row)]
+    assert min(r["p_holm"] for r in (*found["against"].values(), row)) == pytest.approx(3 * min(p))

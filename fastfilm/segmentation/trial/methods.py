@@ -17,6 +17,8 @@ MEANING = {
     SHUFFLED: "trained with the metadata of other cases",
     "channels": "metadata as constant image channels",
     "encoder": "FiLM in the encoder alone",
+    "nnunet": "nnU-Net's own plan and trainer",
+    "nnunet_conditioned": "nnU-Net with FiLM on the metadata",
 }
 """What each arm is."""
 
@@ -75,6 +77,11 @@ def _numbers(results: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"Against {arm} (mean {number(arms[arm]['mean'], 3)}) the difference was {signed(row['mean'])}, 95"
             f" % CI {ends(row)}, p {p_text(row['p_holm'])} (Holm)."
+        )
+    for name, row in results["pairs"].items():
+        sentences.append(
+            f"The difference {name} was {signed(row['mean'])}, 95 % CI {ends(row)}, p {p_text(row['p_holm'])}"
+            " (Holm)."
         )
     if not p["training_known"]:
         sentences.append("With one seed the intervals hold for these networks alone.")

@@ -101,7 +101,9 @@ def _row(name: str, row: Mapping[str, Any]) -> Row:
 def _effect(page: Page, results: Mapping[str, Any]) -> None:
     page.title("The effect")
     margin = results["design"]["margin"]
-    rows = {UNCONDITIONED: results["primary"], **results["against"]}
+    rows = {f"{CONDITIONED} - {UNCONDITIONED}": results["primary"]}
+    rows |= {f"{CONDITIONED} - {arm}": row for arm, row in results["against"].items()}
+    rows |= results["pairs"]
     _paragraph(
         page,
         "Dice says how far a segmentation and the truth overlap: 0 not at all, 1 fully. Every case was"
@@ -113,18 +115,18 @@ def _effect(page: Page, results: Mapping[str, Any]) -> None:
         f" the margin of {margin:g}. An interval right of 0 is a gain that chance does not explain; one left of"
         " the margin excludes a gain worth having."
     )
-    shown = [_row(f"against {arm}", row) for arm, row in rows.items()]
+    shown = [_row(name, row) for name, row in rows.items()]
     page.picture("effect", pictures.forest(shown, margin), about)
     cells = [
         [
-            f"{CONDITIONED} - {arm}",
+            name,
             signed(row["mean"]),
             ends(row),
             p_value(row["p"]),
             p_value(row["p_holm"]) if "p_holm" in row else NONE,
             f"{row['higher']:.0%} / {row['lower']:.0%}",
         ]
-        for arm, row in rows.items()
+        for name, row in rows.items()
     ]
     head = ["difference of Dice", "mean", "95 % interval", "p", "p (Holm)", "cases better / worse"]
     page.sections.append(table(head, cells))

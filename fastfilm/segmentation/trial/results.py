@@ -39,6 +39,9 @@ DIGITS = 10
 RISE = 0.02
 """Of the validation Dice in the last quarter of the steps: more says that training had not levelled off."""
 
+PAIRS = (("nnunet_conditioned", "nnunet"),)
+"""Other arms that differ in the metadata alone, and are compared with each other."""
+
 Mask = NDArray[np.bool_]
 
 
@@ -47,9 +50,10 @@ def collect(out: Path) -> dict[str, Any]:
 
     Returns:
         what the file holds: ``design``; ``counts``; ``arms``: arm -> means and spreads; ``primary``: conditioned -
-        unconditioned; ``against``: other arm -> conditioned - that arm; ``labels``; ``secondary``; ``groups``: key
-        -> group; ``extremes``; ``swaps``: key -> what a wrong value costs; ``calibration``; ``curves``;
-        ``needed``; ``points``: each case's and each network's difference; ``notes``.
+        unconditioned; ``against``: other arm -> conditioned - that arm; ``pairs``: differences of other arms;
+        ``labels``; ``secondary``; ``groups``: key -> group; ``extremes``; ``swaps``: key -> what a wrong value
+        costs; ``calibration``; ``curves``; ``needed``; ``points``: each case's and each network's difference;
+        ``notes``.
 
     Raises:
         UserError: runs that are missing, damaged, of another design, or without a case that can be compared.
@@ -73,6 +77,12 @@ def summarise(scores: Scores) -> dict[str, Any]:
     primary = compared.difference(dice[CONDITIONED] - dice[UNCONDITIONED])
     others = [arm for arm in design.arms if arm not in COMPARED]
     against = {arm: compared.difference(dice[CONDITIONED] - dice[arm]) for arm in others}
+    pairs = {
+        f"{a} - {b}": compared.difference(dice[a] - dice[b])
+        for a, b in PAIRS
+        if {a, b} <= {*design.arms}
+    }
+    further = _corrected({name: d.to_json() for name, d in {**against, **pairs}.items()})
     groups = _groups(compared, dice)
     results = {
         "format": 1,
@@ -89,7 +99,8 @@ def summarise(scores: Scores) -> dict[str, Any]:
         },
         "arms": {arm: _arm(compared, arm, dice[arm]) for arm in design.arms},
         "primary": primary.to_json(),
-        "against": _corrected({arm: d.to_json() for arm, d in against.items()}),
+        "against": {arm: further[arm] for arm in against},
+        "pairs": {name: further[name] for name in pairs},
         "labels": _labels(compared),
         "secondary": _secondary(scores),
         "groups": groups,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from pathlib import Path
@@ -17,14 +18,17 @@ from fastfilm.ops.settings import environment
 
 from ..support.phantoms import settings, write_bids
 from .test_kills import kill, run, start
+from .test_training import saved_step
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 KILLS = 10 if SLOW else 3
+RUNS, STEPS = 12, 6
+"""Networks of the trial, and steps of each."""
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A folder with a trial that nothing disturbed, and the seconds that it took."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trial that nothing disturbed."""
     folder = tmp_path_factory.mktemp("trial")
     root = write_bids(folder / "bids", count=9)
     config = settings(
@@ -34,9 +38,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
         training={"checkpoint_steps": 1},
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    begun = time.monotonic()
     assert run(folder, "trial", "config.yaml", "whole") == 0
-    return folder, time.monotonic() - begun
+    return folder
+
+
+def steps(trial: Path) -> int:
+    """Training steps whose result is saved, over all runs."""
+    found = STEPS * len([*trial.rglob("scores.json")])
+    for path in trial.rglob("last.safetensors"):
+        # removed once the scores are there
+        with contextlib.suppress(FileNotFoundError):
+            found += saved_step(path.parent)
+    return found
 
 
 def assert_same(folder: Path, name: str) -> None:
@@ -46,24 +59,28 @@ def assert_same(folder: Path, name: str) -> None:
     assert not [p for p in (folder / name).rglob(".*") if p.name.startswith((".writing-", ".lock"))]
 
 
-def test_a_trial_killed_again_and_again_ends_as_an_undisturbed_one(
-    whole: tuple[Path, float],
-) -> None:
-    folder, seconds = whole
+def test_a_trial_killed_again_and_again_ends_as_an_undisturbed_one(whole: Path) -> None:
+    folder = whole
     chance = random.Random(7)
-    for i in range(KILLS):
-        # at least the time that a process takes to begin, so that the trial gets on
-        until = time.monotonic() + chance.uniform(0.3, 1.0) * seconds
+    kills = 0
+    for moment in sorted(chance.sample(range(RUNS * STEPS - 2), KILLS)):
         process = start(folder, "trial", "config.yaml", "killed")
-        if not kill(process, lambda until=until: time.monotonic() > until):
-            assert i > 0
-            break
+        delay = chance.uniform(0, 0.2)
+
+        def reached(moment: int = moment, delay: float = delay) -> bool:
+            if steps(folder / "killed") >= moment:
+                time.sleep(delay)
+                return True
+            return False
+
+        kills += kill(process, reached)
+    assert kills == KILLS
     assert run(folder, "trial", "config.yaml", "killed") == 0
     assert_same(folder, "killed")
 
 
-def test_two_processes_share_a_trial(whole: tuple[Path, float]) -> None:
-    folder, _ = whole
+def test_two_processes_share_a_trial(whole: Path) -> None:
+    folder = whole
     assert run(folder, "trial", "config.yaml", "shared", "--dry") == 0
     two = [start(folder, "trial", "config.yaml", "shared") for _ in range(2)]
     for process in two:
@@ -74,8 +91,8 @@ def test_two_processes_share_a_trial(whole: tuple[Path, float]) -> None:
     assert_same(folder, "shared")
 
 
-def test_parts_of_a_trial_give_no_verdict(whole: tuple[Path, float]) -> None:
-    folder, _ = whole
+def test_parts_of_a_trial_give_no_verdict(whole: Path) -> None:
+    folder = whole
     words = [
         "trial",
         "config.yaml",

@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint import NAME as STATE
 from ..console import quiet, say
 from ..distributed import Processes
+from ..errors import UserError
 from ..files import read_json, write_json
 from ..lock import Busy, locked
 from ..model_folder import load_model
@@ -96,9 +97,13 @@ def make_runs(
                     "seconds": round(time.monotonic() - begun, 1),
                 }
                 write_json(folder / SCORES, scores)
+                # the optimiser's state, larger than the weights: nothing is left to go on with
+                (folder / MODEL / STATE).unlink(missing_ok=True)
         except Busy:
             left.busy.append(run)
             continue
+        except UserError as error:
+            raise UserError(f"{run}: {error}") from error
         except Stopped as stopped:
             if stopped.number == signal.SIGALRM:
                 left.late = True

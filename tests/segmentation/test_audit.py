@@ -439,7 +439,7 @@ def test_few_subjects_are_audited_for_their_values_alone(tmp_path: Path) -> None
 
 def test_a_plan_without_keys_or_with_another_fingerprint_is_refused(tmp_path: Path) -> None:
     cases = [case("s0", site="x")]
-    with pytest.raises(UserError, match="no metadata keys to audit"):
+    with pytest.raises(UserError, match="nothing to audit"):
         audit(planned(tmp_path, cases, {}))
     plan = planned(tmp_path, cases, {"site": {}})
     plan.cases.append(case("s1", site="y"))

@@ -141,6 +141,38 @@ def test_what_makes_no_trial_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"trial": {"seeds": 1}}, "with one seed .* no result is an answer"),
+        ({"trial": {"seeds": 2}}, "2 folds and 2 seeds make 4 pairs of networks, .*: 3 seeds"),
+        (
+            {"splits": {"column": "part", "folds": None}},
+            "1 fold and 3 seeds make 3 pairs of networks, too few for p below 0.05; .*: 6 seeds",
+        ),
+        ({"splits": {"column": "part", "folds": None}}, "2 subjects are held out, too few"),
+        (
+            {
+                "metadata": {"tumor_type": {"unseen": "unknown"}, "site": {"input": False}},
+                "trial": {"cluster": "site"},
+            },
+            "site has 2 values among the held-out subjects, too few",
+        ),
+    ],
+)
+def test_a_trial_that_cannot_answer_is_refused(
+    bids: Path, tmp_path: Path, sections: Any, text: str
+) -> None:
+    copy = tmp_path / "bids"
+    shutil.copytree(bids, copy)
+    table = copy / "participants.tsv"
+    head, *rows = table.read_text().splitlines()
+    more = [f"{row}\t{'val' if i < 2 else 'train'}\t{i % 2}" for i, row in enumerate(rows)]
+    table.write_text("\n".join([f"{head}\tpart\tsite", *more]) + "\n")
+    with pytest.raises(Problems, match=text):
+        open_trial(config(copy, **sections), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     "arms", [["conditioned"], ["conditioned", "shuffled"], [*ARMS, "shuffled"]]
 )
 def test_a_trial_needs_both_of_its_main_arms_once(bids: Path, arms: list[str]) -> None:

@@ -227,7 +227,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
     write_data_set(folder / "data", cases=9, shape=(32, 32, 8))
     value = configuration(quick=True)
     value["data"]["root"] = str(folder / "data")
-    value["trial"] = {"arms": BOTH, "seeds": 1}
+    value["trial"] = {"arms": BOTH, "seeds": 2}
     write_json(folder / "config.yaml", value)
     site = folder / "site"
     site.mkdir()

@@ -36,7 +36,7 @@ from ..support.phantoms import settings, write_bids
 ONE = Processes(0, 1, torch.device("cpu"))
 
 SECTIONS = {
-    "trial": {"seeds": 1},
+    "trial": {"seeds": 3},
     "metadata": {"tumor_type": {}, "age": {"kind": "continuous"}},
     "splits": {"folds": 2, "stratify": ["tumor_type"]},
 }
@@ -57,7 +57,7 @@ def made(bids: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Fold 0 of all arms, undisturbed."""
     out = tmp_path_factory.mktemp("trial") / "out"
     plan, design = opened(bids, out)
-    assert not make_runs(out, plan, design, selected(design, folds=[0]), ONE).late
+    assert not make_runs(out, plan, design, selected(design, folds=[0], seeds=[0]), ONE).late
     return out, plan, design
 
 
@@ -137,7 +137,7 @@ def test_the_shuffled_network_is_another_one_and_the_sampling_is_the_same(made: 
 def test_a_run_that_is_done_is_not_made_again(made: Any, monkeypatch: Any) -> None:
     out, plan, design = made
     monkeypatch.setattr(module, "_make", lambda *a: pytest.fail("made again"))
-    make_runs(out, plan, design, selected(design, folds=[0]), ONE)
+    make_runs(out, plan, design, selected(design, folds=[0], seeds=[0]), ONE)
 
 
 @pytest.mark.parametrize("step", [0, 2, 4, 5])
@@ -241,13 +241,13 @@ def test_the_cost_is_said_arm_by_arm(made: Any) -> None:
     # under every value of both keys, one after the other
     assert costs["conditioned"].scoring > costs["unconditioned"].scoring
     lines = said(costs, every)
-    assert len(lines) == 4 and lines[-1].startswith("6 networks on this device: about ")
+    assert len(lines) == 4 and lines[-1].startswith("18 networks on this device: about ")
 
 
 def test_dry_trains_nothing(bids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.json.yaml"
     path.write_text(json.dumps(settings(bids, **SECTIONS)))
     assert main(["trial", str(path), str(tmp_path / "out"), "--dry"]) == 0
-    assert "6 networks on this device" in capsys.readouterr().out
+    assert "18 networks on this device" in capsys.readouterr().out
     assert (tmp_path / "out" / "design.json").is_file()
     assert not (tmp_path / "out" / "runs").exists()

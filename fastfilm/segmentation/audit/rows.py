@@ -109,7 +109,7 @@ def read_rows(plan: PlanFolder, seed: int) -> Rows:
         UserError: no metadata keys; a fingerprint that is none, or lacks a case.
     """
     if not plan.config.metadata:
-        raise UserError(f"{plan.path}: no metadata keys to audit (metadata in the configuration)")
+        raise UserError("metadata: the configuration has no key, so there is nothing to audit")
     file = plan.path / "fingerprint.json"
     facts = read_record(file, Fingerprint, "the fingerprint of a plan").by_id()
     lacking = [c.id for c in plan.cases if c.id not in facts]

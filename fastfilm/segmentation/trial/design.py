@@ -19,9 +19,11 @@ from ..config import Config
 from ..errors import Problems, UserError
 from ..files import read_json, write_json
 from ..hints import did_you_mean
+from ..metadata import as_category, is_missing
 from ..plan import PlanFolder
 from ..sections import Arm
 from . import nnunet_data
+from .statistics import MINIMUM
 
 NAME = "design.json"
 
@@ -94,7 +96,7 @@ def check_config(config: Config) -> None:
 
 
 def check_plan(plan: PlanFolder) -> None:
-    """Refuses splits under which the held-out cases would choose the weights.
+    """Refuses splits under which held-out cases would choose the weights, and too few folds, seeds or subjects.
 
     Raises:
         Problems: everything that is wrong.
@@ -112,8 +114,42 @@ def check_plan(plan: PlanFolder) -> None:
             if not plan.cases_of(k, name):
                 wrong.append(f"fold {k}: no case is in its part {name!r} ({fold.get(name, [])})")
     wrong += nnunet_data.plan_problems(plan)
+    wrong += _unanswerable(plan, part)
     if wrong:
         raise Problems("the plan does not make a trial", wrong)
+
+
+def _unanswerable(plan: PlanFolder, part: str) -> list[str]:
+    """Why no result of the trial could say "use it"; found before hours are spent on it."""
+    seeds, folds, wrong = plan.config.trial.seeds, len(plan.folds), []
+    if seeds == 1:
+        wrong.append(
+            "trial.seeds: with one seed the noise of training is not known, and no result is an answer; 3 is usual"
+        )
+    elif folds * seeds < MINIMUM:
+        wrong.append(
+            f"trial.seeds: {folds} {'fold' if folds == 1 else 'folds'} and {seeds} seeds make {folds * seeds}"
+            f" pairs of networks, too few for p below {ALPHA}; {MINIMUM} are the least: {-(-MINIMUM // folds)} seeds"
+        )
+    cases = {c.id: c for k in range(folds) for c in plan.cases_of(k, part)}.values()
+    subjects = len({c.subject for c in cases})
+    if subjects < MINIMUM:
+        wrong.append(
+            f"{subjects} subjects are held out, too few for an answer; {MINIMUM} are the least"
+        )
+    name = plan.config.trial.cluster
+    if name is not None:
+        key = plan.config.metadata[name]
+        values = {
+            c.subject if is_missing(v := c.metadata.get(name), key) else as_category(v)
+            for c in cases
+        }
+        if len(values) < MINIMUM:
+            wrong.append(
+                f"trial.cluster: {name} has {len(values)} values among the held-out subjects, too few for p below"
+                f" {ALPHA}; {MINIMUM} are the least (splits.leave_out: {name} asks about {name} in another way)"
+            )
+    return wrong
 
 
 def design(plan: PlanFolder) -> dict[str, Any]:

@@ -129,7 +129,8 @@ def _unanswerable(plan: PlanFolder, part: str) -> list[str]:
     elif folds * seeds < MINIMUM:
         wrong.append(
             f"trial.seeds: {folds} {'fold' if folds == 1 else 'folds'} and {seeds} seeds make {folds * seeds}"
-            f" pairs of networks, too few for p below {ALPHA}; {MINIMUM} are the least: {-(-MINIMUM // folds)} seeds"
+            f" pairs of networks, too few for p below {ALPHA}; {MINIMUM} are the least:"
+            f" {-(-MINIMUM // folds)} seeds"
         )
     cases = {c.id: c for k in range(folds) for c in plan.cases_of(k, part)}.values()
     subjects = len({c.subject for c in cases})

@@ -129,15 +129,15 @@ def test_a_data_set_that_is_there_is_not_written_again(tmp_path: Path) -> None:
 
 
 def test_labels_that_overlap_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    root = write_bids(tmp_path / "bids", count=4, labels=lambda image, mask: mask * 0 + 2)
+    root = write_bids(tmp_path / "bids", count=6, labels=lambda image, mask: mask * 0 + 2)
     with pytest.raises(
-        Problems, match=r"(?s)\(4\).*sub-00: two and all overlap in 3072 voxels.*exclude"
+        Problems, match=r"(?s)\(6\).*sub-00: two and all overlap in 3072 voxels.*exclude"
     ) as raised:
         value = phantom_settings(
             root, trial={"arms": BOTH}, data={"labels": {"all": [1, 2], "two": 2}}
         )
         open_trial(parse({**value, "data": value["data"]}, "test"), tmp_path / "trial")
-    assert len(raised.value.problems) == 4
+    assert len(raised.value.problems) == 6
     assert not (tmp_path / "trial" / "design.json").exists()
     assert not (tmp_path / "trial" / "nnunet" / "raw").exists()
 

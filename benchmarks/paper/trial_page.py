@@ -24,6 +24,9 @@ BEGIN, END = "<!-- trials: begin -->", "<!-- trials: end -->"
 
 KEPT = ("design", "counts", "arms", "primary", "against", "labels", "groups", "swaps", "needed")
 
+SHOWN = ("about", "level", "measure", "value", "low", "high", "chance", "p_corrected")
+"""Of a finding of the audit."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
@@ -49,6 +52,11 @@ def summary(folder: Path) -> dict[str, Any]:
         "answer": said.answer,
         "sentences": list(said.sentences),
         **{name: results[name] for name in KEPT},
+        "audit": [
+            {name: f[name] for name in SHOWN}
+            for f in read_json(folder / "audit.json")["findings"]
+            if f["level"] != "fine"
+        ],
     }
 
 

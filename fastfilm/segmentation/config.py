@@ -231,6 +231,19 @@ def override(value: dict[str, Any], key: str, new: Any) -> None:
     value[last] = new
 
 
+FREE = ("workers", "checkpoint_minutes", "checkpoint_steps")
+"""Settings of the training that change nothing of its result: who loads, and how often is saved."""
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """The settings that a result depends on, as nested plain JSON: not where the data are, nor ``FREE``."""
+    value = config.model_dump(mode="json")
+    del value["data"]["root"]
+    for name in FREE:
+        del value["training"][name]
+    return value
+
+
 def write_config(config: Config, path: str | Path) -> None:
     """The complete configuration as YAML, atomically."""
     write_text(path, config_text(config))

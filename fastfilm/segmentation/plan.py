@@ -58,6 +58,11 @@ class PlanFolder:
         subjects = set(self.folds[fold].get(part, []))
         return [c for c in self.cases if c.subject in subjects]
 
+    @property
+    def held_out(self) -> str:
+        """The part of a fold that no training has seen: "test" where the splits have one, else "val"."""
+        return "test" if all(fold.get("test") for fold in self.folds) else "val"
+
     def keys(self) -> dict[str, MetadataKey]:
         """The metadata keys, with that of the task where the task is metadata."""
         return metadata_keys(self.config)

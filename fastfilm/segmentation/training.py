@@ -19,7 +19,7 @@ import fastfilm
 
 from .cache import cached
 from .checkpoint import NAME, Saved
-from .config import write_config
+from .config import decisive, write_config
 from .console import bar, say
 from .distributed import Processes
 from .errors import Problems, UserError
@@ -247,11 +247,8 @@ def _reason(error: Exception) -> str | None:
 
 def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
     """Everything that decides the result, name -> value; a state of another one is not gone on with."""
-    config = start.plan.config.model_dump(mode="json")
-    # how often is saved and who loads changes nothing
-    for key in ("checkpoint_minutes", "checkpoint_steps", "workers"):
-        del config["training"][key]
-    del config["data"]["root"], config["trial"]
+    config = decisive(start.plan.config)
+    del config["trial"]
     model = info.model_dump(mode="json", exclude={"fastfilm", "training"})
     return {
         "fold": start.fold,

@@ -124,8 +124,7 @@ def read_rows(plan: PlanFolder, seed: int) -> Rows:
             [f.voxels.get(name, np.nan) * np.prod(f.spacing) / 1000 for f in mine], float
         )
     rows.geometry = np.log([[*f.shape, *f.spacing] for f in mine])
-    part = "test" if any(f.get("test") for f in plan.folds) else "val"
-    held = {s: k for k, f in enumerate(plan.folds) for s in f.get(part, [])}
+    held = {s: k for k, f in enumerate(plan.folds) for s in f.get(plan.held_out, [])}
     rows.fold = np.array([held.get(c.subject, np.nan) for c in cases], float)
     return rows
 

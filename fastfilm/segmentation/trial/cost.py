@@ -20,7 +20,7 @@ from ..plan import PlanFolder
 from ..trainer import MOST_STEPS
 from ..training import Start, describe
 from .arms import arm_plan
-from .design import Run, held_out
+from .design import Run
 from .nnunet_data import ARMS
 from .scoring import MOST_VALUES
 
@@ -91,7 +91,7 @@ def measure(plan: PlanFolder, run: Run, steps: int, device: str | None) -> Cost:
     tasks = len(info.labels) if info.output == "task" else 1
     windows = np.mean([_windows(shape, info.patch_size) for shape in _shapes(plan)]) * tasks
     validated = len(plan.cases_of(run.fold, "val"))
-    scored = len(plan.cases_of(run.fold, held_out(plan)))
+    scored = len(plan.cases_of(run.fold, plan.held_out))
     times = math.ceil(config.epochs / config.validate_every)
     swaps = 1 + sum(min(MOST_VALUES, k.known_width) + k.unknown for k in info.metadata.keys)
     return Cost(

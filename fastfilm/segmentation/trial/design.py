@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config import Config, decisive
 from ..errors import Problems, UserError
 from ..files import read_json, write_json
 from ..hints import did_you_mean
-from ..metadata import as_category, is_missing
 from ..plan import PlanFolder
 from ..sections import Arm
 from . import nnunet_data
+from .scoring import cluster_of
 from .statistics import MINIMUM
 
 NAME = "design.json"
@@ -43,9 +43,6 @@ TEST = (
     " runs (fold and seed) and over subjects (or clusters)"
 )
 
-FREE = ("workers", "checkpoint_minutes", "checkpoint_steps")
-"""Settings of the training that change nothing of the result."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -62,11 +59,6 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.arm}, fold {self.fold}, seed {self.seed}"
-
-
-def held_out(plan: PlanFolder) -> str:
-    """The part of a fold that is scored: "test" where the splits have one, else "val"."""
-    return "test" if all(fold.get("test") for fold in plan.folds) else "val"
 
 
 def check_config(config: Config) -> None:
@@ -102,7 +94,7 @@ def check_plan(plan: PlanFolder) -> None:
         Problems: everything that is wrong.
     """
     training, wrong = plan.config.training, []
-    part = held_out(plan)
+    part = plan.held_out
     if part == "val":
         hint = "the held-out cases would choose the weights; splits.nested keeps subjects for that"
         if training.early_stopping is not None:
@@ -140,11 +132,7 @@ def _unanswerable(plan: PlanFolder, part: str) -> list[str]:
         )
     name = plan.config.trial.cluster
     if name is not None:
-        key = plan.config.metadata[name]
-        values = {
-            c.subject if is_missing(v := c.metadata.get(name), key) else as_category(v)
-            for c in cases
-        }
+        values = {cluster_of(plan, c) for c in cases}
         if len(values) < MINIMUM:
             wrong.append(
                 f"trial.cluster: {name} has {len(values)} values among the held-out subjects, too few for p below"
@@ -156,11 +144,7 @@ def _unanswerable(plan: PlanFolder, part: str) -> list[str]:
 def design(plan: PlanFolder) -> dict[str, Any]:
     """What design.json holds."""
     config = plan.config
-    part = held_out(plan)
-    settings = config.model_dump(mode="json")
-    del settings["data"]["root"]
-    for name in FREE:
-        del settings["training"][name]
+    part = plan.held_out
     first, count = config.training.seed, config.trial.seeds
     value = {
         "format": FORMAT,
@@ -182,7 +166,7 @@ def design(plan: PlanFolder) -> dict[str, Any]:
         "network": plan.plan.network.model_dump(mode="json"),
         "patch_size": plan.plan.patch_size,
         "batch_size": plan.plan.batch_size,
-        "config": settings,
+        "config": decisive(config),
         "splits": plan.folds,
         "data": plan.plan.files["fingerprint.json"],
     }

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_case
-from ..config import Config
+from ..config import Config, decisive
 from ..errors import Problems, UserError
 from ..files import read_json
 from ..plan import PlanFolder, make_plan, read_plan
 from . import nnunet_data
-from .design import FREE, check_config, check_plan, differences, fix_design
+from .design import check_config, check_plan, differences, fix_design
 
 PLAN = "plan"
 
@@ -42,7 +42,7 @@ def open_trial(
     notes: list[str] = []
     if (out / PLAN / "plan.json").is_file():
         plan = read_plan(out / PLAN)
-        found = differences(_decides(plan.config), _decides(config))
+        found = differences(decisive(plan.config), decisive(config))
         if found:
             raise UserError(
                 f"{out}: holds a trial of another configuration; a changed design is a new trial, in a folder of"
@@ -57,15 +57,6 @@ def open_trial(
         # finds labels that overlap, before anything is trained
         nnunet_data.write_data_set(plan, out, progress)
     return plan, fix_design(out, plan), notes
-
-
-def _decides(config: Config) -> dict[str, Any]:
-    """The settings that the result depends on."""
-    value = config.model_dump(mode="json")
-    del value["data"]["root"]
-    for name in FREE:
-        del value["training"][name]
-    return value
 
 
 def _check_files(plan: PlanFolder) -> None:

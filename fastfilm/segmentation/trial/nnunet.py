@@ -67,7 +67,7 @@ def make(
     Args:
         folder: of the run.
         out: of the trial.
-        part: the held-out one, see ``design.held_out``.
+        part: the held-out one, see ``PlanFolder.held_out``.
         deadline: in ``time.monotonic()``'s seconds; nnU-Net is ended when it passes, and goes on later with the
             epoch that was under way.
         again: the command that goes on with the trial.

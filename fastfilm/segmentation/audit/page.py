@@ -8,9 +8,9 @@ from typing import Any
 
 import fastfilm
 
+from ..html_page import STYLE, table
 from ..layout import NONE, Column, fold, number, p_value, page_width
 from ..layout import table as text_table
-from ..report import STYLE, table
 
 TITLES = {
     "warning": "Warnings",

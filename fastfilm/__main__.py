@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import __version__, cli
+from . import __version__
 from .machine import Table, devices, section, versions
+from .segmentation.commands import cli
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def network_shapes(arguments: argparse.Namespace) -> list[Shape]:
                 metadata_size=metadata,
             )
         else:
-            from fastfilm.segmentation.model_folder import read_info
+            from fastfilm.segmentation.models.folder import read_info
 
             info = read_info(arguments.model)
             network, size = info.build(), size or info.patch_size

@@ -68,7 +68,7 @@ FAULTS = (
     ),
     Fault(
         "segmentation-holm-falls",
-        "fastfilm/segmentation/statistics.py",
+        "fastfilm/segmentation/evaluation/statistics.py",
         "largest = max(largest, min(1.0, (len(given) - rank) * value))",
         "largest = min(1.0, (len(given) - rank) * value)",
         "tests/segmentation/test_statistics.py",

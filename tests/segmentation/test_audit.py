@@ -34,12 +34,12 @@ from fastfilm.segmentation.audit.questions import (
 from fastfilm.segmentation.audit.rows import Rows, add_keys, read_rows
 from fastfilm.segmentation.audit.values import value_findings
 from fastfilm.segmentation.audit.wording import judged
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.demo import write_configuration, write_data_set
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.plan import PlanFolder, read_plan
-from fastfilm.segmentation.sections import MetadataKey
-from fastfilm.segmentation.sources import Case
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.data.demo import write_configuration, write_data_set
+from fastfilm.segmentation.data.plan import PlanFolder, read_plan
+from fastfilm.segmentation.data.sources import Case
+from fastfilm.segmentation.support.errors import UserError
 
 Array = NDArray[np.float64]
 

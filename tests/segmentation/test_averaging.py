@@ -17,23 +17,32 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.averaging import MOST, likely, parse_prior, weighted
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.finetuning import start_from
-from fastfilm.segmentation.inference import CaseNetwork, Options, predict
-from fastfilm.segmentation.metadata import KeyEncoder, MetadataEncoder
-from fastfilm.segmentation.model_folder import (
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.config.sections import MetadataKey, NetworkConfig
+from fastfilm.segmentation.data.plan import make_plan
+from fastfilm.segmentation.data.sources import Case
+from fastfilm.segmentation.images.preprocessing import Geometry, Preprocessed
+from fastfilm.segmentation.metadata.encoder import KeyEncoder, MetadataEncoder
+from fastfilm.segmentation.models.folder import (
     LabelInfo,
     LoadedModel,
     ModelInfo,
     load_model,
     save_model,
 )
-from fastfilm.segmentation.plan import make_plan
-from fastfilm.segmentation.preprocessing import Geometry, Preprocessed
-from fastfilm.segmentation.sections import MetadataKey, NetworkConfig
-from fastfilm.segmentation.sources import Case
+from fastfilm.segmentation.prediction.averaging import (
+    MOST,
+    likely,
+    parse_prior,
+    weighted,
+)
+from fastfilm.segmentation.prediction.one_case import (
+    CaseNetwork,
+    Options,
+    predict,
+)
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.training.finetuning import start_from
 
 from ..support.models import TYPES, make_model
 from ..support.phantoms import settings, write_bids

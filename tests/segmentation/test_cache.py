@@ -14,10 +14,10 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 import nibabel as nib
 
-from fastfilm.segmentation.cache import CachedCase, cached
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.sources import Case
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.data.cache import CachedCase, cached
+from fastfilm.segmentation.data.sources import Case
+from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
 
 SHAPE = (14, 12, 11)
 PLAIN = Preprocessing(channels=[Normalisation(kind="none")], crop=False)

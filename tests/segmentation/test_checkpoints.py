@@ -16,16 +16,24 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation import trainer
-from fastfilm.segmentation.checkpoint import State, seed_step
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.distributed import Processes
-from fastfilm.segmentation.files import read_tensors
-from fastfilm.segmentation.optimisation import Average, Progress, make_optimizer
-from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
-from fastfilm.segmentation.sections import Training
-from fastfilm.segmentation.training import Start, train
-from fastfilm.segmentation.validation import Validated
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.config.sections import Training
+from fastfilm.segmentation.data.plan import (
+    PlanFolder,
+    make_plan,
+    read_plan,
+)
+from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.support.files import read_tensors
+from fastfilm.segmentation.training import loop as trainer
+from fastfilm.segmentation.training.checkpoint import State, seed_step
+from fastfilm.segmentation.training.fold import Start, train
+from fastfilm.segmentation.training.optimisation import (
+    Average,
+    Progress,
+    make_optimizer,
+)
+from fastfilm.segmentation.training.validation import Validated
 
 from ..support.phantoms import settings, write_bids
 

@@ -19,12 +19,12 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 import yaml
 
-from fastfilm import cli
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config import parse, write_config
-from fastfilm.segmentation.model_folder import load_model
-from fastfilm.segmentation.record import read_log
-from fastfilm.segmentation.reference import rewritten
+from fastfilm.segmentation.commands import cli
+from fastfilm.segmentation.config.page import rewritten
+from fastfilm.segmentation.config.schema import parse, write_config
+from fastfilm.segmentation.models.folder import load_model
+from fastfilm.segmentation.training.record import read_log
 
 from ..support.phantoms import settings, write_bids
 
@@ -225,7 +225,7 @@ GUIDE, RESULTS = (DOCS / "segmentation.md").read_text("utf-8"), DOCS / "results"
 
 def test_the_guides_reference_is_that_of_the_configuration() -> None:
     assert rewritten(GUIDE) == GUIDE, (
-        "python -m fastfilm.segmentation.reference docs/segmentation.md"
+        "python -m fastfilm.segmentation.config.page docs/segmentation.md"
     )
     assert "| `training.seed` | whole number | `0` |" in GUIDE
 

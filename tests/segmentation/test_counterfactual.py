@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation import counterfactual
-from fastfilm.segmentation.counterfactual import sensitivity, swap_table
+from fastfilm.segmentation.evaluation import true_by_fed as counterfactual
+from fastfilm.segmentation.evaluation.true_by_fed import sensitivity, swap_table
 
 TRUE = {"c0": "a", "c1": "b", "c2": "a", "c3": "b", "c4": "a"}
 

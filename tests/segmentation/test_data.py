@@ -18,17 +18,17 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 import nibabel as nib
 
-from fastfilm.segmentation import memory
-from fastfilm.segmentation.cache import cached
-from fastfilm.segmentation.checks import CaseFacts
-from fastfilm.segmentation.config import parse, read_config
-from fastfilm.segmentation.datasets import find_cases
-from fastfilm.segmentation.decisions import decide
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.files import write_json
-from fastfilm.segmentation.plan import make_plan, read_plan
-from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.splits import make_splits
+from fastfilm.segmentation.config.schema import parse, read_config
+from fastfilm.segmentation.data.cache import cached
+from fastfilm.segmentation.data.checks import CaseFacts
+from fastfilm.segmentation.data.datasets import find_cases
+from fastfilm.segmentation.data.decisions import decide
+from fastfilm.segmentation.data.plan import make_plan, read_plan
+from fastfilm.segmentation.data.splits import make_splits
+from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
+from fastfilm.segmentation.support import memory
+from fastfilm.segmentation.support.errors import Problems, UserError
+from fastfilm.segmentation.support.files import write_json
 
 from ..support.phantoms import TYPES, settings, write_bids
 

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from fastfilm.segmentation import threads
-from fastfilm.segmentation.devices import choose
-from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.support import threads
+from fastfilm.segmentation.support.devices import choose
+from fastfilm.segmentation.support.errors import UserError
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

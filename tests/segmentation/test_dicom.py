@@ -17,15 +17,19 @@ pytest.importorskip("pydicom", reason="needs the extra [dicom]")
 
 import pydicom
 
-from fastfilm.segmentation.config import Config, parse
-from fastfilm.segmentation.datasets import find_cases
-from fastfilm.segmentation.dicom import of_image, read_tags, tag_of
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.inputs import find_inputs
-from fastfilm.segmentation.metadata import MetadataEncoder
-from fastfilm.segmentation.model_folder import ModelInfo
-from fastfilm.segmentation.plan import make_plan
-from fastfilm.segmentation.sections import MetadataKey
+from fastfilm.segmentation.config.schema import Config, parse
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.data.datasets import find_cases
+from fastfilm.segmentation.data.plan import make_plan
+from fastfilm.segmentation.metadata.dicom import (
+    of_image,
+    read_tags,
+    tag_of,
+)
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder
+from fastfilm.segmentation.models.folder import ModelInfo
+from fastfilm.segmentation.prediction.inputs import find_inputs
+from fastfilm.segmentation.support.errors import Problems, UserError
 
 from ..support.models import make_model
 from ..support.phantoms import settings, write_bids

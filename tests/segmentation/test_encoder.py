@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("scipy", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.density import density_edges, log_density
-from fastfilm.segmentation.metadata import KeyEncoder, MetadataEncoder
-from fastfilm.segmentation.sections import MetadataKey
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.metadata.density import density_edges, log_density
+from fastfilm.segmentation.metadata.encoder import KeyEncoder, MetadataEncoder
 
 
 def fit(given: list[Any], **options: Any) -> MetadataEncoder:

@@ -17,10 +17,10 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 import nibabel as nib
 from scipy import stats
 
-from fastfilm import cli
-from fastfilm.segmentation.inspection import inspect, principal_components
-from fastfilm.segmentation.metrics import case_metrics
-from fastfilm.segmentation.statistics import compare, mean_of
+from fastfilm.segmentation.commands import cli
+from fastfilm.segmentation.evaluation.metrics import case_metrics
+from fastfilm.segmentation.evaluation.statistics import compare, mean_of
+from fastfilm.segmentation.reports.inspection import inspect, principal_components
 
 from ..support.models import TYPES, make_model
 

@@ -13,8 +13,8 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 import fastfilm
-from fastfilm import cli
-from fastfilm.segmentation.model_folder import load_model
+from fastfilm.segmentation.commands import cli
+from fastfilm.segmentation.models.folder import load_model
 
 from ..support.models import TYPES, make_model
 

@@ -24,10 +24,10 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.ops.settings import environment
-from fastfilm.segmentation.files import read_json
-from fastfilm.segmentation.lock import NAME
-from fastfilm.segmentation.model_folder import load_model
-from fastfilm.segmentation.record import read_log
+from fastfilm.segmentation.models.folder import load_model
+from fastfilm.segmentation.support.files import read_json
+from fastfilm.segmentation.support.lock import NAME
+from fastfilm.segmentation.training.record import read_log
 
 from ..support.phantoms import settings, write_bids
 from .test_training import saved_step

@@ -16,11 +16,11 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 import yaml
 
-from fastfilm.segmentation.config import Config, parse
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.evaluation import read_summary
-from fastfilm.segmentation.groups import grouping
-from fastfilm.segmentation.model_folder import read_info
+from fastfilm.segmentation.config.schema import Config, parse
+from fastfilm.segmentation.evaluation.folder import read_summary
+from fastfilm.segmentation.metadata.groups import grouping
+from fastfilm.segmentation.models.folder import read_info
+from fastfilm.segmentation.support.errors import Problems, UserError
 
 from ..support.models import make_model
 from .test_pairs import entry, manifest, run, some, summary, write

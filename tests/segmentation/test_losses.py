@@ -13,8 +13,8 @@ from torch import Tensor
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.losses import KnownLoss
-from fastfilm.segmentation.sections import Training
+from fastfilm.segmentation.config.sections import Training
+from fastfilm.segmentation.training.losses import KnownLoss
 
 ALPHA, GAMMA, SMALL = 0.2, 1.5, 1e-5
 LOSSES = ["dice", "tversky", "generalised_dice", "ce", "focal"]

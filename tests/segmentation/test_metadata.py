@@ -13,12 +13,16 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("scipy", reason="needs the extra [segmentation]")
 
 import fastfilm
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.density import density_edges
-from fastfilm.segmentation.errors import Problems
-from fastfilm.segmentation.finetuning import grown_encoder
-from fastfilm.segmentation.metadata import MetadataEncoder, MetadataError, encode_rows
-from fastfilm.segmentation.sections import MetadataKey
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.metadata.density import density_edges
+from fastfilm.segmentation.metadata.encoder import (
+    MetadataEncoder,
+    MetadataError,
+    encode_rows,
+)
+from fastfilm.segmentation.support.errors import Problems
+from fastfilm.segmentation.training.finetuning import grown_encoder
 
 
 def fit(given: list[Any], **options: Any) -> MetadataEncoder:

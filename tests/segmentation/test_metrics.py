@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.metrics import case_metrics
-from fastfilm.segmentation.postprocessing import fill_holes, keep_largest
+from fastfilm.segmentation.evaluation.metrics import case_metrics
+from fastfilm.segmentation.prediction.postprocessing import fill_holes, keep_largest
 
 SPACING = (0.7, 1.0, 2.5)
 

@@ -20,10 +20,15 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 import fastfilm
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.files import read_tensors, write_tensors
-from fastfilm.segmentation.lock import NAME, locked
-from fastfilm.segmentation.model_folder import FORMAT, load_model, read_info, save_weights
+from fastfilm.segmentation.models.folder import (
+    FORMAT,
+    load_model,
+    read_info,
+    save_weights,
+)
+from fastfilm.segmentation.support.errors import Problems, UserError
+from fastfilm.segmentation.support.files import read_tensors, write_tensors
+from fastfilm.segmentation.support.lock import NAME, locked
 
 from ..support.models import make_model
 
@@ -45,7 +50,7 @@ def sealed(folder: Path, **changes: Any) -> None:
 
 def test_a_folder_is_written_by_one_process_and_the_other_is_told_which(tmp_path: Path) -> None:
     code = (
-        "import sys; from fastfilm.segmentation.lock import locked\n"
+        "import sys; from fastfilm.segmentation.support.lock import locked\n"
         "with locked(sys.argv[1], 'fastfilm train'): print('locked', flush=True); sys.stdin.read()"
     )
     folder = tmp_path / "model"
@@ -241,7 +246,7 @@ def test_a_model_json_that_is_too_large_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model(tmp_path)
-    monkeypatch.setattr("fastfilm.segmentation.model_folder.LARGEST", 100)
+    monkeypatch.setattr("fastfilm.segmentation.models.folder.LARGEST", 100)
     with pytest.raises(UserError, match="larger than"):
         read_info(tmp_path)
 

@@ -18,16 +18,25 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.distributed import Processes
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.model_folder import LabelInfo, ModelInfo, load_model, save_weights
-from fastfilm.segmentation.network import build_network
-from fastfilm.segmentation.offline import offline, refuse_fetching, switched_off
-from fastfilm.segmentation.plan import make_plan, read_plan
-from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.sections import NetworkConfig
-from fastfilm.segmentation.training import Start, train
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.config.sections import NetworkConfig
+from fastfilm.segmentation.data.plan import make_plan, read_plan
+from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
+from fastfilm.segmentation.models.folder import (
+    LabelInfo,
+    ModelInfo,
+    load_model,
+    save_weights,
+)
+from fastfilm.segmentation.models.network import build_network
+from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.offline import (
+    offline,
+    refuse_fetching,
+    switched_off,
+)
+from fastfilm.segmentation.training.fold import Start, train
 
 from ..support.models import make_model
 from ..support.phantoms import settings, write_bids

@@ -11,8 +11,13 @@ from torch import nn
 
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.optimisation import Average, Progress, learning_rate, make_optimizer
-from fastfilm.segmentation.sections import Training
+from fastfilm.segmentation.config.sections import Training
+from fastfilm.segmentation.training.optimisation import (
+    Average,
+    Progress,
+    learning_rate,
+    make_optimizer,
+)
 
 
 def rates(steps: int = 110, **options: Any) -> list[float]:

@@ -17,7 +17,7 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 import nibabel as nib
 import yaml
 
-from fastfilm import cli
+from fastfilm.segmentation.commands import cli
 
 from ..support.phantoms import settings, write_bids
 

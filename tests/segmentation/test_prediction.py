@@ -17,17 +17,22 @@ import torch
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
-from fastfilm import cli
-from fastfilm.segmentation import prediction
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.images import write_like
-from fastfilm.segmentation.inference import CaseNetwork, Options, predict, regridded
-from fastfilm.segmentation.metadata import MetadataEncoder
-from fastfilm.segmentation.model_folder import LabelInfo, LoadedModel
-from fastfilm.segmentation.postprocessing import fill_holes, keep_largest
-from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.sections import MetadataKey
-from fastfilm.segmentation.windows import Timing, sliding_windows
+from fastfilm.segmentation.commands import cli
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
+from fastfilm.segmentation.images.written import write_like
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder
+from fastfilm.segmentation.models.folder import LabelInfo, LoadedModel
+from fastfilm.segmentation.prediction import many_cases as prediction
+from fastfilm.segmentation.prediction.one_case import (
+    CaseNetwork,
+    Options,
+    predict,
+    regridded,
+)
+from fastfilm.segmentation.prediction.postprocessing import fill_holes, keep_largest
+from fastfilm.segmentation.prediction.windows import Timing, sliding_windows
+from fastfilm.segmentation.support.errors import UserError
 
 from ..support.models import TYPES, make_model
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
+from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
 
 PLAIN = Normalisation(kind="none")
 

@@ -16,14 +16,14 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 from rich.cells import cell_len
 
-from fastfilm import cli
-from fastfilm.segmentation import figures, layout
-from fastfilm.segmentation.figures import png
-from fastfilm.segmentation.groups import grouping
-from fastfilm.segmentation.inspection import Inspection, Layer
-from fastfilm.segmentation.metadata import MetadataEncoder
-from fastfilm.segmentation.metrics import METRICS
-from fastfilm.segmentation.sections import MetadataKey
+from fastfilm.segmentation.commands import cli
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.evaluation.metrics import METRICS
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder
+from fastfilm.segmentation.metadata.groups import grouping
+from fastfilm.segmentation.reports import figures, layout
+from fastfilm.segmentation.reports.figures import png
+from fastfilm.segmentation.reports.inspection import Inspection, Layer
 
 from ..support.models import TYPES, make_model
 from .test_pairs import entry, manifest, some, summary, write

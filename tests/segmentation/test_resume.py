@@ -14,17 +14,22 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation import trainer, validation
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.dataset import Samples
-from fastfilm.segmentation.distributed import Processes
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.lock import locked
-from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
-from fastfilm.segmentation.record import read_log
-from fastfilm.segmentation.stopping import Stopped
-from fastfilm.segmentation.trainer import Trainer
-from fastfilm.segmentation.training import Start, train
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.data.plan import (
+    PlanFolder,
+    make_plan,
+    read_plan,
+)
+from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.lock import locked
+from fastfilm.segmentation.support.stopping import Stopped
+from fastfilm.segmentation.training import loop as trainer
+from fastfilm.segmentation.training import validation
+from fastfilm.segmentation.training.dataset import Samples
+from fastfilm.segmentation.training.fold import Start, train
+from fastfilm.segmentation.training.loop import Trainer
+from fastfilm.segmentation.training.record import read_log
 
 from ..support.phantoms import settings, write_bids
 from .test_training import saved_step

@@ -14,13 +14,22 @@ from torch import Tensor
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.augment import Augment, is_flat
-from fastfilm.segmentation.cache import CachedCase
-from fastfilm.segmentation.dataset import Samples, collate, cut
-from fastfilm.segmentation.metadata import MetadataEncoder
-from fastfilm.segmentation.sampling import Draw, Draws, Steps, place
-from fastfilm.segmentation.sections import Augmentation, MetadataKey
-from fastfilm.segmentation.sources import Case
+from fastfilm.segmentation.config.sections import Augmentation, MetadataKey
+from fastfilm.segmentation.data.cache import CachedCase
+from fastfilm.segmentation.data.sources import Case
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder
+from fastfilm.segmentation.training.augment import Augment, is_flat
+from fastfilm.segmentation.training.dataset import (
+    Samples,
+    collate,
+    cut,
+)
+from fastfilm.segmentation.training.sampling import (
+    Draw,
+    Draws,
+    Steps,
+    place,
+)
 
 OFF = dict.fromkeys(("affine", "noise", "blur", "brightness", "gamma"), 0.0)
 

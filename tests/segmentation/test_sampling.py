@@ -14,14 +14,25 @@ import torch
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.augment import Augment
-from fastfilm.segmentation.cache import CachedCase
-from fastfilm.segmentation.dataset import cut
-from fastfilm.segmentation.losses import KnownLoss
-from fastfilm.segmentation.optimisation import Average, Progress, learning_rate, make_optimizer
-from fastfilm.segmentation.sampling import Draw, Draws, Steps, groups_by, place
-from fastfilm.segmentation.sections import Augmentation, Training
-from fastfilm.segmentation.sources import Case
+from fastfilm.segmentation.config.sections import Augmentation, Training
+from fastfilm.segmentation.data.cache import CachedCase
+from fastfilm.segmentation.data.sources import Case
+from fastfilm.segmentation.training.augment import Augment
+from fastfilm.segmentation.training.dataset import cut
+from fastfilm.segmentation.training.losses import KnownLoss
+from fastfilm.segmentation.training.optimisation import (
+    Average,
+    Progress,
+    learning_rate,
+    make_optimizer,
+)
+from fastfilm.segmentation.training.sampling import (
+    Draw,
+    Draws,
+    Steps,
+    groups_by,
+    place,
+)
 
 LOSSES = ["dice", "ce", "focal", "tversky", "generalised_dice"]
 

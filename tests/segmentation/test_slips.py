@@ -18,14 +18,14 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 import nibabel as nib
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.cache import cached
-from fastfilm.segmentation.config import override, parse
-from fastfilm.segmentation.datasets import find_cases
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.inputs import _row_of, _rows
-from fastfilm.segmentation.metadata import MetadataEncoder, MetadataError
-from fastfilm.segmentation.plan import make_plan
-from fastfilm.segmentation.sections import MetadataKey
+from fastfilm.segmentation.config.schema import override, parse
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.data.cache import cached
+from fastfilm.segmentation.data.datasets import find_cases
+from fastfilm.segmentation.data.plan import make_plan
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder, MetadataError
+from fastfilm.segmentation.prediction.inputs import _row_of, _rows
+from fastfilm.segmentation.support.errors import UserError
 
 from ..support.bad_inputs import World, copied, header, replace, voxels, write_world
 from ..support.phantoms import settings, write_bids

@@ -11,15 +11,19 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config import config_text, parse, write_config
-from fastfilm.segmentation.errors import Problems
-from fastfilm.segmentation.files import read_json
-from fastfilm.segmentation.model_folder import load_model
-from fastfilm.segmentation.plan import make_plan, read_plan
-from fastfilm.segmentation.sections import MetadataKey, Splits
-from fastfilm.segmentation.sources import Case
-from fastfilm.segmentation.splits import make_splits, split_notes
-from fastfilm.segmentation.yaml_files import load_yaml
+from fastfilm.segmentation.config.schema import (
+    config_text,
+    parse,
+    write_config,
+)
+from fastfilm.segmentation.config.sections import MetadataKey, Splits
+from fastfilm.segmentation.data.plan import make_plan, read_plan
+from fastfilm.segmentation.data.sources import Case
+from fastfilm.segmentation.data.splits import make_splits, split_notes
+from fastfilm.segmentation.models.folder import load_model
+from fastfilm.segmentation.support.errors import Problems
+from fastfilm.segmentation.support.files import read_json
+from fastfilm.segmentation.support.yaml_files import load_yaml
 
 from ..support.phantoms import settings, write_bids
 

@@ -16,13 +16,13 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 
 import yaml
 
-from fastfilm.segmentation.config import read_config
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.hints import contents, did_you_mean
-from fastfilm.segmentation.names import file_name
-from fastfilm.segmentation.sidecars import Sidecars, data_set_of
-from fastfilm.segmentation.tables import read_table
-from fastfilm.segmentation.yaml_files import load_yaml
+from fastfilm.segmentation.config.schema import read_config
+from fastfilm.segmentation.data.sidecars import Sidecars, data_set_of
+from fastfilm.segmentation.support.errors import Problems, UserError
+from fastfilm.segmentation.support.hints import contents, did_you_mean
+from fastfilm.segmentation.support.names import file_name
+from fastfilm.segmentation.support.tables import read_table
+from fastfilm.segmentation.support.yaml_files import load_yaml
 
 
 def test_a_table_is_its_columns_rows_and_lines(tmp_path: Path) -> None:

@@ -21,18 +21,26 @@ pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 
 from fastfilm.ops.settings import environment
-from fastfilm.segmentation.cache import cached
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.distributed import Processes
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.files import read_tensors
-from fastfilm.segmentation.inference import predict
-from fastfilm.segmentation.model_folder import load_model, read_info, save_weights
-from fastfilm.segmentation.network import build_network
-from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
-from fastfilm.segmentation.record import read_log
-from fastfilm.segmentation.training import Start, train
-from fastfilm.segmentation.volumes import read_volume
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.data.cache import cached
+from fastfilm.segmentation.data.plan import (
+    PlanFolder,
+    make_plan,
+    read_plan,
+)
+from fastfilm.segmentation.images.nifti import read_volume
+from fastfilm.segmentation.models.folder import (
+    load_model,
+    read_info,
+    save_weights,
+)
+from fastfilm.segmentation.models.network import build_network
+from fastfilm.segmentation.prediction.one_case import predict
+from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.support.errors import Problems, UserError
+from fastfilm.segmentation.support.files import read_tensors
+from fastfilm.segmentation.training.fold import Start, train
+from fastfilm.segmentation.training.record import read_log
 
 from ..nn.test_distributed import on_two
 from ..support.phantoms import TYPES, settings, write_bids
@@ -155,7 +163,7 @@ def test_a_run_killed_while_it_writes_its_end_writes_it_when_resumed(
         save_weights(folder, name, state, info)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastfilm.segmentation.trainer.save_weights", killed)
+        patch.setattr("fastfilm.segmentation.training.fold.loop.save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             train(Start(plan, 0, tmp_path / "model"), ONE)
     assert saved_step(tmp_path / "model") == steps
@@ -419,7 +427,7 @@ def test_memory_stays_flat_over_epochs(bids: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastfilm.segmentation.trainer.say", resident)
+        patch.setattr("fastfilm.segmentation.training.fold.loop.say", resident)
         train(Start(plan, 0, tmp_path / "model"), ONE)
     assert len(sizes) == 30
     assert sizes[-1] - sizes[10] < 4 * 2**20, [s >> 20 for s in sizes]

@@ -15,10 +15,14 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.config import Config, parse, read_config
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.network import MetadataChannels, build_network
-from fastfilm.segmentation.plan import PlanFolder
+from fastfilm.segmentation.config.schema import (
+    Config,
+    parse,
+    read_config,
+)
+from fastfilm.segmentation.data.plan import PlanFolder
+from fastfilm.segmentation.models.network import MetadataChannels, build_network
+from fastfilm.segmentation.support.errors import Problems, UserError
 from fastfilm.segmentation.trial.arms import arm_plan, fed_metadata
 from fastfilm.segmentation.trial.design import Run, read_design, runs, selected
 from fastfilm.segmentation.trial.folder import open_trial

@@ -23,12 +23,12 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.integrations.nnunet import cases as integration
-from fastfilm.segmentation.demo import configuration, write_data_set
-from fastfilm.segmentation.distributed import Processes
-from fastfilm.segmentation.errors import Problems, UserError
-from fastfilm.segmentation.files import read_json, write_json
-from fastfilm.segmentation.plan import PlanFolder
-from fastfilm.segmentation.stopping import Stopped
+from fastfilm.segmentation.data.demo import configuration, write_data_set
+from fastfilm.segmentation.data.plan import PlanFolder
+from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.support.errors import Problems, UserError
+from fastfilm.segmentation.support.files import read_json, write_json
+from fastfilm.segmentation.support.stopping import Stopped
 from fastfilm.segmentation.trial import nnunet, nnunet_data
 from fastfilm.segmentation.trial.design import Run, selected
 from fastfilm.segmentation.trial.folder import open_trial
@@ -249,7 +249,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
 
 
 def opened(config: Path, out: Path) -> tuple[PlanFolder, dict[str, Any]]:
-    from fastfilm.segmentation.config import read_config
+    from fastfilm.segmentation.config.schema import read_config
 
     plan, made, _ = open_trial(read_config(config), out)
     return plan, made

@@ -16,10 +16,10 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.integrations.nnunet import cases as integration
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.errors import Problems
-from fastfilm.segmentation.files import read_json
-from fastfilm.segmentation.plan import make_plan
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.data.plan import make_plan
+from fastfilm.segmentation.support.errors import Problems
+from fastfilm.segmentation.support.files import read_json
 from fastfilm.segmentation.trial import nnunet_data
 from fastfilm.segmentation.trial.cost import cost_of, said
 from fastfilm.segmentation.trial.design import Run, check_config, check_plan, design

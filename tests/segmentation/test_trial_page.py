@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation import html_page
+from fastfilm.segmentation.reports import html_page
 from fastfilm.segmentation.trial import pictures
 from fastfilm.segmentation.trial.methods import methods
 from fastfilm.segmentation.trial.page import write_page

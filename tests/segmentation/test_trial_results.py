@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.support.errors import UserError
 from fastfilm.segmentation.trial.results import _rising, collect
 from fastfilm.segmentation.trial.statistics import Difference
 

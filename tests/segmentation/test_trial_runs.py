@@ -17,13 +17,13 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.distributed import Processes
-from fastfilm.segmentation.files import read_json
-from fastfilm.segmentation.lock import locked
-from fastfilm.segmentation.model_folder import load_model
-from fastfilm.segmentation.stopping import Stopped
-from fastfilm.segmentation.trainer import Trainer
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.models.folder import load_model
+from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.support.files import read_json
+from fastfilm.segmentation.support.lock import locked
+from fastfilm.segmentation.support.stopping import Stopped
+from fastfilm.segmentation.training.loop import Trainer
 from fastfilm.segmentation.trial import runs as module
 from fastfilm.segmentation.trial.cost import cost_of, said
 from fastfilm.segmentation.trial.design import Run, runs, selected

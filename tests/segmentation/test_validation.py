@@ -14,12 +14,12 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.distributed import Processes
-from fastfilm.segmentation.files import read_json
-from fastfilm.segmentation.plan import make_plan, read_plan
-from fastfilm.segmentation.record import read_log
-from fastfilm.segmentation.training import Start, train
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.data.plan import make_plan, read_plan
+from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.support.files import read_json
+from fastfilm.segmentation.training.fold import Start, train
+from fastfilm.segmentation.training.record import read_log
 
 from ..support.phantoms import settings, write_bids
 

@@ -16,27 +16,39 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 from sklearn.decomposition import PCA
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.datasets import find_cases
-from fastfilm.segmentation.errors import MetadataError, Problems, UserError
-from fastfilm.segmentation.finetuning import start_from
-from fastfilm.segmentation.groups import grouping
-from fastfilm.segmentation.inputs import find_inputs, parse_meta
-from fastfilm.segmentation.inspection import inspect
-from fastfilm.segmentation.metadata import MetadataEncoder
-from fastfilm.segmentation.model_folder import (
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.data.datasets import find_cases
+from fastfilm.segmentation.data.plan import (
+    PlanFolder,
+    make_plan,
+    read_plan,
+)
+from fastfilm.segmentation.data.sources import Case
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder
+from fastfilm.segmentation.metadata.groups import grouping
+from fastfilm.segmentation.metadata.vectors import (
+    VectorEncoder,
+    expanded,
+    read_vector,
+)
+from fastfilm.segmentation.models.folder import (
     LoadedModel,
     ModelInfo,
     load_model,
     save_model,
     save_weights,
 )
-from fastfilm.segmentation.plan import PlanFolder, make_plan, read_plan
-from fastfilm.segmentation.sections import MetadataKey
-from fastfilm.segmentation.sources import Case
-from fastfilm.segmentation.swap import swap_values
-from fastfilm.segmentation.training import Start, describe
-from fastfilm.segmentation.vectors import VectorEncoder, expanded, read_vector
+from fastfilm.segmentation.prediction.inputs import find_inputs, parse_meta
+from fastfilm.segmentation.prediction.swap import swap_values
+from fastfilm.segmentation.reports.inspection import inspect
+from fastfilm.segmentation.support.errors import (
+    MetadataError,
+    Problems,
+    UserError,
+)
+from fastfilm.segmentation.training.finetuning import start_from
+from fastfilm.segmentation.training.fold import Start, describe
 
 from ..support.models import make_model
 from ..support.phantoms import settings, write_bids

@@ -13,10 +13,15 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
 import nibabel as nib
 
-from fastfilm.segmentation import memory
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.labels import mask_of, whole_labels
-from fastfilm.segmentation.volumes import Remarks, read_volume, same_grid, voxel_problems
+from fastfilm.segmentation.images.labels import mask_of, whole_labels
+from fastfilm.segmentation.images.nifti import (
+    Remarks,
+    read_volume,
+    same_grid,
+    voxel_problems,
+)
+from fastfilm.segmentation.support import memory
+from fastfilm.segmentation.support.errors import UserError
 
 ARRAY = np.random.default_rng(0).normal(100, 20, (9, 8, 7)).astype(np.float32)
 AFFINE = np.diag([1.5, 2.0, 3.0, 1.0])

@@ -49,7 +49,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tune(arguments: argparse.Namespace) -> int:
     """Measures what is fastest for a network's convolutions on this machine's GPU; 1 without one."""
-    from .tuning.command import run
+    from .tune import run
 
     return run(arguments)
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from tests.planted.fault import Fault
 
 METRICS = (
-    "tests/segmentation/test_metrics.py tests/segmentation/test_evaluation.py "
+    "tests/segmentation/evaluation/test_metrics.py tests/segmentation/evaluation/test_folder.py "
     "-k 'test_metrics.py or empty or surface_dice'"
 )
 PREPROCESSING = (
-    "tests/segmentation/test_preprocessing.py tests/segmentation/test_data.py "
+    "tests/segmentation/images/test_preprocessing.py tests/segmentation/data/test_data_sets.py "
     "-k 'test_preprocessing.py or orientation'"
 )
-SPLITS = "tests/segmentation/test_splits.py"
-AUDIT = "tests/segmentation/test_audit.py -k 'not command'"
-SAMPLES = "tests/segmentation/test_samples.py tests/segmentation/test_sampling.py"
-ENCODER = "tests/segmentation/test_encoder.py tests/segmentation/test_metadata.py"
-CACHE = "tests/segmentation/test_cache.py"
-COUNTERFACTUAL = "tests/segmentation/test_counterfactual.py"
-SWAP = "tests/segmentation/test_prediction.py -k swap"
+SPLITS = "tests/segmentation/data/test_splits.py"
+AUDIT = "tests/segmentation/audit/test_audit.py -k 'not command'"
+SAMPLES = "tests/segmentation/training/test_samples.py tests/segmentation/training/test_sampling.py"
+ENCODER = "tests/segmentation/metadata/test_encoder.py tests/segmentation/metadata/test_metadata.py"
+CACHE = "tests/segmentation/data/test_cache.py"
+COUNTERFACTUAL = "tests/segmentation/evaluation/test_true_by_fed.py"
+SWAP = "tests/segmentation/prediction/test_many_cases.py -k swap"
 
 FAULTS = (
     # preprocessing
@@ -556,7 +556,7 @@ FAULTS = (
         "fastfilm/segmentation/metadata/encoder.py",
         "std if std > 1e-9 * abs(mean) else 1.0",
         "std or 1.0",
-        "tests/segmentation/test_slips.py -k rounding",
+        "tests/segmentation/commands/test_slips.py -k rounding",
     ),
     Fault(
         "segmentation-encoder-edge-in-the-bin-below",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-VOLUMES = "tests/segmentation/test_volumes.py"
-TABLES = "tests/segmentation/test_tables.py"
-PLANS = "tests/segmentation/test_data.py"
-FOLDERS = "tests/segmentation/test_model_folder.py"
-BAD = "tests/segmentation/test_bad_data_sets.py"
+VOLUMES = "tests/segmentation/images/test_volumes.py"
+TABLES = "tests/segmentation/support/test_tables.py"
+PLANS = "tests/segmentation/data/test_data_sets.py"
+FOLDERS = "tests/segmentation/models/test_folder.py"
+BAD = "tests/segmentation/commands/test_bad_data_sets.py"
 
 FAULTS = (
     # volumes and labels
@@ -144,7 +144,7 @@ FAULTS = (
         "fastfilm/segmentation/metadata/encoder.py",
         "if text in (key.values or ()):",
         "if False:",
-        "tests/segmentation/test_metadata.py",
+        "tests/segmentation/metadata/test_metadata.py",
     ),
     # what belongs together
     Fault(
@@ -194,13 +194,13 @@ FAULTS = (
         "fastfilm/segmentation/prediction/many_cases.py",
         'and entry.get("stamps") == _stamps(case)',
         "and True",
-        "tests/segmentation/test_prediction.py -k continue",
+        "tests/segmentation/prediction/test_many_cases.py -k continue",
     ),
     Fault(
         "segmentation-pairs-predictions-that-are-not-there",
         "fastfilm/segmentation/evaluation/pairs.py",
         "if case not in known.cases]",
         "if not case]",
-        "tests/segmentation/test_bad_inputs.py -k without_a_prediction",
+        "tests/segmentation/commands/test_bad_inputs.py -k without_a_prediction",
     ),
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-VECTORS = "tests/segmentation/test_vectors.py"
-DICOM = "tests/segmentation/test_dicom.py"
-AVERAGING = "tests/segmentation/test_averaging.py"
+VECTORS = "tests/segmentation/metadata/test_vectors.py"
+DICOM = "tests/segmentation/metadata/test_dicom.py"
+AVERAGING = "tests/segmentation/prediction/test_averaging.py"
 
 FAULTS = (
     # vectors

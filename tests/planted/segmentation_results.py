@@ -5,13 +5,13 @@ from __future__ import annotations
 from tests.planted.fault import Fault
 
 METRICS = (
-    "tests/segmentation/test_metrics.py tests/segmentation/test_evaluation.py "
+    "tests/segmentation/evaluation/test_metrics.py tests/segmentation/evaluation/test_folder.py "
     "-k 'test_metrics.py or empty or surface_dice'"
 )
-STATISTICS = "tests/segmentation/test_statistics.py"
-WINDOWS = "tests/segmentation/test_windows.py"
+STATISTICS = "tests/segmentation/evaluation/test_statistics.py"
+WINDOWS = "tests/segmentation/prediction/test_windows.py"
 INFERENCE = (
-    "tests/segmentation/test_inference.py tests/segmentation/test_prediction.py "
+    "tests/segmentation/prediction/test_one_case.py tests/segmentation/prediction/test_many_cases.py "
     "-k 'test_inference.py or planes or mirrored or dropout'"
 )
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-LOSSES = "tests/segmentation/test_losses.py"
+LOSSES = "tests/segmentation/training/test_losses.py"
 OPTIMISATION = (
-    "tests/segmentation/test_optimisation.py "
-    "tests/segmentation/test_sampling.py -k 'optimisation or decay'"
+    "tests/segmentation/training/test_optimisation.py "
+    "tests/segmentation/training/test_sampling.py -k 'optimisation or decay'"
 )
-CHECKPOINTS = "tests/segmentation/test_checkpoints.py"
-TUNED = "tests/segmentation/test_training.py -k fine_tuning"
-EARLY = "tests/segmentation/test_training.py -k early"
+CHECKPOINTS = "tests/segmentation/training/test_checkpoints.py"
+TUNED = "tests/segmentation/training/test_fold.py -k fine_tuning"
+EARLY = "tests/segmentation/training/test_fold.py -k early"
 
 FAULTS = (
     # losses and optimisation

@@ -12,7 +12,15 @@ import torch
 import fastfilm
 from fastfilm.ops.settings import tables
 
-from .tuning.search import (PRUNED, RIGHT, SKIPPED, TIMED, WRONG, Search, save,)
+from .tuning.search import (
+    PRUNED,
+    RIGHT,
+    SKIPPED,
+    TIMED,
+    WRONG,
+    Search,
+    save,
+)
 from .tuning.shapes import Shape, of_model
 
 DEFAULT_SIZE = [320, 256]

@@ -19,7 +19,22 @@ import yaml
 
 from fastfilm.__main__ import main
 
-from ...support.bad_inputs import (Row, World, annexed, bomb, copied, cut, flip, header, poke, refused, replace, table, voxels, write_world,)
+from ...support.bad_inputs import (
+    Row,
+    World,
+    annexed,
+    bomb,
+    copied,
+    cut,
+    flip,
+    header,
+    poke,
+    refused,
+    replace,
+    table,
+    voxels,
+    write_world,
+)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,23 @@ import nibabel as nib
 
 from fastfilm.__main__ import main
 
-from ...support.bad_inputs import (Row, World, annexed, bomb, copied, cut, edit_json, flip, header, poke, refused, replace, table, voxels, write_world,)
+from ...support.bad_inputs import (
+    Row,
+    World,
+    annexed,
+    bomb,
+    copied,
+    cut,
+    edit_json,
+    flip,
+    header,
+    poke,
+    refused,
+    replace,
+    table,
+    voxels,
+    write_world,
+)
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def test_help_does_not_import_the_segmentation_system() -> None:
     assert all(name in done.stdout for name in cli.SUMMARIES)
 
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 GUIDE, RESULTS = (DOCS / "segmentation.md").read_text("utf-8"), DOCS / "results"
 
 

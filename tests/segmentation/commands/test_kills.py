@@ -33,7 +33,7 @@ from ...support.phantoms import settings, write_bids
 from ..training.test_fold import saved_step
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 24
 TRAINING = {
     "epochs": 3,

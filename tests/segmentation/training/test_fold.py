@@ -43,7 +43,11 @@ from fastfilm.segmentation.training.fold import Start, train
 from fastfilm.segmentation.training.record import read_log
 
 from ...nn.test_distributed import on_two
-from ...support.phantoms import (TYPES, settings, write_bids,)
+from ...support.phantoms import (
+    TYPES,
+    settings,
+    write_bids,
+)
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 ONE = Processes(0, 1, torch.device("cpu"))

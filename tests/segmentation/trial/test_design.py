@@ -259,7 +259,7 @@ def test_the_example_of_the_guide_makes_a_trial(tmp_path: Path, monkeypatch: Any
     from fastfilm.__main__ import main
 
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "trial.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "trial.md").read_text(encoding="utf-8")
     example = page.split("<!-- example: begin -->")[1].split("<!-- example: end -->")[0]
     text = example.split("```yaml\n")[1].split("```")[0]
     Path("trial.yaml").write_text(text, encoding="utf-8")

@@ -291,7 +291,7 @@ def test_values_that_make_no_difference_are_refused(
 
 
 def test_the_table_of_simulations_is_that_of_the_settings_and_its_rows_are_of_such_trials() -> None:
-    file = Path(__file__).parents[2] / "docs/results/trial-statistics.json"
+    file = Path(__file__).parents[3] / "docs/results/trial-statistics.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     known = [asdict(s) for s in settings()]
     assert [{k: row[k] for k in known[0]} for row in rows] == known

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 Parts = tuple[str, ...]
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def modules(*folders: Path) -> list[Path]:
@@ -23,7 +29,7 @@ def imports(path: Path, *, at_import: bool = False) -> Iterator[Parts]:
     ``at_import``: only those that run when the module is imported, not those in the body of a function.
     """
     package = path.relative_to(ROOT).parts[:-1]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _tree(path)
     for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -73,7 +79,7 @@ def circle(paths: Collection[Path]) -> list[str]:
 def table(page: Path, heading: str) -> dict[str, set[str]]:
     """Room -> the rooms that it may import, from the first table below a heading of a Markdown page.
 
-    The first column names the room (`` `spec/` ``), the last one those that it may import, with commas between them.
+    The first column names the room (`` `spec/` ``), the last one those that it may import, with commas between.
     "all above" are the rooms of the rows before; words that are no rooms (``torch``) are left out.
     """
     text = page.read_text(encoding="utf-8").split(f"{heading}\n", 1)[1]

@@ -29,12 +29,7 @@ from tests.planted import (  # noqa: E402
     cuda,
     kernels,
     package,
-    segmentation_data,
-    segmentation_files,
-    segmentation_metadata,
-    segmentation_results,
-    segmentation_training,
-    segmentation_trial,
+    segmentation,
 )
 from tests.planted.fault import Fault  # noqa: E402
 from tests.planted.workshop import Stale, Workshop  # noqa: E402
@@ -44,12 +39,7 @@ FAULTS: tuple[Fault, ...] = (
     *cuda.FAULTS,
     *kernels.FAULTS,
     *package.FAULTS,
-    *segmentation_data.FAULTS,
-    *segmentation_files.FAULTS,
-    *segmentation_metadata.FAULTS,
-    *segmentation_results.FAULTS,
-    *segmentation_training.FAULTS,
-    *segmentation_trial.FAULTS,
+    *segmentation.FAULTS,
 )
 Task, Result = TypeVar("Task"), TypeVar("Result")
 CLEAN_LIMIT = 1200

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastfilm.segmentation.commands.options import Set
 from fastfilm.segmentation.config.schema import (
     Config,
     override,
@@ -39,10 +40,7 @@ def command(
         list[str] | None, typer.Option(help="KEY or KEY=KIND (category, continuous, …); repeat")
     ] = None,
     output: Annotated[str | None, typer.Option(help="channels, classes or task")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the configuration, e.g. training.epochs=20"),
-    ] = None,
+    set_: Set = None,
 ) -> None:
     """Checks a data set and decides how it is preprocessed and trained on.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastfilm.segmentation.commands.options import Device, Threads
 from fastfilm.segmentation.data.sources import SUFFIXES
 from fastfilm.segmentation.images.preprocessing import AXES
 from fastfilm.segmentation.metadata.encoder import MetadataError, is_missing
@@ -84,10 +85,8 @@ def command(
         bool, typer.Option("--probabilities", help="write them as well")
     ] = False,
     batch: Annotated[int | None, typer.Option(help="windows at once")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: what is there")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(help="of the CPU; none: OMP_NUM_THREADS, else one a core")
-    ] = None,
+    device: Device = None,
+    threads: Threads = None,
     continue_: Annotated[
         bool, typer.Option("--continue", help="leave alone what is there already")
     ] = False,

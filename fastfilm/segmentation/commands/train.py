@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from fastfilm.segmentation.commands.options import Device, Set, Threads
 from fastfilm.segmentation.config.schema import (
     Config,
     override,
@@ -36,16 +37,9 @@ def command(
     init: Annotated[
         Path | None, typer.Option("--from", help="model folder to start from (fine-tuning)")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1; none: what is there")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="of the CPU; none: OMP_NUM_THREADS, or one a core")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of training or augmentation"),
-    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+    set_: Set = None,
 ) -> None:
     """Trains one fold of a plan, on one or (under torchrun) several processes.
 

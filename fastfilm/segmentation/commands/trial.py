@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastfilm.segmentation.commands.options import Device, Set, Threads
 from fastfilm.segmentation.config.schema import read_config
 from fastfilm.segmentation.config.settings import settings
 from fastfilm.segmentation.data.plan import PlanFolder
@@ -41,16 +42,9 @@ def command(
     dry: Annotated[
         bool, typer.Option("--dry", help="write the design, say what it costs, train nothing")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1; none: what is there")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="of the CPU; none: OMP_NUM_THREADS, or one a core")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the configuration, e.g. trial.seeds=5"),
-    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+    set_: Set = None,
 ) -> None:
     """Answers whether the metadata help: trains with and without them, and compares.
 

@@ -27,7 +27,7 @@ from ..images.nifti import (
     same_grid,
     voxel_problems,
 )
-from ..images.written import label_dtype, write_like
+from ..images.nifti_output import label_dtype, write_like
 from ..metadata.encoder import is_missing
 from ..models.folder import LoadedModel
 from ..support.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -10,6 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .errors import UserError
 from .files import read_json
+
+LONGEST_SHOWN = 60
+"""Characters of a value that is shown where two records differ."""
 
 
 class Record(BaseModel):
@@ -85,3 +89,28 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: cannot be written: no permission in {there}")
+
+
+def flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested entries side by side, with dots between their names."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            found |= flat(inner, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = inner
+    return found
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], without: Collection[str] = ()
+) -> list[str]:
+    """What differs between two records, a sentence an entry; values that are too long to be read are not shown."""
+    old, new = flat(before), flat(now)
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = (x.get(key, "not there") for x in (old, new))
+        if a != b and key not in without:
+            long = max(len(str(a)), len(str(b))) > LONGEST_SHOWN
+            found.append(f"{key}: not the same" if long else f"{key} was {a}, is {b}")
+    return found

@@ -16,6 +16,7 @@ from fastfilm.nn.blocks import former_names
 from ..models.folder import load_weights
 from ..support.errors import UserError
 from ..support.files import read_tensors, write_tensors
+from ..support.records import differences
 from .optimisation import (
     Average,
     Progress,
@@ -124,27 +125,17 @@ class Saved:
                 " train into a new folder"
             )
         raise UserError(
-            f"{self.path}: is of another training: {_listed(_differences(before, identity))};"
+            f"{self.path}: is of another training: {_listed(differences(before, identity))};"
             " train into a new folder"
         )
 
     def surroundings_differ(self, surroundings: Mapping[str, Any]) -> str | None:
         """One line about what the rounding depends on and is not as it was; None: nothing."""
         before = self.rest.get("surroundings") or {}
-        found = _differences(before, {k: v for k, v in surroundings.items() if k in before})
+        found = differences(before, {k: v for k, v in surroundings.items() if k in before})
         if not found:
             return None
         return f"{_listed(found)}; the result will differ in rounding from an uninterrupted run"
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    found = []
-    for key in [*now, *(k for k in before if k not in now)]:
-        a, b = (x.get(key, "not there") for x in (before, now))
-        if a != b:
-            secret = any(str(x).startswith("sha256:") for x in (a, b))
-            found.append(f"{key}: not the same" if secret else f"{key} was {a}, is {b}")
-    return found
 
 
 def _listed(lines: list[str], most: int = 4) -> str:

@@ -35,6 +35,7 @@ from ..support.errors import Problems, UserError
 from ..support.files import write_json
 from ..support.lock import locked
 from ..support.offline import refuse_fetching
+from ..support.records import flat
 from ..support.stopping import (
     Stop,
     Stopped,
@@ -263,7 +264,7 @@ def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
         "fold": start.fold,
         "batch": start.plan.plan.batch_size,
         "--from": None if start.init is None else str(start.init),
-        **_flat(config),
+        **flat(config),
         **({} if start.fed is None else {"metadata that are fed": _sha(start.fed)}),
         "subjects of the fold": _sha(start.plan.folds[start.fold]),
         "encoder, preprocessing or patch size": _sha(model),
@@ -282,18 +283,6 @@ def surroundings(processes: Processes) -> dict[str, Any]:
         **({} if gpu else {"number of threads": torch.get_num_threads()}),
         "CPU instructions": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested keys with dots between."""
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= (
-            _flat(inner, f"{before}{key}.")
-            if isinstance(inner, dict)
-            else {f"{before}{key}": inner}
-        )
-    return found
 
 
 def _sha(value: Any) -> str:

@@ -21,6 +21,7 @@ from ..data.plan import PlanFolder
 from ..support.errors import Problems, UserError
 from ..support.files import read_json, write_json
 from ..support.hints import did_you_mean
+from ..support.records import differences
 from . import nnunet_data
 from .scoring import cluster_of
 from .statistics import MINIMUM
@@ -214,25 +215,9 @@ def fix_design(out: Path, plan: PlanFolder) -> dict[str, Any]:
     if there["sha256"] != now["sha256"]:
         raise UserError(
             f"{out / NAME}: a changed design is a new trial, in a folder of its own; what differs: "
-            + "; ".join(differences(there, now)[:5])
+            + "; ".join(differences(there, now, without=("sha256",))[:5])
         )
     return there
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
-    """The entries that differ, nested ones with dots between their names."""
-    found: list[str] = []
-    for key in [*before, *(k for k in now if k not in before)]:
-        a, b = before.get(key), now.get(key)
-        if a == b or key == "sha256":
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{at}{key}.")
-        elif key in ("data", "splits"):
-            found.append(f"{key}: not the same")
-        else:
-            found.append(f"{at}{key} was {a!r}, is {b!r}")
-    return found
 
 
 def runs(design: Mapping[str, Any]) -> Iterator[Run]:

@@ -16,8 +16,9 @@ from ..data.plan import (
 )
 from ..support.errors import Problems, UserError
 from ..support.files import read_json
+from ..support.records import differences
 from . import nnunet_data
-from .design import check_config, check_plan, differences, fix_design
+from .design import check_config, check_plan, fix_design
 
 PLAN = "plan"
 

@@ -19,8 +19,8 @@ pytest.importorskip("typer", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation.commands import cli
 from fastfilm.segmentation.config.sections import MetadataKey
+from fastfilm.segmentation.images.nifti_output import write_like
 from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.images.written import write_like
 from fastfilm.segmentation.metadata.encoder import MetadataEncoder
 from fastfilm.segmentation.models.folder import LabelInfo, LoadedModel
 from fastfilm.segmentation.prediction import many_cases as prediction

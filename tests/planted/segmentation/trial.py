@@ -1,4 +1,4 @@
-"""Faults in fastfilm/segmentation/trial: statistics, results, verdict, page."""
+"""Faults in fastfilm/segmentation/trial."""
 
 from __future__ import annotations
 
@@ -10,6 +10,48 @@ VERDICT = "tests/segmentation/trial/test_verdict.py"
 PAGE = "tests/segmentation/trial/test_page.py -k 'not drawn'"
 
 FAULTS = (
+    Fault(
+        "segmentation-trial-page-names-not-escaped",
+        "fastfilm/segmentation/trial/page.py",
+        "<li>{html.escape(x)}</li>",
+        "<li>{x}</li>",
+        PAGE,
+    ),
+    Fault(
+        "segmentation-trial-page-cost-of-a-wrong-value-turned",
+        "fastfilm/segmentation/trial/page.py",
+        "{signed(-row['mean'])}",
+        "{signed(row['mean'])}",
+        PAGE,
+    ),
+    Fault(
+        "segmentation-trial-undefined-dice-by-run",
+        "fastfilm/segmentation/trial/results.py",
+        "defined = np.all([np.isfinite(v).all(1)",
+        "defined = np.any([np.isfinite(v).any(1)",
+        RESULTS,
+    ),
+    Fault(
+        "segmentation-trial-true-value-among-the-wrong",
+        "fastfilm/segmentation/trial/results.py",
+        "t is not None and t != value for t in true",
+        "t is not None for t in true",
+        RESULTS,
+    ),
+    Fault(
+        "segmentation-trial-calibration-of-bins-not-weighted",
+        "fastfilm/segmentation/trial/results.py",
+        "np.abs(bins[:, 1] - bins[:, 2]).sum() / count",
+        "np.abs((bins[:, 1] - bins[:, 2]) / bins[:, 0]).sum()",
+        RESULTS,
+    ),
+    Fault(
+        "segmentation-trial-run-of-another-design",
+        "fastfilm/segmentation/trial/scores.py",
+        "if run.design != design.sha256:",
+        "if False:",
+        RESULTS,
+    ),
     Fault(
         "segmentation-trial-training-noise-forgotten",
         "fastfilm/segmentation/trial/statistics.py",
@@ -67,46 +109,11 @@ FAULTS = (
         STATISTICS,
     ),
     Fault(
-        "segmentation-holm-falls",
-        "fastfilm/segmentation/evaluation/statistics.py",
-        "largest = max(largest, min(1.0, (len(given) - rank) * value))",
-        "largest = min(1.0, (len(given) - rank) * value)",
-        "tests/segmentation/evaluation/test_statistics.py",
-    ),
-    Fault(
         "segmentation-trial-seeds-needed-shrink-all",
         "fastfilm/segmentation/trial/statistics.py",
         "_decides(distance, v_units, v_runs / k, v_both / k,",
         "_decides(distance, v_units / k, v_runs / k, v_both / k,",
         STATISTICS,
-    ),
-    Fault(
-        "segmentation-trial-undefined-dice-by-run",
-        "fastfilm/segmentation/trial/results.py",
-        "defined = np.all([np.isfinite(v).all(1)",
-        "defined = np.any([np.isfinite(v).any(1)",
-        RESULTS,
-    ),
-    Fault(
-        "segmentation-trial-true-value-among-the-wrong",
-        "fastfilm/segmentation/trial/results.py",
-        "t is not None and t != value for t in true",
-        "t is not None for t in true",
-        RESULTS,
-    ),
-    Fault(
-        "segmentation-trial-calibration-of-bins-not-weighted",
-        "fastfilm/segmentation/trial/results.py",
-        "np.abs(bins[:, 1] - bins[:, 2]).sum() / count",
-        "np.abs((bins[:, 1] - bins[:, 2]) / bins[:, 0]).sum()",
-        RESULTS,
-    ),
-    Fault(
-        "segmentation-trial-run-of-another-design",
-        "fastfilm/segmentation/trial/scores.py",
-        "if run.design != design.sha256:",
-        "if False:",
-        RESULTS,
     ),
     Fault(
         "segmentation-trial-verdict-without-the-margin",
@@ -128,19 +135,5 @@ FAULTS = (
         "    if little:\n        return",
         "    if False:\n        return",
         VERDICT,
-    ),
-    Fault(
-        "segmentation-trial-page-names-not-escaped",
-        "fastfilm/segmentation/trial/page.py",
-        "<li>{html.escape(x)}</li>",
-        "<li>{x}</li>",
-        PAGE,
-    ),
-    Fault(
-        "segmentation-trial-page-cost-of-a-wrong-value-turned",
-        "fastfilm/segmentation/trial/page.py",
-        "{signed(-row['mean'])}",
-        "{signed(row['mean'])}",
-        PAGE,
     ),
 )

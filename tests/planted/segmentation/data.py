@@ -1,0 +1,253 @@
+"""Faults in fastfilm/segmentation/data."""
+
+from __future__ import annotations
+
+from tests.planted.fault import Fault
+
+SPLITS = "tests/segmentation/data/test_splits.py"
+CACHE = "tests/segmentation/data/test_cache.py"
+TABLES = "tests/segmentation/support/test_tables.py"
+PLANS = "tests/segmentation/data/test_data_sets.py"
+BAD = "tests/segmentation/commands/test_bad_data_sets.py"
+VECTORS = "tests/segmentation/metadata/test_vectors.py"
+
+FAULTS = (
+    Fault(
+        "segmentation-cache-time-of-the-files-ignored",
+        "fastfilm/segmentation/data/cache.py",
+        "stat.st_size, stat.st_mtime_ns",
+        "stat.st_size",
+        CACHE,
+    ),
+    Fault(
+        "segmentation-cache-label-files-ignored",
+        "fastfilm/segmentation/data/cache.py",
+        "[*case.images, *case.labels.values()]",
+        "case.images",
+        CACHE,
+    ),
+    Fault(
+        "segmentation-cache-label-values-ignored",
+        "fastfilm/segmentation/data/cache.py",
+        "labels, sorted(case.labels), files",
+        "sorted(case.labels), files",
+        CACHE,
+    ),
+    Fault(
+        "segmentation-cache-preprocessing-ignored",
+        "fastfilm/segmentation/data/cache.py",
+        "preprocessing.model_dump(), labels",
+        "labels",
+        CACHE,
+    ),
+    Fault(
+        "segmentation-cache-voxels-of-the-first-label",
+        "fastfilm/segmentation/data/cache.py",
+        "np.full(len(at), k)",
+        "np.full(len(at), 0)",
+        CACHE,
+    ),
+    Fault(
+        "segmentation-cache-every-label-known",
+        "fastfilm/segmentation/data/cache.py",
+        "[name in case.labels for name in data.labels]",
+        "[True for name in data.labels]",
+        CACHE,
+    ),
+    Fault(
+        "segmentation-cache-too-many-voxels",
+        "fastfilm/segmentation/data/cache.py",
+        "at = rng.choice(at, POINTS, replace=False)",
+        "at = at[:POINTS]",
+        CACHE,
+    ),
+    Fault(
+        "segmentation-plan-exclusions-that-match-nothing",
+        "fastfilm/segmentation/data/datasets.py",
+        "if name not in found.excluded:",
+        "if False:",
+        PLANS,
+    ),
+    Fault(
+        "segmentation-plan-annexed-labels-count-as-missing",
+        "fastfilm/segmentation/data/datasets.py",
+        "if os.path.lexists(p)]",
+        "if p.exists()]",
+        BAD,
+    ),
+    Fault(
+        "segmentation-plan-demands-not-asked",
+        "fastfilm/segmentation/data/decisions.py",
+        "if most > there:",
+        "if False:",
+        BAD,
+    ),
+    Fault(
+        "segmentation-plan-digests-not-compared",
+        "fastfilm/segmentation/data/plan.py",
+        "if there != digest:",
+        "if not there:",
+        PLANS,
+    ),
+    Fault(
+        "segmentation-plan-files-one-by-one",
+        "fastfilm/segmentation/data/plan.py",
+        "stack.enter_context(atomic(folder / name)).write_text(texts[name], encoding=",
+        "(folder / name).write_text(texts[name], encoding=",
+        PLANS,
+    ),
+    Fault(
+        "segmentation-sidecars-the-farthest-wins",
+        "fastfilm/segmentation/data/sidecars.py",
+        "for folder in reversed(levels):",
+        "for folder in levels:",
+        TABLES,
+    ),
+    Fault(
+        "segmentation-sidecars-of-other-entities",
+        "fastfilm/segmentation/data/sidecars.py",
+        "have.issuperset(theirs.items())",
+        "bool(have)",
+        TABLES,
+    ),
+    Fault(
+        "segmentation-sidecars-of-other-suffixes",
+        "fastfilm/segmentation/data/sidecars.py",
+        "if last == suffix and",
+        "if last and",
+        TABLES,
+    ),
+    Fault(
+        "segmentation-vectors-some-columns-missing-is-all-missing",
+        "fastfilm/segmentation/data/sources.py",
+        "    if gone:\n",
+        "    if False:\n",
+        VECTORS,
+    ),
+    Fault(
+        "segmentation-splits-twins-apart",
+        "fastfilm/segmentation/data/splits.py",
+        "            group[s] = merged\n",
+        "            pass\n",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-twins-of-twins-apart",
+        "fastfilm/segmentation/data/splits.py",
+        "set().union(*(group[s] for s in twins if s in group))",
+        "{s for s in twins if s in group}",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-twins-in-fixed-parts",
+        "fastfilm/segmentation/data/splits.py",
+        "    for group in same:",
+        "    for group in ():",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-fixed-part-lost",
+        "fastfilm/segmentation/data/splits.py",
+        "splits & fold.keys()",
+        "splits & {'train', 'val'}",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-not-stratified",
+        "fastfilm/segmentation/data/splits.py",
+        "_levels(cases, config.stratify, keys)",
+        "_levels(cases, (), keys)",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-each-stratum-from-the-first-fold",
+        "fastfilm/segmentation/data/splits.py",
+        "    for level in sorted(strata):\n",
+        "    for level in sorted(strata):\n        turn = 0\n",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-seed-ignored",
+        "fastfilm/segmentation/data/splits.py",
+        "np.random.default_rng(config.seed)",
+        "np.random.default_rng(0)",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-numbers-in-halves",
+        "fastfilm/segmentation/data/splits.py",
+        "(0.25, 0.5, 0.75)",
+        "(0.5,)",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-validated-on-the-training-part",
+        "fastfilm/segmentation/data/splits.py",
+        "if j != k",
+        "if j >= 0",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-groups-apart",
+        "fastfilm/segmentation/data/splits.py",
+        "[*same, *_groups(cases, config.group, keys)]",
+        "same",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-groups-dealt-out",
+        "fastfilm/segmentation/data/splits.py",
+        "(_placed if grouped else _dealt)",
+        "_dealt",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-groups-small-ones-first",
+        "fastfilm/segmentation/data/splits.py",
+        "key=lambda i: -len(units[i])",
+        "key=lambda i: len(units[i])",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-groups-by-size-alone",
+        "fastfilm/segmentation/data/splits.py",
+        "row[column[value]] += 1",
+        "row[column[value]] += 0",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-nested-chosen-by-the-held-out",
+        "fastfilm/segmentation/data/splits.py",
+        '"val": sorted(val), "test": fold["val"]',
+        '"val": fold["val"], "test": sorted(val)',
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-nested-val-is-trained-on",
+        "fastfilm/segmentation/data/splits.py",
+        "sorted(train - {*val})",
+        "sorted(train)",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-nested-groups-apart",
+        "fastfilm/segmentation/data/splits.py",
+        "[u for u in units if u[0] in train]",
+        "[[s] for u in units for s in u if s in train]",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-left-out-value-of-another-fold",
+        "fastfilm/segmentation/data/splits.py",
+        "enumerate(folds)]\n        notes",
+        "enumerate(folds[::-1])]\n        notes",
+        SPLITS,
+    ),
+    Fault(
+        "segmentation-splits-left-out-twins-of-two-values",
+        "fastfilm/segmentation/data/splits.py",
+        "if len(found := set().union(*sets)) > 1:",
+        "if len(found := set().union(*sets)) > 2:",
+        SPLITS,
+    ),
+)

@@ -6,9 +6,7 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import fastfilm
-
-from ..reports.html_page import STYLE, table
+from ..reports.html_page import document, table
 from ..reports.layout import (
     NONE,
     Column,
@@ -70,13 +68,7 @@ def page(result: Mapping[str, Any]) -> str:
     body.append("<h2>Notes</h2><ul>")
     body += [f"<li>{html.escape(note)}</li>" for note in result["notes"]]
     body.append("</ul>")
-    joined = "\n".join(body)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fastfilm audit</title><style>{STYLE}{MARKS}</style></head><body><h1>fastfilm audit</h1>"
-        f'<p class="note">fastfilm {fastfilm.__version__}</p>\n{joined}</body></html>\n'
-    )
+    return document("fastfilm audit", "\n".join(body), MARKS)
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+import fastfilm
+
 from .figures import png
 
 STYLE = """
@@ -46,6 +48,20 @@ class Page:
         self.note(about)
         data = base64.b64encode(picture).decode()
         self.sections.append(f'<img alt="{html.escape(about)}" src="data:image/png;base64,{data}">')
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole HTML file, for screens of any width: the title, the version of fastfilm, ``body``.
+
+    Args:
+        style: CSS beside that of all reports.
+    """
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}{style}</style></head><body><h1>{title}</h1>\n"
+        f'<p class="note">fastfilm {fastfilm.__version__}</p>\n{body}</body></html>\n'
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], names: int = 1) -> str:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fastfilm
-
 from ..evaluation.comparison import compare_summaries
 from ..evaluation.folder import metric_of, read_summary
 from ..evaluation.metrics import METRICS
@@ -20,8 +18,8 @@ from ..support.records import check_writable
 from ..training.record import read_log
 from . import figures
 from .html_page import (
-    STYLE,
     Page,
+    document,
     table,
 )
 from .inspection import has_film, inspect
@@ -76,12 +74,7 @@ def write_report(
         _swapped(page, table_of_swaps)
     if loaded is not None:
         _metadata(page, loaded)
-    body = "\n".join(page.sections)
-    text = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fastfilm report</title>'
-        f"<style>{STYLE}</style></head><body><h1>fastfilm report</h1>"
-        f'<p class="note">fastfilm {fastfilm.__version__}</p>{body}</body></html>\n'
-    )
+    text = document("fastfilm report", "\n".join(page.sections))
     for name, picture in page.pictures.items():
         figures.write_png(out / name, picture)
     write_text(out / "report.html", text)

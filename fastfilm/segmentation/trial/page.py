@@ -7,12 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import fastfilm
-
 from ..evaluation.metrics import METRICS
 from ..reports.html_page import (
-    STYLE,
     Page,
+    document,
     table,
 )
 from ..reports.layout import (
@@ -71,15 +69,7 @@ def write_page(out: Path, results: Mapping[str, Any], audit: Mapping[str, Any] |
     _design(page, results)
     page.title("For the methods section")
     page.sections.append(f'<p class="methods">{html.escape(methods(results))}</p>')
-    title = "Does the metadata help?"
-    text = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}{OWN_STYLE}</style></head><body><h1>{title}</h1>"
-        f"{chr(10).join(page.sections)}"
-        f'<p class="note">fastfilm {fastfilm.__version__}</p></body></html>\n'
-    )
-    write_text(out / PAGE, text)
+    write_text(out / PAGE, document("Does the metadata help?", "\n".join(page.sections), OWN_STYLE))
     return out / PAGE
 
 

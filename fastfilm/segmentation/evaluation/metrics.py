@@ -20,7 +20,6 @@ import warnings
 
 import numpy as np
 import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
@@ -92,6 +91,8 @@ def is_sheared(grid: ArrayLike) -> bool:
 
 
 def _surface(prediction: Mask, truth: Mask, axes: NDArray[np.float64], tolerance: float) -> Values:
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice  # two seconds
+
     sheared = is_sheared(axes)
     if not (prediction.any() or truth.any()):
         return {"HD95": None, "NSD": None}

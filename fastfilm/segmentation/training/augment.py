@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai import transforms as mt
 from torch import Tensor
 
 from ..config.sections import Augmentation
@@ -30,6 +29,8 @@ class Augment:
     def __init__(
         self, config: Augmentation, *, spatial_dims: int, slice_axis: int, flat: bool = False
     ) -> None:
+        from monai import transforms as mt  # two seconds of import, which only a training pays
+
         order = [slice_axis, *(a for a in range(3) if a != slice_axis)][3 - spatial_dims :]
         both, c = [IMAGE, MASK], config
         steps: list[Callable[[Any], Any]] = []

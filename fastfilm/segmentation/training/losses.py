@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai import losses as ml
 from torch import Tensor
 
 from ..config.sections import Training
@@ -31,6 +30,8 @@ class KnownLoss:
     """
 
     def __init__(self, config: Training, exclusive: bool) -> None:
+        from monai import losses as ml  # two seconds of import, which only a training pays
+
         self.exclusive = exclusive
         act: dict[str, Any] = {"softmax" if exclusive else "sigmoid": True, "reduction": "none"}
         if exclusive:

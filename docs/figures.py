@@ -1,4 +1,4 @@
-"""Draws the figure of the README from a trace taken here: python docs/figures.py
+"""Draws the figure of docs/design.md from a trace taken here: python docs/figures.py
 
 A FiLMed U-Net of depth 4 with 64 filters, bfloat16, runs one training step in eager PyTorch and by each route of
 fastfilm, under ``benchmarks.traffic``, which sees every kernel and the feature maps that it reads and writes.

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import SHORT, colour, conditions
+from ..measure.table import SHORT, colour, conditions
 from .bundle import LAYERS, SPEED
 
 Rows = Sequence[Mapping[str, Any]]

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import providers
-from ..networks import NETWORKS, Network
-from ..record import NO_TIME
-from ..roofline import check_is_small, work
-from ..session import Case, Provider, Session
-from ..step import Batch, Step
+from ..counted.inside import float32_products
+from ..counted.roofline import check_is_small, work
+from ..measure import providers
+from ..measure.record import NO_TIME
+from ..measure.session import Case, Provider, Session
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Batch, Step
 from .model import SMALL_NOTE, truth
 
 MODES = ("training", "inference")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import fastfilm
 
-from ..harness import paired, paired_ratio, quantile
-from ..record import FAILED, OK, Row, relative_error
-from ..session import Session
-from ..zoo import NETWORKS, Network
+from ..measure.harness import paired, paired_ratio, quantile
+from ..measure.record import FAILED, OK, Row, relative_error
+from ..measure.session import Session
+from ..subjects.zoo.small import NETWORKS, Network
 
 MODES = ("inference", "training")
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import choice
 
-from .. import traffic
-from ..harness import saved_bytes
-from ..record import FAILED, Row
-from ..session import Case, Session
+from ..counted import traffic
+from ..counted.inside import runs_on_cpu
+from ..measure.harness import saved_bytes
+from ..measure.record import FAILED, Row
+from ..measure.session import Case, Session
 
 BASELINE = Path(__file__).resolve().parents[1] / "results" / "gate.json"
 
@@ -149,12 +149,7 @@ def tiles(path: Path) -> Iterator[Figure]:
 def figures(static: str | None) -> Iterator[Figure]:
     """All that can be counted here."""
     for name, route in PLANS:
-        b = choice.BACKENDS[name]
-        if (
-            b.unavailable() is None
-            and ("cpu" in b.devices)
-            and (name != "triton" or choice.interpreting())
-        ):
+        if runs_on_cpu(name):
             yield from maps(name, route)
     yield from python()
     if static is not None and Path(static).exists():

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfilm
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import emulated_passes, emulation, providers, traffic
-from ..eager import DoubleConv, FilmForm
-from ..harness import TookTooLong, peak_bytes, tensor_peak_bytes, time_limit
-from ..networks import NETWORKS, Network
-from ..record import FAILED, NO_TIME
-from ..session import Case, Session
-from ..step import Step
+from ..counted import emulated_passes, emulation, traffic
+from ..counted.inside import float32_products
+from ..measure import providers
+from ..measure.harness import TookTooLong, peak_bytes, tensor_peak_bytes, time_limit
+from ..measure.record import FAILED, NO_TIME
+from ..measure.session import Case, Session
+from ..subjects.eager_networks import DoubleConv, FilmForm
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Step
 from .model import one_hot, twin
 
 

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import providers, volume
-from ..graphs import CaptureFailed
-from ..harness import TookTooLong, time_limit, without_search
-from ..networks import NETWORKS, Network
-from ..record import NO_TIME
-from ..roofline import DTYPES, check_is_small, work, yardstick
-from ..session import Case, Provider, Results, Session
-from ..step import Batch, Step
+from ..counted.inside import float32_products
+from ..counted.roofline import DTYPES, check_is_small, work, yardstick
+from ..measure import providers, volume
+from ..measure.graphs import CaptureFailed
+from ..measure.harness import TookTooLong, time_limit, without_search
+from ..measure.record import NO_TIME
+from ..measure.session import Case, Provider, Results, Session
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Batch, Step
 
 METADATA = 3
 MODES = ("inference", "training")

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import networks
 from benchmarks.campaign import bundle, plots, prepare, report, results, runner, steps, targets
 from benchmarks.campaign.steps import Step
+from benchmarks.subjects import networks
 from benchmarks.suites import profile
 
 ROOT = Path(__file__).resolve().parents[2]

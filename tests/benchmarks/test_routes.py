@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import emulation, traffic
-from benchmarks.harness import QUICK, Budget, HostClock
-from benchmarks.layers import LayerStep, steady
-from benchmarks.record import FAILED, OK, SKIPPED, Record
-from benchmarks.roofline import Ceilings
-from benchmarks.session import Session
+from benchmarks.counted import emulation, traffic
+from benchmarks.counted.roofline import Ceilings
+from benchmarks.measure.harness import QUICK, Budget, HostClock
+from benchmarks.measure.record import FAILED, OK, SKIPPED, Record
+from benchmarks.measure.session import Session
+from benchmarks.subjects.layers import LayerStep, steady
 from benchmarks.suites import routes
 from tests.support import emulated
 from tests.support.emulated import extension, library

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import smoke
+from benchmarks.campaign import smoke
 from fastfilm.ops.settings import left_out
 
 FAKE = """
@@ -46,7 +46,7 @@ def test_each_check_is_settled_whatever_the_others_do(tmp_path: Path, device: st
 
 
 def test_every_family_has_a_check_and_can_be_left_out() -> None:
-    from benchmarks import kernel_checks
+    from benchmarks.counted import kernel_checks
 
     assert {b: set(f) for b, f in smoke.FAMILIES.items()} == {
         b: set(f) for b, f in left_out.FAMILIES.items()

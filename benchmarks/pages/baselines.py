@@ -1,6 +1,6 @@
 """Writes docs/baselines.md and its plot from committed results of the suite ``peers``.
 
-Usage: python benchmarks/pages/baselines.py [results/peers-cpu.json [results/peers-cuda.json]]
+Usage: python -m benchmarks.pages.baselines [results/peers-cpu.json [results/peers-cuda.json]]
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from .markdown import table
 
 HERE = Path(__file__).resolve().parents[1]
 DOCS = HERE.parent / "docs"
@@ -42,9 +45,8 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
+def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    return "\n".join(table(head, body)).rstrip()
 
 
 def network_table(rows: list[RowDict]) -> str:
@@ -257,7 +259,7 @@ How close PyTorch's own convolutions come to the limit on the layers of segmenta
 what a block's norm, activation and FiLM cost on top. This decides where a convolution of our own
 must win and where the vendor's stays. None of fastfilm's kernels takes part.
 
-This page is written by `python benchmarks/pages/baselines.py` from the files under
+This page is written by `python -m benchmarks.pages.baselines` from the files under
 `benchmarks/results/`; [benchmarks.md](benchmarks.md) defines every column. Times are medians of
 interleaved rounds; the floor is the larger of traffic over copy bandwidth and arithmetic over the
 matrix rate, both measured in the same run.
@@ -269,7 +271,7 @@ There is no CUDA table yet: this suite has not run on a GPU. It makes one,
 
     python benchmarks/run.py --suite peers --device cuda --minutes 25 \\
         --json benchmarks/results/peers-cuda.json
-    python benchmarks/pages/baselines.py
+    python -m benchmarks.pages.baselines
 
 with tf32, AMP in bfloat16 and float16, and torch.compile (default and max-autotune) as further
 providers, at the full patch and batch sizes. Nothing on this page says anything about a GPU: a
@@ -321,13 +323,8 @@ def section(data: dict[str, Any], title: str, image: str) -> str:
         network_table(rows),
     ]
     for d in dtypes:
-        table = layer_table(rows, d)
-        if table.count("\n") > 1:
-            parts += [
-                f"### Layers, {SHORT[d]}",
-                LAYER_NOTE,
-                table,
-            ]
+        if layers := layer_table(rows, d):
+            parts += [f"### Layers, {SHORT[d]}", LAYER_NOTE, layers]
     failed = [r for r in data["rows"] if r["status"] == "FAILED"]
     if failed:
         cells = [[r["provider"], r["case"], r["mode"], SHORT[r["dtype"]]] for r in failed]
@@ -350,7 +347,7 @@ def main(paths: list[str]) -> int:
         if path.is_file():
             parts.append(section(json.loads(path.read_text()), title, image))
         elif image == "cpu":
-            print(f"baselines_page.py: no such file: {path}", file=sys.stderr)
+            print(f"benchmarks.pages.baselines: no such file: {path}", file=sys.stderr)
             return 2
     if len(parts) < 3:
         parts.append(NO_CUDA)

@@ -1,6 +1,6 @@
 """Writes the table of docs/convert.md from the committed result of the suite ``coverage``.
 
-Usage: python benchmarks/pages/coverage.py [results/coverage-cpu.json]
+Usage: python -m benchmarks.pages.coverage [results/coverage-cpu.json]
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .markdown import between
+from .markdown import table as markdown
+
 HERE = Path(__file__).resolve().parents[1]
 PAGE = HERE.parent / "docs" / "convert.md"
-BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 
 PACKAGES = {
     "monai": "MONAI",
@@ -27,10 +29,7 @@ PACKAGES = {
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a network."""
     found = {(r["package"], r["case"], r["mode"], r["provider"]): r for r in rows}
-    lines = [
-        "| network | input | fused, of all | of 3×3 | error, eager's | inference | training |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    cells: list[tuple[str, ...]] = []
 
     def speed(package: str, case: str, mode: str) -> str:
         ours, last = (
@@ -43,12 +42,27 @@ def table(rows: list[dict[str, Any]]) -> str:
         if (mode, provider) != ("inference", "fastfilm"):
             continue
         shape = "×".join(map(str, row["shape"]))
-        lines.append(
-            f"| {PACKAGES[package]} {case} | {shape} | {row['fused']} of {row['convolutions']} |"
-            f" {row['share_3']:.0%} | {row['error']:.1e}, {row['eager_error']:.1e} |"
-            f" {speed(package, case, 'inference')} | {speed(package, case, 'training')} |"
+        cells.append(
+            (
+                f"{PACKAGES[package]} {case}",
+                shape,
+                f"{row['fused']} of {row['convolutions']}",
+                f"{row['share_3']:.0%}",
+                f"{row['error']:.1e}, {row['eager_error']:.1e}",
+                speed(package, case, "inference"),
+                speed(package, case, "training"),
+            )
         )
-    return "\n".join(lines)
+    head = (
+        "network",
+        "input",
+        "fused, of all",
+        "of 3×3",
+        "error, eager's",
+        "inference",
+        "training",
+    )
+    return "\n".join(markdown(head, cells)).rstrip()
 
 
 def left(rows: list[dict[str, Any]]) -> str:
@@ -85,11 +99,8 @@ def text(result: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     """Writes the page."""
     path = Path(argv[0]) if argv else HERE / "results" / "coverage-cpu.json"
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    result = json.loads(path.read_text())
-    PAGE.write_text(f"{before}{BEGIN}\n{text(result)}{END}{after}")
+    page, result = (p.read_text(encoding="utf-8") for p in (PAGE, path))
+    PAGE.write_text(between(page, "coverage", text(json.loads(result))), encoding="utf-8")
 
 
 if __name__ == "__main__":

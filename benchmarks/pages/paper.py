@@ -1,6 +1,6 @@
 """Writes the tables of docs/paper.md from the committed results of the paper's experiments.
 
-Usage: python benchmarks/pages/paper.py
+Usage: python -m benchmarks.pages.paper
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import results
+from ..paper import results
+from .markdown import between
 
 HERE = Path(__file__).resolve().parents[1]
 PAGE = HERE.parent / "docs" / "paper.md"
@@ -33,7 +34,6 @@ def _steps(record: dict[str, Any]) -> str:
 def written(page: str, found: dict[str, dict[str, Any]]) -> str:
     """The page with the tables of ``found`` between their marks."""
     for name, record in found.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         machine, size = record["machine"], record["configuration"]
         about = (
             f"{len(record['units'])} networks of {size['filters']} filters and depth {size['depth']},"
@@ -43,11 +43,7 @@ def written(page: str, found: dict[str, dict[str, Any]]) -> str:
         table = results.text(record["experiment"], record["summary"]).strip()
         if "eager_over_fused" in record:
             table += "\n\n" + results.ratio_text(record["eager_over_fused"])
-        block = f"{begin}\n{about}\n\n{table}\n{end}"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"docs/paper.md must have one place for {name}")
-        before, rest = page.split(begin)
-        page = before + block + rest.split(end)[1]
+        page = between(page, name, f"{about}\n\n{table}")
     return page
 
 

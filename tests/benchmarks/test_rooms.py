@@ -71,6 +71,10 @@ def test_no_two_modules_import_each_other() -> None:
     assert not rooms.circles(BENCHMARKS, BENCHMARKS)
 
 
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
 def _of_fastfilm(path: Path) -> set[str]:
     """Modules and names of fastfilm that a file imports, also by name: ``import_module("fastfilm.ops")``."""
     found = {".".join(n) for n in rooms.imported(path, BENCHMARKS) if n[0] == "fastfilm"}
@@ -96,7 +100,7 @@ def test_only_counted_looks_inside_the_package(room: str) -> None:
         for name in _of_fastfilm(path):
             allowed = name == "fastfilm" or any(f"{name}.".startswith(f"{p}.") for p in public)
             allowed |= any(f"{name}.".startswith(f"{m}.") for m in (*PUBLIC, *FURTHER[room]))
-            if not allowed or any(part.startswith("_") for part in name.split(".")[1:-1]):
+            if not allowed or any(map(_private, name.split("."))):
                 wrong.append(f"{where(path)}: {name}")
     assert not wrong
 

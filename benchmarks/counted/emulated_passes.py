@@ -54,21 +54,8 @@ def step() -> dict[str, list[traffic.Launch]]:
     """The launches of one training step and one inference call, with the backend in force."""
     torch.manual_seed(0)
     net = fastfilm.FiLMedUNet(1, 1, depth=DEPTH, base_filters=FILTERS, metadata_size=3)
-    net = net.train().to(torch.bfloat16)
-    image, rows = (
-        torch.randn(1, 1, SIZE, SIZE).to(torch.bfloat16),
-        torch.eye(3)[:1].to(torch.bfloat16),
-    )
-    found = {}
-    with traffic.counted() as found["forward"]:
-        out = net(image, rows)
-    gradient = torch.ones_like(out)
-    with traffic.counted() as found["backward"]:
-        out.backward(gradient)
-    net.eval()
-    with torch.no_grad(), traffic.counted() as found["inference"]:
-        net(image, rows)
-    return found
+    image, rows = torch.randn(1, 1, SIZE, SIZE), torch.eye(3)[:1]
+    return traffic.of_step(*(t.to(torch.bfloat16) for t in (net, image, rows)))
 
 
 def convolutions() -> int:

@@ -21,7 +21,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -175,6 +176,21 @@ def _inside(watched: _Watched | None) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     room = importlib.import_module("fastfilm.ops.launchers.cpu.convolution")
     return patch.multiple(room, **{name: getattr(watched, name) for name in _CHOSEN})
+
+
+def of_step(net: nn.Module, image: Tensor, metadata: Tensor) -> dict[str, list[Launch]]:
+    """The launches of a network's forward and backward pass in training, and of its forward in inference."""
+    found: dict[str, list[Launch]] = {}
+    net.train()
+    with counted() as found["forward"]:
+        out = net(image, metadata)
+    gradient = torch.ones_like(out)
+    with counted() as found["backward"]:
+        out.backward(gradient)
+    net.eval()
+    with torch.no_grad(), counted() as found["inference"]:
+        net(image, metadata)
+    return found
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..counted.roofline import ulp
+from ..counted.roofline import Work, ulp
+from .harness import quantile
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
 
@@ -86,6 +88,16 @@ class Row:
     status: str = OK
     note: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def timed(self, seconds: Sequence[float], work: Work | None = None) -> Row:
+        """Fills in the times of a call, one a round, and the rates of the work that it did; returns the row."""
+        self.median_s = statistics.median(seconds)
+        self.p20_s, self.p80_s = quantile(seconds, 0.2), quantile(seconds, 0.8)
+        if work is not None:
+            self.tflops = work.flops / self.median_s / 1e12
+            self.gbps = work.bytes / self.median_s / 1e9
+            self.floor_s, self.fraction_of_floor = work.floor_s, work.floor_s / self.median_s
+        return self
 
     def as_json(self) -> dict[str, Any]:
         """The row as it stands in the file: six digits; numbers that JSON cannot hold are None."""

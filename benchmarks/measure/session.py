@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ from .harness import (
     paired,
     paired_ratio,
     peak_bytes,
-    quantile,
     time_limit,
     without_search,
 )
@@ -299,7 +297,7 @@ class Session:
         partial = [n for n in missing if n in self.baseline]
         for name, row in rows.items():
             if times[name]:
-                _fill(row, times[name], case.work)
+                row.timed(times[name], case.work).extra["rounds"] = len(times[name])
             else:
                 row.status, row.note = SKIPPED, f"{NO_TIME}: checked, not timed"
             if name in errors:
@@ -317,17 +315,6 @@ class Session:
                 if name != baseline and baseline in outputs:
                     row.extra["max_abs_diff"] = _difference(outputs[name], outputs[baseline])
         return [*rows.values(), *refused]
-
-
-def _fill(row: Row, seconds: list[float], work: Work | None) -> None:
-    row.median_s = statistics.median(seconds)
-    row.p20_s, row.p80_s = quantile(seconds, 0.2), quantile(seconds, 0.8)
-    row.extra["rounds"] = len(seconds)
-    if work is not None:
-        row.tflops = work.flops / row.median_s / 1e12
-        row.gbps = work.bytes / row.median_s / 1e9
-        row.floor_s = work.floor_s
-        row.fraction_of_floor = work.floor_s / row.median_s
 
 
 def _difference(a: Tensor, b: Tensor) -> float | None:

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastfilm
 
-from ..counted import traffic
+from ..counted import python_calls, traffic
 from ..counted.inside import runs_on_cpu
 from ..measure.harness import saved_bytes
 from ..measure.record import FAILED, Row
@@ -60,38 +57,14 @@ def maps(name: str, route: str | None) -> Iterator[Figure]:
     said = name if route is None else f"{name}/{route}"
     convolutions = sum(isinstance(m, fastfilm.ConvNormFiLM2d) for m in net.modules())
     with fastfilm.backend(name, route):
-        with traffic.counted() as forward:
-            out = net(image, rows)
-        with traffic.counted() as backward:
-            out.backward(torch.ones_like(out))
-        kept = saved_bytes(lambda: net(image, rows), list(net.parameters()))  # one more forward
-        net.eval()
-        with torch.no_grad(), traffic.counted() as inference:
-            net(image, rows)
-    for mode, launches in (("forward", forward), ("backward", backward), ("inference", inference)):
+        found = traffic.of_step(net, image, rows)
+        kept = saved_bytes(lambda: net.train()(image, rows), list(net.parameters()))
+    for mode, launches in found.items():
         moved = sum(k.passes for k in launches) / max(convolutions, 1)
         yield Figure(f"{said}: maps moved a convolution, {mode}", moved)
         kernels = sum(k.passes > 0 for k in launches)
         yield Figure(f"{said}: kernels on maps, {mode}", kernels)
     yield Figure(f"{said}: bytes kept", kept)
-
-
-def calls_of(function: Callable[[], object]) -> int:
-    """Python functions that one call enters (those written in C are not counted)."""
-    count = 0
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    function()
-    function()  # what is computed once is there
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def cpu_seconds(
@@ -124,7 +97,10 @@ def python() -> Iterator[Figure]:
                 ours = partial(block.train(mode == "training"), image, gamma, beta)
                 theirs = partial(plain.train(mode == "training"), image)
                 # a comprehension is a function of its own up to Python 3.11
-                yield Figure(f"Python functions of a block, {mode}", calls_of(ours), 0.1)
+                for _ in range(2):  # what is computed once is there
+                    ours()
+                functions = python_calls.counted(ours, "")[0].calls
+                yield Figure(f"Python functions of a block, {mode}", functions, 0.1)
                 seconds, ratio = cpu_seconds(ours, theirs)
                 # a busy or another machine gives other numbers: only a multiple is an error, calls are exact
                 yield Figure(f"time of a block over PyTorch's layers, {mode}", ratio, 1.0)

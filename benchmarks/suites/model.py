@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -258,11 +258,20 @@ def truth(
 
 
 def compile_into(
-    session: Session, candidates: dict[str, Provider], make: partial[Step], names: list[str] | None
+    session: Session,
+    candidates: dict[str, Provider],
+    make: partial[Step],
+    names: list[str] | None,
+    kinds: Mapping[str, str | None] | None = None,
 ) -> list[tuple[str, str]]:
-    """Adds the compiled variants of a step to ``candidates``; (name, reason) of the others."""
+    """Adds compiled variants of a step to ``candidates``; (name, reason) of the others.
+
+    Args:
+        kinds: provider -> mode of torch.compile; those of the device without it.
+    """
     skipped = []
-    for name, kind in providers.compile_modes(session.device).items():
+    kinds = providers.compile_modes(session.device) if kinds is None else kinds
+    for name, kind in kinds.items():
         reason = providers.why_not_compile(session.device, session.quick)
         reason = reason or session.why_not(name)
         if name in session.slow_to_compile:

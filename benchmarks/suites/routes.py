@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from ..counted import emulation, inside
 from ..counted.deciding_layers import SUBJECTS, Subject
 from ..counted.inside import float32_products
 from ..counted.roofline import DTYPES, Ceilings, Work, convolution, ulp
-from ..measure.harness import Effort, paired, paired_ratio, quantile, without_search
+from ..measure.harness import Effort, paired, paired_ratio, without_search
 from ..measure.journal import DeviceLost
 from ..measure.providers import one_line
 from ..measure.record import ERROR_FACTOR, FAILED, NO_TIME, SKIPPED, Row, relative_error
@@ -296,10 +295,8 @@ def _fill(
 ) -> None:
     work = case.work
     assert work is not None
-    row.median_s = statistics.median(seconds)
-    row.p20_s, row.p80_s = quantile(seconds, 0.2), quantile(seconds, 0.8)
-    row.tflops, row.gbps = work.flops / row.median_s / 1e12, work.bytes / row.median_s / 1e9
-    row.floor_s, row.fraction_of_floor = work.floor_s, work.floor_s / row.median_s
+    row.timed(seconds, work)
+    assert row.tflops is not None and row.gbps is not None
     row.ratio = None if vendor is None else paired_ratio(vendor, seconds)
     row.extra |= {
         "rounds": len(seconds),

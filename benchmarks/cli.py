@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from .counted.roofline import DTYPES
-from .measure import machine, table
+from .measure import machine, summary, table
 from .measure.harness import QUICK, Budget, Effort, TookTooLong, clock_for, time_limit
 from .measure.journal import Journal
 from .measure.record import NO_TIME, Record
@@ -44,6 +44,9 @@ COMPILE: dict[str, tuple[str, ...] | None] = {
     "max-autotune": ("compile-max-autotune",),
 }
 """``--compile`` -> the providers that it leaves in."""
+
+FOLDER = "build/benchmarks"
+"""Where results go by default, below the current folder; git ignores it in a checkout."""
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -98,8 +101,12 @@ def parser() -> Parser:
         help="model: floor, estimate, time and limiter of each layer, and steps on several GPUs",
     )
     p.add_argument("--volume", metavar="FILE.nii.gz", help="3D image to cut patches from")
-    p.add_argument("--json", metavar="OUT", default="fastfilm-benchmark.json")
-    p.add_argument("--plot", metavar="OUT.png", default="fastfilm-benchmark.png")
+    p.add_argument(
+        "--json", metavar="OUT", default=f"{FOLDER}/run.json", help="default: %(default)s"
+    )
+    p.add_argument(
+        "--plot", metavar="OUT.png", default=f"{FOLDER}/run.png", help="default: %(default)s"
+    )
     p.add_argument(
         "--minutes", type=_minutes, help="end after this time; what does not fit is named"
     )
@@ -159,7 +166,14 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
     if device == "cpu" and "tf32" in dtypes:
         p.error("--dtype tf32 exists on CUDA devices only")
     for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if not Path(path).resolve().parent.is_dir():
+        if path == p.get_default(name.removeprefix("--")):
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                p.error(
+                    f"{name}: cannot make the folder {FOLDER}: {error.strerror}; name another file"
+                )
+        elif not Path(path).resolve().parent.is_dir():
             p.error(f"{name}: no such folder: {Path(path).parent}")
     try:
         if args.volume is not None:
@@ -215,6 +229,8 @@ def finish(session: Session, args: argparse.Namespace, started: float, plot: boo
     shown = [
         r for r in record.rows if r.suite not in ("explain", "gate", "shares")
     ]  # these print their own
+    if args.suite is None:
+        summary.show(record.rows, record.machine)
     print(table.table(shown))
     wrote = f"\nwrote {args.json}"
     if plot:

@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 def why_not_compile(device: str, quick: bool) -> str | None:
     """Why torch.compile is left out; None if it can be tried."""
     if quick:
-        return "left out of quick runs: compiling takes longer than the run"
+        return "quick runs leave it out, because compiling takes longer than the run"
     if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "no C++ compiler for torch.compile on a CPU"
     return None

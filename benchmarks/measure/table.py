@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .record import FAILED, NO_TIME, SKIPPED, Row
+from .record import EAGER, FAILED, NO_TIME, SKIPPED, Row
 
 LABELS = ("suite", "case", "mode", "dtype", "provider")
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -126,6 +126,31 @@ def _static_figure(value: Any) -> str:
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+DRIFT = 0.05
+"""Part of a ratio by which the quotient of the medians may differ from it without a mark."""
+
+DRIFTED = (
+    "~ the machine's speed changed between rounds: this ratio is the median over the rounds of eager's time over"
+    "\n  this row's in the same round, and the quotient of the two medians is another number"
+)
+
+
+def drifted(rows: Iterable[Row]) -> set[int]:
+    """``id`` of each row whose ratio is not the quotient of eager's median and its own, to within ``DRIFT``."""
+    rows = [r for r in rows if r.ratio is not None and r.median_s]
+    base = {
+        (r.suite, r.case, r.mode, r.dtype): r.median_s
+        for r in rows
+        if r.provider in EAGER and r.ratio == 1.0
+    }
+    found = set()
+    for r in rows:
+        eager = base.get((r.suite, r.case, r.mode, r.dtype))
+        if eager and r.median_s and r.ratio and abs(eager / r.median_s / r.ratio - 1) > DRIFT:
+            found.add(id(r))
+    return found
+
+
 def table(rows: Iterable[Row]) -> str:
     """All rows, a line each, under a line for their case; the best eager layout is the 1.00x.
 
@@ -136,7 +161,11 @@ def table(rows: Iterable[Row]) -> str:
     parts = []
     if timed:
         names = [title for title, _ in COLUMNS]
-        lines = align([names, *([show(r) for _, show in COLUMNS] for r in timed)])
+        cells = [[show(r) for _, show in COLUMNS] for r in timed]
+        marked = drifted(timed)
+        for row, line in zip(timed, cells, strict=True):
+            line[names.index("vs eager")] += ("~" if id(row) in marked else " ") * bool(marked)
+        lines = align([names, *cells])
         parts += ["", lines[0]]
         previous = None
         for row, line in zip(timed, lines[1:], strict=True):
@@ -145,6 +174,8 @@ def table(rows: Iterable[Row]) -> str:
                 parts += ["", case]
                 previous = case
             parts.append(f"{line}  {row.note}".rstrip())
+        if marked:
+            parts += ["", DRIFTED]
     static = [r for r in rows if r.suite == "static"]
     if static:
         head = ["kernel", "status", *STATIC_COLUMNS]

@@ -117,16 +117,7 @@ def _limiter(target: targets.Target) -> str:
     for network in NETWORKS:
         if network.case == target.case:
             found = expected_time.lines(network, target.mode, "bfloat16", cost.H200)
-            terms = cost.added(
-                cost.Terms(
-                    **{
-                        n: line.count * getattr(line.estimate.terms, n)
-                        for n in (*cost.LIMITERS, "total")
-                    }
-                )
-                for line in found
-            )
-            return terms.limiter
+            return expected_time.limiter(found)
     return ""
 
 

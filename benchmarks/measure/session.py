@@ -15,6 +15,7 @@ from fastfilm.machine import gpu_is_lost
 
 from ..counted.inside import float32_products
 from ..counted.roofline import Ceilings, Work
+from . import providers as forms
 from .harness import (
     Budget,
     Call,
@@ -128,10 +129,28 @@ class Session:
 
     def why_not(self, provider: str) -> str | None:
         """Why a compiled provider is left out of this run, or not tried now; None if it is tried."""
+        reason = forms.why_not_compile(self.device, self.quick)
+        if reason is not None:
+            return reason
         kinds = self.compile_kinds
         if kinds is not None and provider not in kinds:
             return "left out of this run; --compile all measures it"
         return None if self.budget.left() >= COMPILE_LEAST else NO_TIME
+
+    def compile(
+        self,
+        provider: str,
+        mode: str | None,
+        function: Callable[..., Any],
+        first: Callable[..., object],
+    ) -> tuple[Callable[..., Any] | None, str]:
+        """``function`` by torch.compile in a mode, run once by ``first(compiled)``; or None and why not."""
+        self.say(f"compiling for {provider}")
+        seconds = min(self.compile_seconds, self.budget.left())
+        made, reason = forms.compiled(function, mode, first, seconds)
+        if "took longer" in reason and seconds < self.compile_seconds:
+            reason = f"{NO_TIME}: {reason}"
+        return made, reason
 
     def say(self, text: str) -> None:
         """Progress, on stderr: stdout is for the table."""

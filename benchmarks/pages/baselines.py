@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .markdown import table
+from .markdown import number, table
 
 HERE = Path(__file__).resolve().parents[1]
 DOCS = HERE.parent / "docs"
@@ -35,14 +35,23 @@ def usable(rows: list[RowDict]) -> list[RowDict]:
     return [r for r in rows if r["suite"] == "peers" and r["status"] == "ok" and r["median_s"]]
 
 
-def fastest(rows: list[RowDict], **wanted: Any) -> RowDict | None:
-    """The fastest row with these values."""
-    found = [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
-    return min(found, key=lambda r: r["median_s"]) if found else None
+def having(rows: list[RowDict], **wanted: Any) -> list[RowDict]:
+    """Rows with these values."""
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def fastest(rows: list[RowDict]) -> dict[tuple[str, str], RowDict]:
+    """(Case, mode) -> its fastest row, in the order in which the cases come."""
+    found: dict[tuple[str, str], RowDict] = {}
+    for r in rows:
+        key = r["case"], r["mode"]
+        if key not in found or r["median_s"] < found[key]["median_s"]:
+            found[key] = r
+    return found
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
+    return number(seconds * 1e3)
 
 
 def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -70,11 +79,9 @@ def network_table(rows: list[RowDict]) -> str:
 def layer_table(rows: list[RowDict], dtype: str, limit: int = 40) -> str:
     """Layers in the order of the file: the best peer's convolutions, and what a block adds."""
     layers: dict[str, dict[str, RowDict]] = defaultdict(dict)
-    for r in (r for r in rows if r["dtype"] == dtype and r.get("kind") in ("convolution", "block")):
-        key = _layer_key(r)
-        slot = f"{r['kind']} {r['mode']}"
-        if slot not in layers[key] or r["median_s"] < layers[key][slot]["median_s"]:
-            layers[key][slot] = r
+    kinds = [r for r in having(rows, dtype=dtype) if r.get("kind") in ("convolution", "block")]
+    for r in fastest(kinds).values():
+        layers[_layer_key(r)][f"{r['kind']} {r['mode']}"] = r
     body = []
     for name, found in list(layers.items())[:limit]:
         some = next(iter(found.values()))
@@ -103,7 +110,7 @@ def gains(rows: list[RowDict]) -> list[list[str]]:
     networks = {(r["case"], r["dtype"]) for r in rows if r.get("kind") == "network"}
     for case, dtype in sorted(networks):
         for mode, kinds in (("training", CONVOLUTIONS), ("inference", ("forward",))):
-            whole = fastest(rows, kind="network", case=case, dtype=dtype, mode=mode)
+            whole = fastest(having(rows, kind="network", dtype=dtype)).get((case, mode))
             spent, known, total = _convolution_time(rows, case, dtype, kinds)
             if whole is None or not spent:
                 continue
@@ -121,17 +128,11 @@ def _convolution_time(
     rows: list[RowDict], case: str, dtype: str, kinds: tuple[str, ...]
 ) -> tuple[float, int, int]:
     """Seconds of a network's convolutions, each by its best peer; how many were measured."""
-    best: dict[tuple[str, str], RowDict] = {}
-    layers: dict[str, int] = {}
-    for r in rows:
-        if r.get("kind") == "convolution" and case in r["networks"]:
-            layers[r["case"]] = r["networks"][case]
-            if r["dtype"] == dtype:
-                key = (r["case"], r["mode"])
-                if key not in best or r["median_s"] < best[key]["median_s"]:
-                    best[key] = r
-    whole = next((r for r in rows if r.get("kind") == "network" and r["case"] == case), None)
-    total = whole.get("layers", len(layers)) if whole else len(layers)
+    convolutions = [r for r in having(rows, kind="convolution") if case in r["networks"]]
+    layers = {r["case"]: r["networks"][case] for r in convolutions}
+    best = fastest(having(convolutions, dtype=dtype))
+    whole = having(rows, kind="network", case=case)
+    total = whole[0].get("layers", len(layers)) if whole else len(layers)
     complete = [n for n in layers if (n, "forward") in best and (n, kinds[-1]) in best]
     spent = sum(
         layers[n] * best[n, k]["median_s"] for n in complete for k in kinds if (n, k) in best
@@ -141,12 +142,7 @@ def _convolution_time(
 
 def reading(rows: list[RowDict], dtype: str) -> str:
     """What the figures say, in sentences."""
-    forward = [r for r in rows if r.get("kind") == "convolution" and r["dtype"] == dtype]
-    by_case: dict[tuple[str, str], RowDict] = {}
-    for r in forward:
-        key = (r["case"], r["mode"])
-        if key not in by_case or r["median_s"] < by_case[key]["median_s"]:
-            by_case[key] = r
+    by_case = fastest(having(rows, kind="convolution", dtype=dtype))
     cost: dict[str, float] = defaultdict(float)
     excess: dict[str, float] = defaultdict(float)
     for (case, _), r in by_case.items():
@@ -158,14 +154,9 @@ def reading(rows: list[RowDict], dtype: str) -> str:
         return ""
     heavy = sorted(cost, key=lambda c: -cost[c])[:5]
     worth = sorted(excess, key=lambda c: -excess[c])[:5]
-    blocks = []
-    for r in rows:
-        if r.get("kind") == "block" and r["dtype"] == dtype and r["mode"] == "forward":
-            alone = by_case.get((_layer_key(r), "forward"))
-            best = fastest(rows, kind="block", case=r["case"], dtype=dtype, mode="forward")
-            if alone and best is r:
-                blocks.append(best["median_s"] / alone["median_s"])
-    blocks.sort()
+    found = fastest(having(rows, kind="block", dtype=dtype, mode="forward")).values()
+    pairs = [(r, by_case.get((_layer_key(r), "forward"))) for r in found]
+    blocks = sorted(r["median_s"] / alone["median_s"] for r, alone in pairs if alone)
     layouts = [r["provider"] for r in by_case.values()]
     last = 100 * layouts.count("eager-channels-last") / len(layouts)
     text = [
@@ -193,15 +184,12 @@ def plot(rows: list[RowDict], machine: RowDict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    dtypes = [d for d in SHORT if any(r["dtype"] == d and r.get("kind") == "block" for r in rows)]
+    dtypes = [d for d in SHORT if having(rows, kind="block", dtype=d)]
     figure, axes = plt.subplots(
         len(dtypes), 2, figsize=(10, 3.3 * len(dtypes) + 0.7), squeeze=False, layout="constrained"
     )
     for line, dtype in zip(axes, dtypes, strict=True):
-        chosen = [
-            r for r in rows if r["dtype"] == dtype and r.get("kind") == "block"
-            and r["mode"] == "forward"
-        ]  # fmt: skip
+        chosen = having(rows, kind="block", dtype=dtype, mode="forward")
         _lines(line[0], chosen, lambda r: r["cout"], "output channels")
         _lines(line[1], chosen, lambda r: math.prod(r["size"]), "input pixels or voxels a sample")
         line[0].set_ylabel(f"{SHORT[dtype]}: fraction of the floor")

@@ -73,6 +73,15 @@ def lines(
     return found
 
 
+def limiter(found: Sequence[Line]) -> str:
+    """What most of the estimated time of all lines together goes to."""
+    names = (*cost.LIMITERS, "total")
+    return cost.added(
+        cost.Terms(**{n: line.count * getattr(line.estimate.terms, n) for n in names})
+        for line in found
+    ).limiter
+
+
 def rows(found: Sequence[Line]) -> list[tuple[str, ...]]:
     """Cells under ``HEAD``, and a line with the sums."""
 
@@ -99,14 +108,8 @@ def rows(found: Sequence[Line]) -> list[tuple[str, ...]]:
     all_measured = [line.measured for line in found if line.measured is not None]
     measured = sum(all_measured) if len(all_measured) == len(found) else None
     count = str(sum(line.count for line in found))
-    whole = cost.added(
-        cost.Terms(
-            **{n: line.count * getattr(line.estimate.terms, n) for n in (*cost.LIMITERS, "total")}
-        )
-        for line in found
-    )
     total = ("sum", count, ms(floor), ms(seconds), ms(measured), share(floor, measured))
-    return [*cells, (*total, whole.limiter, "")]
+    return [*cells, (*total, limiter(found), "")]
 
 
 PARALLEL_HEAD = ("GPUs", "step ms", "communication ms", "not hidden ms", "efficiency")

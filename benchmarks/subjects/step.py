@@ -74,6 +74,11 @@ class Step:
         other._take(image, metadata)
         return other
 
+    def call_by(self, function: Callable[..., object]) -> None:
+        """Runs once, from now on with ``function`` in the network's place: its compiled form."""
+        self.call = function
+        self()
+
     def forward(self) -> Tensor:
         """The output, with a graph when training."""
         with self.scope(), amp(self.device, self.amp_dtype), torch.set_grad_enabled(self.training):

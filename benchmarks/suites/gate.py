@@ -67,6 +67,13 @@ def maps(name: str, route: str | None) -> Iterator[Figure]:
     yield Figure(f"{said}: bytes kept", kept)
 
 
+def calls_of(function: Callable[[], object]) -> int:
+    """Python functions that one call enters (those written in C are not counted)."""
+    for _ in range(2):  # what is computed once is there
+        function()
+    return python_calls.counted(function, "")[0].calls
+
+
 def cpu_seconds(
     ours: Callable[[], object], theirs: Callable[[], object], calls: int = 100, rounds: int = 15
 ) -> tuple[float, float]:
@@ -97,10 +104,7 @@ def python() -> Iterator[Figure]:
                 ours = partial(block.train(mode == "training"), image, gamma, beta)
                 theirs = partial(plain.train(mode == "training"), image)
                 # a comprehension is a function of its own up to Python 3.11
-                for _ in range(2):  # what is computed once is there
-                    ours()
-                functions = python_calls.counted(ours, "")[0].calls
-                yield Figure(f"Python functions of a block, {mode}", functions, 0.1)
+                yield Figure(f"Python functions of a block, {mode}", calls_of(ours), 0.1)
                 seconds, ratio = cpu_seconds(ours, theirs)
                 # a busy or another machine gives other numbers: only a multiple is an error, calls are exact
                 yield Figure(f"time of a block over PyTorch's layers, {mode}", ratio, 1.0)

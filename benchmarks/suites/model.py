@@ -272,27 +272,16 @@ def compile_into(
     skipped = []
     kinds = providers.compile_modes(session.device) if kinds is None else kinds
     for name, kind in kinds.items():
-        reason = providers.why_not_compile(session.device, session.quick)
-        reason = reason or session.why_not(name)
+        reason = session.why_not(name)
         if name in session.slow_to_compile:
             reason = "not tried again: an earlier case took too long to compile"
         if reason is None:
             step = make()
-
-            def first(function: object, step: Step = step) -> None:
-                step.call = function  # type: ignore[assignment]
-                step()
-
-            session.say(f"compiling for {name}")
-            left = session.budget.left()
-            seconds = min(session.compile_seconds, left)
-            function, reason = providers.compiled(step.model, kind, first, seconds)
+            function, reason = session.compile(name, kind, step.model, step.call_by)
             if function is not None:
                 candidates[name] = step.provider(names)
                 continue
-            if "took longer" in reason and left < session.compile_seconds:
-                reason = f"{NO_TIME}: {reason}"
-            elif "took longer" in reason:
+            if reason.startswith("compiling took longer"):
                 session.slow_to_compile.add(name)
         skipped.append((name, reason))
     return skipped

@@ -141,7 +141,7 @@ def _plain(session: Session, block: Block, case: Case) -> None:
 def _compiled(session: Session, block: Block, case: Case) -> None:
     kinds = {}
     for name, kind in providers.compile_modes(session.device).items():
-        reason = providers.why_not_compile(session.device, session.quick) or session.why_not(name)
+        reason = session.why_not(name)
         if reason is None:
             kinds[name] = kind
         else:
@@ -155,15 +155,12 @@ def _compiled(session: Session, block: Block, case: Case) -> None:
     # compiled in the mode it is timed in: a training graph is another program
     first = partial(blocks.results, t=last, mode=case.mode)
     for name, kind in kinds.items():
-        seconds = min(session.compile_seconds, session.budget.left())
         with float32_products(case.dtype == "tf32"):
-            function, reason = providers.compiled(
-                partial(blocks.eager, block), kind, first, seconds
-            )
+            function, reason = session.compile(name, kind, partial(blocks.eager, block), first)
         if function is None:
             session.skip(case, name, reason)
         else:
-            candidates[name] = provider(function, last, case.mode)  # type: ignore[arg-type]
+            candidates[name] = provider(function, last, case.mode)
     if candidates:
         eager = _eager(block, source, case)
         reference = partial(_truth, session, block, source, case)

@@ -181,13 +181,12 @@ def _block(
     }
     skipped = []
     for name, kind in providers.compile_modes(session.device).items():
-        reason = providers.why_not_compile(session.device, session.quick)
+        reason = session.why_not(name)
         if reason is None:
-            seconds = min(session.compile_seconds, session.budget.left())
             first = partial(_run_half, t=last, mode=mode)
-            function, reason = providers.compiled(eager, kind, first, seconds)
+            function, reason = session.compile(name, kind, eager, first)
             if function is not None:
-                candidates[name] = Provider(half(function, last, mode))  # type: ignore[arg-type]
+                candidates[name] = Provider(half(function, last, mode))
                 continue
         skipped.append((name, reason))
 

@@ -259,7 +259,7 @@ def test_compiling_is_not_started_without_time_for_it(monkeypatch):
 def test_compiling_cut_by_the_end_says_so(monkeypatch):
     monkeypatch.setattr(providers, "compiled", lambda *a: (None, "compiling took longer than 30 s"))
     monkeypatch.setattr(providers, "why_not_compile", lambda device, quick: None)
-    make = lambda: SimpleNamespace(model=None)  # noqa: E731
+    make = lambda: SimpleNamespace(model=None, call_by=None)  # noqa: E731
     session = _session(budget=still(30.0), compile_seconds=60.0)
     ((_, reason),) = model.compile_into(session, {}, make, None)
     assert reason.startswith(NO_TIME) and not session.slow_to_compile

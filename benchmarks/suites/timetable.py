@@ -79,10 +79,10 @@ class Watchdog:
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         self._finish, self._leave = finish, leave
-        self._timer = None if seconds is None else threading.Timer(seconds, self._ring)
-        if self._timer is not None:
-            self._timer.daemon = True
-            self._timer.start()
+        self.timer = None if seconds is None else threading.Timer(seconds, self._ring)
+        if self.timer is not None:
+            self.timer.daemon = True
+            self.timer.start()
 
     def _ring(self) -> None:
         try:
@@ -94,8 +94,8 @@ class Watchdog:
 
     def cancel(self) -> None:
         """Nothing happens any more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
 
 
 def run(

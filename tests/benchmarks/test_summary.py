@@ -5,14 +5,16 @@ from __future__ import annotations
 import builtins
 import io
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import cli
 from benchmarks.measure import summary, table
-from benchmarks.measure.record import FAILED, NO_TIME, SKIPPED, Row
+from benchmarks.measure.record import FAILED, NO_TIME, SKIPPED, Record, Row
 
 CPU = {
     "device": "cpu", "device_name": "Some CPU", "threads": 2, "cores": 2, "load": 0.5, "load_end": 1.0,
@@ -162,6 +164,33 @@ def test_a_terminal_without_blocks_gets_number_signs() -> None:
     out.flush()
     text = buffer.getvalue().decode("ascii")
     assert "#" * summary.WIDTH in text and "2.00x" in text
+
+
+@pytest.mark.parametrize("suite", [None, "model"])
+def test_a_run_without_suite_ends_with_sentences_then_bars_then_the_table(
+    suite: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(dict(CPU), tmp_path / "o.json")
+    for one in case(2.0):
+        record.add(one)
+    args = SimpleNamespace(suite=suite, json=str(record.path), plot=str(tmp_path / "o.png"))
+    session = SimpleNamespace(record=record)
+    assert cli.finish(session, args, time.monotonic(), plot=False) == 0  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    starts = (
+        "Measured on",
+        "Against eager",
+        "Against torch.compile",
+        "Memory",
+        "Next:",
+        "Speed over",
+    )
+    places = [i for start in starts for i, line in enumerate(lines) if line.startswith(start)]
+    head = next(i for i, line in enumerate(lines) if line.startswith("provider"))
+    if suite is None:
+        assert len(places) == len(starts) and sorted(places) == places and places[-1] < head
+    else:
+        assert not places
 
 
 def test_results_go_to_an_ignored_folder_by_default(

@@ -336,8 +336,10 @@ def test_a_run_without_time_names_everything(monkeypatch, tmp_path, capsys):
     rows = json.loads(out.read_text())["rows"]
     assert {r["suite"] for r in rows} == {"model", "ops", "memory", "static"}
     assert {r["status"] for r in rows} == {"skipped"}
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    said = capsys.readouterr().out
+    last = said.strip().splitlines()[-1]
     assert last.startswith("no time left for: model float32: 4 cases;") and "static" in last
+    assert "\nNothing was timed on" in said and "\nNext: give the run more time" in said
 
 
 def test_the_watchdog_writes_what_there_is_and_ends_the_process():
@@ -352,8 +354,8 @@ def test_the_watchdog_writes_what_there_is_and_ends_the_process():
     assert gone.wait(30) and log == ["finish", 1]
     stopped = timetable.Watchdog(1e6, _refuse, leave)
     stopped.cancel()
-    stopped._timer.join(30)
-    assert not stopped._timer.is_alive() and log == ["finish", 1]
+    stopped.timer.join(30)
+    assert not stopped.timer.is_alive() and log == ["finish", 1]
 
 
 def test_what_the_watchdog_ends_is_named():

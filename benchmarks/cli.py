@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import machine, report, timetable
-from .harness import QUICK, Budget, Effort, TookTooLong, clock_for, time_limit
-from .journal import Journal
-from .record import NO_TIME, Record, Row
-from .roofline import DTYPES
-from .session import Case, Session
-from .volume import InputError, load
+from .counted.roofline import DTYPES
+from .measure import machine, summary, table
+from .measure.harness import QUICK, Budget, Effort, TookTooLong, clock_for, time_limit
+from .measure.journal import Journal
+from .measure.record import NO_TIME, Record
+from .measure.session import Case, Session
+from .measure.volume import InputError, load
+from .suites import explain, profile, static, timetable
 
 SUITES = ("model", "memory", "ops", "static")
 """What ``--suite all`` runs, in this order."""
@@ -43,6 +44,9 @@ COMPILE: dict[str, tuple[str, ...] | None] = {
     "max-autotune": ("compile-max-autotune",),
 }
 """``--compile`` -> the providers that it leaves in."""
+
+FOLDER = "build/benchmarks"
+"""Where results go by default, below the current folder; git ignores it in a checkout."""
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -97,8 +101,12 @@ def parser() -> Parser:
         help="model: floor, estimate, time and limiter of each layer, and steps on several GPUs",
     )
     p.add_argument("--volume", metavar="FILE.nii.gz", help="3D image to cut patches from")
-    p.add_argument("--json", metavar="OUT", default="fastfilm-benchmark.json")
-    p.add_argument("--plot", metavar="OUT.png", default="fastfilm-benchmark.png")
+    p.add_argument(
+        "--json", metavar="OUT", default=f"{FOLDER}/run.json", help="default: %(default)s"
+    )
+    p.add_argument(
+        "--plot", metavar="OUT.png", default=f"{FOLDER}/run.png", help="default: %(default)s"
+    )
     p.add_argument(
         "--minutes", type=_minutes, help="end after this time; what does not fit is named"
     )
@@ -158,7 +166,14 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
     if device == "cpu" and "tf32" in dtypes:
         p.error("--dtype tf32 exists on CUDA devices only")
     for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if not Path(path).resolve().parent.is_dir():
+        if path == p.get_default(name.removeprefix("--")):
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                p.error(
+                    f"{name}: cannot make the folder {FOLDER}: {error.strerror}; name another file"
+                )
+        elif not Path(path).resolve().parent.is_dir():
             p.error(f"{name}: no such folder: {Path(path).parent}")
     try:
         if args.volume is not None:
@@ -180,9 +195,7 @@ def run(
         ]
     left = None if limit is None else limit - (time.monotonic() - started)
     session = prepare(args, device, dtypes, left)
-    print(report.header(session.record.machine), flush=True)
-    from .suites import explain, profile
-
+    print(table.header(session.record.machine), flush=True)
     if args.one is not None:
         profile.one(session, args.one)
         return 0
@@ -200,8 +213,6 @@ def run(
         timetable.run(session, limit, waiting)
         static_last(session, args, device, started)
         watchdog.cancel()
-    elif suite == "static":
-        session.record.failed |= static(session, quick=args.quick)
     elif suite != "ceilings":  # they stand in the header of every run
         importlib.import_module(f"benchmarks.suites.{suite}").run(session)
     if args.explain:
@@ -218,13 +229,15 @@ def finish(session: Session, args: argparse.Namespace, started: float, plot: boo
     shown = [
         r for r in record.rows if r.suite not in ("explain", "gate", "shares")
     ]  # these print their own
-    print(report.table(shown))
+    if args.suite is None:
+        summary.show(record.rows, record.machine)
+    print(table.table(shown))
     wrote = f"\nwrote {args.json}"
     if plot:
-        reason = report.plot(record.rows, record.machine, Path(args.plot))
+        reason = table.plot(record.rows, record.machine, Path(args.plot))
         wrote += f"; no plot: {reason}" if reason else f" and {args.plot}"
     print(wrote)
-    missing = report.left_out(record.rows)
+    missing = table.left_out(record.rows)
     if missing:
         print(missing)
     if record.failed:
@@ -288,22 +301,6 @@ def static_last(session: Session, args: argparse.Namespace, device: str, started
     session.running = case, "all"
     try:
         with time_limit(seconds, "building"):
-            session.record.failed |= static(session, quick=args.quick or args.suite is None)
+            static.run(session, quick=args.quick or args.suite is None)
     except TookTooLong as error:
         session.skip(case, "all", f"{NO_TIME}: {error}")
-
-
-def static(session: Session, quick: bool) -> bool:
-    """Adds the rows of the static suite; returns whether it failed."""
-    from .static import run_static
-
-    session.say("static: building the shipped kernel configurations")
-    rows, passed = run_static(quick)
-    fields = set(Row.__dataclass_fields__) - {"extra"}
-    for values in rows:
-        known = {k: v for k, v in values.items() if k in fields}
-        for name in ("suite", "case", "provider", "mode", "dtype", "device"):
-            known.setdefault(name, "static" if name == "suite" else "")
-        extra = {k: v for k, v in values.items() if k not in fields}
-        session.record.add(Row(**known, extra=extra))
-    return not passed

@@ -1,8 +1,8 @@
 """Draws the figure of docs/design.md from a trace taken here: python docs/figures.py
 
 A FiLMed U-Net of depth 4 with 64 filters, bfloat16, runs one training step in eager PyTorch and by each route of
-fastfilm, under ``benchmarks.traffic``, which sees every kernel and the feature maps that it reads and writes.
-The CUDA kernels run on the host, one block of each (``benchmarks.emulated_passes``). A bar is one convolution
+fastfilm. ``benchmarks.counted.traffic`` sees every kernel and the feature maps that it reads and writes. The CUDA
+kernels run on the host, one block of each (``benchmarks.counted.emulated_passes``). A bar is one convolution
 with everything since the one before it. Caches are not modelled and nothing is timed.
 """
 
@@ -19,8 +19,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the fused route, on a machine 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fastfilm
-from benchmarks import traffic
-from benchmarks.emulated_passes import DEPTH, launching, step
+from benchmarks.counted import traffic
+from benchmarks.counted.emulated_passes import DEPTH, launching, step
 
 OUT = Path(__file__).parent / "img" / "passes.png"
 INK, MUTED = "#222222", "#777777"

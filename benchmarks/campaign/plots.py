@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import SHORT, colour, conditions
+from ..measure.table import SHORT, colour, conditions
 from .bundle import LAYERS, SPEED
 
 Rows = Sequence[Mapping[str, Any]]
@@ -103,8 +103,7 @@ def _speed(figure: Any, rows: Rows) -> bool:
         base = found.get(REFERENCE)
         if base is not None and len(found) > 1:
             groups[group] = {
-                n: base["median_s"] / r["median_s"]
-                for n, r in _same_step(rows, group, base).items()
+                n: base["median_s"] / r["median_s"] for n, r in same_step(rows, group, base).items()
             }
     if not groups:
         return False
@@ -116,7 +115,7 @@ def _speed(figure: Any, rows: Rows) -> bool:
     return True
 
 
-def _same_step(rows: Rows, group: Group, base: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def same_step(rows: Rows, group: Group, base: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """All providers of a group; where a step measured one beside the reference, that row counts.
 
     Rows of other steps are scaled by their own reference, so that a drift between steps does not show.

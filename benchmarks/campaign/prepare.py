@@ -10,8 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .. import probes
-from . import bundle, runner
+from . import bundle, probes, runner
 from .steps import PREPARED, ROOT
 
 MOST = 30 << 20
@@ -30,7 +29,7 @@ def main(arch: str) -> int:
             "CUDA kernels": _kernels(folder, arch),
             "probes": _probes(arch),
             "Triton's kernels": _run(
-                ("-m", "benchmarks.binaries", "make", str(PREPARED / "triton")), folder
+                ("-m", "benchmarks.campaign.binaries", "make", str(PREPARED / "triton")), folder
             ),
         }
     size = sum(p.stat().st_size for p in PREPARED.rglob("*") if p.is_file())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..smoke import BAD
+from ..counted.verdicts import BAD
+from ..pages.markdown import number, table
 from . import targets
 
 DRY = (
@@ -30,17 +31,6 @@ def text(results: Results, pictures: Sequence[str]) -> str:
     parts += _speed(rows)
     parts += [*(line for p in pictures for line in (f"![{p}]({p})", ""))]
     return "\n".join(parts).rstrip() + "\n"
-
-
-def table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table; nothing without cells."""
-    body = [f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in cells]
-    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *body, ""] if body else []
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, or a dash."""
-    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def _ms(value: float | None) -> str:

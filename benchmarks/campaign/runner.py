@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -21,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import smoke
-from . import bundle, report, results
+from ..counted.processes import follow_parent
+from . import bundle, report, results, smoke
 from .steps import PREPARED, ROOT, Step, filled
 
 OK, FAILED, CUT, SKIPPED = "ok", "FAILED", "cut", "skipped"
@@ -203,12 +202,6 @@ def unfinished(journal: Path) -> bool:
         return bool(lines) and "begin" in json.loads(lines[-1])
     except (OSError, ValueError):
         return False
-
-
-def follow_parent() -> None:
-    """A process ends with the one that started it, also where that is killed (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def bounded(

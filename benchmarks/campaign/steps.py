@@ -115,7 +115,7 @@ def _sanitizer(tool: str) -> Step:
     command = (
         f"compute-sanitizer --tool {tool} --error-exitcode 9 --target-processes all {{python}}"
     )
-    command += f" -m benchmarks.kernel_checks {checks} --few"
+    command += f" -m benchmarks.counted.kernel_checks {checks} --few"
     why = f"compute-sanitizer {tool} on the CUDA convolutions"
     return Step(tool, why, command, 90, after=("kernels",), checks=True, beside=True)
 
@@ -125,8 +125,10 @@ def steps(device: str) -> list[Step]:
     return _cuda() if device == "cuda" else _cpu()
 
 
-SMOKE = "{python} -m benchmarks.smoke --out {work}/steps/smoke.json --logs {work}/logs/smoke"
-PROBES = "{python} -m benchmarks.probes --out {work}/steps/probes.json"
+SMOKE = (
+    "{python} -m benchmarks.campaign.smoke --out {work}/steps/smoke.json --logs {work}/logs/smoke"
+)
+PROBES = "{python} -m benchmarks.campaign.probes --out {work}/steps/probes.json"
 TUNE = "{python} -m fastfilm tune --minutes {minutes} --candidates 10 --missing --shapes 5"
 ON_GPU = "--device cuda --dtype bfloat16"
 
@@ -142,8 +144,8 @@ def _cuda() -> list[Step]:
         Step("kernels", "the CUDA kernels for this GPU, from objects compiled beforehand where there are some",
              BUILD, 40, setup=True, environment=kernels),
         Step("binaries", "Triton's kernels, those compiled beforehand where their keys are this machine's",
-             f"{{python}} -m benchmarks.binaries install {BEFOREHAND}/triton {{work}}/triton --minutes {{minutes}}"
-             " --only networks,layers", 40, setup=True, tells=True),
+             f"{{python}} -m benchmarks.campaign.binaries install {BEFOREHAND}/triton {{work}}/triton"
+             " --minutes {minutes} --only networks,layers", 40, setup=True, tells=True),
         Step("smoke", "each kernel against float64, in a process of its own", f"{SMOKE} --seconds 45", 65, 15,
              checks=True),
         _suite("ceilings", "copy, L2, launch and matrix products", 15, "--device cuda"),
@@ -186,7 +188,7 @@ def _cpu() -> list[Step]:
     return [
         _package(),
         Step("kernels", "the CUDA kernels on the host's emulation",
-             "{python} -m benchmarks.emulation {work}/emulated", 150, setup=True),
+             "{python} -m benchmarks.counted.emulation {work}/emulated", 150, setup=True),
         Step("smoke", "each kernel against float64, in processes that may die", smoke, 180, checks=True,
              environment=INTERPRETER),
         _suite("ceilings", "copy, cache, call and matrix product", 30, quick),

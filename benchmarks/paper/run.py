@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.machine import describe
+from benchmarks.measure.machine import describe
 from benchmarks.paper import designs, train
 from benchmarks.paper.data import load
 from benchmarks.paper.designs import Unit

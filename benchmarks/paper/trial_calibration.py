@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.machine import cpu_model
+from benchmarks.measure.machine import cpu_model
 from benchmarks.paper.trial_phantoms import KINDS, configuration, write_phantoms
 
 TRIALS = {"null": 40, "help": 20, "mislead": 10}

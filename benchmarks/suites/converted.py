@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import providers
-from ..networks import NETWORKS, Network
-from ..record import NO_TIME
-from ..roofline import check_is_small, work
-from ..session import Case, Provider, Session
-from ..step import Batch, Step
-from .model import SMALL_NOTE, truth
+from ..counted.inside import float32_products
+from ..counted.roofline import check_is_small, work
+from ..measure.record import NO_TIME
+from ..measure.session import Case, Provider, Session
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Batch, Step
+from .model import SMALL_NOTE, compile_into, truth
+
+COMPILED = {"compile-contiguous": None}
+"""nnU-Net's own default: the contiguous network compiled."""
 
 MODES = ("training", "inference")
 STAGED = [n for n in NETWORKS if n.kind in ("resenc", "dynunet")]
@@ -143,7 +145,8 @@ def _case(
     skipped = []
     if small is None:
         with float32_products(dtype == "tf32"):
-            skipped = _compiled(session, candidates, partial(step, model, *batch), names)
+            make = partial(step, model, *batch)
+            skipped = compile_into(session, candidates, make, names, COMPILED)
     else:
         skipped.append(("compile-contiguous", "its result is not checked at this size in float32"))
     session.measure(case, candidates, partial(truth, model, on, mode, dtype, names), pooled=True)
@@ -155,25 +158,3 @@ def _batch(network: Network, device: str) -> Batch:
     shape = (network.batch, network.channels, *network.size)
     upstream = torch.randn(network.batch, network.classes, *network.size).to(device)
     return torch.randn(shape).to(device), None, upstream
-
-
-def _compiled(
-    session: Session, candidates: dict[str, Provider], make: partial[Step], names: list[str]
-) -> list[tuple[str, str]]:
-    """nnU-Net's own default: the contiguous network compiled."""
-    name = "compile-contiguous"
-    reason = providers.why_not_compile(session.device, session.quick) or session.why_not(name)
-    if reason is not None:
-        return [(name, reason)]
-    step = make()
-
-    def first(function: object) -> None:
-        step.call = function  # type: ignore[assignment]
-        step()
-
-    seconds = min(session.compile_seconds, session.budget.left())
-    function, reason = providers.compiled(step.model, None, first, seconds)
-    if function is None:
-        return [(name, reason)]
-    candidates[name] = step.provider(names)
-    return []

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import fastfilm
 
-from ..harness import paired, paired_ratio, quantile
-from ..record import FAILED, OK, Row, relative_error
-from ..session import Session
-from ..zoo import NETWORKS, Network
+from ..measure.harness import paired, paired_ratio
+from ..measure.record import FAILED, OK, Row, relative_error
+from ..measure.session import Session
+from ..subjects.zoo.small import NETWORKS, Network
 
 MODES = ("inference", "training")
 
@@ -74,24 +74,12 @@ def measure(session: Session, network: Network, model: nn.Module) -> None:
         times = paired(calls, session.clock, session.effort)
         for name, seconds in times.items():
             wrong = name == "fastfilm" and errors[name] > 1.5 * errors["eager"] + 1e-6
-            session.record.add(
-                Row(
-                    "coverage",
-                    network.name,
-                    name,
-                    mode,
-                    "float32",
-                    device,
-                    median_s=quantile(seconds, 0.5),
-                    p20_s=quantile(seconds, 0.2),
-                    p80_s=quantile(seconds, 0.8),
-                    ratio=paired_ratio(times["eager"], seconds),
-                    error=errors[name],
-                    eager_error=errors["eager"],
-                    status=FAILED if wrong else OK,
-                    extra=extra if name == "fastfilm" else {"package": network.package},
-                )
-            )
+            row = Row("coverage", network.name, name, mode, "float32", device).timed(seconds)
+            row.ratio = paired_ratio(times["eager"], seconds)
+            row.error, row.eager_error = errors[name], errors["eager"]
+            row.status = FAILED if wrong else OK
+            row.extra = extra if name == "fastfilm" else {"package": network.package}
+            session.record.add(row)
         ratios = [r.ratio for r in session.record.rows[-len(forms) :]]
         told.append(f"{ratios[2]:.2f}× ({ratios[1]:.2f}×)")
     session.say(f"coverage: {network.id} {report.share(3):.0%} {', '.join(told)}")

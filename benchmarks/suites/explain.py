@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .. import explain, report
-from ..blocks import Block
-from ..harness import median_call
-from ..layers import LayerStep, steady
-from ..networks import Network
-from ..roofline import Layer, work
-from ..session import Case, Session
+from ..counted.deciding_layers import Block
+from ..counted.roofline import Layer, work
+from ..measure import table
+from ..measure.harness import median_call
+from ..measure.session import Case, Session
+from ..subjects import expected_time
+from ..subjects.layers import LayerStep, steady
+from ..subjects.networks import Network
 from .model import networks
 
 GPUS = (1, 2, 4, 8)
@@ -23,14 +24,18 @@ def run(session: Session) -> None:
             found = {}
             for mode in MODES:
                 measured = measure(session, network, dtype, mode)
-                found[mode] = explain.lines(
+                found[mode] = expected_time.lines(
                     network, mode, dtype, session.ceilings, measured, fused=session.device == "cuda"
                 )
                 show(session, network, dtype, mode, found[mode])
             forward, training = (sum(line.seconds for line in found[m]) for m in reversed(MODES))
-            steps = explain.planned(forward, training, parameters, GPUS)
+            steps = expected_time.planned(forward, training, parameters, GPUS)
             print("\nthe estimated training step under DDP, all-reduce at NVLink 4's assumed rate:")
-            print("\n".join(report.align([explain.PARALLEL_HEAD, *explain.parallel_rows(steps)])))
+            print(
+                "\n".join(
+                    table.align([expected_time.PARALLEL_HEAD, *expected_time.parallel_rows(steps)])
+                )
+            )
 
 
 def block_of(network: Network, layer: Layer) -> Block:
@@ -52,11 +57,11 @@ def measure(session: Session, network: Network, dtype: str, mode: str) -> dict[L
 
 
 def show(
-    session: Session, network: Network, dtype: str, mode: str, found: list[explain.Line]
+    session: Session, network: Network, dtype: str, mode: str, found: list[expected_time.Line]
 ) -> None:
     """The table of one network; a row of the record for each line."""
     print(f"\n{network.case}, {mode}, {dtype}: time of each layer, all its occurrences together")
-    print("\n".join(report.align([explain.HEAD, *explain.rows(found)])))
+    print("\n".join(table.align([expected_time.HEAD, *expected_time.rows(found)])))
     for line in found:
         case = Case(
             "explain",

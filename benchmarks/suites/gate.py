@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops import choice
 
-from .. import traffic
-from ..harness import saved_bytes
-from ..record import FAILED, Row
-from ..session import Case, Session
+from ..counted import python_calls, traffic
+from ..counted.inside import runs_on_cpu
+from ..measure.harness import saved_bytes
+from ..measure.record import FAILED, Row
+from ..measure.session import Case, Session
 
 BASELINE = Path(__file__).resolve().parents[1] / "results" / "gate.json"
 
@@ -60,15 +57,9 @@ def maps(name: str, route: str | None) -> Iterator[Figure]:
     said = name if route is None else f"{name}/{route}"
     convolutions = sum(isinstance(m, fastfilm.ConvNormFiLM2d) for m in net.modules())
     with fastfilm.backend(name, route):
-        with traffic.counted() as forward:
-            out = net(image, rows)
-        with traffic.counted() as backward:
-            out.backward(torch.ones_like(out))
-        kept = saved_bytes(lambda: net(image, rows), list(net.parameters()))  # one more forward
-        net.eval()
-        with torch.no_grad(), traffic.counted() as inference:
-            net(image, rows)
-    for mode, launches in (("forward", forward), ("backward", backward), ("inference", inference)):
+        found = traffic.of_step(net, image, rows)
+        kept = saved_bytes(lambda: net.train()(image, rows), list(net.parameters()))
+    for mode, launches in found.items():
         moved = sum(k.passes for k in launches) / max(convolutions, 1)
         yield Figure(f"{said}: maps moved a convolution, {mode}", moved)
         kernels = sum(k.passes > 0 for k in launches)
@@ -78,20 +69,9 @@ def maps(name: str, route: str | None) -> Iterator[Figure]:
 
 def calls_of(function: Callable[[], object]) -> int:
     """Python functions that one call enters (those written in C are not counted)."""
-    count = 0
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    function()
-    function()  # what is computed once is there
-    sys.setprofile(note)
-    try:
+    for _ in range(2):  # what is computed once is there
         function()
-    finally:
-        sys.setprofile(None)
-    return count
+    return python_calls.counted(function, "")[0].calls
 
 
 def cpu_seconds(
@@ -149,12 +129,7 @@ def tiles(path: Path) -> Iterator[Figure]:
 def figures(static: str | None) -> Iterator[Figure]:
     """All that can be counted here."""
     for name, route in PLANS:
-        b = choice.BACKENDS[name]
-        if (
-            b.unavailable() is None
-            and ("cpu" in b.devices)
-            and (name != "triton" or choice.interpreting())
-        ):
+        if runs_on_cpu(name):
             yield from maps(name, route)
     yield from python()
     if static is not None and Path(static).exists():

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import fastfilm
 
-from ..eager import CONV
-from ..providers import channels_last
-from ..session import Case, Provider, Results, Session
+from ..measure.providers import channels_last
+from ..measure.session import Case, Provider, Results, Session
+from ..subjects.eager_networks import CONV
 
 CHANNELS, BATCH = 8, 2
 SIDE = {2: 8, 3: 4}

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfilm
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import emulated_passes, emulation, providers, traffic
-from ..eager import DoubleConv, FilmForm
-from ..harness import TookTooLong, peak_bytes, tensor_peak_bytes, time_limit
-from ..networks import NETWORKS, Network
-from ..record import FAILED, NO_TIME
-from ..session import Case, Session
-from ..step import Step
+from ..counted import emulated_passes, emulation, traffic
+from ..counted.inside import float32_products
+from ..measure import providers
+from ..measure.harness import TookTooLong, peak_bytes, tensor_peak_bytes, time_limit
+from ..measure.record import FAILED, NO_TIME
+from ..measure.session import Case, Session
+from ..subjects.eager_networks import DoubleConv, FilmForm
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Step
 from .model import one_hot, twin
 
 
@@ -123,27 +124,17 @@ def traffic_of(network: Network, session: Session) -> dict[str, dict[str, float]
     for name in providers.backends(session.device)[0]:
         forms[f"fastfilm-{name}"] = (ours, name)
     convolutions = sum(isinstance(m, nn.Conv2d | nn.Conv3d) for m in model.modules())
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, (net, backend) in forms.items():
         with fastfilm.backend(backend):
-            found[name] = _counted(net.train(), image, rows, convolutions)
-    return found
-
-
-def _counted(net: nn.Module, image: Tensor, rows: Tensor, convolutions: int) -> dict[str, float]:
-    with traffic.counted() as forward:
-        out = net(image, rows)
-    gradient = torch.ones_like(out)
-    with traffic.counted() as backward:
-        out.backward(gradient)
-    net.eval()
-    with torch.no_grad(), traffic.counted() as inference:
-        net(image, rows)
-    found: dict[str, float] = {}
-    for mode, launches in (("forward", forward), ("backward", backward), ("inference", inference)):
-        found[f"{mode}_passes"] = sum(k.passes for k in launches) / convolutions
-        found[f"{mode}_bytes"] = sum(k.bytes for k in launches)
-        found[f"{mode}_launches"] = len(launches)
+            launches = traffic.of_step(net, image, rows)
+        found[name] = {}
+        for mode, kernels in launches.items():
+            found[name] |= {
+                f"{mode}_passes": sum(k.passes for k in kernels) / convolutions,
+                f"{mode}_bytes": sum(k.bytes for k in kernels),
+                f"{mode}_launches": len(kernels),
+            }
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import providers, volume
-from ..graphs import CaptureFailed
-from ..harness import TookTooLong, time_limit, without_search
-from ..networks import NETWORKS, Network
-from ..record import NO_TIME
-from ..roofline import DTYPES, check_is_small, work, yardstick
-from ..session import Case, Provider, Results, Session
-from ..step import Batch, Step
+from ..counted.inside import float32_products
+from ..counted.roofline import DTYPES, check_is_small, work, yardstick
+from ..measure import providers, volume
+from ..measure.graphs import CaptureFailed
+from ..measure.harness import TookTooLong, time_limit, without_search
+from ..measure.record import NO_TIME
+from ..measure.session import Case, Provider, Results, Session
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Batch, Step
 
 METADATA = 3
 MODES = ("inference", "training")
@@ -258,32 +258,30 @@ def truth(
 
 
 def compile_into(
-    session: Session, candidates: dict[str, Provider], make: partial[Step], names: list[str] | None
+    session: Session,
+    candidates: dict[str, Provider],
+    make: partial[Step],
+    names: list[str] | None,
+    kinds: Mapping[str, str | None] | None = None,
 ) -> list[tuple[str, str]]:
-    """Adds the compiled variants of a step to ``candidates``; (name, reason) of the others."""
+    """Adds compiled variants of a step to ``candidates``; (name, reason) of the others.
+
+    Args:
+        kinds: provider -> mode of torch.compile; those of the device without it.
+    """
     skipped = []
-    for name, kind in providers.compile_modes(session.device).items():
-        reason = providers.why_not_compile(session.device, session.quick)
-        reason = reason or session.why_not(name)
+    kinds = providers.compile_modes(session.device) if kinds is None else kinds
+    for name, kind in kinds.items():
+        reason = session.why_not(name)
         if name in session.slow_to_compile:
             reason = "not tried again: an earlier case took too long to compile"
         if reason is None:
             step = make()
-
-            def first(function: object, step: Step = step) -> None:
-                step.call = function  # type: ignore[assignment]
-                step()
-
-            session.say(f"compiling for {name}")
-            left = session.budget.left()
-            seconds = min(session.compile_seconds, left)
-            function, reason = providers.compiled(step.model, kind, first, seconds)
+            function, reason = session.compile(name, kind, step.model, step.call_by)
             if function is not None:
                 candidates[name] = step.provider(names)
                 continue
-            if "took longer" in reason and left < session.compile_seconds:
-                reason = f"{NO_TIME}: {reason}"
-            elif "took longer" in reason:
+            if reason.startswith("compiling took longer"):
                 session.slow_to_compile.add(name)
         skipped.append((name, reason))
     return skipped

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import reference, spec
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import blocks, providers
-from ..blocks import Block, Tensors
-from ..record import NO_TIME
-from ..roofline import DTYPES, Layer, work, yardstick
-from ..session import Case, Provider, Session
-from . import frozen, tails
+from ..counted.deciding_layers import Block
+from ..counted.inside import COEF_ROWS, defined_map, float32_products
+from ..counted.roofline import DTYPES, Layer, work, yardstick
+from ..measure import providers
+from ..measure.record import NO_TIME
+from ..measure.session import Case, Provider, Session
+from ..subjects import blocks
+from ..subjects.blocks import Tensors
+from . import tails
 
 PAPER, NNUNET, FILM = "conv-act-norm-film", "conv-norm-act-film", "conv-norm-film-act"
 
@@ -49,18 +50,16 @@ def apply_pass(session: Session, dtype: str) -> None:
     shape = (16, 64, 320, 256) if session.device == "cuda" else (2, 64, 96, 96)
     y = torch.randn(shape, device=session.device).to(DTYPES[dtype])
     y = providers.channels_last(y)
-    coef = torch.rand(spec.COEF_ROWS, *shape[:2], device=session.device)
+    coef = torch.rand(COEF_ROWS, *shape[:2], device=session.device)
     case = Case("ops", f"apply {'×'.join(map(str, shape))}", "forward", dtype)
     with torch.no_grad():
         # two ways to the same number: the definition where it is checked, the kernel where it is timed
         candidates = {
-            "eager-channels-last": Provider(lambda: [reference.materialise(y, coef, "relu")]),
+            "eager-channels-last": Provider(lambda: [defined_map(y, coef, "relu")]),
             "fastfilm": Provider(lambda: [fastfilm.materialise(y, coef, "relu")]),
         }
         exact = coef.double()
-        session.measure(
-            case, candidates, lambda: [reference.materialise(y.double(), exact, "relu")]
-        )
+        session.measure(case, candidates, lambda: [defined_map(y.double(), exact, "relu")])
     moved = 2 * y.numel() * y.element_size()
     for row in session.record.rows[-2:]:
         if row.case == case.case and row.median_s:
@@ -81,7 +80,6 @@ def plain(session: Session) -> None:
             session.skip(Case("ops", "small passes", "inference", dtype), "all", NO_TIME)
             continue
         apply_pass(session, dtype)
-        frozen.measure(session, dtype)
         tails.measure(session, dtype)
     _each(session, _plain, "all")
 
@@ -143,7 +141,7 @@ def _plain(session: Session, block: Block, case: Case) -> None:
 def _compiled(session: Session, block: Block, case: Case) -> None:
     kinds = {}
     for name, kind in providers.compile_modes(session.device).items():
-        reason = providers.why_not_compile(session.device, session.quick) or session.why_not(name)
+        reason = session.why_not(name)
         if reason is None:
             kinds[name] = kind
         else:
@@ -157,15 +155,12 @@ def _compiled(session: Session, block: Block, case: Case) -> None:
     # compiled in the mode it is timed in: a training graph is another program
     first = partial(blocks.results, t=last, mode=case.mode)
     for name, kind in kinds.items():
-        seconds = min(session.compile_seconds, session.budget.left())
         with float32_products(case.dtype == "tf32"):
-            function, reason = providers.compiled(
-                partial(blocks.eager, block), kind, first, seconds
-            )
+            function, reason = session.compile(name, kind, partial(blocks.eager, block), first)
         if function is None:
             session.skip(case, name, reason)
         else:
-            candidates[name] = provider(function, last, case.mode)  # type: ignore[arg-type]
+            candidates[name] = provider(function, last, case.mode)
     if candidates:
         eager = _eager(block, source, case)
         reference = partial(_truth, session, block, source, case)

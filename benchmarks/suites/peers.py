@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import blocks, providers, roofline
-from ..blocks import Block, Tensors
-from ..harness import Effort
-from ..networks import NETWORKS, Network
-from ..roofline import DTYPES, Layer, work
-from ..session import Case, Provider, Results, Session
-from ..step import Step
+from ..counted import roofline
+from ..counted.deciding_layers import Block
+from ..counted.roofline import DTYPES, Layer, work
+from ..measure import providers
+from ..measure.harness import Effort
+from ..measure.session import Case, Provider, Results, Session
+from ..subjects import blocks
+from ..subjects.blocks import Tensors
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Step
 from .model import compile_into, one_hot
 
 SHRINK_ON_CPU, SHRINK_QUICK = 4, 8
@@ -178,13 +181,12 @@ def _block(
     }
     skipped = []
     for name, kind in providers.compile_modes(session.device).items():
-        reason = providers.why_not_compile(session.device, session.quick)
+        reason = session.why_not(name)
         if reason is None:
-            seconds = min(session.compile_seconds, session.budget.left())
             first = partial(_run_half, t=last, mode=mode)
-            function, reason = providers.compiled(eager, kind, first, seconds)
+            function, reason = session.compile(name, kind, eager, first)
             if function is not None:
-                candidates[name] = Provider(half(function, last, mode))  # type: ignore[arg-type]
+                candidates[name] = Provider(half(function, last, mode))
                 continue
         skipped.append((name, reason))
 

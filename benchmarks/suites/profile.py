@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from ..harness import median_call
-from ..layers import STAGES, LayerStep, steady
-from ..session import Case, Session
-from .routes import DIRECTIONS, SUBJECTS, routes, scope, step_of
+from ..counted.deciding_layers import SUBJECTS
+from ..measure.harness import median_call
+from ..measure.session import Case, Session
+from ..subjects.layers import STAGES, LayerStep, steady
+from .routes import DIRECTIONS, routes, scope, step_of
 
 LAYER = SUBJECTS[0]
 MODE = "training"

@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,20 +20,20 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import choice, reference
-from fastfilm.ops.spec import Plan
-from fastfilm.ops.spec.precision import float32_products
 
-from .. import blocks, emulation, report
-from ..blocks import Block, Tensors
-from ..harness import Effort, paired, paired_ratio, quantile, without_search
-from ..journal import DeviceLost
-from ..layers import WANTED, LayerStep, joined, steady
-from ..networks import NETWORKS
-from ..providers import one_line
-from ..record import ERROR_FACTOR, FAILED, NO_TIME, SKIPPED, Row, relative_error
-from ..roofline import DTYPES, Ceilings, Layer, Work, convolution, ulp
-from ..session import Case, Session
+from ..counted import emulation, inside
+from ..counted.deciding_layers import SUBJECTS, Subject
+from ..counted.inside import float32_products
+from ..counted.roofline import DTYPES, Ceilings, Work, convolution, ulp
+from ..measure.harness import Effort, paired, paired_ratio, without_search
+from ..measure.journal import DeviceLost
+from ..measure.providers import one_line
+from ..measure.record import ERROR_FACTOR, FAILED, NO_TIME, SKIPPED, Row, relative_error
+from ..measure.session import Case, Session
+from ..measure.table import align, milliseconds, ratio
+from ..subjects import blocks
+from ..subjects.blocks import Tensors
+from ..subjects.layers import WANTED, LayerStep, steady
 
 EMULATED = "FASTFILM_EMULATED_LIBRARY"
 """Environment variable: the CUDA kernels built for the host, which then stand in for a GPU's."""
@@ -61,71 +59,6 @@ CHECKED = {2: 64, 3: 32}
 """Side of the crop that is compared with float64: several tiles, and halves that 16 divides as the whole map's."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A layer with its network's norm and order; ``resized`` of its channels are a map of half the size."""
-
-    block: Block
-    resized: int = 0
-
-    @property
-    def name(self) -> str:
-        """``64→64 3² @ 256×256 b16``; a concatenation ``(128⇑, 64)→64 …``."""
-        layer = self.block.layer
-        label, cin = layer.label, layer.cin
-        if self.resized:
-            label = f"({self.resized}⇑, {cin - self.resized})" + label.removeprefix(str(cin))
-        return f"{label} b{self.block.batch}"
-
-    @property
-    def dims(self) -> int:
-        """Spatial dimensions."""
-        return len(self.block.layer.size)
-
-    def sized(self, side: int, batch: int = 16) -> Subject:
-        """The same on a map of at most ``side`` places a dimension."""
-        size = tuple(min(s, side) for s in self.block.layer.size)
-        layer = replace(self.block.layer, size=size)
-        return replace(
-            self, block=replace(self.block, layer=layer, batch=min(self.block.batch, batch))
-        )
-
-    def tiny(self) -> Subject:
-        """The same with few channels on a small map, for a run without a GPU."""
-        small = self.sized(8, batch=1)
-        layer, resized = small.block.layer, _few(self.resized) if self.resized else 0
-        cin = resized + _few(layer.cin - self.resized)
-        layer = replace(layer, cin=cin, cout=_few(layer.cout))
-        return Subject(replace(small.block, layer=layer), resized)
-
-
-def _few(channels: int) -> int:
-    return 1 if channels == 1 else 8 if channels <= 64 else 16
-
-
-def _subject(
-    cin: int, cout: int, size: tuple[int, ...], batch: int, resized: int = 0, image: bool = False
-) -> Subject:
-    network = next(n for n in NETWORKS if n.kind == "film" and n.dims == len(size))
-    layer = Layer(cin, cout, size, input_grad=not image)
-    return Subject(Block(layer, batch, network.norm, network.act, network.order), resized)
-
-
-SUBJECTS = (
-    _subject(64, 64, (256, 256), 16),
-    _subject(192, 64, (320, 256), 16, resized=128),
-    _subject(32, 32, (128, 128, 128), 2),
-    _subject(96, 32, (128, 128, 128), 2, resized=64),
-    _subject(128, 128, (128, 128), 16),
-    _subject(64, 64, (64, 64, 64), 2),
-    _subject(1, 64, (256, 256), 16, image=True),
-    _subject(64, 1, (256, 256), 16),
-    _subject(256, 256, (32, 32), 16),
-    _subject(256, 256, (8, 16, 16), 2),
-)
-"""The most telling ones first. The image of 1→64 has nothing pending and needs no gradient."""
-
-
 @contextlib.contextmanager
 def scope(route: str) -> Iterator[None]:
     """``route`` in force."""
@@ -136,10 +69,7 @@ def scope(route: str) -> Iterator[None]:
 
 def routes(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
     """The routes that run here, and why the others do not; on a CPU without any of them its own backend's."""
-    one = (1, 1)
-    request = choice.Request(device, DTYPES[dtype], 2, one, one, one)
-    plans = {r: Plan.of(r) for r in ROUTES}
-    reasons = {r: choice.why_not_plan(plan, request) for r, plan in plans.items()}
+    reasons = {r: inside.why_not(r, device, DTYPES[dtype]) for r in ROUTES}
     missing = {r: reason for r, reason in reasons.items() if reason is not None}
     usable = [r for r in ROUTES if r not in missing]
     return usable or ["cpu/composed"], missing
@@ -173,8 +103,8 @@ class Truth:
         t.weight, t.bias = _like(step.t.weight, dtype), _like(step.t.bias, dtype)
         pending = zip(raws, coefs, strict=True)
         first = not block.layer.input_grad
-        parts = raws if first else [reference.materialise(*p, block.act) for p in pending]
-        x = joined([*parts])
+        parts = raws if first else [inside.defined_map(*p, block.act) for p in pending]
+        x = inside.joined([*parts])
         assert isinstance(x, Tensor)
         y = found = blocks.convolve(block.layer, x, t.weight, t.bias)
         if at is not None:
@@ -185,16 +115,7 @@ class Truth:
     def compare(self, route: str, direction: str) -> tuple[float, float, str | None]:
         """Error and eager's error of the result nearest to its bound, and what is wrong if it is beyond."""
         step = self.make(route, DIRECTIONS[direction])
-        v = y = step.output()
-        if isinstance(v, fastfilm.DeferredMap):
-            # by its definition: the layer itself leaves the output pending
-            raw, coef = v.raw, v.coef
-            biased, act = v.plan is None or v.plan.adds_bias, v.act
-            v = raw if coef is None else reference.materialise(raw, coef, act)
-            y = raw
-            if not biased and step.t.bias is not None:
-                y = raw.double() + reference.spread(step.t.bias, raw.dim()).double()
-        assert isinstance(v, Tensor) and isinstance(y, Tensor)
+        v, y = inside.output_of(step.output(), step.t.bias)
         leaves = _named(step.raws, step.coefs, step.t) if direction != "forward" else {}
         with step.scope():
             found = _results(y, v, leaves, step.t.upstream)
@@ -324,7 +245,7 @@ def _direction(
     arguments = subject, session.device, case.dtype, case.mode
     slow = subject.dims == 3 or subject.resized > 0
     for route in (VENDOR, *usable):
-        if route == "triton/fused" and session.quick and slow and choice.interpreting():
+        if route == "triton/fused" and session.quick and slow and inside.interpreting():
             session.skip(
                 case, f"fastfilm-{route}", "left out of a quick run: slow in the interpreter"
             )
@@ -374,10 +295,8 @@ def _fill(
 ) -> None:
     work = case.work
     assert work is not None
-    row.median_s = statistics.median(seconds)
-    row.p20_s, row.p80_s = quantile(seconds, 0.2), quantile(seconds, 0.8)
-    row.tflops, row.gbps = work.flops / row.median_s / 1e12, work.bytes / row.median_s / 1e9
-    row.floor_s, row.fraction_of_floor = work.floor_s, work.floor_s / row.median_s
+    row.timed(seconds, work)
+    assert row.tflops is not None and row.gbps is not None
     row.ratio = None if vendor is None else paired_ratio(vendor, seconds)
     row.extra |= {
         "rounds": len(seconds),
@@ -392,7 +311,7 @@ def table(lines: Sequence[tuple[str, Sequence[Row]]], usable: Sequence[str]) -> 
     for direction, rows in lines:
         found = {r.provider.removeprefix("fastfilm-"): r for r in rows}
         cells.append([direction, *(_cell(found.get(name)) for name in head[1:])])
-    return report.align([head, *cells])
+    return align([head, *cells])
 
 
 def _cell(row: Row | None) -> str:
@@ -400,4 +319,4 @@ def _cell(row: Row | None) -> str:
         return "-"
     if row.median_s is None or row.tflops is None:
         return row.status
-    return f"{report.seconds(row.median_s)} {row.tflops:.3g} {report.ratio(row)}"
+    return f"{milliseconds(row.median_s)} {row.tflops:.3g} {ratio(row)}"

@@ -11,11 +11,11 @@ import torch
 
 import fastfilm
 
-from .. import providers
-from ..networks import NETWORKS, Network
-from ..roofline import work
-from ..session import Case, Session
-from ..step import Step
+from ..counted.roofline import work
+from ..measure import providers
+from ..measure.session import Case, Session
+from ..subjects.networks import NETWORKS, Network
+from ..subjects.step import Step
 from .model import initialise, one_hot, twin
 
 SIZES = {2: (128, 256, 512, 1024), 3: (64, 96, 128, 192, 256)}

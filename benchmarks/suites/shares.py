@@ -15,12 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 
 import fastfilm
 
-from ..providers import one_line
-from ..record import FAILED, Row
-from ..report import align
-from ..session import Case, Session
-from ..zoo import Network
-from ..zoo_more import EVERY
+from ..measure.providers import one_line
+from ..measure.record import FAILED, Row
+from ..measure.session import Case, Session
+from ..measure.table import align
+from ..subjects.zoo.every import EVERY
+from ..subjects.zoo.small import Network
 
 LEVELS = (0.95, 0.8)
 """Shares of the FLOPs that networks are counted by."""

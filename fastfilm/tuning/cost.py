@@ -8,10 +8,11 @@ are added (the terms overlap inside a kernel, launches of small kernels do not):
     matrix  the vendor's convolution: 2 · voxels · Ci · Co · K, in whole blocks of channels / (share · rate of a
             matrix product); a CUDA convolution of ours: clocks of its tiles / clock rate
 
-The clocks are figures of the clock model (``clocks.json``, made by ``python -m benchmarks.clock_figures`` from the
-CUDA kernels' machine code). Assumed are the vendor's share of the matrix rate and the share of the bandwidth that
-passes with sums reach: medians of what an H200 did in bfloat16. What is measured takes the place of both: ceilings
-of a device, and tables of plans (``fastfilm tune``), which decide before any estimate.
+The clocks are figures of the clock model (``clocks.json``, made from the CUDA kernels' machine code by
+``python -m benchmarks.counted.machine_code.clock_figures``). Assumed are the vendor's share of the matrix rate and
+the share of the bandwidth that passes with sums reach: medians of what an H200 did in bfloat16. What is measured
+takes the place of both: ceilings of a device, and tables of plans (``fastfilm tune``), which decide before any
+estimate.
 
 The *floor* of a layer counts each convolution's input, weight and output once and its arithmetic at the full rate.
 No version runs faster, unless it computes something else (Winograd).

@@ -35,8 +35,11 @@ def _load_run():
 
 RUN = _load_run()
 
-from benchmarks import blocks, cli, harness, machine, networks, record, report, roofline, volume  # noqa: E402
-from benchmarks.session import Case, Provider, Session  # noqa: E402
+from benchmarks import cli  # noqa: E402
+from benchmarks.counted import roofline  # noqa: E402
+from benchmarks.measure import harness, machine, record, table, volume  # noqa: E402
+from benchmarks.measure.session import Case, Provider, Session  # noqa: E402
+from benchmarks.subjects import blocks, networks  # noqa: E402
 from benchmarks.suites import peers  # noqa: E402
 
 CEILINGS = roofline.Ceilings(bandwidth=1e9, matrix={"float32": 1e12, "bfloat16": 4e12})
@@ -226,7 +229,7 @@ def test_a_wrong_provider_prints_failed_instead_of_a_speed_up(tmp_path):
     session.measure(case, providers, lambda: [x.double().exp()])
     wrong = session.record.rows[-1]
     assert wrong.status == "FAILED" and wrong.ratio is None and session.record.failed
-    line = next(s for s in report.table([wrong]).splitlines() if s.startswith("fastfilm-wrong"))
+    line = next(s for s in table.table([wrong]).splitlines() if s.startswith("fastfilm-wrong"))
     assert "FAILED" in line and "x " not in line.split("FAILED")[0]
 
 
@@ -393,7 +396,7 @@ def test_patches_are_cut_around_the_centre():
 def test_a_suite_runs_from_the_command_line_to_its_files(tmp_path, monkeypatch, capsys):
     small = blocks.Block(roofline.Layer(2, 4, (8, 8)), 2)
     monkeypatch.setattr("benchmarks.suites.ops.cases", lambda session: [small])
-    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr("benchmarks.measure.machine.ceilings", lambda *_: CEILINGS)
     out, picture = tmp_path / "o.json", tmp_path / "o.png"
     arguments = ["--suite", "ops", "--quick", "--device", "cpu", "--dtype", "float32"]
     status = cli.main([*arguments, "--json", str(out), "--plot", str(picture)])
@@ -421,7 +424,7 @@ def test_the_networks_agree_with_eager_in_output_and_gradient(tmp_path, monkeypa
         replace(net, batch=2, size=(16,) * net.dims, widths=(4, 8)) for net in networks.NETWORKS[:2]
     ]
     monkeypatch.setattr("benchmarks.suites.model.networks", lambda session: tiny)
-    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr("benchmarks.measure.machine.ceilings", lambda *_: CEILINGS)
     out = tmp_path / "o.json"
     arguments = ["--suite", "model", "--quick", "--device", "cpu", "--dtype", "float32"]
     assert cli.main([*arguments, "--json", str(out), "--plot", str(tmp_path / "o.png")]) == 0

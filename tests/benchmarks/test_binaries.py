@@ -15,20 +15,20 @@ import pytest
 pytest.importorskip("triton", reason="the package triton is not installed")
 pytest.importorskip("resource", reason="make counts CPU time as Unix does")
 
-from benchmarks import binaries
+from benchmarks.campaign import binaries
 
 if not (shutil.which("gcc") and shutil.which("readelf")):
     pytest.skip("Triton's launchers need gcc and its binutils", allow_module_level=True)
 
 REPLAY = """
 import triton
-from benchmarks import binaries, hollow
+from benchmarks.campaign import binaries, workloads
 
 seen = {True: [], False: []}
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **rest: seen[cache_hit].append(src.name)
 with binaries.unlaunched():
     # the other way round: a key must not depend on which kernel came first
-    for call in reversed(list(hollow.WORKLOADS["proof"]())):
+    for call in reversed(list(workloads.WORKLOADS["proof"]())):
         call()
 print(len(seen[True]), *sorted(seen[False]))
 """
@@ -55,7 +55,7 @@ def test_binaries_serve_at_other_paths_and_a_changed_kernel_is_compiled_anew(
     tmp_path: Path,
 ) -> None:
     made, place, cache = (tmp_path / name for name in ("made", "elsewhere", "cache"))
-    arguments = "-m", "benchmarks.binaries", "make", str(made), "--only", "proof"
+    arguments = "-m", "benchmarks.campaign.binaries", "make", str(made), "--only", "proof"
     assert start(binaries.ROOT, *arguments).wait() == 0
     manifest = json.loads((made / binaries.MANIFEST).read_text())
     assert manifest["faults"] == []

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import networks
 from benchmarks.campaign import bundle, plots, prepare, report, results, runner, steps, targets
 from benchmarks.campaign.steps import Step
+from benchmarks.subjects import networks
 from benchmarks.suites import profile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -427,7 +427,7 @@ def test_every_picture_is_drawn_from_rows_and_none_from_nothing(tmp_path: Path) 
     assert all((tmp_path / p).stat().st_size > 10_000 for p in bundle.PICTURES)
     assert plots.draw(measured(), tmp_path) == []
     # rows of another step are scaled by their own reference
-    same = plots._same_step(rows, (targets.FLAT, "training", "bfloat16"), rows[0])
+    same = plots.same_step(rows, (targets.FLAT, "training", "bfloat16"), rows[0])
     assert same["compile"]["median_s"] == 1.0
 
 

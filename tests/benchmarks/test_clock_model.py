@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import clock_figures, clock_model, sass
-from benchmarks.clock_model import Phase, Time
-from benchmarks.kernel_loops import Cost, Kernel, is_, name_of
-from benchmarks.sass import Function
+from benchmarks.counted.machine_code import clock_figures, clock_model, sass
+from benchmarks.counted.machine_code.clock_model import Phase, Time
+from benchmarks.counted.machine_code.kernel_loops import Cost, Kernel, is_, name_of
+from benchmarks.counted.machine_code.sass import Function
 from benchmarks.suites import gate
 from fastfilm.tuning import cost
 
@@ -247,7 +247,7 @@ def test_the_table_says_how_far_off_it_is_and_what_was_gained() -> None:
 
 
 def test_the_committed_figures_have_every_layer_pass_and_device() -> None:
-    path = Path(clock_model.__file__).parent / "results" / "clock-model-before.json"
+    path = Path(clock_model.__file__).resolve().parents[2] / "results" / "clock-model-before.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert len({(r["layer"], r["pass"], r["device"]) for r in rows}) == len(rows) == 29 * 3
 
@@ -300,7 +300,7 @@ def test_every_deciding_layer_has_a_time_and_what_binds_it(built: Built) -> None
 
 
 def test_the_cost_models_figures_are_those_of_the_installed_kernels(built: Built) -> None:
-    """``python -m benchmarks.clock_figures`` makes them anew where kernels change; compilers differ a little."""
+    """``clock_figures`` makes them anew where kernels change; compilers differ a little."""
     kernels, module, arch = built
     device = next(name for name, gpu in clock_model.GPUS.items() if gpu.arch == arch)
     committed = cost.figures()["clocks"][str(arch)]["bfloat16"]

@@ -11,18 +11,18 @@ import pytest
 
 from benchmarks.campaign import runner
 from benchmarks.campaign.steps import Step
-from benchmarks.journal import DeviceLost, Journal
+from benchmarks.measure.journal import DeviceLost, Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 
 SUITE = """
 import os, sys
 from pathlib import Path
-from benchmarks.harness import QUICK, Budget, HostClock
-from benchmarks.journal import Journal
-from benchmarks.record import Record
-from benchmarks.roofline import Ceilings
-from benchmarks.session import Case, Provider, Session
+from benchmarks.measure.harness import QUICK, Budget, HostClock
+from benchmarks.measure.journal import Journal
+from benchmarks.measure.record import Record
+from benchmarks.counted.roofline import Ceilings
+from benchmarks.measure.session import Case, Provider, Session
 import torch
 work = Path(sys.argv[1])
 journal, record = Journal(work / "steps/s.journal"), Record({}, work / "steps/s.json")
@@ -73,7 +73,7 @@ def test_what_an_earlier_process_has_done_and_what_ended_it(tmp_path: Path) -> N
 
 
 def test_a_call_that_does_not_come_back_ends_the_process(tmp_path: Path) -> None:
-    code = "import time; from pathlib import Path; from benchmarks import journal; journal.HUNG = 0.5\n"
+    code = "import time; from pathlib import Path; from benchmarks.measure import journal; journal.HUNG = 0.5\n"
     code += "with journal.Journal(Path('j')).doing('a', 'hangs'): time.sleep(300)"
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(

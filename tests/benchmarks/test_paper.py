@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
-from benchmarks import paper_page
+from benchmarks.pages import paper as page_of_paper
 from benchmarks.paper import designs, results, run, train
 from benchmarks.paper.data import load
 from benchmarks.paper.designs import BACKGROUND, Unit
@@ -241,10 +241,10 @@ def test_a_swap_table_whose_diagonal_is_not_on_top_says_so() -> None:
 
 
 def test_the_pages_tables_are_those_of_the_committed_results() -> None:
-    found = paper_page.records()
+    found = page_of_paper.records()
     assert set(found) == {"experiment-1", "experiment-2", "experiment-3", "ablation"}
-    page = paper_page.PAGE.read_text(encoding="utf-8")
-    assert paper_page.written(page, found) == page
+    page = page_of_paper.PAGE.read_text(encoding="utf-8")
+    assert page_of_paper.written(page, found) == page
     for name, record in found.items():
         assert record["size"] == "small" and record["configuration"]["splits"] >= 3
         summary = results.summarise(record["experiment"], record["units"])

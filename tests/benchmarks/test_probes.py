@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import probes
+from benchmarks.campaign import probes
 from tests.support.emulated import alone
 
 needs_nvcc = pytest.mark.skipif(probes.nvcc() is None, reason="needs nvcc")
@@ -109,7 +109,15 @@ def test_probes_are_skipped_without_a_device(program: Path) -> None:
 @needs_nvcc
 def test_a_table_and_a_file_without_a_device(program: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.probes", "--executable", program, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.campaign.probes",
+        "--executable",
+        program,
+        "--out",
+        out,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=without_device())
     rows = json.loads(out.read_text())
     assert len(rows) == len(done.stdout.splitlines()) > 20
@@ -225,5 +233,11 @@ def test_a_program_that_does_not_start_is_one_row(tmp_path: Path) -> None:
     assert row["status"] == "FAIL" and "did not start" in row["note"]
     (row,) = probes.run(script(tmp_path / "mute", "exit 0"))
     assert "no names" in row["note"]
-    command = [sys.executable, "-m", "benchmarks.probes", "--executable", tmp_path / "nothing"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.campaign.probes",
+        "--executable",
+        tmp_path / "nothing",
+    ]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import QUICK, Budget, HostClock
-from benchmarks.record import SKIPPED, Record
-from benchmarks.roofline import Ceilings
-from benchmarks.session import Session
+from benchmarks.counted.roofline import Ceilings
+from benchmarks.measure.harness import QUICK, Budget, HostClock
+from benchmarks.measure.record import SKIPPED, Record
+from benchmarks.measure.session import Session
 from benchmarks.suites import profile
 
 CONVOLVE = "void fastfilm::cuda::entry<fastfilm::cuda::Convolve<fastfilm::cuda::BFloat16, 64, 32, "

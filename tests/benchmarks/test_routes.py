@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import emulation, traffic
-from benchmarks.harness import QUICK, Budget, HostClock
-from benchmarks.layers import LayerStep, steady
-from benchmarks.record import FAILED, OK, SKIPPED, Record
-from benchmarks.roofline import Ceilings
-from benchmarks.session import Session
+from benchmarks.counted import emulation, traffic
+from benchmarks.counted.roofline import Ceilings
+from benchmarks.measure.harness import QUICK, Budget, HostClock
+from benchmarks.measure.record import FAILED, OK, SKIPPED, Record
+from benchmarks.measure.session import Session
+from benchmarks.subjects.layers import LayerStep, steady
 from benchmarks.suites import routes
 from tests.support import emulated
 from tests.support.emulated import extension, library
@@ -191,7 +191,7 @@ def test_a_steady_call_takes_what_was_made_before_it() -> None:
 
 
 def test_where_no_route_runs_the_cpus_own_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes.choice, "why_not_plan", lambda plan, request: f"no {plan}")
+    monkeypatch.setattr(routes.inside, "why_not", lambda route, device, dtype: f"no {route}")
     usable, missing = routes.routes("cpu", "float32")
     assert usable == ["cpu/composed"]
     assert missing["cuda/fused"] == "no cuda/fused" and set(missing) == set(routes.ROUTES)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import smoke
+from benchmarks.campaign import smoke
+from benchmarks.counted import verdicts
 from fastfilm.ops.settings import left_out
 
 FAKE = """
@@ -42,16 +43,16 @@ def test_each_check_is_settled_whatever_the_others_do(tmp_path: Path, device: st
         "moments"
     ]
     left = ",".join(f"triton:{f}:float32" for f in ("fprop", "dgrad", "wgrad"))
-    assert smoke.without(rows) == left and len(left_out.parse(left)) == 3
+    assert verdicts.without(rows) == left and len(left_out.parse(left)) == 3
 
 
 def test_every_family_has_a_check_and_can_be_left_out() -> None:
-    from benchmarks import kernel_checks
+    from benchmarks.counted import kernel_checks
 
-    assert {b: set(f) for b, f in smoke.FAMILIES.items()} == {
+    assert {b: set(f) for b, f in verdicts.FAMILIES.items()} == {
         b: set(f) for b, f in left_out.FAMILIES.items()
     }
-    assert {f for families in smoke.FAMILIES.values() for f in families} == set(
+    assert {f for families in verdicts.FAMILIES.values() for f in families} == set(
         kernel_checks.CHECKS
     )
 
@@ -63,12 +64,12 @@ def test_an_error_beyond_rounding_is_wrong_and_so_is_none_at_all() -> None:
         (float("nan"), "WRONG"),
         (None, "skipped"),
     ):
-        assert smoke.judged("triton:fprop:float32", lambda dtype, e=error: e)["status"] == status
+        assert verdicts.judged("triton:fprop:float32", lambda dtype, e=error: e)["status"] == status
 
     def raising(dtype: str) -> float:
         raise RuntimeError("CUDA error: misaligned address")
 
-    row = smoke.judged("triton:fprop:float32", raising)
+    row = verdicts.judged("triton:fprop:float32", raising)
     assert row["status"] == "WRONG" and "misaligned" in row["note"]
 
 

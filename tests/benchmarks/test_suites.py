@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gaps_page, layers
-from benchmarks.blocks import Block
-from benchmarks.campaign import targets
-from benchmarks.harness import QUICK, Budget, HostClock
-from benchmarks.record import Record
-from benchmarks.roofline import Ceilings, Layer
-from benchmarks.session import Session
-from benchmarks.suites import frozen, gate, scaling
+from benchmarks.campaign import gaps, targets
+from benchmarks.counted.roofline import Ceilings, Layer
+from benchmarks.measure.harness import QUICK, Budget, HostClock
+from benchmarks.measure.record import Record
+from benchmarks.measure.session import Session
+from benchmarks.subjects import layers
+from benchmarks.subjects.blocks import Block
+from benchmarks.suites import gate, scaling, tails
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,18 +106,18 @@ def test_the_committed_counts_cover_every_plan_and_allow_no_spill() -> None:
 
 def test_norm_and_film_fold_into_the_weights_of_one_convolution() -> None:
     layer = Layer(3, 5, (6, 7))
-    inputs = frozen.make(layer, "cpu", torch.float64)
-    weight, bias = frozen.folded(inputs)
-    one = torch.relu(torch.nn.functional.conv2d(inputs.x, weight, bias, padding=1))
-    torch.testing.assert_close(one, frozen.eager(layer, inputs))
-    torch.testing.assert_close(frozen.ours(layer, inputs), frozen.eager(layer, inputs))
+    inputs = tails.make(layer.size, "cpu", torch.float64, layer)
+    kernel, bias = tails.folded(inputs)
+    one = torch.relu(torch.nn.functional.conv2d(inputs["y"], kernel, bias, padding=1))
+    torch.testing.assert_close(one, tails.eager_block(layer, inputs))
+    torch.testing.assert_close(tails.our_block(layer, inputs), tails.eager_block(layer, inputs))
 
 
 def test_gaps_list_what_falls_short_of_a_measurement_on_a_gpu() -> None:
     committed = (ROOT / "benchmarks" / "results" / "GAPS.md").read_text(encoding="utf-8")
     file = ROOT / "benchmarks" / "results" / "gpu-h200.json"
-    assert committed == gaps_page.text(json.loads(file.read_text(encoding="utf-8")))
-    none = gaps_page.text(None)
+    assert committed == gaps.text(json.loads(file.read_text(encoding="utf-8")))
+    none = gaps.text(None)
     assert "no target has been measured" in none
     usual = {"step": "model", "suite": "model", "case": targets.FLAT, "mode": "training"}
     usual |= {"dtype": "bfloat16", "status": "ok", "note": ""}
@@ -126,11 +126,11 @@ def test_gaps_list_what_falls_short_of_a_measurement_on_a_gpu() -> None:
     machine = {"copy_gbps": 4000.0, "l2_gbps": 6000.0, "launch_us": 3.0, "processors": 132}
     found = {"about": {"device": "cuda"}, "machine": machine, "rows": rows}
     machine |= {"matrix_tflops": {"bfloat16": 700.0}}  # type: ignore[dict-item]
-    text = gaps_page.text(found)
+    text = gaps.text(found)
     reached = "FiLMedUNet 2D, training step against eager AMP channels-last"
     assert reached not in text and "no target has been measured" not in text
     assert "FiLMedUNet 2D, training step, of the roofline floor | ≥ 60 % | 50 % |" in text
-    assert gaps_page.text(found | {"about": {"device": "cpu"}}) == none  # no measurement
+    assert gaps.text(found | {"about": {"device": "cpu"}}) == none  # no measurement
     graph = [{**usual, "provider": "fastfilm-graph", "median_s": 0.5}]
-    text = gaps_page.text(found | {"rows": [*rows, *graph]})
+    text = gaps.text(found | {"rows": [*rows, *graph]})
     assert "| the host: 1e+03 ms, 500 ms from a CUDA graph | less Python" in text

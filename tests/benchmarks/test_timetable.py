@@ -17,23 +17,15 @@ import torch
 # importing it makes the folder benchmarks a package
 from tests.benchmarks.test_benchmarks import CEILINGS, FakeClock, _session  # isort: skip
 
-from benchmarks import (
-    blocks,
-    cli,
-    graphs,
-    harness,
-    networks,
-    providers,
-    record,
-    report,
-    roofline,
-    static,
-    timetable,
-)
-from benchmarks.record import NO_TIME
-from benchmarks.session import Case, Provider
-from benchmarks.step import Step
-from benchmarks.suites import converted, memory, model, ops
+from benchmarks import cli
+from benchmarks.counted import roofline
+from benchmarks.counted.machine_code import triton_binaries
+from benchmarks.measure import graphs, harness, providers, record, table
+from benchmarks.measure.record import NO_TIME
+from benchmarks.measure.session import Case, Provider
+from benchmarks.subjects import blocks, networks
+from benchmarks.subjects.step import Step
+from benchmarks.suites import converted, memory, model, ops, static, timetable
 
 CASE = Case("ops", "c", "forward", "float32")
 EFFORT = harness.Effort(min_rounds=4, max_rounds=4, seconds=0.0, window=0.0)
@@ -133,7 +125,7 @@ def test_an_import_is_never_cut_in_half(monkeypatch, tmp_path):
 
 def test_a_reference_that_takes_too_long_is_given_up(monkeypatch):
     session = _session(budget=still(10.0))
-    monkeypatch.setattr("benchmarks.session.REFERENCE_SHARE", 0.01)
+    monkeypatch.setattr("benchmarks.measure.session.REFERENCE_SHARE", 0.01)
     session.measure(CASE, {"fastfilm": Provider(lambda: [torch.ones(2)])}, lambda: time.sleep(30))
     (row,) = session.record.rows
     assert row.median_s and row.error is None and row.note.startswith("not checked")
@@ -238,7 +230,7 @@ def test_blocks_and_counts_after_the_end_are_named(monkeypatch):
     session = _session(seconds=0.0)
     ops.run(session)
     memory.run(session)
-    named = report.left_out(session.record.rows)
+    named = table.left_out(session.record.rows)
     assert named == (
         "no time left for: ops float32: 11 cases; memory float32: FiLMedUNet 2D 320×256 b1 training"
     )
@@ -247,11 +239,11 @@ def test_blocks_and_counts_after_the_end_are_named(monkeypatch):
 def test_what_ran_is_in_the_table_and_what_did_not_is_named():
     row = record.Row("ops", "c", "eager", "forward", "float32", "cpu")
     rows = [row, replace(row, provider="paper", status="skipped", note=NO_TIME)]
-    assert "eager" in report.table(rows) and "paper" not in report.table(rows)
-    assert report.left_out(rows) == "no time left for: ops float32: paper in c forward"
+    assert "eager" in table.table(rows) and "paper" not in table.table(rows)
+    assert table.left_out(rows) == "no time left for: ops float32: paper in c forward"
     rows += [replace(rows[1], provider="compile"), replace(rows[1], case="d", provider="all")]
-    assert report.left_out(rows).endswith("paper, compile in c forward; ops float32: d forward")
-    assert report.left_out([row, replace(row, status="skipped", note="no compiler")]) == ""
+    assert table.left_out(rows).endswith("paper, compile in c forward; ops float32: d forward")
+    assert table.left_out([row, replace(row, status="skipped", note="no compiler")]) == ""
 
 
 def test_compiling_is_not_started_without_time_for_it(monkeypatch):
@@ -267,7 +259,7 @@ def test_compiling_is_not_started_without_time_for_it(monkeypatch):
 def test_compiling_cut_by_the_end_says_so(monkeypatch):
     monkeypatch.setattr(providers, "compiled", lambda *a: (None, "compiling took longer than 30 s"))
     monkeypatch.setattr(providers, "why_not_compile", lambda device, quick: None)
-    make = lambda: SimpleNamespace(model=None)  # noqa: E731
+    make = lambda: SimpleNamespace(model=None, call_by=None)  # noqa: E731
     session = _session(budget=still(30.0), compile_seconds=60.0)
     ((_, reason),) = model.compile_into(session, {}, make, None)
     assert reason.startswith(NO_TIME) and not session.slow_to_compile
@@ -299,7 +291,7 @@ def test_float32_is_compiled_without_tf32(monkeypatch, dtype, allowed):
 
 def test_the_static_suite_needs_a_minute(monkeypatch):
     built = []
-    monkeypatch.setattr(cli, "static", lambda session, quick: bool(built.append(quick)))
+    monkeypatch.setattr(static, "run", lambda session, quick: built.append(quick))
     args = cli.parser().parse_args([])
     session = _session(seconds=10.0)
     cli.static_last(session, args, "cuda", time.monotonic() - 91.0)
@@ -315,10 +307,10 @@ def _sleep(build):
 
 
 def test_no_process_of_the_static_suite_outlives_its_bound(monkeypatch):
-    monkeypatch.setattr(static, "compile_one", _sleep)
-    monkeypatch.setattr(static, "builds", lambda quick, archs: [1, 2, 3])
+    monkeypatch.setattr(triton_binaries, "compile_one", _sleep)
+    monkeypatch.setattr(triton_binaries, "builds", lambda quick, archs: [1, 2, 3])
     with pytest.raises(harness.TookTooLong), harness.time_limit(0.5, "building"):
-        static.run_static(True)
+        triton_binaries.run_static(True)
     end = time.monotonic() + 30
     # asked again and again: the pool's own thread may be about to note that it has ended
     while alive := [c for c in multiprocessing.active_children() if c.is_alive()]:
@@ -337,15 +329,17 @@ def test_both_modes_have_a_floor(monkeypatch):
 def test_a_run_without_time_names_everything(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timetable, "ROWS_END", {"cpu": 0.0})
     monkeypatch.setattr(timetable, "END", {"cpu": 0.0})
-    monkeypatch.setattr("benchmarks.machine.ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr("benchmarks.measure.machine.ceilings", lambda *_: CEILINGS)
     out = tmp_path / "o.json"
     plot = str(tmp_path / "o.png")
     assert cli.main(["--device", "cpu", "--json", str(out), "--plot", plot]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert {r["suite"] for r in rows} == {"model", "ops", "memory", "static"}
     assert {r["status"] for r in rows} == {"skipped"}
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    said = capsys.readouterr().out
+    last = said.strip().splitlines()[-1]
     assert last.startswith("no time left for: model float32: 4 cases;") and "static" in last
+    assert "\nNothing was timed on" in said and "\nNext: give the run more time" in said
 
 
 def test_the_watchdog_writes_what_there_is_and_ends_the_process():
@@ -360,15 +354,15 @@ def test_the_watchdog_writes_what_there_is_and_ends_the_process():
     assert gone.wait(30) and log == ["finish", 1]
     stopped = timetable.Watchdog(1e6, _refuse, leave)
     stopped.cancel()
-    stopped._timer.join(30)
-    assert not stopped._timer.is_alive() and log == ["finish", 1]
+    stopped.timer.join(30)
+    assert not stopped.timer.is_alive() and log == ["finish", 1]
 
 
 def test_what_the_watchdog_ends_is_named():
     session = _session(dtypes=["bfloat16", "float32"])
     session.running = replace(CASE, suite="model"), "fastfilm"
     timetable.cut(session, [timetable.Part("ops", "plain", 1.0, "first")])
-    assert report.left_out(session.record.rows) == (
+    assert table.left_out(session.record.rows) == (
         "no time left for: model float32: fastfilm in c forward; ops bfloat16: all plain"
     )
 
@@ -416,7 +410,7 @@ def test_a_replayed_step_is_measured_beside_eager_and_checked(monkeypatch):
 
         return graphs.Captured(replay, result)
 
-    monkeypatch.setattr("benchmarks.step.capture", capture)
+    monkeypatch.setattr("benchmarks.subjects.step.capture", capture)
     session = _session(graphs=True)
     model.graphs(session)
     rows = session.record.rows
@@ -433,7 +427,7 @@ def test_a_replay_that_gives_something_else_fails(monkeypatch):
     def capture(call):
         return graphs.Captured(lambda: None, [2 * t for t in call()])
 
-    monkeypatch.setattr("benchmarks.step.capture", capture)
+    monkeypatch.setattr("benchmarks.subjects.step.capture", capture)
     session = _session(graphs=True)
     model.graphs(session)
     assert {r.status for r in session.record.rows} == {"FAILED"}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastfilm
-from benchmarks import traffic
+from benchmarks.counted import traffic
 from fastfilm.ops import choice, launchers
 
 CPU = choice.BACKENDS["cpu"]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import cli
-from benchmarks.harness import QUICK, Budget, HostClock
-from benchmarks.record import Record
-from benchmarks.roofline import Ceilings
-from benchmarks.session import Session
+from benchmarks.counted.roofline import Ceilings
+from benchmarks.measure.harness import QUICK, Budget, HostClock
+from benchmarks.measure.record import Record
+from benchmarks.measure.session import Session
+from benchmarks.subjects.zoo.every import EVERY
+from benchmarks.subjects.zoo.small import NETWORKS, Network
 from benchmarks.suites import shares
-from benchmarks.zoo import NETWORKS, Network
-from benchmarks.zoo_more import EVERY
 from tests.support.case import SLOW
 
 

@@ -24,7 +24,7 @@ from tests.support.yardstick import relative_error
 
 
 def _zoo() -> Any:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "zoo.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "subjects" / "zoo" / "small.py"
     spec = importlib.util.spec_from_file_location("_fastfilm_zoo", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import emulation as emulated_kernels
-from benchmarks import launches
+from benchmarks.counted import emulation as emulated_kernels
+from benchmarks.counted import launches
 from fastfilm.ops import choice
 from tests.support import emulated
 from tests.support.emulated import extension, library

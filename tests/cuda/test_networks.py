@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfilm
-from benchmarks import traffic
+from benchmarks.counted import traffic
 from fastfilm.ops import maps
 from fastfilm.ops.maps import DeferredMap
 from fastfilm.ops.spec import forks

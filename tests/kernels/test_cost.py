@@ -23,7 +23,9 @@ if "benchmarks" not in sys.modules:
     assert spec is not None and spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
-from benchmarks import ddp, explain, machine, networks, roofline  # noqa: E402
+from benchmarks.counted import roofline  # noqa: E402
+from benchmarks.measure import machine  # noqa: E402
+from benchmarks.subjects import expected_ddp, expected_time, networks  # noqa: E402
 from benchmarks.suites.routes import SUBJECTS  # noqa: E402
 from fastfilm.ops.choice import UNMEASURED  # noqa: E402
 
@@ -244,46 +246,48 @@ def test_the_floor_of_the_benchmarks_is_that_of_the_model() -> None:
 
 
 def test_ring_all_reduce() -> None:
-    link = ddp.Link(bandwidth=1e9, latency=1e-3)
-    assert ddp.all_reduce(1e9, 1, link) == 0.0
-    assert ddp.all_reduce(1e9, 4, link) == pytest.approx(2 * 3 / 4 + 6e-3)
+    link = expected_ddp.Link(bandwidth=1e9, latency=1e-3)
+    assert expected_ddp.all_reduce(1e9, 1, link) == 0.0
+    assert expected_ddp.all_reduce(1e9, 4, link) == pytest.approx(2 * 3 / 4 + 6e-3)
 
 
 def test_what_the_backward_pass_hides_is_not_added_to_the_step() -> None:
-    link = ddp.Link(bandwidth=1e9, latency=0.0)
-    bucket = ddp.BUCKET_BYTES
-    once = ddp.all_reduce(bucket, 2, link)
-    hidden = ddp.step(0.1, 10.0, 4 * bucket, 2, link)
+    link = expected_ddp.Link(bandwidth=1e9, latency=0.0)
+    bucket = expected_ddp.BUCKET_BYTES
+    once = expected_ddp.all_reduce(bucket, 2, link)
+    hidden = expected_ddp.step(0.1, 10.0, 4 * bucket, 2, link)
     assert hidden.communication == pytest.approx(4 * once)
     assert hidden.exposed == pytest.approx(once)  # the last bucket has nothing behind it
     assert hidden.seconds == pytest.approx(10.1 + once)
     assert hidden.efficiency == pytest.approx(10.1 / hidden.seconds)
-    bare = ddp.step(0.1, 0.0, 4 * bucket, 2, link)
+    bare = expected_ddp.step(0.1, 0.0, 4 * bucket, 2, link)
     assert bare.exposed == pytest.approx(4 * once)
-    assert ddp.step(0.1, 0.2, bucket, 1, link).seconds == pytest.approx(0.3)
+    assert expected_ddp.step(0.1, 0.2, bucket, 1, link).seconds == pytest.approx(0.3)
     with pytest.raises(ValueError, match="gpus must be at least 1"):
-        ddp.step(1.0, 1.0, 1, 0)
+        expected_ddp.step(1.0, 1.0, 1, 0)
 
 
 def test_batch_norm_over_processes_pays_latency_twice_a_norm() -> None:
-    link = ddp.Link(bandwidth=1e9, latency=1e-4)
-    plain, norms = (ddp.step(1.0, 1.0, 100, 2, link, n) for n in (0, 5))
+    link = expected_ddp.Link(bandwidth=1e9, latency=1e-4)
+    plain, norms = (expected_ddp.step(1.0, 1.0, 100, 2, link, n) for n in (0, 5))
     assert norms.seconds - plain.seconds == pytest.approx(5 * 2 * 2 * 1e-4)
 
 
 def test_explained_lines_count_every_occurrence() -> None:
     network = networks.NETWORKS[0]
-    found = explain.lines(network, "training", "bfloat16", CEILINGS)
+    found = expected_time.lines(network, "training", "bfloat16", CEILINGS)
     assert sum(line.count for line in found) == sum(network.layers().values())
     floor = roofline.work(
         network.layers().elements(), network.batch, "bfloat16", "training", CEILINGS
     ).floor_s
     assert sum(line.floor for line in found) == pytest.approx(floor)
-    cells = explain.rows(found)
+    cells = expected_time.rows(found)
     assert cells[-1][0] == "sum" and float(cells[-1][2]) == pytest.approx(1e3 * floor, abs=1e-3)
     assert cells[-1][4] == "-"  # nothing was measured
     measured = {layer: 1e-3 for layer in network.layers()}
-    cells = explain.rows(explain.lines(network, "training", "bfloat16", CEILINGS, measured))
+    cells = expected_time.rows(
+        expected_time.lines(network, "training", "bfloat16", CEILINGS, measured)
+    )
     assert float(cells[-1][4]) == pytest.approx(sum(network.layers().values()))
 
 
@@ -352,7 +356,7 @@ def test_estimates_of_whole_networks_agree_with_an_h200(mode: str) -> None:
     }
     found = [
         # what was measured took the composed route in all layers
-        sum(line.seconds for line in explain.lines(n, mode, "bfloat16", H200, fused=False))
+        sum(line.seconds for line in expected_time.lines(n, mode, "bfloat16", H200, fused=False))
         / measured[n.case]
         for n in networks.NETWORKS
         if n.case in measured

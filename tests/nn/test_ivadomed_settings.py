@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.eager import EagerFiLMedUNet
+from benchmarks.subjects.eager_networks import EagerFiLMedUNet
 from fastfilm.nn import ConvNormFiLM, FiLMedUNet, Modified3DUNet
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from benchmarks.emulation import installed
+from benchmarks.counted.emulation import installed
 from fastfilm.ops import choice, launchers, spec
 from tests.support import emulated
 from tests.support.emulated import extension, library

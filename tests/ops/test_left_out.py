@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastfilm
-from benchmarks.emulation import serving
+from benchmarks.counted.emulation import serving
 from fastfilm.ops import choice
 from fastfilm.ops.choice import BACKENDS, Request, choosing
 from fastfilm.ops.launchers import available

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.emulation import serving
+from benchmarks.counted.emulation import serving
 from fastfilm import check
 from fastfilm.ops import choice
 from fastfilm.ops.spec import precision

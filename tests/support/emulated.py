@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.emulation import ROOT, SANITIZE, build, compiler, installed, load
+from benchmarks.counted.emulation import ROOT, SANITIZE, build, compiler, installed, load
 from fastfilm.ops import spec
 from tests.support.yardstick import relative_error
 

@@ -13,7 +13,8 @@ Parts = tuple[str, ...]
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
+def tree(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
@@ -29,8 +30,8 @@ def imports(path: Path, *, at_import: bool = False) -> Iterator[Parts]:
     ``at_import``: only those that run when the module is imported, not those in the body of a function.
     """
     package = path.relative_to(ROOT).parts[:-1]
-    tree = _tree(path)
-    for node in tree.body if at_import else ast.walk(tree):
+    found = tree(path)
+    for node in found.body if at_import else ast.walk(found):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield tuple(alias.name.split("."))
@@ -76,24 +77,29 @@ def circle(paths: Collection[Path]) -> list[str]:
     return []
 
 
-def table(page: Path, heading: str) -> dict[str, set[str]]:
-    """Room -> the rooms that it may import, from the first table below a heading of a Markdown page.
+def rows(page: Path, heading: str) -> dict[str, list[str]]:
+    """First cell, a name of a folder or file without its marks -> all cells: the first table below a heading."""
+    text = page.read_text(encoding="utf-8").split(f"\n{heading}\n", 1)[1]
+    lines = text[text.index("|") : text.index("\n\n", text.index("|"))].splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {cells[0].strip("`").removesuffix("/").removesuffix(".py"): cells for cells in found}
 
-    The first column names the room (`` `spec/` ``), the last one those that it may import, with commas between.
-    "all above" are the rooms of the rows before; words that are no rooms (``torch``) are left out.
+
+def words(cell: str) -> list[str]:
+    """What stands in a cell, with commas between, without marks."""
+    return [word.strip().strip("`") for word in cell.split(",") if word.strip()]
+
+
+def table(page: Path, heading: str, column: int = 2) -> dict[str, list[str]]:
+    """Room -> the rooms that it may import, as the first table below a heading says.
+
+    The first column names the room (`` `spec/` ``), ``column`` those that it may import. "all above" are the
+    rooms of the rows before; words that are no rooms of rows before (``torch``) are left out.
     """
-    text = page.read_text(encoding="utf-8").split(f"{heading}\n", 1)[1]
-    rows = [
-        line
-        for line in text[: text.index("\n\n", text.index("|"))].splitlines()
-        if line.startswith("|")
-    ]
-    found: dict[str, set[str]] = {}
-    for row in rows[2:]:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        words = {word.strip() for word in cells[-1].split(",")}
-        may = set(found) if "all above" in words else words & set(found)
-        found[cells[0].strip("`").removesuffix("/").removesuffix(".py")] = may
+    found: dict[str, list[str]] = {}
+    for name, cells in rows(page, heading).items():
+        said = words(cells[column])
+        found[name] = [*found] if "all above" in said else [r for r in found if r in said]
     return found
 
 

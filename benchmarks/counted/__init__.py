@@ -1,0 +1,1 @@
+"""Everything that is counted or checked without a clock: kernels, maps, launches, machine code, right results."""

@@ -1,0 +1,1 @@
+"""What compiled kernels say of themselves: registers, instructions, and the clocks that they should take."""

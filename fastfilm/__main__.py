@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__
-from .machine import Table, devices, section, versions
+from .machine import Table, build, devices, section, versions
 from .segmentation.commands import cli
 
 
@@ -24,10 +24,11 @@ class Command:
 
 
 def info(_: argparse.Namespace) -> int:
-    """Prints versions, devices, each backend or why it is unavailable, environment variables."""
+    """Prints versions, devices, what was built, each backend or why it is unavailable, environment variables."""
     sections: list[tuple[str, Table]] = [
         ("versions", versions()),
         ("devices", devices()),
+        ("build", build()),
         ("backends", _backends()),
         ("environment", _environment()),
     ]

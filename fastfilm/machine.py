@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 Table = list[tuple[str, str]]
 
@@ -51,6 +54,34 @@ def devices() -> Table:
         ("CUDA runtime", torch.version.cuda or "none"),
         ("cuDNN", "none" if cudnn is None else str(cudnn)),
     ]
+
+
+def build(record: Path | None = None) -> Table:
+    """The compiled parts of this installation: what each was built for, in how long, or why it is missing.
+
+    Args:
+        record: the file that setup.py left, JSON; default the one beside the extensions.
+    """
+    path = record or Path(__file__).parent / "ops" / "launchers" / "build.json"
+    try:
+        made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [("record", "not there: the extensions were not built by this version's setup.py")]
+    rows = [(f"{part} part", _built(made[part])) for part in ("CPU", "CUDA")]
+    took = f"{made['seconds']:.0f} s in all on {made['cores']} cores, {made['when']}"
+    return [*rows, ("build", took)]
+
+
+def _built(part: dict[str, Any]) -> str:
+    if not part["built"]:
+        return f"not built: {part['reason']}"
+    made = f"{part['compiled']} files compiled in {part['seconds']:.0f} s, {part['reused']} reused"
+    text = f"{made}; {part['compiler']}"
+    if "archs" in part:
+        targets = ", ".join(f"sm_{a}" for a in part["archs"])
+        nvcc = f"nvcc {part['nvcc']} by {part['nvcc by']}"
+        return f"{targets} (chosen by {part['archs by']}); {nvcc}; {text}"
+    return f"{text}, {'with' if part['OpenMP'] else 'without'} OpenMP"
 
 
 def driver() -> str | None:

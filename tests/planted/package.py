@@ -27,6 +27,21 @@ FAULTS = (
         "if True:",
         "tests/package/test_lazy_import.py -k nothing_heavy",
     ),
+    # the build
+    Fault(
+        "build-objects-serve-whatever-the-flags",
+        "setup.py",
+        "digest = hashlib.sha256(repr(others).encode())",
+        "digest = hashlib.sha256()",
+        "tests/package/test_setup.py -k second_build",
+    ),
+    Fault(
+        "build-an-extension-left-out-stays-from-an-earlier-build",
+        "setup.py",
+        "Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)",
+        "pass",
+        "tests/package/test_setup.py -k left_with_it",
+    ),
     # ops
     Fault(
         "ops-dropout-before-the-norm-misses-its-square",

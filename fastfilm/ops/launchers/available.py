@@ -54,7 +54,7 @@ def cpu() -> str | None:
 def cuda() -> str | None:
     """Why the CUDA kernels cannot run here; None if they can."""
     if not _FOUND["cuda"]:
-        return "the CUDA kernels were not built (needs nvcc at install time; FASTFILM_CUDA=1 tells why)"
+        return "the CUDA kernels were not built (needs nvcc at install time; `fastfilm info` tells why)"
     if not torch.cuda.is_available():
         return "no CUDA device"
     from .cuda import _CUDA

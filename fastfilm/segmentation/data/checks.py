@@ -14,18 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config.sections import Data
-from ..images.labels import (
-    listed,
-    mask_of,
-    whole_labels,
-)
-from ..images.nifti import (
-    NiftiVolume,
-    Remarks,
-    read_volume,
-    same_grid,
-    voxel_problems,
-)
+from ..images.labels import listed, mask_of, whole_labels
+from ..images.nifti import NiftiVolume, Remarks, read_volume, same_grid, voxel_problems
 from ..support.errors import UserError
 from .sources import Case
 

@@ -13,11 +13,7 @@ from ..metadata.encoder import is_blank
 from ..metadata.vectors import expanded
 from ..support.encoding import dangling
 from ..support.errors import UserError
-from ..support.hints import (
-    contents,
-    did_you_mean,
-    some,
-)
+from ..support.hints import contents, did_you_mean, some
 from ..support.tables import Table, read_table
 from .sidecars import Sidecars
 from .sources import (

@@ -13,11 +13,7 @@ import fastfilm
 
 from ..config.schema import Config
 from ..config.sections import NetworkConfig, Section
-from ..images.preprocessing import (
-    AXES,
-    Normalisation,
-    Preprocessing,
-)
+from ..images.preprocessing import AXES, Normalisation, Preprocessing
 from ..support import memory
 from ..support.errors import UserError
 from .checks import CaseFacts

@@ -8,19 +8,10 @@ from typing import Any
 
 from ..config.schema import Config
 from ..config.sections import MetadataKey, Splits
-from ..metadata.encoder import (
-    MetadataEncoder,
-    MetadataError,
-    as_category,
-    is_missing,
-)
+from ..metadata.encoder import MetadataEncoder, MetadataError, as_category, is_missing
 from ..support.errors import Problems
 from ..support.hints import did_you_mean, some
-from .sources import (
-    Case,
-    Found,
-    Places,
-)
+from .sources import Case, Found, Places
 from .splits import Fold
 
 MANY = 10

@@ -21,37 +21,20 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ..config.schema import (
-    Config,
-    config_text,
-    problems,
-    read_config,
-)
+from ..config.schema import Config, config_text, problems, read_config
 from ..config.sections import MetadataKey
 from ..metadata.encoder import MetadataEncoder
 from ..models.network import build_network
 from ..support.errors import Problems, UserError
-from ..support.files import (
-    atomic,
-    json_text,
-    read_json,
-)
+from ..support.files import atomic, json_text, read_json
 from ..support.lock import locked
 from ..support.offline import refuse_fetching
 from .checks import CaseFacts, check_cases
 from .datasets import find_cases
-from .decisions import (
-    Plan,
-    decide,
-    demands,
-)
+from .decisions import Plan, decide, demands
 from .metadata_checks import coverage, metadata_problems
 from .sources import Case
-from .splits import (
-    Fold,
-    make_splits,
-    split_notes,
-)
+from .splits import Fold, make_splits, split_notes
 
 
 @dataclass

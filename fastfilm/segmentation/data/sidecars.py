@@ -8,11 +8,7 @@ from typing import Any
 
 from ..support.errors import UserError
 from ..support.tables import read_object
-from .sources import (
-    Sidecar,
-    parts,
-    stem,
-)
+from .sources import Sidecar, parts, stem
 
 
 class Sidecars:

@@ -10,11 +10,7 @@ from typing import Any
 from ..config.schema import Config
 from ..config.sections import MetadataKey
 from ..metadata.dicom import read_tags
-from ..metadata.encoder import (
-    KeyEncoder,
-    is_blank,
-    is_missing,
-)
+from ..metadata.encoder import KeyEncoder, is_blank, is_missing
 from ..metadata.vectors import read_vector
 from ..support.hints import some
 

@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config.sections import MetadataKey, Splits
-from ..metadata.encoder import (
-    KeyEncoder,
-    MetadataError,
-    as_category,
-    is_missing,
-)
+from ..metadata.encoder import KeyEncoder, MetadataError, as_category, is_missing
 from ..support.hints import some
 from .sources import Case
 

@@ -20,35 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from ..images.labels import (
-    listed,
-    mask_of,
-    whole_labels,
-)
-from ..images.nifti import (
-    NiftiVolume,
-    Remarks,
-    read_volume,
-    same_grid,
-)
+from ..images.labels import listed, mask_of, whole_labels
+from ..images.nifti import NiftiVolume, Remarks, read_volume, same_grid
 from ..metadata.encoder import as_category
 from ..metadata.groups import groupings
 from ..prediction.postprocessing import Mask
 from ..support.errors import UserError
 from ..support.files import write_json, write_text
 from ..support.hints import some
-from ..support.records import (
-    Measured,
-    Plain,
-    Record,
-    read_record,
-)
-from .metrics import (
-    METRICS,
-    Values,
-    case_metrics,
-    is_sheared,
-)
+from ..support.records import Measured, Plain, Record, read_record
+from .metrics import METRICS, Values, case_metrics, is_sheared
 from .pairs import Pair, Pairs
 from .statistics import mean_of
 

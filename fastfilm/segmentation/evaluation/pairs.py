@@ -20,12 +20,7 @@ from ..prediction.many_cases import MANIFEST
 from ..support.errors import Problems, UserError
 from ..support.hints import did_you_mean, some
 from ..support.names import file_name
-from ..support.records import (
-    Plain,
-    Record,
-    inside,
-    read_record,
-)
+from ..support.records import Plain, Record, inside, read_record
 
 VALUES_AT_MOST = 1000
 """Different values in the truth up to which each is taken as a label."""

@@ -11,20 +11,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..metadata.groups import (
-    MISSING,
-    UNKNOWN,
-    grouping,
-)
+from ..metadata.groups import MISSING, UNKNOWN, grouping
 from ..prediction.swap import SWAP
 from ..support.errors import UserError
-from ..support.records import (
-    Measured,
-    Plain,
-    Record,
-    inside,
-    read_record,
-)
+from ..support.records import Measured, Plain, Record, inside, read_record
 from .folder import Evaluated, load_mask
 from .statistics import compare, mean_of
 

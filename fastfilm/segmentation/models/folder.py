@@ -41,25 +41,11 @@ from torch import Tensor, nn
 import fastfilm
 
 from ..config.schema import problems
-from ..config.sections import (
-    LabelValue,
-    NetworkConfig,
-    PatchSide,
-    Section,
-)
-from ..images.preprocessing import (
-    Preprocessed,
-    Preprocessing,
-    Volume,
-)
+from ..config.sections import LabelValue, NetworkConfig, PatchSide, Section
+from ..images.preprocessing import Preprocessed, Preprocessing, Volume
 from ..metadata.encoder import KeyEncoder, MetadataEncoder
 from ..support.errors import Problems, UserError
-from ..support.files import (
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from ..support.files import read_json, read_tensors, write_json, write_tensors
 from .network import build_network, call
 
 FORMAT = 2

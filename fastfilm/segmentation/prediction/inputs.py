@@ -20,11 +20,7 @@ from ..data.sources import (
     stem,
 )
 from ..metadata.dicom import of_image
-from ..metadata.encoder import (
-    KeyEncoder,
-    is_blank,
-    is_missing,
-)
+from ..metadata.encoder import KeyEncoder, is_blank, is_missing
 from ..metadata.vectors import read_vector
 from ..models.folder import LoadedModel, ModelInfo
 from ..support.errors import UserError

@@ -20,13 +20,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ..images.nifti import (
-    NiftiVolume,
-    Remarks,
-    read_volume,
-    same_grid,
-    voxel_problems,
-)
+from ..images.nifti import NiftiVolume, Remarks, read_volume, same_grid, voxel_problems
 from ..images.nifti_output import label_dtype, write_like
 from ..metadata.encoder import is_missing
 from ..models.folder import LoadedModel
@@ -34,14 +28,7 @@ from ..support.errors import UserError
 from ..support.files import read_json, write_json
 from ..support.names import file_name
 from .inputs import InputCase
-from .one_case import (
-    Options,
-    Predicted,
-    averaged_keys,
-    check_options,
-    completed,
-    predict,
-)
+from .one_case import Options, Predicted, averaged_keys, check_options, completed, predict
 from .postprocessing import fill_holes, keep_largest
 from .windows import Timing
 

@@ -15,19 +15,10 @@ from torch import Tensor, nn
 
 from fastfilm.nn import ConvNormFiLM2d, ConvNormFiLM3d
 
-from ..images.preprocessing import (
-    AXES,
-    Geometry,
-    Preprocessed,
-    resample,
-)
+from ..images.preprocessing import AXES, Geometry, Preprocessed, resample
 from ..models.folder import LoadedModel
 from ..support.errors import UserError
-from .averaging import (
-    Prior,
-    missing_keys,
-    weighted,
-)
+from .averaging import Prior, missing_keys, weighted
 from .windows import Timing, sliding_windows
 
 Plane = Literal["sagittal", "coronal", "axial"]

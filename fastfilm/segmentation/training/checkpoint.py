@@ -17,12 +17,7 @@ from ..models.folder import load_weights
 from ..support.errors import UserError
 from ..support.files import read_tensors, write_tensors
 from ..support.records import differences
-from .optimisation import (
-    Average,
-    Progress,
-    load_optimizer,
-    optimizer_tensors,
-)
+from .optimisation import Average, Progress, load_optimizer, optimizer_tensors
 
 NAME = "last.safetensors"
 

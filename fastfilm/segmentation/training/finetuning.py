@@ -9,22 +9,9 @@ from torch import nn
 
 from ..config.schema import Config
 from ..data.sources import Case
-from ..metadata.encoder import (
-    MetadataEncoder,
-    MetadataError,
-    as_category,
-    is_missing,
-)
-from ..models.folder import (
-    LabelInfo,
-    ModelInfo,
-    load_model,
-)
-from ..models.network import (
-    MetadataChannels,
-    generator_parameters,
-    grow_metadata,
-)
+from ..metadata.encoder import MetadataEncoder, MetadataError, as_category, is_missing
+from ..models.folder import LabelInfo, ModelInfo, load_model
+from ..models.network import MetadataChannels, generator_parameters, grow_metadata
 from ..support.errors import UserError
 from ..support.hints import some
 

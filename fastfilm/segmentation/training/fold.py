@@ -22,12 +22,7 @@ from ..data.cache import cached
 from ..data.plan import PlanFolder
 from ..data.sources import Case
 from ..metadata.encoder import MetadataEncoder, MetadataError
-from ..models.folder import (
-    LabelInfo,
-    ModelInfo,
-    read_info,
-    save_model,
-)
+from ..models.folder import LabelInfo, ModelInfo, read_info, save_model
 from ..models.network import divisor
 from ..support.console import bar, say
 from ..support.distributed import Processes
@@ -36,11 +31,7 @@ from ..support.files import write_json
 from ..support.lock import locked
 from ..support.offline import refuse_fetching
 from ..support.records import flat
-from ..support.stopping import (
-    Stop,
-    Stopped,
-    signals,
-)
+from ..support.stopping import Stop, Stopped, signals
 from .checkpoint import NAME, Saved
 from .finetuning import freeze_all_but_generator, start_from
 from .loop import Trainer

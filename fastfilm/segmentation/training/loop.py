@@ -19,42 +19,19 @@ from fastfilm.nn import sync_batch_norm
 
 from ..config.schema import Config
 from ..data.cache import CachedCase
-from ..models.folder import (
-    LoadedModel,
-    ModelInfo,
-    save_model,
-    save_weights,
-)
+from ..models.folder import LoadedModel, ModelInfo, save_model, save_weights
 from ..models.network import call
 from ..support.console import bar, say
 from ..support.distributed import Processes
 from ..support.errors import UserError
 from ..support.stopping import Stop, Stopped
 from .augment import Augment, is_flat
-from .checkpoint import (
-    NAME,
-    State,
-    seed_step,
-)
-from .dataset import (
-    Batch,
-    Samples,
-    collate,
-    quiet_worker,
-)
+from .checkpoint import NAME, State, seed_step
+from .dataset import Batch, Samples, collate, quiet_worker
 from .losses import KnownLoss
-from .optimisation import (
-    Average,
-    Progress,
-    learning_rate,
-    make_optimizer,
-)
+from .optimisation import Average, Progress, learning_rate, make_optimizer
 from .record import Record
-from .sampling import (
-    Draws,
-    Steps,
-    groups_by,
-)
+from .sampling import Draws, Steps, groups_by
 from .validation import Validated, validate
 
 MOST_STEPS = 250

@@ -10,12 +10,7 @@ import torch
 
 from ..data.cache import CachedCase
 from ..models.folder import LoadedModel
-from ..prediction.one_case import (
-    CaseNetwork,
-    Options,
-    decide,
-    windows,
-)
+from ..prediction.one_case import CaseNetwork, Options, decide, windows
 from ..support.distributed import Processes
 
 

@@ -18,21 +18,13 @@ pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import Training
-from fastfilm.segmentation.data.plan import (
-    PlanFolder,
-    make_plan,
-    read_plan,
-)
+from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.files import read_tensors
 from fastfilm.segmentation.training import loop as trainer
 from fastfilm.segmentation.training.checkpoint import State, seed_step
 from fastfilm.segmentation.training.fold import Start, train
-from fastfilm.segmentation.training.optimisation import (
-    Average,
-    Progress,
-    make_optimizer,
-)
+from fastfilm.segmentation.training.optimisation import Average, Progress, make_optimizer
 from fastfilm.segmentation.training.validation import Validated
 
 from ...support.phantoms import settings, write_bids

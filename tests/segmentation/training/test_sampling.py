@@ -26,13 +26,7 @@ from fastfilm.segmentation.training.optimisation import (
     learning_rate,
     make_optimizer,
 )
-from fastfilm.segmentation.training.sampling import (
-    Draw,
-    Draws,
-    Steps,
-    groups_by,
-    place,
-)
+from fastfilm.segmentation.training.sampling import Draw, Draws, Steps, groups_by, place
 
 LOSSES = ["dice", "ce", "focal", "tversky", "generalised_dice"]
 

@@ -238,7 +238,7 @@ def completed(
 class CaseNetwork:
     """A network with the metadata of one case: windows [N, C, *S] -> probabilities [N, K, *S].
 
-    γ and β are computed once. With dropout samples the result has one more channel, the mean entropy of the samples.
+    γ and β are computed once. With dropout samples the result has one more channel: the samples' mean entropy.
     With a mean over missing metadata it has one, too: the mutual information of prediction and value,
     H(Σ w p) - Σ w H(p), highest over the labels. It is computed for each window, so that differences between
     overlapping windows do not enter it.

@@ -17,7 +17,7 @@ SWAP = "swap.json"
 
 
 def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
-    """Key and values in ``KEY`` or ``KEY=VALUE,VALUE``; without values, all of training. None stands for "unknown".
+    """Key and values in ``KEY`` or ``KEY=VALUE,VALUE``; without values, all in training. None means "unknown".
 
     Raises:
         UserError: the model has no such key or cannot take a value, or no values are given of a continuous key.

@@ -7,14 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..reports.html_page import document, table
-from ..reports.layout import (
-    NONE,
-    Column,
-    fold,
-    number,
-    p_value,
-    page_width,
-)
+from ..reports.layout import NONE, Column, fold, number, p_value, page_width
 from ..reports.layout import table as text_table
 
 TITLES = {

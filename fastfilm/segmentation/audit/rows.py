@@ -17,12 +17,7 @@ from pydantic import Field
 from ..config.sections import MetadataKey
 from ..data.plan import PlanFolder
 from ..data.sources import Case
-from ..metadata.encoder import (
-    KeyEncoder,
-    MetadataEncoder,
-    as_category,
-    is_missing,
-)
+from ..metadata.encoder import KeyEncoder, MetadataEncoder, as_category, is_missing
 from ..support.errors import UserError
 from ..support.records import Record, read_record
 

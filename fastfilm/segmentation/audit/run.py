@@ -9,12 +9,7 @@ from ..data.plan import PlanFolder
 from .findings import FEWEST, Finding, corrected, worst_first
 from .images import intensity_features
 from .prediction import PERMUTATIONS
-from .questions import (
-    gap_questions,
-    image_questions,
-    label_questions,
-    pair_questions,
-)
+from .questions import gap_questions, image_questions, label_questions, pair_questions
 from .rows import Rows, read_rows
 from .values import is_identifier, sites, value_findings
 from .wording import judged

@@ -1,1 +1,1 @@
-"""The configuration: its sections, and how it is read from YAML."""
+"""The configuration of a segmentation project: its sections, and reading them from YAML."""

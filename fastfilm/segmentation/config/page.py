@@ -1,4 +1,7 @@
-"""The configuration as a table: ``python -m fastfilm.segmentation.config.page docs/segmentation.md``."""
+"""Reference tables of the configuration for the documentation.
+
+``python -m fastfilm.segmentation.config.page docs/segmentation.md`` writes them between two marks of that page.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ BEGIN, END = "<!-- configuration: begin -->\n", "<!-- configuration: end -->\n"
 
 
 def markdown() -> str:
-    """A table for each section: key, what it takes, default, meaning."""
+    """A table for each section, with columns for key, accepted values, default and meaning."""
     text = []
     for name, field in Config.model_fields.items():
         section, prefix = field.annotation, name
@@ -32,7 +35,7 @@ def markdown() -> str:
 
 
 def rewritten(page: str) -> str:
-    """``page`` with the reference between the two marks made anew."""
+    """``page`` with new tables between the two marks."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{markdown()}\n{END}{after}"

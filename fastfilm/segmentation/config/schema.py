@@ -1,9 +1,9 @@
-"""The configuration: its sections together, read from and written to YAML."""
+"""The whole configuration: its sections, the checks across them, and its YAML form."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +31,7 @@ from .sections import (
 
 
 class Config(Section):
-    """Everything ``fastfilm plan`` needs to know."""
+    """All settings of ``fastfilm plan``, section by section."""
 
     data: Data
     metadata: dict[str, MetadataKey] = Field(default_factory=dict, description="key: how to encode")
@@ -46,7 +46,7 @@ class Config(Section):
     @field_validator("metadata", mode="before")
     @classmethod
     def _defaults(cls, value: Any) -> Any:
-        """``tumor_type:`` alone, or a list of keys, are categories."""
+        """Settings for keys that have none: ``tumor_type:`` alone, or a list of keys, means categories."""
         if isinstance(value, list):
             value = {key: {} for key in value}
         if isinstance(value, Mapping):
@@ -88,52 +88,46 @@ class Config(Section):
                 + did_you_mean(contrast, self.data.contrasts)
             )
         balance = self.training.balance
-        tasks = ["label"] if self.output.mode == "task" else []
-        if balance is not None and balance not in [*self.metadata, *tasks]:
-            raise ValueError(
-                f"training.balance {balance!r} is no metadata key{did_you_mean(balance, self.metadata)}"
-            )
+        if balance != "label" or self.output.mode != "task":
+            self._check_key("training.balance", balance)
         for name in self.splits.stratify:
-            if name not in self.metadata:
-                hint = did_you_mean(name, self.metadata)
-                raise ValueError(f"splits.stratify: {name!r} is no metadata key{hint}")
-        for setting, chosen in (("group", self.splits.group), ("leave_out", self.splits.leave_out)):
-            if chosen is None:
-                continue
-            if chosen not in self.metadata:
-                hint = did_you_mean(chosen, self.metadata) or (
-                    f" (metadata.{chosen}.input: false reads it without giving it to the network)"
-                )
-                raise ValueError(f"splits.{setting}: {chosen!r} is no metadata key{hint}")
-            kind = self.metadata[chosen].kind
-            if kind not in ("category", "ordered"):
-                raise ValueError(
-                    f"splits.{setting}: {chosen!r} must be of kind category or ordered, got {kind}"
-                )
-        cluster = self.trial.cluster
-        if cluster is not None and cluster not in self.metadata:
-            hint = did_you_mean(cluster, self.metadata)
-            raise ValueError(f"trial.cluster: {cluster!r} is no metadata key{hint}")
-        groups = [("splits.stratify", name) for name in self.splits.stratify]
-        for setting, by in (*groups, ("training.balance", balance), ("trial.cluster", cluster)):
-            if by in self.metadata and self.metadata[by].kind == "vector":
-                raise ValueError(
-                    f"{setting}: {by!r} is a vector, whose values make no groups; expected a key of another kind"
-                )
+            self._check_key("splits.stratify", name)
+        self._check_key("splits.group", self.splits.group, ("category", "ordered"))
+        self._check_key("splits.leave_out", self.splits.leave_out, ("category", "ordered"))
+        self._check_key("trial.cluster", self.trial.cluster)
         return self
 
+    def _check_key(self, setting: str, name: str | None, kinds: Collection[str] = ()) -> None:
+        """Raises ValueError unless ``name`` is None or a metadata key of one of ``kinds`` (empty: no vector)."""
+        if name is None:
+            return
+        if name not in self.metadata:
+            hint = did_you_mean(name, self.metadata) or (
+                f" (metadata.{name}.input: false reads it without giving it to the network)"
+            )
+            raise ValueError(f"{setting}: {name!r} is no metadata key{hint}")
+        kind = self.metadata[name].kind
+        if kinds and kind not in kinds:
+            raise ValueError(
+                f"{setting}: {name!r} must be of kind {' or '.join(kinds)}, got {kind}"
+            )
+        if kind == "vector":
+            raise ValueError(
+                f"{setting}: {name!r} is a vector, whose values make no groups; expected a key of another kind"
+            )
 
-def problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
-    """One line for each thing that pydantic found wrong: the key, what was expected, what came, what may be meant.
+
+def problems(error: ValidationError, model: type[BaseModel] = Config) -> list[str]:
+    """A line for each of pydantic's errors: the key, the expected and the given value, and the likely spelling.
 
     Args:
-        model: what was read; None: ``Config``.
+        model: the model that was validated.
     """
     lines = []
     for e in error.errors():
         where = ".".join(str(p) for p in e["loc"]) or "configuration"
         if e["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key{_meant(e['loc'], model or Config)}")
+            lines.append(f"{where}: unknown key{_meant(e['loc'], model)}")
         elif e["type"] == "missing":
             lines.append(f"{where}: missing")
         else:
@@ -148,7 +142,7 @@ def problems(error: ValidationError, model: type[BaseModel] | None = None) -> li
 
 
 def _meant(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """A hint for an unknown key: a like one of its section, or one of the same name elsewhere."""
+    """A hint for an unknown key: a similar key of its section, or the same key of another section."""
     section: type[BaseModel] | None = model
     for part in loc[:-1]:
         fields = section.model_fields if section is not None else {}
@@ -165,7 +159,7 @@ def _meant(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: itself, or the values of a dictionary."""
+    """The section in a field's annotation, directly or as the values of a dictionary."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
@@ -176,7 +170,7 @@ def parse(value: Any, origin: str) -> Config:
     """The configuration in a nested dictionary.
 
     Raises:
-        Problems: every key that is wrong, in one message that starts with ``origin``.
+        Problems: keys are wrong; one message lists them all behind ``origin``.
     """
     try:
         return Config.model_validate(value)
@@ -191,7 +185,8 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         overrides: dotted keys and values that replace the file's, e.g. ``{"training.epochs": 20}``.
 
     Raises:
-        UserError: no such file, not YAML. Problems: keys that are wrong.
+        UserError: the file is missing or not YAML.
+        Problems: keys are wrong.
     """
     path = Path(path)
     try:
@@ -209,10 +204,10 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def override(value: dict[str, Any], key: str, new: Any) -> None:
-    """Sets ``key`` (dotted) of a nested dictionary; a section's settings are added to those that are there.
+    """Sets ``key`` (dotted) of a nested dictionary; a dictionary is merged into the one that is there.
 
     Raises:
-        UserError: ``key`` leads through something that has no keys.
+        UserError: ``key`` leads through a value that is not a dictionary.
     """
     *parents, last = key.split(".")
     for parent in parents:
@@ -220,7 +215,7 @@ def override(value: dict[str, Any], key: str, new: Any) -> None:
         if inner is None:
             inner = value[parent] = {}
         if isinstance(inner, list):
-            # metadata: [tumor_type, site]
+            # a list of keys, as in metadata: [tumor_type, site]
             inner = value[parent] = {str(name): {} for name in inner}
         if not isinstance(inner, dict):
             raise UserError(f"{key}: {parent} has no keys, it is {inner!r}")
@@ -232,11 +227,11 @@ def override(value: dict[str, Any], key: str, new: Any) -> None:
 
 
 FREE = ("workers", "checkpoint_minutes", "checkpoint_steps")
-"""Settings of the training that change nothing of its result: who loads, and how often is saved."""
+"""Settings of the training that do not change its result: processes that load, and how often to save."""
 
 
 def decisive(config: Config) -> dict[str, Any]:
-    """The settings that a result depends on, as nested plain JSON: not where the data are, nor ``FREE``."""
+    """The settings that a result depends on (all but ``data.root`` and ``FREE``), as nested plain JSON."""
     value = config.model_dump(mode="json")
     del value["data"]["root"]
     for name in FREE:

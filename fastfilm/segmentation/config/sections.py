@@ -1,4 +1,4 @@
-"""The sections of the configuration: pydantic models that refuse unknown keys and values of another kind."""
+"""The sections of the configuration: pydantic models that refuse unknown keys and values of the wrong type."""
 
 from __future__ import annotations
 
@@ -6,35 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 LabelValue = Annotated[int, Field(ge=1, le=65535)]
-"""0 is the background; larger ones cannot be written."""
+"""A value in a label file: 0 is the background, and values above 65535 do not fit into written masks."""
 
 PatchSide = Annotated[int, Field(ge=1, le=4096)]
 
 MISSING = {"bids": ("n/a",), "csv": ("n/a", "na", "nan", "none", "null")}
-"""Spellings of a missing value, beside an empty cell, by ``data.source``; upper and lower case do not matter."""
+"""Spellings of a missing value, beside an empty cell, by ``data.source``; case does not matter."""
 
 
 class Section(BaseModel):
-    """A part of the configuration; a key that it does not know is an error, and so is a number that is none."""
+    """A part of the configuration; unknown keys are errors, and so are NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Without this True would pass as 1."""
+        """Refuses True and False for a number, which pydantic would take as 1 and 0."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         wrong = _truth_value(value)
         if wrong is not None and kinds & {int, float} and bool not in kinds:
@@ -45,7 +38,7 @@ class Section(BaseModel):
 
 
 def _kinds(annotation: Any) -> set[type]:
-    """The types in an annotation, those of literals too."""
+    """The types in an annotation, including the types of literals."""
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return {type(p) for p in parts}
@@ -55,17 +48,18 @@ def _kinds(annotation: Any) -> set[type]:
 
 
 def _truth_value(value: Any) -> bool | None:
-    """True or False where ``value`` is that, or a list with it."""
+    """The truth value that ``value`` is, or that a list has first; None if there is none."""
     if isinstance(value, list | tuple):
         return next((v for v in map(_truth_value, value) if v is not None), None)
     return value if isinstance(value, bool) else None
 
 
 class Label(Section):
-    """What is to be segmented.
+    """A structure to segment.
 
-    Where the labels are exclusive values of one file, ``values`` says which; where each has a mask of its own,
-    ``suffix`` (BIDS) or ``column`` (CSV) says which file, and every voxel that is not 0 belongs to it.
+    If one file holds several labels as exclusive values, ``values`` names those of this label. If each label has a
+    mask of its own, ``suffix`` (BIDS) or ``column`` (CSV) names the file, and every voxel other than 0 belongs to
+    it.
     """
 
     values: list[LabelValue] | None = Field(
@@ -83,13 +77,13 @@ class Label(Section):
 
 
 class Data(Section):
-    """Where images, labels and metadata are."""
+    """Location and layout of images, labels and metadata."""
 
     source: Literal["bids", "csv"] = Field("bids", description="layout of the data")
     root: Path = Field(description="BIDS folder, or the CSV file (its paths are relative to it)")
     contrasts: list[str] = Field(
         min_length=1,
-        description="BIDS: what stands between subject and .nii.gz, e.g. T1w or acq-fat_T2w"
+        description="BIDS: file name between subject and .nii.gz, e.g. T1w or acq-fat_T2w"
         " (further entities such as ses- or run- make cases of their own); CSV: image columns",
     )
     combine: Literal["channels", "samples"] = Field(
@@ -158,7 +152,7 @@ class Data(Section):
 
 
 class MetadataKey(Section):
-    """One metadata key and how its values become numbers."""
+    """A metadata key and the encoding of its values as numbers."""
 
     kind: Literal["category", "continuous", "ordered", "multilabel", "vector"] = Field(
         "category",
@@ -181,7 +175,7 @@ class MetadataKey(Section):
     )
     values: list[str] | None = Field(
         None,
-        description="the values there are (ordered: lowest first); none: those of the training cases",
+        description="all possible values (ordered: lowest first); none: those of the training cases",
     )
     separator: str = Field(";", min_length=1, description="multilabel: between the values")
     columns: list[str] | None = Field(
@@ -207,7 +201,7 @@ class MetadataKey(Section):
     )
     input: bool = Field(
         True,
-        description="the network gets it; false: it is read for splits, groups, sampling and the audit only",
+        description="whether it conditions the network; false: for splits, groups, sampling and the audit only",
     )
 
     @field_validator("values", "missing", mode="before")
@@ -245,7 +239,7 @@ class MetadataKey(Section):
 
 
 class Output(Section):
-    """What the network's channels mean."""
+    """Meaning of the network's output channels."""
 
     mode: Literal["channels", "classes", "task"] = Field(
         "channels",
@@ -260,7 +254,7 @@ class Output(Section):
 
 
 class PreprocessingConfig(Section):
-    """What ``plan`` should decide by itself where nothing is said."""
+    """Preparation of the images; ``fastfilm plan`` decides what is left at auto or none."""
 
     dimensions: Literal["auto", "2d", "3d"] = Field("auto", description="slices or volumes")
     slice_axis: Literal["auto", "sagittal", "coronal", "axial"] = Field(
@@ -291,7 +285,7 @@ class PreprocessingConfig(Section):
 
 
 class NetworkConfig(Section):
-    """The network; channels and metadata size follow from data and metadata."""
+    """The network; its numbers of channels and of metadata columns follow from the data."""
 
     name: Literal["FiLMedUNet", "Modified3DUNet", "condition"] = Field(
         "FiLMedUNet", description="a network of fastfilm, or 'condition' for one of another library"
@@ -322,7 +316,8 @@ class NetworkConfig(Section):
         None, description="condition: class, e.g. monai.networks.nets.DynUNet"
     )
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="condition: of the class; {in}, {out} stand for channels"
+        default_factory=dict,
+        description="condition: arguments of the class; {in}, {out}, {dims} stand for channels, dimensions",
     )
     where: str | list[str] | None = Field(
         None, description="condition: decoder, encoder, all, or names of layers; none: decoder"
@@ -338,7 +333,7 @@ class NetworkConfig(Section):
 
 
 class Augmentation(Section):
-    """Random changes of training samples; each the probability that it happens."""
+    """Random changes of training samples; a number between 0 and 1 is the probability of the change."""
 
     flip: list[Literal["sagittal", "coronal", "axial"]] = Field(
         default_factory=list, description="mirror across these planes, each with probability 1/2"
@@ -358,7 +353,7 @@ class Augmentation(Section):
 class Training(Section):
     """The training loop."""
 
-    epochs: Positive = 100
+    epochs: Positive = Field(100, description="rounds of steps_per_epoch")
     steps_per_epoch: Positive | None = Field(None, description="none: the training cases once")
     batch_size: Positive | None = Field(
         None, description="over all processes; none: chosen by plan for the memory at hand"
@@ -407,12 +402,12 @@ class Training(Section):
     checkpoint_steps: Positive | None = Field(None, description="the same in steps")
     seed: int = Field(0, ge=0, lt=2**32)
     freeze: Literal["none", "all_but_generator"] = Field(
-        "none", description="fine-tuning: what stays as it is"
+        "none", description="fine-tuning: weights that are not trained"
     )
 
 
 class Splits(Section):
-    """Who is trained on, who is validated on."""
+    """The subjects of each fold for training, validation and test."""
 
     folds: Annotated[int, Field(ge=2)] | None = Field(
         None, description="none: 5, or with leave_out one a value"
@@ -471,7 +466,7 @@ Arm = Literal[
 
 
 class Trial(Section):
-    """The design of ``fastfilm trial``; fixed before its first step."""
+    """The design of ``fastfilm trial``, fixed before its first step."""
 
     arms: list[Arm] = Field(
         ["conditioned", "unconditioned", "shuffled"],
@@ -488,7 +483,7 @@ class Trial(Section):
     )
     cluster: str | None = Field(
         None,
-        description="metadata key of what subjects come from, such as a site: drawn as a whole",
+        description="metadata key of what subjects have in common, such as a site: resampled as a whole",
     )
 
     @field_validator("arms")

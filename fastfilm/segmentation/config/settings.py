@@ -1,4 +1,4 @@
-"""``--set KEY=VALUE`` of the commands that read a configuration."""
+"""The option ``--set KEY=VALUE`` of the commands that read a configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
     """Dotted keys -> values, as ``read_config`` takes them.
 
     Raises:
-        UserError: no KEY=VALUE, a value that is no YAML, a key that is given twice.
+        UserError: a text is not KEY=VALUE, its value is not YAML, or a key is given twice.
     """
     found: dict[str, Any] = {}
     for text in texts:
@@ -27,7 +27,11 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def setting(text: str, option: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` -> the key and the value that the YAML stands for."""
+    """Key and value of ``KEY=VALUE``; the value is parsed as YAML.
+
+    Raises:
+        UserError: the text has no ``=``, or its value is not YAML; the message names ``option``.
+    """
     key, sign, value = text.partition("=")
     if not sign:
         raise UserError(f"{option} takes KEY=VALUE, got {text!r}")

@@ -1,1 +1,1 @@
-"""Data sets: their cases, their faults, their splits, and the plan and cache that a training starts from."""
+"""Data sets: their cases, checks and splits, and the plan and cache for training."""

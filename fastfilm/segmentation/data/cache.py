@@ -1,12 +1,12 @@
-"""Preprocessed cases on disk: arrays that loaders map into memory, so that memory stays flat.
+"""The cache of preprocessed cases: arrays on disk that loaders map into memory.
 
     CACHE/<case>-<digest>/image.npy   float32 [C, D, H, W]
-                          masks.npy   uint8 [K, D, H, W], one channel a label (zeros where it is not annotated)
-                          where.npy   int16 [P, 4]: label and position of voxels inside labels, a sample
-                          info.json   known labels, spacing
+                          masks.npy   uint8 [K, D, H, W], a channel per label (zeros for an unannotated label)
+                          where.npy   int16 [P, 4]: label and position of a sample of voxels inside labels
+                          info.json   annotated labels, shape, spacing
 
-The digest covers the preprocessing, the labels and size and time of the files, so that a stale entry is never
-used. An entry is made in a folder of its own and moved into place: it is there whole or not at all.
+The digest covers the preprocessing, the labels, and size and time of the files, so that a stale entry is never
+used. An entry is written to a temporary folder and moved into place.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .checks import check_case
 from .sources import Case
 
 FORMAT = 3
-"""Of the entries: one more where the same files make other arrays than before."""
+"""Version of the entries; to be raised whenever the same files give other arrays than before."""
 
 POINTS = 1000
-"""Voxels remembered of each label."""
+"""Voxels sampled of each label at most."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class CachedCase:
     """A preprocessed case.
 
     Attributes:
-        case: where it came from.
-        folder: of its arrays.
-        known: per label, whether it was annotated.
-        where: label and position [P, 4] of voxels inside labels.
+        case: the case before preprocessing.
+        folder: folder of its arrays.
+        known: for each label, whether it was annotated.
+        where: [P, 4], int16: label and position (D, H, W) of voxels inside labels.
         shape: (D, H, W).
-        spacing: mm along D, H, W.
+        spacing: voxel size in mm along D, H, W.
     """
 
     case: Case
@@ -63,11 +63,11 @@ class CachedCase:
     spacing: tuple[float, ...]
 
     def image(self) -> NDArray[np.float32]:
-        """[C, D, H, W], mapped into memory read-only."""
+        """The image [C, D, H, W], mapped into memory read-only."""
         return np.asarray(np.load(self.folder / "image.npy", mmap_mode="r"))
 
     def masks(self) -> NDArray[np.uint8]:
-        """[K, D, H, W], mapped into memory read-only."""
+        """The masks [K, D, H, W], mapped into memory read-only."""
         return np.asarray(np.load(self.folder / "masks.npy", mmap_mode="r"))
 
 
@@ -78,10 +78,13 @@ def cached(
     folder: Path,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
 ) -> list[CachedCase]:
-    """The preprocessed form of each case, made where it is not there yet.
+    """The cached form of each case; missing entries are made.
+
+    Args:
+        progress: called with the number of cases; its result is called after each.
 
     Raises:
-        Problems: files that have become unreadable since the plan was made.
+        Problems: files have become unreadable since the plan was made.
         UserError: the cache cannot be written.
     """
     done = progress(len(cases))
@@ -105,7 +108,7 @@ def _one(case: Case, data: Data, preprocessing: Preprocessing, root: Path) -> Ca
     folder = root / f"{file_name(case.id)}-{_digest(case, data, preprocessing)}"
     if not (folder / "info.json").is_file():
         if case.stamps and case.stamped().stamps != case.stamps:
-            # not the files that the plan was made of
+            # the files have changed since the plan was made
             problems = check_case(case, data)[1]
             if problems:
                 raise _Unreadable(f"has changed since the plan was made: {'; '.join(problems)}")
@@ -182,7 +185,7 @@ def _write(
         np.save(temporary / "masks.npy", masks)
         np.save(temporary / "where.npy", where)
         (temporary / "info.json").write_text(json.dumps(info), encoding="utf-8")
-        # another process may have made the same entry meanwhile
+        # another process may have made the same entry in the meantime
         with contextlib.suppress(FileExistsError):
             os.rename(temporary, folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Looks at every file of every case once: what is wrong, and the numbers that a plan needs."""
+"""Checks of all image and label files, and the measurements that a plan is based on."""
 
 from __future__ import annotations
 
@@ -14,44 +14,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config.sections import Data
-from ..images.labels import (
-    listed,
-    mask_of,
-    whole_labels,
-)
-from ..images.nifti import (
-    NiftiVolume,
-    Remarks,
-    read_volume,
-    same_grid,
-    voxel_problems,
-)
+from ..images.labels import listed, mask_of, whole_labels
+from ..images.nifti import NiftiVolume, Remarks, read_volume, same_grid, voxel_problems
 from ..support.errors import UserError
+from ..support.hints import some
 from .sources import Case
 
 SAMPLED = 2000
-"""Voxels a case and channel that dataset-wide intensity statistics are drawn from."""
+"""Labelled voxels of a case and channel at most that enter intensity statistics over the data set."""
 
 FAR = 1e4
-"""Voxels count as outliers from this many widths (of 99 % of the intensities) beyond the bulk on."""
+"""Distance of outliers from the central 99 % of the intensities, in widths of that range."""
 
 LARGE, SMALL = 50.0, 0.001
-"""mm: voxels beyond these make one ask for the unit of length."""
+"""Voxel sizes in mm above and below which the unit of length is doubtful."""
 
 
 @dataclass
 class CaseFacts:
-    """One case, as measured.
+    """The measurements of one case.
 
     Attributes:
+        id, subject: names of the case and of its subject.
         shape, spacing: along right, anterior, superior; spacing in mm.
         orientation: axis codes of the file, e.g. "RAS".
-        intensities: per channel: mean, std, lowest, highest, 0.5 and 99.5 percentiles (None: missing channel).
-        voxels: label -> number of voxels, of the labels that were annotated.
-        inside: per channel, a sample of the intensities in any label.
-        digest: of the voxels of all channels.
+        intensities: for each channel mean, std, lowest, highest, 0.5 and 99.5 percentile; None: missing channel.
+        voxels: annotated label -> number of its voxels.
+        inside: for each channel, a sample of the intensities inside labels.
+        integers: whether all channels are stored as integers.
+        digest: SHA-256 of the voxels of all channels.
         soft: label files that are soft masks.
-        outliers: image files with single voxels that are far brighter than all others.
+        outliers: image files with single voxels that are far brighter or darker than all others.
     """
 
     id: str
@@ -75,14 +68,14 @@ class CaseFacts:
 def check_cases(
     cases: Iterable[Case], data: Data, done: Callable[[], None] = lambda: None, threads: int = 4
 ) -> tuple[list[CaseFacts], list[str], list[str]]:
-    """Reads all files.
+    """Reads and checks the files of all cases.
 
     Args:
         done: called after each case.
+        threads: number of cases that are read at once.
 
     Returns:
-        the facts of the cases that can be used; one line for everything that is wrong anywhere; one line for
-        everything that is remarkable.
+        the measurements of the faultless cases; a line for each problem; a line for each remark.
     """
     remarks = Remarks()
 
@@ -91,18 +84,18 @@ def check_cases(
         done()
         return found
 
-    # reading is decompression, which lets other threads run
+    # threads suffice: reading is mostly decompression, which releases the interpreter's lock
     pool = ThreadPoolExecutor(threads)
     try:
         results = list(pool.map(look, cases))
     finally:
-        # after Ctrl-C the cases that are waiting are not read
+        # after Ctrl-C the waiting cases are not read
         pool.shutdown(cancel_futures=True)
     problems = [p for _, wrong in results for p in wrong]
     good = [facts for facts, wrong in results if not wrong]
     for name, label in data.labels.items():
         annotated = [f for f in good if name in f.voxels]
-        # without a file of it anywhere it is said of each case already, unless that is allowed
+        # a label without any file is reported for each case already, unless that is allowed
         asked = annotated or data.missing_labels != "error"
         if good and not problems and asked and not any(f.voxels[name] for f in annotated):
             which = f" (values {label.values})" if label.values else ""
@@ -111,36 +104,27 @@ def check_cases(
 
 
 def _notes(facts: list[CaseFacts]) -> list[str]:
-    """What is remarkable about the voxels, each kind in one line."""
-    notes = []
-    for what, files in (
-        (
-            "soft masks: voxels of 1/2 and more are the label",
-            [p for f in facts for p in f.soft],
-        ),
-        (
-            "single voxels are far brighter than all others (damaged, or metal?)",
-            [p for f in facts for p in f.outliers],
-        ),
-        (
-            f"voxels of more than {LARGE:g} mm (is the unit of length right?)",
-            [f.id for f in facts if max(f.spacing) > LARGE],
-        ),
-        (
-            f"voxels of less than {SMALL:g} mm (is the unit of length right?)",
-            [f.id for f in facts if min(f.spacing) < SMALL],
-        ),
-    ):
-        if files:
-            more = ", …" if len(files) > 2 else ""
-            notes.append(f"{len(files)}: {what}: {', '.join(files[:2])}{more}")
-    return notes
+    """A line for each kind of remark on the voxels."""
+    unit = "(is the unit of length right?)"
+    remarks = {
+        "soft masks: voxels of 1/2 and more are the label": [p for f in facts for p in f.soft],
+        "single voxels are far brighter than all others (damaged, or metal?)": [
+            p for f in facts for p in f.outliers
+        ],
+        f"voxels of more than {LARGE:g} mm {unit}": [f.id for f in facts if max(f.spacing) > LARGE],
+        f"voxels of less than {SMALL:g} mm {unit}": [f.id for f in facts if min(f.spacing) < SMALL],
+    }
+    return [f"{len(of)}: {text}: {some(of, 2)}" for text, of in remarks.items() if of]
 
 
 def check_case(
     case: Case, data: Data, remarks: Remarks | None = None
 ) -> tuple[CaseFacts, list[str]]:
-    """The facts of one case, and what is wrong with it; what is remarkable goes to ``remarks``."""
+    """The measurements of one case, and a line for each problem.
+
+    Args:
+        remarks: collects the remarks on its files.
+    """
     facts = CaseFacts(case.id, case.subject)
     problems: list[str] = []
     remarks = remarks or Remarks()
@@ -243,7 +227,7 @@ def _label_problems(
 
 
 def _outlying(found: dict[str, float]) -> bool:
-    """Whether the highest or lowest value is far beyond the bulk of them."""
+    """Whether the highest or lowest value is an outlier, as defined by ``FAR``."""
     low, high = found["percentile_00_5"], found["percentile_99_5"]
     width = high - low
     return width > 0 and max(found["highest"] - high, low - found["lowest"]) > FAR * width

@@ -1,4 +1,4 @@
-"""Data sets -> cases: a BIDS folder, or a table with a row a case."""
+"""The cases of a data set: a BIDS folder, or a CSV table with a row for each case."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from ..metadata.encoder import is_blank
 from ..metadata.vectors import expanded
 from ..support.encoding import dangling
 from ..support.errors import UserError
-from ..support.hints import (
-    contents,
-    did_you_mean,
-    some,
-)
+from ..support.hints import contents, did_you_mean
 from ..support.tables import Table, read_table
 from .sidecars import Sidecars
 from .sources import (
@@ -25,29 +21,29 @@ from .sources import (
     Case,
     Found,
     Sidecar,
+    add_case,
     contrast_of,
     find_entities,
-    find_metadata,
-    finish,
     parts,
-    split_of,
     stem,
 )
+
+LEFT_OUT = "cases left out for want of a contrast (data.missing_contrast: skip)"
 
 
 def find_cases(config: Config) -> Found:
     """The cases of ``config.data``, in the order of their names.
 
-    Patterns in ``config``'s ``metadata.KEY.columns`` are replaced by the names of the table's columns that fit.
+    Patterns in ``config``'s ``metadata.KEY.columns`` are replaced by the names of the matching columns, in place.
 
     Raises:
-        UserError: no such folder or file, or nothing in it that matches; a DICOM tag that there is not.
+        UserError: the folder or file is missing or has no matching image, or DICOM has no such tag.
     """
     data = config.data
     for name, key in config.metadata.items():
         if key.source == "dicom":
             try:
-                # once, before it would be said of each case
+                # checked here once, not for each case
                 tag_of(key.tag or name)
             except UserError as error:
                 raise UserError(f"metadata.{name}: {error}") from error
@@ -59,11 +55,10 @@ def find_cases(config: Config) -> Found:
                 f"data.exclude: there is no subject or case {name!r}{did_you_mean(name, names)}"
             )
     found.cases.sort(key=lambda c: c.id)
-    if found.unlabelled:
-        found.notes.append(
-            f"{len(found.unlabelled)} cases left out for want of a label file"
-            f" (data.missing_labels: {data.missing_labels}): {some(found.unlabelled)}"
-        )
+    found.note(
+        f"cases left out for want of a label file (data.missing_labels: {data.missing_labels})",
+        found.unlabelled,
+    )
     if not found.cases and not found.problems:
         if found.unlabelled:
             raise UserError(f"{data.root}: {found.notes[-1]}; none is left")
@@ -72,7 +67,7 @@ def find_cases(config: Config) -> Found:
 
 
 def _nothing(data: Data) -> str:
-    """Why there may be none."""
+    """The end of a message about a data set without images: the likely reason."""
     names = ", ".join(data.contrasts)
     if data.source == "csv":
         return names
@@ -113,7 +108,7 @@ def _bids(config: Config) -> Found:
         channels[contrast] = path
     _contrasts_nowhere(data, {c for channels in groups.values() for c in channels}, found)
     left_out: list[str] = []
-    zeros: list[str] = []
+    incomplete: list[str] = []
     for (subject, case), channels in sorted(groups.items()):
         if _excluded(data, found, subject, case):
             continue
@@ -125,51 +120,41 @@ def _bids(config: Config) -> Found:
         if absent and data.missing_contrast == "error":
             found.problems.append(f"{case}: no image of contrast {', '.join(absent)}")
         if absent:
-            zeros.append(case)
+            incomplete.append(case)
         labels, expected = _labels(data, channels, found)
         row = rows.get(subject)
         if row is None and rows and _uses_table(config, found.places.columns):
             found.problems.append(f"{data.root / data.table}: no row for {subject}")
-        row = row or {}
         first = channels.get(names[0])
-        entities = find_entities(first or next(iter(channels.values())), data.contrasts)
-        # those of another contrast would be other values
-        sidecar = Sidecar() if first is None else sidecars.of(first, data.root)
-        found.places.entities |= entities.keys()
-        found.places.sidecar |= sidecar.values.keys()
-        metadata = find_metadata(
-            config.metadata,
-            row,
-            entities,
-            sidecar,
-            (data.root / data.table).parent,
-            None if first is None else of_image(first, stem(first), data.root),
+        add_case(
+            found,
+            config,
+            Case(case, subject, tuple(channels.get(n) for n in names), labels),
+            row=row or {},
+            entities=find_entities(first or next(iter(channels.values())), data.contrasts),
+            # the sidecar of another contrast has other values
+            sidecar=Sidecar() if first is None else sidecars.of(first, data.root),
+            folder=(data.root / data.table).parent,
+            dicom=None if first is None else of_image(first, stem(first), data.root),
+            expected=expected,
+            where=case,
         )
-        found.problems += [f"{case}: {p}" for p in metadata.problems]
-        made = Case(
-            id=case,
-            subject=subject,
-            images=tuple(channels.get(n) for n in names),
-            labels=labels,
-            metadata=metadata.values,
-            split=split_of(config, row, case, found),
-            origins=metadata.origins,
-            vectors=metadata.vectors,
+    found.note(LEFT_OUT, left_out)
+    if data.missing_contrast == "zeros":
+        found.note(
+            "cases lack a contrast, whose channel is zeros (data.missing_contrast)", incomplete
         )
-        finish(found, made, config, row, expected)
-    _say_left_out(found, left_out)
-    _say_zeros(found, zeros, data)
     _without_case(data, rows, {s for s, _ in groups}, found)
-    if found.several:
-        found.notes.append(
-            f"{len(found.several)} cases have label files of several contrasts, of which that of the first in"
-            f" data.contrasts is taken (data.label_contrast): {some(found.several)}"
-        )
+    found.note(
+        "cases have label files of several contrasts, of which that of the first in data.contrasts is taken"
+        " (data.label_contrast)",
+        found.several,
+    )
     return found
 
 
 def _contrasts_nowhere(data: Data, there: set[str], found: Found) -> None:
-    """Names contrasts that no case has, where some have others."""
+    """Adds a problem for each contrast that no case has, if there are images of others."""
     for contrast in data.contrasts:
         if there and contrast not in there:
             known = contrasts_in(data.root) if data.source == "bids" else []
@@ -182,34 +167,17 @@ def _contrasts_nowhere(data: Data, there: set[str], found: Found) -> None:
 def _without_case(data: Data, rows: Mapping[str, object], used: set[str], found: Found) -> None:
     """Notes on folders of subjects, and rows of the table, that make no case."""
     folders = {p.name for p in data.root.glob("sub-*")}
-    idle = sorted(folders - used - set(data.exclude))
-    if idle:
-        found.notes.append(
-            f"{len(idle)} sub-* folders have no image of {', '.join(data.contrasts)}: {some(idle)}"
-        )
-    rest = sorted(set(rows) - folders)
-    if rest:
-        found.notes.append(f"{len(rest)} rows of {data.table} have no folder: {some(rest)}")
-
-
-def _say_zeros(found: Found, cases: list[str], data: Data) -> None:
-    if cases and data.missing_contrast == "zeros":
-        found.notes.append(
-            f"{len(cases)} cases lack a contrast, whose channel is zeros (data.missing_contrast): {some(cases)}"
-        )
+    found.note(
+        f"sub-* folders have no image of {', '.join(data.contrasts)}",
+        sorted(folders - used - set(data.exclude)),
+    )
+    found.note(f"rows of {data.table} have no folder", sorted(set(rows) - folders))
 
 
 def _excluded(data: Data, found: Found, *names: str) -> bool:
     hit = {n for n in names if n in data.exclude}
     found.excluded |= hit
     return bool(hit)
-
-
-def _say_left_out(found: Found, cases: list[str]) -> None:
-    if cases:
-        found.notes.append(
-            f"{len(cases)} cases left out for want of a contrast (data.missing_contrast: skip): {some(cases)}"
-        )
 
 
 def contrasts_in(root: Path) -> list[str]:
@@ -224,7 +192,7 @@ def _images(root: Path) -> Iterator[Path]:
         for where, folders, names in os.walk(subject, followlinks=True):
             real = Path(where).resolve()
             if real in seen:
-                # a link to a folder above
+                # reached before, through a symbolic link
                 folders.clear()
                 continue
             seen.add(real)
@@ -239,7 +207,7 @@ def _images(root: Path) -> Iterator[Path]:
 def _labels(
     data: Data, channels: Mapping[str, Path], found: Found
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Label -> its file, of those that are there; label -> where it was looked for, with what is there instead."""
+    """Label -> its file, if there is one; label -> where its file was looked for, with the files found there."""
     files: dict[str, Path] = {}
     expected: dict[str, str] = {}
     images = [
@@ -257,7 +225,7 @@ def _labels(
             if len(there) > 1:
                 found.problems.append(f"{there[0]} and {there[1].name}: both are there")
             if there:
-                # missing_labels is for what is not annotated, not for a file that was not fetched
+                # data.missing_labels is for labels that were not annotated, not for a file that was not fetched
                 if not there[0].exists():
                     found.problems.append(f"{there[0]}: {dangling(there[0])}")
                 files[name] = there[0]
@@ -284,7 +252,7 @@ def _instead(folder: Path, image: str) -> str:
 
 
 def _participants(config: Config, found: Found) -> dict[str, dict[str, str]]:
-    """Subject -> row."""
+    """Subject -> its row of the participants' table; empty if there is no table."""
     path = config.data.root / config.data.table
     needed = any(k.source == "table" or k.columns for k in config.metadata.values())
     needed = needed or bool(config.splits.column or config.data.annotated_column)
@@ -381,34 +349,26 @@ def _rows(config: Config) -> Found:
             taken[case] = line
             first = next(p for p in images if p is not None)
             column = next(c for c, p in paths.items() if p == first)
-            entities = {"contrast": column}
-            # those of another contrast would be other values
-            sidecar = Sidecar() if images[0] is None else sidecars.of(first)
-            found.places.entities |= entities.keys()
-            found.places.sidecar |= sidecar.values.keys()
             cell = "" if images[0] is None else row.get(data.dicom_column, "")
-            dicom = None if is_blank(cell) else data.root.parent / cell
-            metadata = find_metadata(
-                config.metadata, row, entities, sidecar, data.root.parent, dicom
+            add_case(
+                found,
+                config,
+                Case(case, subject, images, labels),
+                row=row,
+                entities={"contrast": column},
+                # the sidecar of another contrast has other values
+                sidecar=Sidecar() if images[0] is None else sidecars.of(first),
+                folder=data.root.parent,
+                dicom=None if is_blank(cell) else data.root.parent / cell,
+                expected=expected,
+                where=where,
             )
-            found.problems += [f"{where}: {p}" for p in metadata.problems]
-            made = Case(
-                case,
-                subject,
-                images,
-                labels,
-                metadata.values,
-                split_of(config, row, where, found),
-                metadata.origins,
-                vectors=metadata.vectors,
-            )
-            finish(found, made, config, row, expected)
-    _say_left_out(found, left_out)
+    found.note(LEFT_OUT, left_out)
     return found
 
 
 def _columns(config: Config, table: Table, found: Found) -> None:
-    """Names the columns that the configuration asks for and the table has not."""
+    """Adds a problem for each column that the configuration names and the table lacks."""
     data = config.data
     wanted = {
         *data.contrasts,
@@ -422,7 +382,7 @@ def _columns(config: Config, table: Table, found: Found) -> None:
 
 
 def _named_columns(config: Config, table: Table, found: Found) -> None:
-    """Those of splits, annotations and vectors; patterns of vectors become the names that fit, for good."""
+    """The same for columns of splits, annotations and vectors; patterns of vectors are replaced in ``config``."""
     _need(table, {c for c in (config.splits.column, config.data.annotated_column) if c}, found)
     for name, key in config.metadata.items():
         if key.columns is None:

@@ -1,4 +1,4 @@
-"""What a plan decides by itself: dimensions, spacing, normalisation, patch, depth and batch size."""
+"""The plan's decisions: dimensions, spacing, normalisation, patch size, depth and batch size."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ import fastfilm
 
 from ..config.schema import Config
 from ..config.sections import NetworkConfig, Section
-from ..images.preprocessing import (
-    AXES,
-    Normalisation,
-    Preprocessing,
-)
+from ..images.preprocessing import AXES, Normalisation, Preprocessing
 from ..support import memory
 from ..support.errors import UserError
 from .checks import CaseFacts
 
 LARGEST_2D, LARGEST_3D = 512 * 512, 128**3
 CPU_2D, CPU_3D = 256 * 256, 64**3
-"""Voxels of a patch at most, on a GPU and without one."""
+"""Voxels of a patch at most, with and without a GPU."""
 
 LEFT = 6
-"""A case is named of which fewer voxels are left along an axis, where this many times more were."""
+"""Voxels along an axis below which a resampled case gets a note, if it had this many times more before."""
 
 KEPT_MAPS = 24
-"""Bytes a training step needs, in float32 maps of the first level (measured: 8 to 18)."""
+"""Memory of a training step, in float32 maps of the first level (measured: 8 to 18)."""
 
 
 class Plan(Section):
-    """What ``plan`` decided.
+    """The content of plan.json.
 
     Attributes:
+        fastfilm: version of fastfilm that wrote the plan.
+        spatial_dims: 2 (slices) or 3.
+        patch_size: (H, W) or (D, H, W).
+        batch_size: samples of a training step, over all processes.
+        network: the configured network, with its depth.
+        preprocessing: the fitted preprocessing.
         files: name -> SHA-256 of the plan's other files, which were written together with this one.
     """
 
@@ -50,7 +52,11 @@ class Plan(Section):
 
 
 def decide(config: Config, facts: Sequence[CaseFacts]) -> Plan:
-    """Dimensions, spacing, normalisation, patch, depth and batch size from the fingerprint."""
+    """The plan for a data set with the measurements ``facts``.
+
+    Raises:
+        UserError: configured sizes do not fit the network or the images.
+    """
     p = config.preprocessing
     spacings = np.array([f.spacing for f in facts])
     median = np.median(spacings, 0)
@@ -79,7 +85,7 @@ def decide(config: Config, facts: Sequence[CaseFacts]) -> Plan:
     else:
         dims = 3 if p.dimensions == "3d" else 2
     if dims == 2:
-        # slices are what they are
+        # slices are not resampled across
         target[axis] = None
     order = [axis, *(a for a in range(3) if a != axis)]
     size = [float(shape[a]) for a in order][3 - dims :]
@@ -119,7 +125,7 @@ def _network_and_patch(
                 f" depth can be at most {most}"
             )
     if network.name == "FiLMedUNet" and network.depth is None:
-        # at least 4 voxels at the bottom, at most 4 poolings (2D: 5)
+        # at least 4 voxels along each axis at the bottom, at most 4 poolings (2D: 5)
         depth = int(np.clip(np.log2(max(smallest, 1) / 4), 1, 6 - dims + 1))
         network = network.model_copy(update={"depth": depth})
     step = {"Modified3DUNet": 16, "condition": 32}.get(network.name, 2 ** (network.depth or 1))
@@ -140,13 +146,13 @@ def _network_and_patch(
     while np.prod(patch) > most and max(patch) > step:
         patch[int(np.argmax(patch))] -= step
     if max(patch) == step:
-        # a norm over one voxel is none
+        # the statistics of a norm need more than one voxel
         patch[-1] *= 2
     return network, patch
 
 
 def _batch_size(network: NetworkConfig, patch: list[int], dims: int) -> int:
-    """As many as half of the memory at hand holds; at most 16 slices or 4 volumes."""
+    """The number of samples that half of the free memory holds; at most 16 slices or 4 volumes."""
     there = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory.available()
     return int(np.clip(there // 2 // _sample(network, patch), 1, 16 if dims == 2 else 4))
 
@@ -157,10 +163,11 @@ def _sample(network: NetworkConfig, patch: Sequence[int]) -> int:
 
 
 def demands(config: Config, plan: Plan, facts: Sequence[CaseFacts]) -> tuple[list[str], list[str]]:
-    """Memory that preprocessing and training will need: what cannot be had here, and what will be tight.
+    """The memory that preprocessing and training need.
 
     Returns:
-        problems and notes, one line each.
+        a line for each demand above the memory of the machine, and a line for each that comes close or is
+        doubtful.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -173,7 +180,7 @@ def demands(config: Config, plan: Plan, facts: Sequence[CaseFacts]) -> tuple[lis
             int(max(1, round(n * s / (t or s))))
             for n, s, t in zip(f.shape, f.spacing, target, strict=True)
         ]
-        # the channels, one more while it is resampled, and the masks as bytes and as float32
+        # the channels, two more while one is resampled, and the masks as bytes and as float32
         voxels = int(np.prod(grid, dtype=object))
         needs.append((voxels * (4 * (channels + 2) + 5 * labels), f, grid))
         if any(n < LEFT and n * LEFT < m for n, m in zip(grid, f.shape, strict=True)):
@@ -191,7 +198,7 @@ def demands(config: Config, plan: Plan, facts: Sequence[CaseFacts]) -> tuple[lis
     elif most > there / 2:
         notes.append(text)
     step = plan.batch_size * _sample(plan.network, plan.patch_size)
-    place, there = "machine", there
+    place = "machine"
     if torch.cuda.is_available():
         place, there = "GPU", torch.cuda.mem_get_info()[1]
     if step > there:
@@ -212,7 +219,7 @@ def _normalisation(config: Config, facts: Sequence[CaseFacts], channel: int) -> 
     there = [i for f in facts if (i := f.intensities[channel]) is not None]
     kind = p.normalisation
     if kind == "auto":
-        # Hounsfield units: integers with air at -1000
+        # Hounsfield units are integers, with air at -1000
         lowest = float(np.median([i["lowest"] for i in there])) if there else 0.0
         kind = "ct" if lowest <= -500 and all(f.integers for f in facts) else "zscore"
     if kind != "ct":

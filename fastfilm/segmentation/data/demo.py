@@ -1,4 +1,4 @@
-"""The data set of ``fastfilm demo``: phantoms in which the tumour type alone decides what is the target."""
+"""The data set of ``fastfilm demo``: phantoms in which the target depends on the tumour type alone."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ def write_data_set(
     seed: int = 0,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
 ) -> None:
-    """A BIDS folder of FLAIR phantoms, ``derivatives/labels`` and participants.tsv.
+    """Writes a BIDS folder of FLAIR phantoms, their labels and participants.tsv.
 
-    How a lesion looks is drawn apart from its type, so that the image does not tell which of its parts are asked
-    for: astrocytoma core, cavity and oedema, ependymoma core and cavity, hemangioblastoma the core.
+    The target is core, cavity and oedema of an astrocytoma, core and cavity of an ependymoma, and the core of a
+    hemangioblastoma. The appearance of a lesion is drawn independently of its type, so that the image does not
+    show which parts are the target.
+
+    Args:
+        root: folder to write.
+        cases: number of subjects.
+        shape: voxels of an image along right, anterior, superior.
+        seed: seed of appearances and noise.
+        progress: called with the number of cases; its result is called after each.
     """
     rng = np.random.default_rng(seed)
     done = progress(cases)
@@ -51,7 +59,7 @@ def write_data_set(
 
 
 def configuration(quick: bool) -> dict[str, Any]:
-    """The configuration of the demo; ``quick`` runs everything and learns nothing."""
+    """The demo's configuration; ``quick`` trains for two steps only, to try all commands."""
     return {
         "data": {"root": "data", "contrasts": ["FLAIR"], "labels": {"target": 1}},
         "metadata": {"tumor_type": {"dropout": 0.15}},
@@ -72,5 +80,5 @@ def configuration(quick: bool) -> dict[str, Any]:
 
 
 def write_configuration(path: Path, quick: bool) -> None:
-    """``configuration`` as YAML."""
+    """Writes ``configuration`` as YAML."""
     write_text(path, yaml.safe_dump(configuration(quick), sort_keys=False))

@@ -1,4 +1,4 @@
-"""Whether a data set's metadata can be encoded in every fold, and how many cases have each key."""
+"""Checks of a data set's metadata: whether every fold can encode them, and how many cases have each key."""
 
 from __future__ import annotations
 
@@ -8,29 +8,20 @@ from typing import Any
 
 from ..config.schema import Config
 from ..config.sections import MetadataKey, Splits
-from ..metadata.encoder import (
-    MetadataEncoder,
-    MetadataError,
-    as_category,
-    is_missing,
-)
+from ..metadata.encoder import MetadataEncoder, MetadataError, as_category, is_missing
 from ..support.errors import Problems
 from ..support.hints import did_you_mean, some
-from .sources import (
-    Case,
-    Found,
-    Places,
-)
+from .sources import Case, Found, Places
 from .splits import Fold
 
 MANY = 10
-"""Different numbers from which on a category looks like a continuous key."""
+"""Number of different numbers up to which a key of kind category may be meant as one."""
 
 SHOWN = 3
-"""Cases that a line names."""
+"""Problems of a key that are listed if there are more than ``LISTED``."""
 
 LISTED = 5
-"""Cases of one key whose values do not fit up to which each has a line."""
+"""Problems of a key up to which all are listed."""
 
 ORIGINS = {
     "table": "table",
@@ -44,10 +35,10 @@ ORIGINS = {
 def metadata_problems(
     found: Found, folds: Sequence[Fold], config: Config
 ) -> tuple[list[str], list[str]]:
-    """What the encoder of any fold would refuse, each key and value in one line; and what looks like a slip.
+    """The metadata values that the encoder of some fold refuses, and likely mistakes.
 
     Returns:
-        problems and notes, one line each.
+        a line for each problem, and a line for each note.
     """
     wrong: list[str] = []
     notes: list[str] = []
@@ -55,15 +46,15 @@ def metadata_problems(
         values = {c.id: c.metadata.get(name) for c in found.cases}
         if all(is_missing(v, key) for v in values.values()):
             if any(name in c.origins for c in found.cases):
-                # vectors that could not be read, which is said already
+                # vectors that could not be read are reported already
                 continue
             if any(f"metadata {name!r}: " in p for p in found.problems):
-                # and so are headers
+                # and so are DICOM headers
                 continue
             wrong.append(_nowhere(name, key, found.places, config))
             continue
         mine = _of_key(name, key, found.cases, folds if key.input else (), notes, config.splits)
-        # a key that the network does not get has no columns
+        # a key that does not condition the network has no columns
         many = _numbers(key, values) if key.input else None
         if many is not None:
             text = (
@@ -77,7 +68,7 @@ def metadata_problems(
 
 
 def coverage(found: Found, config: Config) -> list[str]:
-    """One line a key: how many cases have it, where it was found, which lack it."""
+    """A line for each key: number and origins of its values, and cases without it."""
     lines = []
     for name in config.metadata:
         counts = Counter(ORIGINS[c.origins[name]] for c in found.cases if name in c.origins)
@@ -86,11 +77,6 @@ def coverage(found: Found, config: Config) -> list[str]:
         line = f"{name}: in {len(found.cases) - len(lacking)} of {len(found.cases)} cases ({where})"
         lines.append(line + (f"; missing in {some(lacking)}" if lacking else ""))
     return lines
-
-
-def train_value(rows: Mapping[str, Mapping[str, Any]], name: str, key: MetadataKey) -> Any:
-    """The first value that is there."""
-    return next(v for r in rows.values() if not is_missing(v := r[name], key))
 
 
 def _of_key(
@@ -121,8 +107,9 @@ def _of_key(
             continue
         fitted = encoder[name]
         if fitted.kind == "continuous" and fitted.lowest == fitted.highest:
+            value = next(v for r in train.values() if not is_missing(v := r[name], key))
             notes.append(
-                f"metadata {name!r}: one value ({train_value(train, name, key)}) in all training cases of fold {k}"
+                f"metadata {name!r}: one value ({value}) in all training cases of fold {k}"
             )
         if fitted.kind == "vector" and fitted.fitted_vector.constant:
             vector = fitted.fitted_vector
@@ -136,7 +123,7 @@ def _of_key(
             try:
                 encoder.encode(row(case))
             except MetadataError as error:
-                # which values the fold has is no part of what is wrong
+                # without the expected values, which differ between folds
                 wrong.setdefault(str(error).split("; expected")[0], []).append(
                     f"{case.id} in fold {k}"
                 )
@@ -145,7 +132,7 @@ def _of_key(
 
 
 def _hint(name: str, splits: Splits) -> str:
-    """How values of the key that a fold's training lacks are dealt with."""
+    """Advice for values of a key that are not among a fold's training cases."""
     accepted = f"metadata.{name}.unseen: unknown accepts them"
     if splits.leave_out is None:
         return "splits.stratify spreads values over the folds, unseen: unknown accepts them"
@@ -156,7 +143,7 @@ def _hint(name: str, splits: Splits) -> str:
 
 
 def _numbers(key: MetadataKey, values: Mapping[str, Any]) -> int | None:
-    """How many different numbers a category without given values has, if all are numbers and there are many."""
+    """The number of different values of a category, if all are numbers and there are suspiciously many."""
     if key.kind != "category" or key.values is not None:
         return None
     present = [v for v in values.values() if not is_missing(v, key)]
@@ -171,7 +158,7 @@ def _numbers(key: MetadataKey, values: Mapping[str, Any]) -> int | None:
 
 
 def _nowhere(name: str, key: MetadataKey, places: Places, config: Config) -> str:
-    """Why a key has no value in any case."""
+    """The message about a key without a value in any case: where it was looked for, and what is there."""
     looked: list[str] = []
     known: list[str] = []
     if key.source == "dicom":

@@ -1,10 +1,10 @@
-"""Plan: a checked data set, and every decision that training needs.
+"""The plan folder: a checked data set with all decisions that training needs.
 
-PLAN/config.yaml        the configuration, complete
+PLAN/config.yaml        the complete configuration
 PLAN/plan.json          ``Plan``: preprocessing, dimensions, patch size, batch size, network
 PLAN/cases.json         files and metadata of every case
 PLAN/splits.json        folds of subjects
-PLAN/fingerprint.json   what was measured
+PLAN/fingerprint.json   measurements of the cases
 PLAN/cache/             preprocessed arrays, made by training
 """
 
@@ -21,37 +21,20 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ..config.schema import (
-    Config,
-    config_text,
-    problems,
-    read_config,
-)
+from ..config.schema import Config, config_text, problems, read_config
 from ..config.sections import MetadataKey
 from ..metadata.encoder import MetadataEncoder
 from ..models.network import build_network
 from ..support.errors import Problems, UserError
-from ..support.files import (
-    atomic,
-    json_text,
-    read_json,
-)
+from ..support.files import atomic, json_text, read_json
 from ..support.lock import locked
 from ..support.offline import refuse_fetching
 from .checks import CaseFacts, check_cases
 from .datasets import find_cases
-from .decisions import (
-    Plan,
-    decide,
-    demands,
-)
+from .decisions import Plan, decide, demands
 from .metadata_checks import coverage, metadata_problems
-from .sources import Case
-from .splits import (
-    Fold,
-    make_splits,
-    split_notes,
-)
+from .sources import CASES, Case
+from .splits import Fold, make_splits, split_notes
 
 
 @dataclass
@@ -65,10 +48,10 @@ class PlanFolder:
     folds: list[Fold]
 
     def cases_of(self, fold: int, part: str) -> list[Case]:
-        """Cases of the subjects in ``part`` ("train", "val", "test") of a fold.
+        """Cases of the subjects in ``part`` ("train", "val" or "test") of a fold.
 
         Raises:
-            UserError: no such fold.
+            UserError: there is no such fold.
         """
         if not 0 <= fold < len(self.folds):
             raise UserError(f"fold must be 0 to {len(self.folds) - 1}, got {fold}")
@@ -77,16 +60,16 @@ class PlanFolder:
 
     @property
     def held_out(self) -> str:
-        """The part of a fold that no training has seen: "test" where the splits have one, else "val"."""
+        """The part of a fold that did not influence its training: "test" if all folds have one, else "val"."""
         return "test" if all(fold.get("test") for fold in self.folds) else "val"
 
     def keys(self) -> dict[str, MetadataKey]:
-        """The metadata keys, with that of the task where the task is metadata."""
+        """The result of ``metadata_keys`` for this configuration."""
         return metadata_keys(self.config)
 
 
 def metadata_keys(config: Config) -> dict[str, MetadataKey]:
-    """The keys that the network gets; in output mode "task" also the task's, which is never hidden or unknown."""
+    """The keys that condition the network; in output mode "task" also the task's, which is never unknown."""
     keys = {name: key for name, key in config.metadata.items() if key.input}
     if config.output.mode == "task":
         keys[config.output.task_key] = MetadataKey(values=list(config.data.labels), dropout=0.0)
@@ -98,16 +81,16 @@ def make_plan(
     folder: Path,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
 ) -> tuple[PlanFolder, list[str]]:
-    """Checks the data set, decides, and writes the folder.
+    """Checks the data set, makes the decisions, and writes the plan folder.
 
     Args:
-        progress: gets the number of cases; what it returns is called after each.
+        progress: called with the number of cases; its result is called after each.
 
     Returns:
-        the plan, and notes (one line each) on things that are not wrong but worth knowing.
+        the plan, and a line for each note on the data set.
 
     Raises:
-        Problems: everything that is wrong with the data set, in one message; nothing is written then.
+        Problems: the data set has problems; one message lists them all, and nothing is written.
         UserError: another process writes to the folder, or it cannot be written.
     """
     if os.path.exists(folder / "model.json"):
@@ -152,7 +135,7 @@ def _make_plan(
     notes += coverage(found, config)
     texts = {
         "config.yaml": config_text(config),
-        "cases.json": json_text([c.to_json() for c in found.cases]),
+        "cases.json": json_text(CASES.dump_python(found.cases, mode="json")),
         "splits.json": json_text(folds),
         "fingerprint.json": json_text(fingerprint(facts, keys)),
     }
@@ -163,7 +146,7 @@ def _make_plan(
 
 
 def _build(config: Config, plan: Plan, cases: Sequence[Case]) -> None:
-    """The network once, so that settings that it cannot take are found now; UserError says which."""
+    """Builds the network once, so that unsuitable settings raise UserError now and not when training starts."""
     refuse_fetching(plan.network.arguments)
     labels, mode = len(config.data.labels), config.output.mode
     keys = {name: key for name, key in config.metadata.items() if key.input}
@@ -179,9 +162,9 @@ def _build(config: Config, plan: Plan, cases: Sequence[Case]) -> None:
 
 
 def _write_together(folder: Path, texts: dict[str, str]) -> None:
-    """All files, or, where one of them cannot be written, none; the last of ``texts`` is put in place last."""
+    """Writes all files, or none if one cannot be written; the last of ``texts`` is moved into place last."""
     with contextlib.ExitStack() as stack:
-        # an exit stack leaves in the opposite order
+        # an exit stack leaves its contexts in reverse order
         for name in reversed(texts):
             stack.enter_context(atomic(folder / name)).write_text(texts[name], encoding="utf-8")
 
@@ -190,8 +173,8 @@ def read_plan(folder: Path) -> PlanFolder:
     """The plan in ``folder``.
 
     Raises:
-        UserError: no plan, a damaged one, or files that were not written together (a re-plan that was interrupted,
-            a file changed by hand).
+        UserError: there is no plan, it is damaged, or its files were not written together (an interrupted
+            ``fastfilm plan``, a file changed by hand).
     """
     if not (folder / "plan.json").is_file():
         raise UserError(f"{folder}: not a plan: it has no plan.json (made by fastfilm plan)")
@@ -215,9 +198,10 @@ def read_plan(folder: Path) -> PlanFolder:
                 " with fastfilm train --set"
             )
     try:
-        cases = [Case.from_json(c) for c in read_json(folder / "cases.json")]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'cases.json'}: not a list of cases: {error!r}") from error
+        cases = CASES.validate_python(read_json(folder / "cases.json"))
+    except ValidationError as error:
+        title = f"{folder / 'cases.json'}: not a list of cases"
+        raise Problems(title, problems(error)) from error
     folds = read_json(folder / "splits.json")
     if not isinstance(folds, list) or not all(isinstance(f, dict) for f in folds):
         raise UserError(f"{folder / 'splits.json'}: not a list of folds")
@@ -225,7 +209,7 @@ def read_plan(folder: Path) -> PlanFolder:
 
 
 def fingerprint(facts: Sequence[CaseFacts], keys: dict[str, MetadataKey]) -> dict[str, Any]:
-    """The data set in numbers: of each case, and medians."""
+    """The content of fingerprint.json: the measurements of each case, and summaries of all."""
     return {
         "cases": [f.to_json() for f in facts],
         "median_shape": np.median([f.shape for f in facts], 0).tolist(),
@@ -240,7 +224,7 @@ def fingerprint(facts: Sequence[CaseFacts], keys: dict[str, MetadataKey]) -> dic
 
 
 def _shared_labels(cases: Sequence[Case]) -> list[str]:
-    """A note on each label file that several subjects have."""
+    """A note on each label file that belongs to several subjects."""
     users: dict[Path, dict[str, None]] = {}
     for case in cases:
         for path in case.labels.values():
@@ -253,7 +237,7 @@ def _shared_labels(cases: Sequence[Case]) -> list[str]:
 
 
 def _identical(facts: Sequence[CaseFacts]) -> tuple[list[set[str]], list[str]]:
-    """Subjects with the same voxels, and a note on each."""
+    """Sets of subjects with identical images, and a note on each."""
     by_digest: dict[str, list[CaseFacts]] = {}
     for f in facts:
         by_digest.setdefault(f.digest, []).append(f)

@@ -1,4 +1,4 @@
-"""JSON sidecars of images, with BIDS inheritance: files further up hold for all images that their name fits."""
+"""JSON sidecars of images, with BIDS inheritance from folders above."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from typing import Any
 
 from ..support.errors import UserError
 from ..support.tables import read_object
-from .sources import (
-    Sidecar,
-    parts,
-    stem,
-)
+from .sources import Sidecar, parts, stem
 
 
 class Sidecars:
-    """Reads sidecars; each JSON file once.
-
-    Args:
-        wrong: gets one line for every file that cannot be read.
+    """Reads sidecars, each JSON file once.
 
     A file applies to an image if it lies in the image's folder or one above it (up to the data set's root), has
-    the image's suffix, and has no entity that the image has not (``T2w.json``, ``sub-01_T2w.json``). The nearest
-    wins, key by key; in one folder, the name with more entities (BIDS specification, "The Inheritance Principle").
+    the image's suffix, and only entities of the image (``T2w.json``, ``sub-01_T2w.json``). Each key has the value
+    of the nearest file; in one folder, of the name with more entities (BIDS specification, "The Inheritance
+    Principle").
+
+    Args:
+        wrong: called with a line for each file that cannot be read.
     """
 
     def __init__(self, wrong: Callable[[str], None]) -> None:
@@ -32,10 +29,10 @@ class Sidecars:
         self.read: dict[Path, dict[str, Any]] = {}
 
     def of(self, image: Path, root: Path | None = None) -> Sidecar:
-        """What holds for ``image``.
+        """The values that apply to ``image``.
 
         Args:
-            root: of its BIDS data set; None: only the file of the same name beside the image counts.
+            root: folder of its BIDS data set; None: only the file of the same name beside the image is read.
         """
         own = image.with_name(f"{stem(image)}.json")
         values: dict[str, Any] = {}
@@ -77,7 +74,7 @@ class Sidecars:
 
 
 def data_set_of(image: Path) -> Path | None:
-    """The root of the BIDS data set that ``image`` lies in: where dataset_description.json is."""
+    """The BIDS data set of ``image``: the nearest folder above with dataset_description.json; None without one."""
     for folder in image.parents:
         if (folder / "dataset_description.json").is_file():
             return folder

@@ -1,42 +1,40 @@
-"""What a data set is made of: cases, the names of their files, and where a case's metadata come from."""
+"""Cases, the names of their files, and the places of their metadata."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..config.schema import Config
 from ..config.sections import MetadataKey
 from ..metadata.dicom import read_tags
-from ..metadata.encoder import (
-    KeyEncoder,
-    is_blank,
-    is_missing,
-)
+from ..metadata.encoder import KeyEncoder, is_blank, is_missing
 from ..metadata.vectors import read_vector
 from ..support.hints import some
 
 SUFFIXES = (".nii.gz", ".nii")
 
 IMAGE_ENTITIES = frozenset({"ce", "trc", "stain", "mod", "echo", "flip", "inv", "mt", "part"})
-"""BIDS entities that make another kind of image: a file that has one belongs to a contrast only if it names it."""
+"""BIDS entities of another kind of image: a file with one belongs to a contrast only if the contrast names it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to segment.
+    """An image, of one or more channels, with its labels and metadata.
 
     Attributes:
-        id: unique in the data set.
-        subject: whose image it is: all cases of a subject are in one split.
-        images: one a channel, None where a contrast is missing.
-        labels: label name -> its file; a name that is not there was not annotated.
-        metadata: key -> value as found, None where missing.
-        split: "train", "val" or "test" where the data set says so.
-        origins: key -> where its value was found: table, entity, sidecar, inherited sidecar, dicom.
-        stamps: file -> its size and time when it was checked.
+        id: name of the case, unique in the data set.
+        subject: name of the subject; all cases of a subject are in one part of a split.
+        images: file of each channel, None for a missing contrast.
+        labels: name of an annotated label -> its file.
+        metadata: key -> value as found, None if missing.
+        split: "train", "val" or "test" if the data set names the part.
+        origins: key -> place of its value: table, entity, sidecar, inherited sidecar or dicom.
+        stamps: file -> its size in bytes and modification time in nanoseconds when it was checked.
         vectors: key -> the .npy file that its value was read from.
     """
 
@@ -50,41 +48,12 @@ class Case:
     stamps: dict[str, list[int]] = field(default_factory=dict)
     vectors: dict[str, Path] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; inverse of ``from_json``."""
-        return {
-            "id": self.id,
-            "subject": self.subject,
-            "images": [None if p is None else str(p) for p in self.images],
-            "labels": {k: str(p) for k, p in self.labels.items()},
-            "metadata": self.metadata,
-            "split": self.split,
-            "origins": self.origins,
-            "stamps": self.stamps,
-            "vectors": {k: str(p) for k, p in self.vectors.items()},
-        }
-
     def stamped(self) -> Case:
-        """With the size and time that its files have now."""
+        """The case with the present sizes and times of its files."""
         images = [p for p in self.images if p is not None]
         files = [*images, *self.labels.values(), *self.vectors.values()]
         found = {str(p): p.stat() for p in dict.fromkeys(files) if p.exists()}
         return replace(self, stamps={k: [s.st_size, s.st_mtime_ns] for k, s in found.items()})
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Case:
-        """The case in ``to_json``'s value."""
-        return cls(
-            id=value["id"],
-            subject=value["subject"],
-            images=tuple(None if p is None else Path(p) for p in value["images"]),
-            labels={k: Path(p) for k, p in value["labels"].items()},
-            metadata=dict(value["metadata"]),
-            split=value["split"],
-            origins=dict(value.get("origins", {})),
-            stamps=dict(value.get("stamps", {})),
-            vectors={k: Path(p) for k, p in value.get("vectors", {}).items()},
-        )
 
     def changed_vectors(self) -> list[str]:
         """A line for each vector whose file no longer holds the numbers that the plan was made with."""
@@ -103,15 +72,19 @@ class Case:
         return wrong
 
 
+CASES = TypeAdapter(list[Case])
+"""Reads and writes the cases of cases.json."""
+
+
 @dataclass
 class Places:
-    """Where metadata were looked for.
+    """The places in which metadata were looked for.
 
     Attributes:
-        table: the table, None where there is none.
-        columns: of the table.
-        entities: that file names have.
-        sidecar: keys of the JSON sidecars.
+        table: the table; None if there is none.
+        columns: columns of the table.
+        entities: entities in the names of image files.
+        sidecar: keys in JSON sidecars.
     """
 
     table: Path | None = None
@@ -122,15 +95,15 @@ class Places:
 
 @dataclass
 class Found:
-    """What a data set holds.
+    """The content of a data set.
 
     Attributes:
-        cases: in the order of their names.
-        problems: everything that is wrong with it, one line each.
-        notes: what is not wrong but worth knowing, one line each.
-        places: where metadata were looked for.
-        unlabelled: the cases that were left out as no label file is there.
-        excluded: names of ``data.exclude`` that are there.
+        cases: cases in the order of their names.
+        problems: a line for each problem.
+        notes: a line for each remark that is not a problem.
+        places: the places in which metadata were looked for.
+        unlabelled: cases that were left out because they have no label file.
+        excluded: names in ``data.exclude`` that exist.
         several: cases with label files of several contrasts.
     """
 
@@ -142,13 +115,20 @@ class Found:
     excluded: set[str] = field(default_factory=set)
     several: list[str] = field(default_factory=list)
 
+    def note(self, text: str, names: Sequence[str]) -> None:
+        """Adds a note with the number of ``names`` and the first of them, if there are any."""
+        if names:
+            self.notes.append(f"{len(names)} {text}: {some(names)}")
+
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The JSON values that hold for an image, and which of them stand in files further up (BIDS inheritance).
+    """The JSON values that apply to an image.
 
     Attributes:
-        folder: that paths in the values are relative to: the BIDS data set's root, else the image's folder.
+        values: key -> value.
+        inherited: keys of values from other files than the one beside the image (BIDS inheritance).
+        folder: folder that paths in the values are relative to: the BIDS data set's root, else the image's folder.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -158,13 +138,13 @@ class Sidecar:
 
 @dataclass
 class Metadata:
-    """What was found for a case.
+    """The metadata of a case.
 
     Attributes:
-        values: key -> value, None where no place has one.
-        origins: key -> the place that has it.
+        values: key -> value, None if no place has one.
+        origins: key -> the place of its value.
         vectors: key -> the .npy file that its value was read from.
-        problems: vectors and DICOM headers that cannot be read, one line each.
+        problems: a line for each vector or DICOM header that cannot be read.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -181,14 +161,18 @@ def find_metadata(
     folder: Path,
     dicom: Path | None = None,
 ) -> Metadata:
-    """Each key's value from the first place that has it.
+    """The value of each key from the first place that has one.
 
     Args:
-        folder: the table's; paths in ``row`` are relative to it.
-        dicom: file or folder that the image was made from, where it is known.
+        keys: name -> key, of a configuration or of a model.
+        row: the case's row of the table.
+        entities: entities in the name of its image.
+        sidecar: its JSON values.
+        folder: folder that paths in ``row`` are relative to.
+        dicom: file or folder with DICOM headers of the image, if known.
 
     Raises:
-        UserError: a DICOM header is asked for, and pydicom is not installed, or the keyword is none of DICOM's.
+        UserError: a DICOM header is needed, and pydicom is not installed or DICOM has no such keyword.
     """
     found = Metadata()
     tags = {name: key.tag or name for name, key in keys.items() if key.source == "dicom"}
@@ -244,18 +228,36 @@ def _read_vector(
 
 
 def columns_of(key: MetadataKey | KeyEncoder) -> list[str]:
-    """The table's columns with a vector's components; none for a key whose value is one cell or entry."""
+    """The table's columns with a vector's components; empty for a key with one cell or entry."""
     return (key.columns if isinstance(key, MetadataKey) else key.table_columns) or []
 
 
-def finish(
-    found: Found, case: Case, config: Config, row: Mapping[str, str], expected: Mapping[str, str]
+def add_case(
+    found: Found,
+    config: Config,
+    case: Case,
+    *,
+    row: Mapping[str, str],
+    entities: Mapping[str, str],
+    sidecar: Sidecar,
+    folder: Path,
+    dicom: Path | None,
+    expected: Mapping[str, str],
+    where: str,
 ) -> None:
-    """Adds the case, with the labels that were annotated, unless it is to be left out.
+    """Adds a case with its metadata, its part of a fixed split and its annotated labels, unless it is left out.
 
     Args:
+        case: id, subject, images and labels of the case.
+        row, entities, sidecar, folder, dicom: places of its metadata, as for ``find_metadata``.
         expected: label -> where its file was looked for.
+        where: beginning of messages about the metadata and the split.
     """
+    found.places.entities |= entities.keys()
+    found.places.sidecar |= sidecar.values.keys()
+    metadata = find_metadata(config.metadata, row, entities, sidecar, folder, dicom)
+    found.problems += [f"{where}: {p}" for p in metadata.problems]
+    split = _split_of(config, row, where, found)
     data, labels = config.data, dict(case.labels)
     if data.annotated_column is not None:
         text = row.get(data.annotated_column, "")
@@ -278,16 +280,25 @@ def finish(
         found.problems.append(f"{case.id}: no label file for {', '.join(absent)}{where}")
     allowed = data.annotated_column is not None or data.missing_labels == "mask"
     if (absent and data.missing_labels == "skip") or (not labels and allowed):
-        # without any label there is nothing to learn from
+        # a case without any label cannot train the network
         found.unlabelled.append(case.id)
         return
-    found.cases.append(Case(**{**vars(case), "labels": labels}))
+    found.cases.append(
+        replace(
+            case,
+            labels=labels,
+            metadata=metadata.values,
+            split=split,
+            origins=metadata.origins,
+            vectors=metadata.vectors,
+        )
+    )
 
 
-def split_of(config: Config, row: Mapping[str, str], where: str, found: Found) -> str | None:
+def _split_of(config: Config, row: Mapping[str, str], where: str, found: Found) -> str | None:
     """The part of a fixed split that a row names; None without one."""
     if config.splits.column is None or config.splits.column not in row:
-        # a column or row that is not there is said once
+        # a missing column or row is reported elsewhere, once
         return None
     names = {"train": "train", "training": "train", "val": "val", "valid": "val"}
     names |= {"validation": "val", "test": "test"}
@@ -308,7 +319,7 @@ def parts(path: Path) -> tuple[dict[str, str], str]:
 
 
 def stem(path: Path) -> str:
-    """The name without .nii or .nii.gz."""
+    """The name of an image file without .nii or .nii.gz."""
     for s in SUFFIXES:
         if path.name.endswith(s):
             return path.name.removesuffix(s)
@@ -316,7 +327,7 @@ def stem(path: Path) -> str:
 
 
 def contrast_of(path: Path, contrasts: list[str]) -> str | None:
-    """The most specific contrast that the file is of."""
+    """The contrast of an image file, the most specific one if several match; None if none does."""
     entities, suffix = parts(path)
     have = {f"{k}-{v}" for k, v in entities.items()}
     best: tuple[int, str] | None = None
@@ -333,6 +344,6 @@ def contrast_of(path: Path, contrasts: list[str]) -> str | None:
 
 
 def find_entities(path: Path, contrasts: list[str]) -> dict[str, str]:
-    """Metadata that an image's file name carries: its BIDS entities, ``suffix`` and ``contrast``."""
+    """The metadata in the name of an image file: its BIDS entities, ``suffix`` and ``contrast``."""
     entities, suffix = parts(path)
     return {**entities, "suffix": suffix, "contrast": contrast_of(path, contrasts) or suffix}

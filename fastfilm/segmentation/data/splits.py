@@ -1,4 +1,4 @@
-"""Who is trained on, validated on and tested on: folds of subjects, even over metadata or by a value of it."""
+"""Splits of the subjects into folds for training, validation and test, by metadata if asked for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config.sections import MetadataKey, Splits
-from ..metadata.encoder import (
-    KeyEncoder,
-    MetadataError,
-    as_category,
-    is_missing,
-)
+from ..metadata.encoder import KeyEncoder, MetadataError, as_category, is_missing
 from ..support.hints import some
 from .sources import Case
 
@@ -21,10 +16,10 @@ Fold = dict[str, list[str]]
 """``train``, ``val`` (and ``test``) -> subjects."""
 
 FOLDS = 5
-"""Folds where ``splits.folds`` says nothing."""
+"""Number of folds if ``splits.folds`` is not set."""
 
 Strata = Mapping[str, tuple[str, ...]]
-"""Subject -> its combination of values."""
+"""Subject -> its stratum: a value for each key of ``splits.stratify``."""
 
 
 def make_splits(
@@ -33,18 +28,18 @@ def make_splits(
     keys: Mapping[str, MetadataKey],
     same: Sequence[set[str]] = (),
 ) -> tuple[list[Fold], list[str]]:
-    """Folds over subjects; or the one split that the data set's column says.
+    """Folds over subjects, or the one split in the data set's column.
 
-    A subject is wholly in one part, and so are subjects in one set of ``same`` (identical images under several
-    names) and subjects with one value of ``config.group``. Each stratum (combination of values of
-    ``config.stratify``; quarters of continuous values) is spread evenly over the folds. With ``config.leave_out``
-    each fold holds the subjects of one value out, in the order of the values.
+    All cases of a subject are in the same part, and so are subjects in one set of ``same`` (identical images under
+    several names) and subjects with the same value of ``config.group``. Each stratum (combination of values of
+    ``config.stratify``, with continuous values in quarters) is spread evenly over the folds. With
+    ``config.leave_out`` each fold holds out the subjects of one value, in the order of the values.
 
-    The subjects that a fold holds out are its ``val``; with ``config.nested`` they are its ``test``, and ``val``
-    is a part of the others.
+    The subjects that a fold holds out are its ``val``. With ``config.nested`` they are its ``test``, and ``val``
+    is taken from the others.
 
     Returns:
-        the folds, and problems (one line each).
+        the folds, and a line for each problem.
     """
     if config.column is not None:
         return _fixed(cases, same)
@@ -70,7 +65,7 @@ def make_splits(
 
 
 def split_notes(cases: Sequence[Case], folds: Sequence[Fold], config: Splits) -> list[str]:
-    """What a reader of the folds has to know: which value each holds out, and what ``test`` is for."""
+    """Notes on the folds: the value that each holds out, and the use of ``test``."""
     notes = []
     part = "val" if config.nested is None else "test"
     if config.leave_out is not None:
@@ -95,10 +90,10 @@ def _parts(
     what: str,
     setting: str,
 ) -> tuple[list[list[str]], list[str]]:
-    """``n`` parts of the units' subjects, and problems.
+    """``n`` parts of the subjects in ``units``, and a line for each problem.
 
-    Subjects on their own are dealt out in turn, stratum by stratum. Groups may be of any size, for which dealing
-    is uneven: they are placed one by one.
+    Single subjects are dealt out in turn, stratum by stratum. Groups of different sizes would be dealt unevenly;
+    they are placed one by one.
     """
     if len(units) < n:
         return [], [
@@ -125,10 +120,10 @@ def _dealt(
 def _placed(
     units: Sequence[list[str]], levels: Strata, n: int, rng: np.random.Generator
 ) -> list[list[str]]:
-    """The largest first, each into the part in which it adds least to the squared shares of subjects and values.
+    """Places units, the largest first, each where it adds least to the squared shares of subjects and values.
 
-    For a value with T subjects, c of them in a part, v more add ((c + v)^2 - c^2) / T; the number of subjects
-    counts as much as all keys together and once more. A part without any costs least, so that none stays empty.
+    For a value with T subjects, c of them in a part, v more add ((c + v)^2 - c^2) / T. The number of subjects has
+    the weight of all keys together plus one. An empty part costs least, so that no part stays empty.
     """
     found = {(i, v) for level in levels.values() for i, v in enumerate(level)}
     column = {value: 1 + j for j, value in enumerate(sorted(found))}
@@ -140,7 +135,7 @@ def _placed(
                 row[column[value]] += 1
     weight = np.ones(have.shape[1])
     weight[0] += len({i for i, _ in column})
-    # values of subjects that are not in these units have none
+    # values that only subjects of other units have add up to 0 here
     weight /= np.maximum(have.sum(0), 1)
     parts: list[list[str]] = [[] for _ in range(n)]
     counts = np.zeros((n, have.shape[1]))
@@ -155,7 +150,7 @@ def _placed(
 def _nested(
     fold: Fold, units: Sequence[list[str]], levels: Strata, config: Splits, k: int
 ) -> tuple[Fold, list[str]]:
-    """The fold with its held-out subjects as ``test``, and problems."""
+    """The fold with its held-out subjects as ``test``, and a line for each problem."""
     assert config.nested is not None
     n, train = config.nested, set(fold["train"])
     parts, problems = _parts(
@@ -177,7 +172,7 @@ def _nested(
 def _left_out(
     cases: Sequence[Case], units: Sequence[list[str]], name: str, key: MetadataKey
 ) -> tuple[list[list[str]], list[str]]:
-    """The subjects of each value, in the order of the values, and problems."""
+    """The subjects of each value, in the order of the values, and a line for each problem."""
     setting = f"splits.leave_out: {name}"
     lacking: list[str] = []
     values: dict[str, set[str]] = {}
@@ -237,7 +232,7 @@ def _fixed(cases: Sequence[Case], same: Sequence[set[str]]) -> tuple[list[Fold],
 def _groups(
     cases: Sequence[Case], name: str | None, keys: Mapping[str, MetadataKey]
 ) -> list[set[str]]:
-    """Subjects with the same value of the key; one with several values is in several sets."""
+    """Sets of subjects with the same value of the key; a subject with several values is in several sets."""
     members: dict[str, set[str]] = {}
     for case in cases if name is not None else ():
         value = case.metadata.get(str(name))
@@ -247,7 +242,7 @@ def _groups(
 
 
 def _units(cases: Sequence[Case], same: Sequence[set[str]]) -> list[list[str]]:
-    """Subjects that stay together, in the order of their names."""
+    """Lists of subjects that stay together, in the order of their names."""
     group: dict[str, set[str]] = {c.subject: {c.subject} for c in cases}
     for twins in same:
         merged = set().union(*(group[s] for s in twins if s in group))

@@ -1,1 +1,1 @@
-"""Predictions against the truth: metrics, intervals, metadata groups, and comparisons of runs."""
+"""Evaluation of predictions: metrics, confidence intervals, metadata groups, and comparisons of runs."""

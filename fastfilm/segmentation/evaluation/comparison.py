@@ -1,4 +1,4 @@
-"""Two evaluated runs on the same cases, metric by metric and in pairs."""
+"""Comparison of two evaluated runs on the same cases, metric by metric and in pairs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .statistics import compare
 def compare_summaries(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str, seed: int = 0
 ) -> dict[str, Any]:
-    """What comparison.json holds.
+    """The content of comparison.json.
 
     Args:
-        ours, theirs: runs A and B, as of ``evaluation.read_summary``.
-        name: of run B.
-        seed: of the bootstrap.
+        ours, theirs: summaries of runs A and B, from ``folder.read_summary``.
+        name: name of run B.
+        seed: seed of the bootstrap.
 
     Returns:
-        ``labels``: label -> metric -> paired comparison; ``notes``: what is in one of the runs only. NSD is left
-        out where the tolerances differ.
+        ``labels``: label -> metric -> paired comparison; ``notes``: labels and cases of one run only. NSD is left
+        out if the tolerances differ.
 
     Raises:
-        UserError: they have no case and label in common.
+        UserError: the runs have no case and label in common.
     """
     a, b = metric_of(ours), metric_of(theirs)
     both = [key for key in a if key in b]

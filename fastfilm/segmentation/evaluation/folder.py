@@ -1,7 +1,7 @@
-"""A folder of predictions against the truth: metrics per case, label and metadata group.
+"""Evaluation of a folder of predictions: metrics by case, label and metadata group.
 
-EVALUATED/summary.json    the shape of nnU-Net's, and more: labels, groups, intervals, conventions
-EVALUATED/cases.csv       one row a case and label
+EVALUATED/summary.json    in nnU-Net's form, with further entries: labels, groups, intervals, conventions
+EVALUATED/cases.csv       a row for each case and label
 """
 
 from __future__ import annotations
@@ -20,49 +20,30 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from ..images.labels import (
-    listed,
-    mask_of,
-    whole_labels,
-)
-from ..images.nifti import (
-    NiftiVolume,
-    Remarks,
-    read_volume,
-    same_grid,
-)
+from ..images.labels import listed, mask_of, whole_labels
+from ..images.nifti import NiftiVolume, Remarks, read_volume, same_grid
 from ..metadata.encoder import as_category
 from ..metadata.groups import groupings
 from ..prediction.postprocessing import Mask
 from ..support.errors import UserError
 from ..support.files import write_json, write_text
 from ..support.hints import some
-from ..support.records import (
-    Measured,
-    Plain,
-    Record,
-    read_record,
-)
-from .metrics import (
-    METRICS,
-    Values,
-    case_metrics,
-    is_sheared,
-)
+from ..support.records import Measured, Plain, Record, read_record
+from .metrics import METRICS, Values, case_metrics, is_sheared
 from .pairs import Pair, Pairs
 from .statistics import mean_of
 
 
 @dataclass
 class Evaluated:
-    """A pair and its metrics."""
+    """A pair of prediction and truth with its metrics."""
 
     pair: Pair
     values: Values
 
 
 class Seen:
-    """What was remarkable in the files of an evaluation."""
+    """Remarks on the files of an evaluation."""
 
     def __init__(self) -> None:
         self.remarks = Remarks()
@@ -71,7 +52,7 @@ class Seen:
         self.strange: dict[str, dict[Path, list[int]]] = {"truth": {}, "predictions": {}}
 
     def update(self, other: Seen) -> None:
-        """Takes in what another evaluation saw."""
+        """Adds the remarks of another evaluation."""
         for kind, files in other.remarks.files.items():
             self.remarks.files.setdefault(kind, {}).update(files)
         self.soft += other.soft
@@ -80,7 +61,7 @@ class Seen:
             self.strange[what].update(found)
 
     def lines(self) -> list[str]:
-        """One line a kind."""
+        """A line for each kind of remark."""
         lines = []
         for what, files in self.strange.items():
             if files:
@@ -97,20 +78,20 @@ class Seen:
                 "sheared grids: HD95 is measured along the affine, NSD is not defined there:"
                 f" {_files(list(dict.fromkeys(self.sheared)))}"
             )
-        # said above with what it means here
+        # covered by the line above
         self.remarks.files.pop("sheared", None)
         return lines + list(self.remarks.lines())
 
 
 @dataclass
 class Evaluation:
-    """What became of all pairs.
+    """The result of evaluating all pairs.
 
     Attributes:
         found: the metrics, case by case.
         failed: a line for each case that could not be evaluated.
-        unpaired: a line on each label that has no truth in some cases.
-        seen: what was remarkable in the files.
+        unpaired: a line for each label without truth in some cases.
+        seen: remarks on the files.
         kinds: metadata key -> kind, where it is known.
     """
 
@@ -121,7 +102,7 @@ class Evaluation:
     kinds: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """All that is worth knowing, a line each."""
+        """All notes, a line each."""
         return [*self.unpaired, *self.seen.lines()]
 
 
@@ -134,8 +115,9 @@ def evaluate_pairs(
     """Metrics of every pair; a case that cannot be evaluated does not stop the others.
 
     Args:
-        tolerance: of the normalised surface distance, mm.
-        progress: gets the number of cases; what it returns is called after each.
+        tolerance: tolerance of the normalised surface distance (NSD), in mm.
+        progress: called with the number of cases; its result is called after each.
+        threads: number of cases that are evaluated at once.
     """
     by_case: dict[str, list[Pair]] = {}
     for pair in pairs.pairs:
@@ -165,15 +147,15 @@ def evaluate_pairs(
 
 
 def summarise(evaluation: Evaluation, tolerance: float, seed: int = 0) -> dict[str, Any]:
-    """What summary.json holds.
+    """The content of summary.json.
 
-    ``mean`` and ``metric_per_case`` are keyed by label value as nnU-Net's; ``foreground_mean`` is the mean over
-    labels. ``labels`` has each label's name, means with intervals, and ``groups``: key -> group -> the same;
-    ``binned`` are the keys whose groups are ranges.
+    ``mean`` and ``metric_per_case`` are keyed by label value, as in nnU-Net; ``foreground_mean`` is the mean over
+    labels. ``labels`` has each label's name, its means with intervals, and ``groups``: key -> group -> the same.
+    ``binned`` lists the keys whose groups are ranges.
 
     Args:
-        tolerance: that the metrics were computed with, mm.
-        seed: of the bootstrap.
+        tolerance: tolerance of the NSD that was computed, in mm.
+        seed: seed of the bootstrap.
     """
     found = evaluation.found
     labels = {str(e.pair.label.value): e.pair.label.name for e in found}
@@ -194,7 +176,7 @@ def summarise(evaluation: Evaluation, tolerance: float, seed: int = 0) -> dict[s
             {
                 "case": pair.case,
                 "subject": pair.subject,
-                # hundreds of numbers tell a reader nothing; predictions.json has them
+                # without vectors, whose hundreds of numbers are in predictions.json
                 "metadata": {
                     k: v for k, v in pair.metadata.items() if evaluation.kinds.get(k) != "vector"
                 },
@@ -229,7 +211,7 @@ def summarise(evaluation: Evaluation, tolerance: float, seed: int = 0) -> dict[s
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json and cases.csv."""
+    """Writes summary.json and cases.csv."""
     rows = []
     for case in summary["metric_per_case"]:
         for value, metrics in case["metrics"].items():
@@ -238,7 +220,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
             rows.append(head | metrics | {f"meta_{k}": v for k, v in case["metadata"].items()})
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    # quotes around all text: a carriage return in it must not end the row
+    # all text is quoted, so that a carriage return in it does not end the row
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([_cell(row.get(c)) for c in columns] for row in rows)
@@ -247,7 +229,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """A cell that a spreadsheet takes for text or a number, never for a formula."""
+    """A cell that no spreadsheet takes for a formula."""
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
     text = ";".join(map(as_category, value)) if isinstance(value, list) else str(value)
@@ -290,7 +272,7 @@ class _Bootstrap(Record):
 
 
 class _Summary(Record):
-    """What is read of summary.json."""
+    """The entries of summary.json that are read."""
 
     metric_per_case: list[_Case]
     labels: dict[str, _Label]
@@ -329,10 +311,10 @@ class _Summary(Record):
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of an evaluated folder.
+    """The summary.json of an evaluated folder.
 
     Raises:
-        UserError: it is not there, damaged, or of another program.
+        UserError: the file is missing, damaged, or of another program.
     """
     path = folder / "summary.json" if folder.is_dir() else folder
     if not path.is_file():
@@ -341,7 +323,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def metric_of(summary: Mapping[str, Any], metric: str = "Dice") -> dict[tuple[str, str], Any]:
-    """(case, label's name) -> (value, subject)."""
+    """The values of one metric: (case, name of the label) -> (value, subject)."""
     names = {v: d["name"] for v, d in summary["labels"].items()}
     return {
         (c["case"], names[v]): (m[metric], c["subject"])
@@ -351,10 +333,10 @@ def metric_of(summary: Mapping[str, Any], metric: str = "Dice") -> dict[tuple[st
 
 
 def load_mask(path: Path, values: Sequence[int] | None) -> tuple[NiftiVolume, Mask]:
-    """A label file, and where it has one of ``values`` (None or empty: anything above 0).
+    """A label file, and its mask [X, Y, Z] of ``values`` (None or empty: all values above 0).
 
     Raises:
-        UserError: a file that cannot be read, or whose values are no labels.
+        UserError: the file cannot be read, or its values are not labels.
     """
     volume = read_volume(path)
     return volume, mask_of(path, whole_labels(path, volume.array)[0], values)
@@ -365,7 +347,7 @@ def _files(paths: Sequence[Path]) -> str:
 
 
 def _case(group: Sequence[Pair], tolerance: float, seen: Seen, foreign: bool) -> list[Evaluated]:
-    """One case: each file is read once."""
+    """The metrics of all labels of a case; each file is read once."""
     read: dict[Path, tuple[NiftiVolume, NDArray[np.integer]]] = {}
     for path in dict.fromkeys(p for pair in group for p in (pair.truth, pair.prediction)):
         volume = read_volume(path)
@@ -378,7 +360,7 @@ def _case(group: Sequence[Pair], tolerance: float, seen: Seen, foreign: bool) ->
     for pair in group:
         (prediction, predicted), (reference, true) = read[pair.prediction], read[pair.truth]
         if (difference := same_grid(prediction, reference)) is not None:
-            # evaluate has no option for it
+            # fastfilm evaluate has no such setting
             difference = difference.removesuffix(" (data.grid_tolerance)")
             raise UserError(f"{pair.truth}: not on the grid of {pair.prediction}: {difference}")
         mask = mask_of(pair.prediction, predicted, pair.written)
@@ -388,7 +370,7 @@ def _case(group: Sequence[Pair], tolerance: float, seen: Seen, foreign: bool) ->
     first = group[0]
     if is_sheared(read[first.truth][0].affine[:3, :3]):
         seen.sheared.append(first.truth)
-    # values of no label of the case, in files that hold several
+    # values that belong to no label, in files with several labels
     known = [0, *(v for pair in group for v in pair.label.values)]
     for path in {pair.truth for pair in group if pair.label.values}:
         _strange(seen.strange["truth"], path, read[path][1], known)

@@ -1,16 +1,16 @@
-"""How well one mask agrees with the truth.
+"""Metrics of the agreement between a predicted mask and the truth.
 
-Where a label is empty in the truth, in the prediction, or in both:
+For a label that is empty in the truth, in the prediction, or in both:
 
 | | both empty | one of them empty |
 |---|---|---|
 | Dice, IoU | not defined | 0 |
-| HD95 | not defined | diagonal of the image in mm: the worst there is |
+| HD95 | not defined | diagonal of the image in mm, the largest possible value |
 | NSD | not defined | 0 (on a sheared grid it is never defined) |
 | volume error | 0 mL; relative: not defined | as computed; relative to an empty truth: not defined |
 | lesion F1 | not defined | 0 |
 
-What is not defined is null in files and does not enter means, which say over how many cases they were taken.
+A value that is not defined is null in files and does not enter means, which state their number of cases.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..images.nifti import ORTHOGONAL, shear
 from ..images.preprocessing import bounding_box
 from ..prediction.postprocessing import Mask, components
 
-# MONAI about calls of its own
+# MONAI warns about its own calls
 warnings.filterwarnings(
     "ignore", message="monai.metrics.utils get_mask_edges", category=FutureWarning
 )
@@ -46,23 +46,25 @@ METRICS = {
     "lesion_precision": "",
     "lesion_F1": "",
 }
-"""Name -> unit of what is averaged."""
+"""Name -> unit of the metrics that are averaged."""
 
 
 def case_metrics(prediction: Mask, truth: Mask, grid: ArrayLike, tolerance: float = 1.0) -> Values:
     """All metrics of one label of one case.
 
     Args:
-        prediction, truth: bool, [X, Y, Z].
-        grid: mm along the three axes, [3]; or an affine's matrix, voxels -> mm, [3, 3]. Where its axes are not at
-            right angles, NSD is None and HD95 is measured between the voxels' positions.
-        tolerance: of the normalised surface distance (NSD), in mm.
+        prediction, truth: masks [X, Y, Z], bool.
+        grid: voxel sizes in mm, [3]; or an affine's matrix, voxels -> mm, [3, 3]. If its axes are not at right
+            angles, NSD is None and HD95 is measured between the positions of voxels.
+        tolerance: tolerance of the normalised surface distance (NSD), in mm.
 
     Returns:
         ``METRICS``, and counts: TP, FP, FN, TN, n_pred, n_ref (voxels), lesions_ref, lesions_pred, lesions_found,
-        lesions_false. Volume errors are prediction minus truth. A lesion is a connected component (26 neighbours);
-        one in the truth is found if the prediction has a voxel of it, one in the prediction is false if the
-        truth has none.
+        lesions_false. Volume errors are prediction minus truth. A lesion is a connected component (26 neighbours):
+        a true one is found if the prediction has a voxel of it, a predicted one is false if the truth has none.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction has shape {prediction.shape}, truth {truth.shape}")
@@ -100,7 +102,7 @@ def _surface(prediction: Mask, truth: Mask, axes: NDArray[np.float64], tolerance
         ends = np.array(list(itertools.product((-1, 1), repeat=3))) * truth.shape
         diagonal = float(np.linalg.norm(ends @ axes.T, axis=1).max())
         return {"HD95": diagonal, "NSD": None if sheared else 0.0}
-    # nothing outside matters; the border of background keeps a mask's surface where it touches the image's
+    # cut to the masks; a border of background keeps their surface at the edge of the image
     box = tuple(slice(*b) for b in bounding_box(prediction | truth))
     masks = [np.pad(m[box], 2) for m in (prediction, truth)]
     if sheared:
@@ -115,7 +117,7 @@ def _surface(prediction: Mask, truth: Mask, axes: NDArray[np.float64], tolerance
 
 
 def _hd95(a: Mask, b: Mask, axes: NDArray[np.float64]) -> float:
-    """HD95 in mm between the surface voxels (those with a face neighbour outside) on any grid."""
+    """HD95 in mm on any grid, between the surface voxels (those with a face neighbour outside the mask)."""
     p, q = (np.argwhere(m & ~ndimage.binary_erosion(m)) @ axes.T for m in (a, b))
     there, back = cKDTree(q).query(p)[0], cKDTree(p).query(q)[0]
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
@@ -128,7 +130,7 @@ def _lesions(prediction: Mask, truth: Mask) -> Values:
     real = len(np.unique(pred[prediction & truth]))
     sensitivity = found / n_true if n_true else None
     precision = real / n_pred if n_pred else None
-    # found lesions and real detections are counted apart: one blob may cover two lesions
+    # found lesions and true detections are counted separately: one detection may cover two lesions
     f1 = None
     if n_true or n_pred:
         s, p = sensitivity or 0.0, precision or 0.0

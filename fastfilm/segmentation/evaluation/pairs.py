@@ -1,4 +1,4 @@
-"""Which prediction and which truth belong together: case by case, label by label."""
+"""Pairing of predictions with their truth, by case and label."""
 
 from __future__ import annotations
 
@@ -20,15 +20,10 @@ from ..prediction.many_cases import MANIFEST
 from ..support.errors import Problems, UserError
 from ..support.hints import did_you_mean, some
 from ..support.names import file_name
-from ..support.records import (
-    Plain,
-    Record,
-    inside,
-    read_record,
-)
+from ..support.records import Plain, Record, inside, read_record
 
 VALUES_AT_MOST = 1000
-"""Different values in the truth up to which each is taken as a label."""
+"""Number of different values in the truth up to which each is taken as a label."""
 
 
 @dataclass
@@ -36,12 +31,12 @@ class Pair:
     """Prediction and truth of one label of one case.
 
     Attributes:
-        case, subject: names.
-        label: name, values in the truth (none: a mask of its own), and the value that the summary is keyed by.
-        written: values in the prediction; none: a mask of its own.
+        case, subject: names of the case and its subject.
+        label: name of the label, its values in the truth (empty: a mask of its own), and its value in the summary.
+        written: its values in the prediction (empty: a mask of its own).
         prediction, truth: files.
-        metadata: of the case.
-        image: its first image, where it is known.
+        metadata: metadata of the case.
+        image: first image of the case, if known.
     """
 
     case: str
@@ -59,9 +54,10 @@ class Pairs:
     """All pairs of a folder.
 
     Attributes:
-        kinds: metadata key -> category, continuous, ordered or multilabel, where it is known.
-        foreign: the predictions are of another program: their values are not known beforehand.
-        notes: what is worth knowing, a line each.
+        pairs: the pairs, case by case.
+        kinds: metadata key -> kind, where it is known.
+        foreign: whether the predictions are of another program, with values that are not known beforehand.
+        notes: a line for each note.
     """
 
     pairs: list[Pair]
@@ -71,7 +67,7 @@ class Pairs:
 
 
 class Entry(Record):
-    """One case in predictions.json."""
+    """A case in predictions.json."""
 
     subject: str
     outputs: dict[str, str]
@@ -81,7 +77,7 @@ class Entry(Record):
 
 
 class Manifest(Record):
-    """What is read of predictions.json."""
+    """The entries of predictions.json that are read."""
 
     labels: list[LabelInfo] = Field(min_length=1)
     separate: bool
@@ -101,23 +97,24 @@ class Manifest(Record):
 def find_pairs(
     folder: Path, truth: Path | None, labels: Mapping[str, Sequence[int]] | None = None
 ) -> Pairs:
-    """Which files belong together.
+    """The pairs of predictions and truth.
+
+    A file in ``truth`` belongs to the case with its name, or with the longest name that its own begins with before
+    a ``_``. For a mask of one label, the rest of the name ends in the label's name. Images and predictions of the
+    cases are never taken as truth.
 
     Args:
-        folder: predictions; predictions.json, if there, says what they are.
-        truth: folder with the truth, searched with all folders in it; None: the files that the predictions came
-            with (those of a plan's cases).
-        labels: name -> values in the files. For predictions with a predictions.json: of a label of theirs, its
-            values in the truth; another name stands for several of their values together. None: the model's, or
-            all values that the truth has.
-
-    A file in ``truth`` is of the case that it is called like, perhaps with ``_`` and more behind it; of two such
-    cases it is of the one with the longer name. With masks of their own, the name goes on or ends in the label's.
-    Images and predictions of the cases are never taken for truth.
+        folder: folder of the predictions, described by its predictions.json if there is one.
+        truth: folder of the truth, searched with all its subfolders; None: the files named in predictions.json
+            (those of a plan's cases).
+        labels: name -> values. With a predictions.json, the name of one of its labels has its values in the truth,
+            and another name combines several of their values. None: the model's labels, or all values in the
+                truth.
 
     Raises:
-        UserError: no such folder, no predictions, labels that do not fit, a damaged predictions.json.
-        Problems: cases without truth, with several files that could be it, or with a prediction as truth.
+        UserError: a folder is missing, there are no predictions, labels do not fit, or predictions.json is
+            damaged.
+        Problems: cases have no truth, several possible files, or a prediction as truth.
     """
     manifest = _manifest(folder)
     foreign = manifest is None
@@ -153,7 +150,7 @@ def find_pairs(
         for label, written in chosen:
             path = found[case].get(label.name)
             if path is None and label.values and (truth is not None or label.name not in names):
-                # a label of the predictions that their truth leaves out was not annotated
+                # a label of the predictions without truth of its own was not annotated
                 path = found[case].get("")
             if path is None:
                 without.setdefault(label.name, []).append(case)
@@ -202,7 +199,7 @@ def _manifest(folder: Path) -> Manifest | None:
 
 
 def _foreign(folder: Path) -> Manifest:
-    """Every file as a case; BIDS names say whose it is."""
+    """Predictions of another program: each file is a case, with the subject of its BIDS name."""
     cases = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith(SUFFIXES) and not path.name.startswith("."):
@@ -219,7 +216,7 @@ def _foreign(folder: Path) -> Manifest:
 def _given(
     labels: Mapping[str, Sequence[int]], manifest: Manifest | None
 ) -> list[tuple[LabelInfo, list[int]]]:
-    """Each label, and its values in the predictions."""
+    """The labels of the option ``--label``, each with its values in the predictions."""
     if manifest is None:
         return [(_label(k, v, v[0]), list(v)) for k, v in labels.items()]
     known = {label.name: label for label in manifest.labels}
@@ -243,7 +240,7 @@ def _given(
 
 
 def _label(name: str, values: Sequence[int], value: int) -> LabelInfo:
-    """Of a file of another program, whose values may be larger than those that fastfilm writes."""
+    """A label of another program's files, whose values may be larger than those of ``LabelInfo``."""
     return LabelInfo.model_construct(name=name, values=list(values), value=value)
 
 
@@ -255,11 +252,11 @@ def _truth(
     own: Sequence[str],
     common: bool,
 ) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Case -> label ("" for a file of all labels) -> file, and a line for each case that has none or too many.
+    """Case -> label ("" for a file of all labels) -> file, and a line for each case without a unique one.
 
     Args:
         own: labels with masks of their own in the truth.
-        common: other labels are values of one file.
+        common: whether other labels are values of one file.
     """
     found: dict[str, dict[str, Path]] = {case: {} for case in known.cases}
     wrong = []
@@ -267,7 +264,7 @@ def _truth(
         for case, entry in known.cases.items():
             found[case] = {k: Path(p) for k, p in entry.truth.items()}
             if not known.separate and len(set(entry.truth.values())) == 1:
-                # of a label that the user makes of several
+                # for labels that combine several
                 found[case][""] = Path(next(iter(entry.truth.values())))
             if not found[case]:
                 wrong.append(f"{case}: no truth; give --truth")
@@ -279,7 +276,7 @@ def _truth(
         mine = {label: files for (c, label), files in matches.items() if c == case}
         whole = mine.pop("", None) if own and not common else None
         if whole is not None and len(own) == 1:
-            # a file that names no label can be of the only one
+            # a file without a label's name belongs to the only label
             mine.setdefault(own[0], whole)
         for files in mine.values():
             if len(files) > 1:
@@ -291,7 +288,7 @@ def _truth(
 
 
 def _files(truth: Path, folder: Path, taken: set[Path]) -> Iterator[Path]:
-    """NIfTI files in ``truth``, without those in ``taken`` and those of a folder of predictions inside it."""
+    """The NIfTI files in ``truth``, without those in ``taken`` and those in ``folder``."""
     if truth.is_symlink() and not truth.exists():
         raise UserError(f"{truth}: {dangling(truth)}")
     if not truth.is_dir():
@@ -316,7 +313,7 @@ def _files(truth: Path, folder: Path, taken: set[Path]) -> Iterator[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Of the file, under whatever name; None where there is none."""
+    """Device and inode of a file, which are the same under all its names; None if there is no file."""
     try:
         about = path.stat()
     except (OSError, ValueError):
@@ -327,7 +324,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _matches(
     files: Iterator[Path], cases: Sequence[str], labels: Sequence[str]
 ) -> dict[tuple[str, str], list[Path]]:
-    """(case, label or "") -> the files that could be its truth; those with just that name go first."""
+    """(case, label or "") -> files that could be its truth; files of exactly that name take precedence."""
     owner = {name: case for case in cases for name in (case, file_name(case))}
     ends = {name: label for label in labels for name in (label, file_name(label))}
     both = {f"{c}_{end}": (owner[c], label) for c in owner for end, label in ends.items()}
@@ -351,10 +348,10 @@ def _matches(
 
 
 def _values_in(files: Sequence[Path]) -> list[int]:
-    """The values above 0 in any of the files; a file that cannot be read is left to its case's evaluation.
+    """All values above 0 in the files; a file that cannot be read is reported by its case's evaluation.
 
     Raises:
-        UserError: none in any file, or too many.
+        UserError: there are no values, or too many.
     """
     values: set[int] = set()
     wrong = ""

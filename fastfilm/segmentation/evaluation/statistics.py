@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, the comparison of two runs on the same cases, and corrected p-values."""
+"""Means with bootstrap intervals, comparison of two runs on the same cases, and corrected p-values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and how sure it is.
+    """A mean with its uncertainty.
 
     Attributes:
-        mean, std: over the values; None without values.
+        mean, std: mean and standard deviation of the values; None without values.
         low, high: 95 % interval of the mean over subjects; None for fewer than two subjects.
-        n, subjects: number of values, and of the subjects that they come from.
+        n, subjects: number of values, and of their subjects.
     """
 
     mean: float | None
@@ -38,7 +38,7 @@ class Mean:
 def bootstrap_means(
     values: NDArray[np.float64], subjects: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
 ) -> NDArray[np.float64]:
-    """Means [resamples] over subjects drawn with replacement, each with all its cases."""
+    """Means [resamples] of ``values`` [n] over subjects drawn with replacement, each with all its cases."""
     names = {s: i for i, s in enumerate(dict.fromkeys(subjects))}
     index = np.array([names[s] for s in subjects])
     sums = np.bincount(index, values, len(names))
@@ -48,7 +48,7 @@ def bootstrap_means(
 
 
 def mean_of(values: Sequence[float | None], subjects: Sequence[str], seed: int = 0) -> Mean:
-    """The mean over what is defined, with its percentile bootstrap interval over subjects."""
+    """The mean of the defined values, with its percentile bootstrap interval over subjects."""
     pairs = [(v, s) for v, s in zip(values, subjects, strict=True) if v is not None]
     if not pairs:
         return Mean(None, None, None, None, 0, 0)
@@ -60,7 +60,7 @@ def mean_of(values: Sequence[float | None], subjects: Sequence[str], seed: int =
 def _interval(
     values: NDArray[np.float64], subjects: Sequence[str], seed: int
 ) -> tuple[float | None, float | None]:
-    """95 % interval of the mean; (None, None) for one subject, whose resamples are all the same."""
+    """The 95 % interval of the mean; (None, None) for one subject, as its resamples are all equal."""
     if len(set(subjects)) < 2:
         return None, None
     low, high = np.percentile(bootstrap_means(values, subjects, seed), (2.5, 97.5))
@@ -69,15 +69,15 @@ def _interval(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Run A against run B on the cases that both have.
+    """The comparison of run A with run B on their common cases.
 
     Attributes:
-        n, subjects: number of pairs, and of the subjects that they come from.
-        mean_a, mean_b: means.
+        n, subjects: number of pairs, and of their subjects.
+        mean_a, mean_b: means of A and B.
         difference: mean of A - B.
         low, high: its 95 % paired bootstrap interval over subjects; None for fewer than two subjects.
-        p_greater, p_less, p_two_sided: Wilcoxon's signed-rank test over pairs of A > B, A < B, A != B; None for
-            fewer than two pairs.
+        p_greater, p_less, p_two_sided: p-values of Wilcoxon's signed-rank test over pairs for A > B, A < B, A !=
+            B; None for fewer than two pairs.
         effect: matched-pairs rank-biserial correlation: 1 if every case is higher in A, -1 if in B.
     """
 
@@ -101,11 +101,11 @@ class Comparison:
 def compare(
     a: Sequence[float | None], b: Sequence[float | None], subjects: Sequence[str], seed: int = 0
 ) -> Comparison | None:
-    """Paired comparison; pairs in which a value is not defined are left out. None without pairs.
+    """The paired comparison of two runs; None without pairs. Pairs with an undefined value are left out.
 
-    The rank-biserial correlation is that of Kerby (2014), "The simple difference formula": the share of the rank
-    sum of |a - b| that speaks for A minus the share that speaks for B; pairs without a difference are left out, as
-    they are by Wilcoxon's test.
+    The rank-biserial correlation is that of Kerby (2014), "The simple difference formula": of the rank sum of
+    |a - b|, the share of the pairs that are higher in A minus the share of those higher in B. Pairs without a
+    difference are left out, as in Wilcoxon's test.
     """
     rows = [
         (x, y, s) for x, y, s in zip(a, b, subjects, strict=True) if x is not None and y is not None
@@ -140,7 +140,7 @@ def compare(
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
-    """p-values corrected for their number, in the same order; None stays None and does not count.
+    """p-values corrected for their number, in the same order; None stays None and is not counted.
 
     Holm (1979), "A simple sequentially rejective multiple test procedure", Scand. J. Stat. 6.
     """

@@ -1,4 +1,4 @@
-"""The true × fed table: how well each group is segmented under every value of a metadata key."""
+"""The true × fed table: the Dice of each group of cases with every value of a metadata key."""
 
 from __future__ import annotations
 
@@ -11,20 +11,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..metadata.groups import (
-    MISSING,
-    UNKNOWN,
-    grouping,
-)
+from ..metadata.groups import MISSING, UNKNOWN, grouping
 from ..prediction.swap import SWAP
 from ..support.errors import UserError
-from ..support.records import (
-    Measured,
-    Plain,
-    Record,
-    inside,
-    read_record,
-)
+from ..support.records import Measured, Plain, Record, inside, read_record
 from .folder import Evaluated, load_mask
 from .statistics import compare, mean_of
 
@@ -37,7 +27,7 @@ class _Fed(Record):
 
 
 class Swap(Record):
-    """What swap.json holds: the key, each case's own value of it, and the folder of each value that was fed."""
+    """The entries of swap.json: the key, each case's own value of it, and the folder of each fed value."""
 
     key: str
     true: dict[str, Plain]
@@ -60,7 +50,7 @@ class _Cell(Record):
 
 
 class Table(Record):
-    """What swap_table.json holds."""
+    """The entries of swap_table.json that are read."""
 
     key: str
     rows: dict[str, dict[str, _Cell]] = Field(min_length=1)
@@ -75,18 +65,15 @@ class Table(Record):
 
 
 def read_swap(folder: Path) -> Swap:
-    """swap.json of a folder of fastfilm predict --swap.
+    """The swap.json of a folder of ``fastfilm predict --swap``.
 
     Raises:
-        UserError: it is damaged, or names folders that are not directly in ``folder``.
+        UserError: the file is damaged, or names folders that are not directly in ``folder``.
     """
     path = folder / SWAP
     swap = read_record(path, Swap, "made by fastfilm predict --swap")
     for fed in swap.fed:
-        if (
-            len(inside(folder, fed.folder, f"{path}: fed {fed.value!r}").relative_to(folder).parts)
-            != 1
-        ):
+        if inside(folder, fed.folder, f"{path}: fed {fed.value!r}").parent != folder:
             raise UserError(
                 f"{path}: fed {fed.value!r}: {fed.folder!r} is not a folder in {folder}"
             )
@@ -94,10 +81,10 @@ def read_swap(folder: Path) -> Swap:
 
 
 def own_folder(to: Path, name: str) -> Path:
-    """The folder that results of one fed value are written to.
+    """The folder for the results of one fed value.
 
     Raises:
-        UserError: there is a link of that name that leads out of ``to``.
+        UserError: a link of that name leads out of ``to``.
     """
     folder = to / name
     if not folder.resolve().is_relative_to(to.resolve()):
@@ -108,10 +95,10 @@ def own_folder(to: Path, name: str) -> Path:
 
 
 def read_table(folder: Path) -> dict[str, Any]:
-    """swap_table.json of an evaluated folder of predict --swap.
+    """The swap_table.json of an evaluated folder of ``fastfilm predict --swap``.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the file is missing or damaged.
     """
     path = folder / TABLE
     if not path.is_file():
@@ -130,22 +117,22 @@ def swap_table(
     """Dice by true and by fed value.
 
     Args:
-        runs: fed value -> the metrics of its predictions, on the same cases.
-        true: case -> its own value; a continuous one is put into a range (``groups.grouping``).
-        seed: of the bootstrap.
-        kind: of the key.
+        runs: fed value -> metrics of its predictions, on the same cases.
+        true: case -> its own value; continuous values are grouped into ranges (``groups.grouping``).
+        seed: seed of the bootstrap.
+        kind: kind of the key, if known.
 
     Returns:
         ``rows``: true value -> fed value -> mean with interval (over cases and labels); ``differences``: true
-        value -> fed value -> paired comparison of the run fed the true value with it (positive: the truth is
-        better).
+        value -> fed value -> paired comparison of the run fed the true value with this run (positive: the true
+        value is better).
     """
     cases = dict.fromkeys(e.pair.case for run in runs.values() for e in run)
     values = {c: true.get(c) for c in cases}
-    # predict calls a missing value so where there is one named "unknown"
+    # the name of a missing value for fastfilm predict, if the key has a value "unknown"
     taken = [UNKNOWN] if MISSING in runs else []
     groups = grouping(values, kind, most=math.inf, taken=taken)
-    # too few numbers for ranges
+    # one group of all cases if there are too few numbers for ranges
     members = {"all": list(cases)} if groups is None else groups.members
     rows: dict[str, dict[str, Any]] = {}
     differences: dict[str, dict[str, Any]] = {}
@@ -179,12 +166,12 @@ def _columns(pairs: Any) -> tuple[list[float | None], list[str]]:
 
 
 def sensitivity(runs: Mapping[str, Sequence[Evaluated]]) -> dict[str, float]:
-    """Case/label -> 1 - mean Dice between its predictions under two different values.
+    """Case/label -> 1 minus the mean Dice between its predictions with two different values.
 
-    0: the metadata change nothing; 1: predictions under different values do not overlap. Two empty masks agree.
+    0: the metadata change nothing; 1: predictions with different values do not overlap. Two empty masks agree.
 
     Args:
-        runs: fed value -> its predictions; only what is in all of them counts.
+        runs: fed value -> its predictions; only cases and labels in all runs are used.
     """
     files = [
         {(e.pair.case, e.pair.label.name): (e.pair.prediction, e.pair.written) for e in run}

@@ -1,4 +1,4 @@
-"""Label files as whole numbers: what is written nearly whole is rounded, soft masks are cut at one half."""
+"""Label files as whole numbers: nearly whole values are rounded, soft masks are cut at one half."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from ..support.errors import UserError
 from .preprocessing import Volume
 
 NEARLY = 1e-3
-"""How far a label's value may be from a whole number (255 with a slope of 1/255 is not quite 1)."""
+"""Distance from a whole number up to which a label value is rounded (255 with a slope of 1/255 is not quite 1)."""
 
 SHOWN = 5
-"""Values that a message lists."""
+"""Values that a message lists at most."""
 
 
 def whole_labels(path: Path, array: Volume) -> tuple[NDArray[np.integer], bool]:
     """The label values of a file as whole numbers, and whether it was a soft mask.
 
-    A file with values between whole numbers that all lie in 0..1 is a soft mask (a probability, a fraction of the
-    voxel): its voxels of 1/2 and more are 1, the others 0.
+    A file with fractional values is a soft mask (a probability, a fraction of the voxel) if all values lie in
+    0..1: voxels of 1/2 and more become 1, the others 0.
+
+    Args:
+        path: file of the array, for messages.
+        array: [X, Y, Z], any type.
 
     Raises:
-        UserError: NaN or infinity; values that are neither whole nor in 0..1; the file and the values are named.
+        UserError: values are NaN or infinite, or fractional outside 0..1; the message names file and values.
     """
     if array.dtype.kind == "b":
         return array.astype(np.uint8), False
@@ -55,10 +59,10 @@ def whole_labels(path: Path, array: Volume) -> tuple[NDArray[np.integer], bool]:
 def mask_of(
     path: Path, labels: NDArray[np.integer], values: Sequence[int] | None
 ) -> NDArray[np.bool_]:
-    """Where the label is: its ``values``, or, in a mask of its own, all that is above 0.
+    """The mask of a label, in the shape of ``labels``: its ``values``, or without these all values above 0.
 
     Raises:
-        UserError: a mask of its own with values below 0.
+        UserError: there are no ``values``, and the file has some below 0.
     """
     if values:
         return np.asarray(np.isin(labels, list(values)))
@@ -68,6 +72,6 @@ def mask_of(
 
 
 def listed(values: Sequence[float]) -> str:
-    """The first few values, with as many digits as tell them apart from whole numbers."""
+    """The first ``SHOWN`` values as text, and an ellipsis if there are more."""
     text = ", ".join(f"{v:.10g}" for v in list(values)[:SHOWN])
     return text + (" …" if len(values) > SHOWN else "")

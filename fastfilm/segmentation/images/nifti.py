@@ -1,4 +1,4 @@
-"""NIfTI files as the system reads them: an array, an affine in mm, and what is remarkable about them."""
+"""Reading of NIfTI files: the array, the affine in mm, and remarks on unusual headers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..support.hints import is_dicom
 from .preprocessing import Volume
 
 MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
-"""NIfTI's unit codes (metre, millimetre, micron) -> mm; any other code says nothing, and is taken as mm."""
+"""NIfTI's unit codes (metre, millimetre, micron) -> mm; any other code is taken as mm."""
 
 WORKING = 24
-"""Bytes a voxel that reading and measuring take beside the array itself."""
+"""Bytes per voxel that reading and measuring need beside the array itself."""
 
 ABSURD = 1e12
-"""Intensities are below this: no scanner's scale is so large, but a flipped bit of a float32 easily is."""
+"""Limit of plausible intensities: no scanner's scale reaches it, but a flipped bit of a float32 easily does."""
 
 ORTHOGONAL = 1e-3
 """Cosine of the angle between two axes of a grid up to which they count as orthogonal (0.06 degrees)."""
@@ -36,17 +36,17 @@ REMARKS = {
     "sheared": "the axes are not at right angles; resampling and patches follow them as they are",
     "longer": "the file holds more than its header says; what follows is not read",
 }
-"""What is worth knowing about a file, and how it is treated."""
+"""Kinds of remarks on a file, with the treatment of such files."""
 
 
 @dataclass(frozen=True)
 class NiftiVolume:
-    """An image file, read.
+    """The content of an image file.
 
     Attributes:
         array: [X, Y, Z] in the file's order.
-        affine: [4, 4], voxel -> mm, whatever the file's unit of length.
-        remarks: kind (of ``REMARKS``) -> further detail, of this file.
+        affine: [4, 4], voxel -> mm, converted from the file's unit of length.
+        remarks: kind of ``REMARKS`` -> detail on this file.
     """
 
     array: Volume
@@ -55,24 +55,24 @@ class NiftiVolume:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """mm between neighbours along the file's three axes."""
-        x, y, z = (float(s) for s in np.sqrt((self.affine[:3, :3] ** 2).sum(0)))
+        """Distance between neighbouring voxels in mm, along the file's three axes."""
+        x, y, z = map(float, nib.affines.voxel_sizes(self.affine))
         return x, y, z
 
 
 class Remarks:
-    """Collects what is remarkable about files, so that each kind is said once, with its files."""
+    """Collects remarks on many files, for one line per kind of remark."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, str]] = {}
 
     def add(self, path: Path, volume: NiftiVolume) -> None:
-        """Takes note of one file."""
+        """Adds the remarks on one file."""
         for kind, detail in volume.remarks.items():
             self.files.setdefault(kind, {})[str(path)] = detail
 
     def lines(self) -> Iterator[str]:
-        """One line a kind."""
+        """A line for each kind, with the number of files and an example."""
         for kind in REMARKS:
             files = self.files.get(kind, {})
             if files:
@@ -89,8 +89,8 @@ def read_volume(path: Path) -> NiftiVolume:
     A compressed file is read to its end, where its checksum is.
 
     Raises:
-        UserError: missing, empty, damaged or not NIfTI, not 3D, larger than the memory at hand, an affine that has
-            no inverse; the file is named.
+        UserError: the file is missing, empty, damaged, not NIfTI or not 3D, does not fit into the free memory, or
+            its affine has no inverse; the message names the file.
     """
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path}: {dangling(path)}")
@@ -109,7 +109,7 @@ def read_volume(path: Path) -> NiftiVolume:
         remarks = dict(_remarks(image))
     except UserError:
         raise
-    except Exception as error:  # nibabel, gzip and zlib each have their own
+    except Exception as error:  # nibabel, gzip and zlib have no common base class
         reason = " ".join(str(error).split()) or type(error).__name__
         if "CRC" in reason or "decompress" in reason:
             reason = f"the compressed data are damaged ({reason})"
@@ -128,7 +128,7 @@ def read_volume(path: Path) -> NiftiVolume:
 
 
 def voxel_problems(path: Path, array: Volume) -> str | None:
-    """None where every voxel of an image can be an intensity, else what is wrong."""
+    """The reason why an image's voxels cannot all be intensities, as a message; None if they can."""
     if array.dtype.kind not in "biuf":
         return f"{path}: voxels must be numbers, got {array.dtype}"
     if array.size == 0:
@@ -149,11 +149,15 @@ def voxel_problems(path: Path, array: Volume) -> str | None:
 
 
 GRID_TOLERANCE = 0.1
-"""Voxels by which positions on one grid may differ, where nothing else is configured."""
+"""Default distance, in voxels, up to which two positions count as the same."""
 
 
 def same_grid(a: NiftiVolume, b: NiftiVolume, tolerance: float = GRID_TOLERANCE) -> str | None:
-    """None if both have one grid, else what differs (positions by more than ``tolerance`` voxels)."""
+    """The difference between the grids of two volumes, as text; None if they are the same.
+
+    Args:
+        tolerance: distance in voxels up to which positions count as the same.
+    """
     if a.array.shape != b.array.shape:
         return f"shapes {a.array.shape} and {b.array.shape}"
     far = _apart(a.affine, b.affine, a.array.shape)
@@ -163,7 +167,7 @@ def same_grid(a: NiftiVolume, b: NiftiVolume, tolerance: float = GRID_TOLERANCE)
 
 
 def shear(affine: Volume) -> float:
-    """Largest cosine between two axes of a grid: 0 at right angles."""
+    """The largest absolute cosine between two axes of a grid; 0 at right angles."""
     axes = np.asarray(affine, np.float64)[:3, :3]
     axes = axes / np.maximum(np.sqrt((axes**2).sum(0)), 1e-300)
     cosines = axes.T @ axes
@@ -179,7 +183,7 @@ def _invertible(affine: Volume) -> bool:
 
 
 def _apart(a: Volume, b: Volume, shape: tuple[int, ...]) -> float:
-    """Largest distance between the positions that two affines give to a corner of the volume, per axis."""
+    """The largest distance along one axis between the positions of a corner of the volume by two affines."""
     corners = np.array([[x, y, z, 1.0] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
     corners[:, :3] *= np.array(shape) - 1
     return float(np.abs(corners @ (np.asarray(a) - np.asarray(b)).T).max())
@@ -193,9 +197,9 @@ def _unit(image: Any) -> int:
 
 
 def _fits(path: Path, image: Any) -> None:
-    """Refuses what the memory does not hold, before anything of it is read."""
+    """Raises UserError for an image that does not fit into memory, before its voxels are read."""
     if isinstance(image, nib.Nifti1Image):
-        # nibabel takes an infinite slope for none
+        # nibabel treats an infinite slope as absent
         with nib.openers.ImageOpener(str(path)) as file:
             raw = type(image.header).from_fileobj(file, check=False)
         for name in ("scl_slope", "scl_inter"):
@@ -214,7 +218,7 @@ def _fits(path: Path, image: Any) -> None:
 
 
 def _voxels(path: Path, image: Any) -> tuple[Volume, int]:
-    """The array, and how many bytes follow it in the file."""
+    """The array, and the number of bytes behind it in the file."""
     if not path.name.endswith(".gz"):
         proxy = image.dataobj
         size = int(np.prod(image.shape)) * proxy.dtype.itemsize
@@ -246,7 +250,7 @@ def _remarks(image: Any) -> Iterator[tuple[str, str]]:
             yield "qform", "the qform is not usable"
         else:
             far = _apart(header.get_sform(), q, image.shape[:3]) * scale
-            if far > 0.5 * scale * float(np.sqrt((image.affine[:3, :3] ** 2).sum(0)).min()):
+            if far > 0.5 * scale * float(nib.affines.voxel_sizes(image.affine).min()):
                 yield "qform", f"up to {far:.3g} mm apart"
     if shear(image.affine) > ORTHOGONAL:
         degrees = float(np.degrees(np.arcsin(min(1.0, shear(image.affine)))))

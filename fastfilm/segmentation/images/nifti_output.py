@@ -1,4 +1,4 @@
-"""What is predicted, as NIfTI files on the grid and with the header of the image that it belongs to."""
+"""Writing of predictions as NIfTI files with the grid and header of their image."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .preprocessing import Volume
 def write_like(path: Path, array: Volume, image: Path, description: str = "") -> None:
     """``array`` [X, Y, Z] as NIfTI with the affine, orientation, units and header of ``image``, atomically.
 
-    The header keeps what says where the voxels are (qform and sform with their codes, units); the type is that of
-    ``array``, and what only held for the image's intensities (scaling, display range, extensions) is dropped.
+    The positions of the voxels (qform and sform with their codes, units) are kept. The type is that of ``array``.
+    Entries on the image's intensities (scaling, display range, extensions) are dropped.
 
     Args:
-        path: ends in .nii or .nii.gz.
-        image: a file whose grid is ``array``'s, apart from trailing axes of size 1, which the result gets too.
-        description: kept in the header's ``descrip`` (79 characters at most).
+        path: file to write, .nii or .nii.gz.
+        image: file with the grid of ``array``; its trailing axes of size 1 are added to the result.
+        description: text for the header's ``descrip`` (79 bytes are kept).
 
     Raises:
-        UserError: the file cannot be written; nothing is left of it then.
+        UserError: the file cannot be written; nothing of it is left behind.
         ValueError: ``array`` is not on the image's grid.
     """
     source: Any = nib.load(image)
@@ -40,7 +40,7 @@ def write_like(path: Path, array: Volume, image: Path, description: str = "") ->
     header["descrip"] = description.encode()[:79]
     header.extensions.clear()
     if known:
-        # nibabel sets codes of its own where the affine is given anew
+        # nibabel sets codes of its own for an affine passed to the constructor
         result.set_sform(source.get_sform(), int(source.header["sform_code"]))
         result.set_qform(source.get_qform(), int(source.header["qform_code"]), strip_shears=False)
         for name in ("quatern_b", "quatern_c", "quatern_d", "pixdim"):
@@ -50,7 +50,11 @@ def write_like(path: Path, array: Volume, image: Path, description: str = "") ->
 
 
 def label_dtype(largest: int) -> np.dtype[Any]:
-    """The smallest type that holds label values up to ``largest``: uint8 or uint16."""
+    """The smallest type for label values up to ``largest``: uint8 or uint16.
+
+    Raises:
+        ValueError: ``largest`` is outside 0 to 65535.
+    """
     if not 0 <= largest <= 65535:
         raise ValueError(f"label values must be 0 to 65535, got {largest}")
     return np.dtype(np.uint8 if largest <= 255 else np.uint16)

@@ -1,7 +1,7 @@
-"""From voxels as they are in a file to the network's input, and from its output back to the file's grid.
+"""Preprocessing: from a file's voxels to the network's input, and from its output back to the file's grid.
 
-Every array that a network sees is [C, D, H, W] in one orientation: right, anterior, superior, with the axis across
-slices (D) first. A 2D network takes the D slices as a batch of [C, H, W].
+The network's arrays are [C, D, H, W] in one orientation: right, anterior, superior, with the axis across slices
+(D) first. A 2D network takes the D slices as a batch of [C, H, W].
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from scipy import ndimage
 
 from ..config.sections import Section
 from ..support import memory
 from ..support.errors import UserError
 
 AXES = ("sagittal", "coronal", "axial")
-"""The plane of a slice across the first (right), second (anterior), third (superior) axis."""
+"""Names of the planes across the first (right), second (anterior) and third (superior) axis."""
 
 Volume = NDArray[Any]
 Millimetres = Annotated[float, Field(gt=0)]
 
 
 class Normalisation(Section):
-    """How the intensities of one channel are normalised.
+    """The normalisation of one channel's intensities.
 
     Attributes:
         kind: zscore (mean 0, deviation 1), percentile (clipped to the 0.5 and 99.5 percentiles first), minmax (to
-            0..1), ct (clipped to low..high, then minus mean, over std, all four constants), none.
-        nonzero: statistics over voxels that are not 0, and those that are stay 0.
+            0..1), ct (clipped to low..high, then minus mean, divided by std; all four are constants), none.
+        nonzero: whether statistics are those of voxels other than 0, and voxels of 0 stay 0.
         low, high, mean, std: the constants of ct.
     """
 
@@ -51,7 +52,7 @@ class Normalisation(Section):
         return self
 
     def __call__(self, image: Volume) -> NDArray[np.float32]:
-        """The normalised channel [D, H, W], float32. A constant image becomes zeros."""
+        """The normalised channel [D, H, W], float32; a constant image becomes zeros."""
         x = image.astype(np.float32)
         if self.kind == "none" or x.size == 0:
             return x
@@ -69,7 +70,7 @@ class Normalisation(Section):
         else:
             shift = float(values.mean(dtype=np.float64))
             scale = float(values.std(dtype=np.float64))
-        # differences below the resolution of float32 are no contrast
+        # differences below the resolution of float32 count as none
         flat = scale <= 1e-6 * max(abs(shift), 1e-30)
         out = np.zeros_like(x) if flat else ((x - shift) / scale).astype(np.float32)
         return np.where(inside, out, np.float32(0))
@@ -77,15 +78,15 @@ class Normalisation(Section):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What leads from a case's file grid to the network's grid and back.
+    """The transformation from a case's file grid to the network's grid, and back.
 
     Attributes:
-        shape: of the file, (X, Y, Z).
-        axes: file axis that became D, H, W.
-        flips: which of D, H, W run against the file's axis.
-        crop: (start, stop) of what was kept along D, H, W.
+        shape: shape of the file, (X, Y, Z).
+        axes: the file's axes that became D, H and W.
+        flips: for D, H and W, whether the axis runs against the file's.
+        crop: (start, stop) of the kept region along D, H and W.
         grid: (D, H, W) after resampling.
-        spacing: mm along D, H, W after resampling.
+        spacing: voxel size in mm along D, H and W after resampling.
     """
 
     shape: tuple[int, ...]
@@ -101,15 +102,18 @@ class Geometry:
         return tuple(stop - start for start, stop in self.crop)
 
     def to_network(self, array: Volume) -> Volume:
-        """[X, Y, Z] -> the crop [D, H, W], not resampled."""
+        """The crop [D, H, W] of a file's array [X, Y, Z], not resampled."""
         turned = np.flip(array.transpose(self.axes), tuple(np.flatnonzero(self.flips)))
         return turned[tuple(slice(*c) for c in self.crop)]
 
     def from_network(self, array: Volume, outside: float = 0) -> Volume:
-        """[K, D, H, W] of the network's grid -> [K, X, Y, Z] of the file.
+        """An array [K, D, H, W] on the network's grid, resampled linearly to [K, X, Y, Z] on the file's.
 
-        Resampled linearly (nothing happens to values where no resampling was done); what was cropped off gets
-        the value ``outside``.
+        Args:
+            outside: value of the voxels that were cropped off.
+
+        Raises:
+            ValueError: ``array`` is not on the network's grid.
         """
         if array.shape[1:] != self.grid:
             raise ValueError(f"array must be [K, *{self.grid}], got {array.shape}")
@@ -118,26 +122,30 @@ class Geometry:
         full = np.full((len(array), *turned), outside, array.dtype)
         d, h, w = (slice(*c) for c in self.crop)
         full[:, d, h, w] = array
-        full = np.flip(full, tuple(1 + np.flatnonzero(self.flips)))
-        return np.ascontiguousarray(full.transpose(0, *(1 + i for i in np.argsort(self.axes))))
+        return np.ascontiguousarray(self.to_file(full))
+
+    def to_file(self, array: Volume) -> Volume:
+        """An array [K, D, H, W] of the file's full extent with the file's axes, [K, X, Y, Z]; a view."""
+        array = np.flip(array, tuple(1 + np.flatnonzero(self.flips)))
+        return array.transpose(0, *(1 + i for i in np.argsort(self.axes)))
 
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """A case for the network: ``image`` float32 [C, D, H, W], and the way back."""
+    """A case for the network: ``image`` [C, D, H, W], float32, and the transformation back to the file."""
 
     image: NDArray[np.float32]
     geometry: Geometry
 
 
 class Preprocessing(Section):
-    """How a case's images become the network's input; kept in the plan and in the model folder.
+    """The settings that turn a case's images into the network's input; stored in the plan and the model folder.
 
     Attributes:
-        slice_axis: 0, 1, 2: right, anterior or superior is the axis across slices.
-        spacing: target in mm along right, anterior, superior; None where it stays as it is.
-        channels: one normalisation a channel.
-        crop: cut borders off in which every channel is 0.
+        slice_axis: axis across slices: 0, 1 or 2 for right, anterior or superior.
+        spacing: voxel size in mm along right, anterior, superior; None: unchanged.
+        channels: a normalisation for each channel.
+        crop: whether borders in which every channel is 0 are cut off.
     """
 
     slice_axis: Literal[0, 1, 2] = 2
@@ -148,15 +156,15 @@ class Preprocessing(Section):
     def __call__(
         self, images: Sequence[Volume | None], affine: NDArray[np.floating]
     ) -> Preprocessed:
-        """The case's channels in the network's orientation, cropped, resampled, normalised.
+        """The case's channels in the network's orientation, cropped, resampled and normalised.
 
         Args:
-            images: one [X, Y, Z] a channel, all on one grid; None for a channel that is not there (zeros).
+            images: [X, Y, Z] for each channel, all on one grid; None for a missing channel, which becomes zeros.
             affine: [4, 4], voxel -> mm, of that grid.
 
         Raises:
-            UserError: wrong number of channels, none there, different shapes, not 3D, NaN or infinity, more voxels
-                after resampling than the memory holds.
+            UserError: the number of channels is wrong, all are missing, shapes differ or are not 3D, values are
+                NaN or infinite, or the resampled case does not fit into memory.
         """
         if len(images) != len(self.channels):
             raise UserError(
@@ -188,62 +196,58 @@ class Preprocessing(Section):
         return Preprocessed(out, geometry)
 
     def masks(self, masks: Volume, geometry: Geometry) -> NDArray[np.uint8]:
-        """Binary masks [K, X, Y, Z] on the network's grid [K, D, H, W]: 1 where the resampled one is >= 1/2."""
+        """Binary masks [K, X, Y, Z] on the network's grid [K, D, H, W], uint8: resampled, 1 from 1/2 on."""
         turned = np.stack([geometry.to_network(np.asarray(m) != 0) for m in masks])
         if turned.shape[1:] == geometry.grid:
             return turned.astype(np.uint8)
         return (resample(turned.astype(np.float32), geometry.grid) >= 0.5).astype(np.uint8)
 
     def geometry(self, images: Sequence[Volume], affine: NDArray[np.floating]) -> Geometry:
-        """The way from ``images``' grid to the network's."""
+        """The transformation from the grid of ``images`` to the network's.
+
+        Raises:
+            UserError: the affine has no orientation.
+        """
         affine = np.asarray(affine, np.float64)
         orientation = nib.orientations.io_orientation(affine)
         if not np.isfinite(orientation).all():
             raise UserError(f"the image's affine is not usable: {affine.tolist()}")
-        sizes = np.sqrt((affine[:3, :3] ** 2).sum(0))
+        sizes = nib.affines.voxel_sizes(affine)
         order = [self.slice_axis, *(a for a in range(3) if a != self.slice_axis)]
         axes = [int(np.flatnonzero(orientation[:, 0] == a)[0]) for a in order]
         flips = tuple(bool(orientation[a, 1] < 0) for a in axes)
         shape = images[0].shape
-        box = [(0, shape[a]) for a in axes]
-        geometry = Geometry(
-            shape,
-            tuple(axes),
-            flips,
-            tuple(box),
-            tuple(shape[a] for a in axes),
-            tuple(float(sizes[a]) for a in axes),
-        )
+        grid = tuple(shape[a] for a in axes)
+        box = [(0, n) for n in grid]
+        spacing = tuple(float(sizes[a]) for a in axes)
+        geometry = Geometry(shape, tuple(axes), flips, tuple(box), grid, spacing)
         if self.crop:
-            occupied = np.zeros(geometry.grid, bool)
+            occupied = np.zeros(grid, bool)
             for image in images:
                 occupied |= geometry.to_network(image) != 0
             box = bounding_box(occupied)
-        target = [self.spacing[a] for a in order]
-        spacing, grid = [], []
-        for (start, stop), now, wanted in zip(box, geometry.spacing, target, strict=True):
-            n = stop - start
+        resampled = []
+        for (start, stop), now, a in zip(box, spacing, order, strict=True):
+            n, wanted = stop - start, self.spacing[a]
             if wanted is not None and abs(wanted - now) > 1e-3 * wanted:
                 new = max(1, round(n * now / wanted))
                 # the extent is kept exactly: the spacing follows from the number of voxels
                 now, n = now * n / new, new
-            spacing.append(now)
-            grid.append(n)
-        return replace(geometry, crop=tuple(box), grid=tuple(grid), spacing=tuple(spacing))
+            resampled.append((n, now))
+        grid, spacing = zip(*resampled, strict=True)
+        return replace(geometry, crop=tuple(box), grid=grid, spacing=spacing)
 
 
 def bounding_box(occupied: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(start, stop) per axis around what is True; everything where nothing is."""
-    box = []
-    for axis in range(occupied.ndim):
-        others = tuple(a for a in range(occupied.ndim) if a != axis)
-        hit = np.flatnonzero(occupied.any(others))
-        box.append((int(hit[0]), int(hit[-1]) + 1) if hit.size else (0, occupied.shape[axis]))
-    return box
+    """(start, stop) along each axis around the voxels that are True; the whole array if none is."""
+    if not occupied.any():
+        return [(0, n) for n in occupied.shape]
+    (found,) = ndimage.find_objects(occupied.astype(np.uint8))
+    return [(s.start, s.stop) for s in found]
 
 
 def resample(array: Volume, grid: Sequence[int]) -> Volume:
-    """[K, D, H, W] linearly on ``grid`` (voxel centres of the same extent); unchanged if it is that grid."""
+    """An array [K, D, H, W] resampled linearly to ``grid`` over the same extent; unchanged if it has that grid."""
     if array.shape[1:] == tuple(grid):
         return array
     t = torch.from_numpy(np.ascontiguousarray(array, np.float32))[None]

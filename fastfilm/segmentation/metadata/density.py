@@ -1,4 +1,4 @@
-"""Bins of a continuous value between the minima of a kernel density."""
+"""Bins for a continuous value, separated at the minima of its kernel density."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 BANDWIDTHS = 50
+"""Bandwidths that are tried."""
 POINTS = 1000
+"""Points at which the density is evaluated."""
 FOLDS = 5
+"""Folds of the cross-validation that chooses the bandwidth."""
 SMALLEST = 0.02
-"""Share of the values that a bin has at least; in the tails a density has minima around single values."""
+"""Smallest share of the values in a bin; in the tails a density has minima around single values."""
 AT_MOST = 1000
-"""Values looked at; more are thinned out evenly along their order."""
+"""Number of values used at most; of more, evenly spaced ones in ascending order are taken."""
 
 
 def density_edges(values: NDArray[np.floating]) -> list[float]:
     """Inner edges of the bins: where a Gaussian kernel density of ``values`` [n] has its minima.
 
-    As the FiLM paper's code bins acquisition parameters (Lemay et al., MIDL 2021): the bandwidth is the one of
-    50 (spaced evenly in the logarithm) with the best likelihood in 5-fold cross-validation, the minima are those
-    of the log density at 1000 points. Bandwidths here are relative to the values' standard deviation, so that
-    no unit is preferred, and a bin with less than 2 % of the values joins a neighbour.
+    The method follows the code of the FiLM paper for acquisition parameters (Lemay et al., MIDL 2021): of 50
+    bandwidths, spaced evenly in the logarithm, the one with the best likelihood in 5-fold cross-validation is
+    used, and the minima are those of the log density at 1000 points. Unlike there, bandwidths are relative to the
+    values' standard deviation, so that the unit does not matter, and a bin with less than 2 % of the values is
+    merged with a neighbour.
 
     Returns:
-        ascending edges, in the unit of ``values``; none where the density has one peak or all values are equal.
+        edges in ascending order and in the unit of ``values``; an empty list if the density has one peak, all
+        values are equal, or there are fewer than 5.
     """
     x = np.sort(np.asarray(values, np.float64))
     if len(x) > AT_MOST:
@@ -34,7 +39,7 @@ def density_edges(values: NDArray[np.floating]) -> list[float]:
         return []
     z = (x - mean) / std
     widths = np.logspace(-3, 0.5, BANDWIDTHS)
-    # by chance, not in turn: neighbours in every fold would favour bandwidths that are too small
+    # random folds: taken in turn, each value would have close neighbours, which favours too small bandwidths
     fold = np.random.default_rng(0).permutation(len(z)) % FOLDS
     score = [
         sum(log_density(z[fold == k], z[fold != k], w).sum() for k in range(FOLDS)) for w in widths
@@ -48,7 +53,7 @@ def density_edges(values: NDArray[np.floating]) -> list[float]:
         small = int(np.argmin(counts))
         if counts[small] >= SMALLEST * len(z):
             break
-        # joined with the neighbour that it is less clearly parted from
+        # merged across the edge at which the density is higher
         sides = [i for i in (small - 1, small) if 0 <= i < len(edges)]
         drop = max(sides, key=lambda i: depth[i])
         edges, depth = np.delete(edges, drop), np.delete(depth, drop)

@@ -11,24 +11,24 @@ from ..support.errors import UserError
 from ..support.hints import did_you_mean
 
 IN_SECONDS = ("EchoTime", "RepetitionTime", "InversionTime")
-"""Tags that DICOM has in milliseconds, BIDS and the sidecars of dcm2niix in seconds."""
+"""Tags in milliseconds in DICOM, but in seconds in BIDS and in the sidecars of dcm2niix."""
 
 NUMBERS = ("DS", "FD", "FL", "IS", "SL", "SS", "SV", "UL", "US", "UV")
 TEXTS = ("AE", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT")
-"""Value representations (DICOM PS3.5, 6.2) that are numbers, and that are text."""
+"""Value representations (DICOM PS3.5, 6.2) of numbers and of text."""
 
 YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
-"""Units of an age string, as in 018M."""
+"""Years in each unit of an age string such as 018M."""
 
 NUMBER = re.compile(r"([0-9A-Fa-f]{4}),([0-9A-Fa-f]{4})")
-"""A tag by its group and element, as in 0018,0081."""
+"""A tag given by group and element, such as 0018,0081."""
 
 
 def pydicom() -> Any:
-    """The package.
+    """The package pydicom.
 
     Raises:
-        UserError: it is not installed.
+        UserError: pydicom is not installed.
     """
     try:
         import pydicom
@@ -40,10 +40,10 @@ def pydicom() -> Any:
 
 
 def tag_of(text: str) -> int:
-    """The number of a tag: ``EchoTime`` or ``0018,0081``.
+    """The number of a tag given as ``EchoTime`` or ``0018,0081``.
 
     Raises:
-        UserError: no such keyword; pydicom is not installed.
+        UserError: DICOM has no such keyword, or pydicom is not installed.
     """
     if (match := NUMBER.fullmatch(text)) is not None:
         return int(match[1] + match[2], 16)
@@ -55,11 +55,16 @@ def tag_of(text: str) -> int:
 
 
 def of_image(image: Path, stem: str, root: Path) -> Path | None:
-    """Where the DICOM files of an image in a BIDS data set are; None where there are none.
+    """The folder or file with the DICOM headers of an image in a BIDS data set; None if there is none.
 
-    That is ``sourcedata/``, the image's folders, and a folder (or one file, .dcm) that is called like the image:
-    ``sub-01/anat/sub-01_T2w.nii.gz`` has ``sourcedata/sub-01/anat/sub-01_T2w/``. The folder of a subject or
-    session would hold other series, too.
+    It lies in ``sourcedata/`` at the image's place and has the image's name: the headers of
+    ``sub-01/anat/sub-01_T2w.nii.gz`` are in the folder ``sourcedata/sub-01/anat/sub-01_T2w/`` or in the file of
+    that name with the suffix ``.dcm``. Folders of a whole subject or session are not read: they hold other series,
+    too.
+
+    Args:
+        stem: name of the image without ``.nii.gz``.
+        root: folder of the data set.
     """
     if not image.is_relative_to(root):
         return None
@@ -68,21 +73,23 @@ def of_image(image: Path, stem: str, root: Path) -> Path | None:
 
 
 def read_tags(path: Path, tags: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Values in the header of a DICOM file, or of the first and last of a folder's.
+    """Values in the header of a DICOM file, or in those of the first and last file of a folder.
 
-    A tag that differs between these two says nothing of the image as a whole, or the folder holds several series,
-    and the first file's value would be that of one of them: it is a problem, not a value.
+    A tag with different values in these two is reported as a problem: it varies within the series, or the folder
+    holds several series.
 
     Args:
-        path: a file, or a folder, read with all folders in it; files that are no DICOM are passed over there.
-        tags: key -> keyword or number.
+        path: a file, or a folder, which is searched with all its subfolders; files there that are not DICOM are
+            skipped.
+        tags: metadata key -> keyword or number of the tag.
 
     Returns:
-        key -> number, text, list of them, or None where the header has no value; problems, one line each.
+        metadata key -> number, text, list of these, or None if the header has no value; and a line for each
+        problem.
 
     Raises:
-        ValueError: no DICOM file.
-        UserError: pydicom is not installed, a keyword that there is not.
+        ValueError: there is no DICOM file.
+        UserError: pydicom is not installed, or DICOM has no such keyword.
     """
     numbers = {key: tag_of(text) for key, text in tags.items()}
     if path.is_dir():
@@ -116,28 +123,28 @@ def read_tags(path: Path, tags: Mapping[str, str]) -> tuple[dict[str, Any], list
 
 
 def _first(files: Iterable[Path], numbers: Mapping[str, int]) -> tuple[Path, Any] | None:
-    """The first file that is DICOM, and its header, without the pixels."""
+    """The first DICOM file and its header, without the pixels; None if no file is DICOM."""
     read = pydicom().dcmread
     for path in files:
         try:
             return path, read(path, stop_before_pixels=True, specific_tags=[*numbers.values()])
-        except Exception:  # damaged files raise anything; one that is none is passed over
+        except Exception:  # pydicom has no common base class for the errors of damaged files
             continue
     return None
 
 
 def _value(header: Any, number: int) -> Any:
-    """What the header has, plain; None if it is empty or not there.
+    """The value of a tag as number, text or a list of these; None if it is empty or missing.
 
     Raises:
-        ValueError: bytes, a sequence, text where the standard has a number.
+        ValueError: the value is bytes or a sequence, or text where the standard has a number.
     """
     element = header.get(number)
     if element is None:
         return None
     try:
         value, kind = element.value, element.VR
-    except Exception as error:  # pydicom converts here, and raises what the conversion does
+    except Exception as error:  # pydicom converts the value here, and raises anything
         raise ValueError(str(error)) from error
     if value is None or not element.VM:
         return None

@@ -1,15 +1,15 @@
-"""The metadata encoder: values of any kind -> the numbers that condition the network.
+"""The metadata encoder: it turns metadata values of any kind into the numbers that condition the network.
 
-It is fitted on the training split, kept as plain JSON in the model folder, and travels with the model. Each key
-gets a block of columns; where a key can be unknown the last column of its block is 1 for an unknown value and the
-others are 0, so that the generator's first layer learns a vector for "unknown".
+It is fitted on the training split and stored as plain JSON in the model folder. Each key has a block of columns.
+If a key can be unknown, the last column of its block is 1 for an unknown value and the others are 0, so that the
+generator's first layer learns a vector for "unknown".
 
 | kind | columns |
 |---|---|
-| category | one a value (one-hot) |
-| multilabel | one a value (several may be 1) |
+| category | one per value (one-hot) |
+| multilabel | one per value (several may be 1) |
 | ordered | n - 1 for n values: column i is 1 if the value ranks above i |
-| continuous | (x - mean) / std, of x or of log x; or one a bin |
+| continuous | (x - mean) / std, of x or of log x; or one per bin |
 | vector | (x - mean) / std of each component; or of the first principal components |
 """
 
@@ -25,11 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..config.sections import (
-    MISSING,
-    MetadataKey,
-    Section,
-)
+from ..config.sections import MISSING, MetadataKey, Section
 from ..support.errors import MetadataError, Problems
 from .density import density_edges
 from .vectors import VectorEncoder, numbers
@@ -37,14 +33,16 @@ from .vectors import VectorEncoder, numbers
 T = TypeVar("T")
 
 QUANTILES = 9
-"""Values of a continuous key that stand for its distribution in training."""
+"""Number of quantiles that describe the distribution of a continuous key in training."""
 
 
 def is_missing(value: Any, key: MetadataKey | KeyEncoder | None = None) -> bool:
-    """Whether a value is not there: None, NaN, an empty list, blank text, or text that ``key.missing`` lists.
+    """Whether a value is missing: None, NaN, blank text, a spelling in ``key.missing``, or a list of only these.
 
-    Text that is one of ``key.values`` is a value, however it is spelt. Upper and lower case of ``key.missing`` do
-    not matter.
+    A text in ``key.values`` is never missing. The case of the spellings does not matter.
+
+    Args:
+        key: the value's key; None: spellings of missing values count as text.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
@@ -62,14 +60,14 @@ def is_missing(value: Any, key: MetadataKey | KeyEncoder | None = None) -> bool:
 
 
 def _float(value: Any) -> float:
-    # Python takes 1_000 for a number
+    # float() accepts 1_000
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         raise ValueError
     return float(value)
 
 
 def is_blank(cell: str) -> bool:
-    """Whether a table's cell that should hold a path or names holds none, by any usual spelling."""
+    """Whether a table's cell for a path or for names is empty or holds a usual spelling of a missing value."""
     return cell.strip().casefold() in ("", *MISSING["csv"])
 
 
@@ -81,34 +79,35 @@ def as_category(value: Any) -> str:
 
 
 def bin_of(x: float, edges: Sequence[float]) -> int:
-    """Which of the bins [-∞, e₀), [e₀, e₁), … a number lies in."""
+    """The number of the bin, of [-∞, e₀), [e₀, e₁), …, that ``x`` lies in."""
     return int(np.searchsorted(edges, x, side="right"))
 
 
 class KeyEncoder(Section):
-    """One fitted key.
+    """One fitted metadata key.
 
     Attributes:
         name: the key.
         kind: category, continuous, ordered, multilabel or vector.
-        source: where its values come from: table, entity (file name), sidecar, or auto, the first that has it; or
-            dicom.
+        source: origin of its values: table, entity (file name), sidecar, dicom, or auto, the first of table,
+            entity and sidecar that has a value.
         tag: dicom: keyword or number of the tag; None: the key's name.
-        values: the values it knows, in the order of the columns (none for continuous and vector).
-        unknown: there is a trained "unknown"; without it a missing value is an error.
-        unseen: what happens to a value that is not in ``values``.
+        values: the known values, in the order of the columns (empty for continuous and vector).
+        unknown: whether there is a trained "unknown"; without it a missing value is an error.
+        unseen: treatment of a value outside ``values``: an error, or "unknown".
         dropout: probability that training hides a value.
-        log: continuous: the logarithm is encoded.
-        mean, std: continuous, of the training values (of their logarithms with ``log``).
-        edges: continuous in bins: the inner edges; None means standardised.
-        lowest, highest: continuous: range in training.
-        counts: training cases with each of ``values``, or in each bin; None: not known (of a multilabel key, and
-            of models that were made before they were counted).
-        quantiles: continuous: values in training (of their logarithms with ``log``) at ``QUANTILES`` equal steps.
-        separator: multilabel, between the values in a text.
-        table_columns: vector: the table's columns with its components; none: one cell or entry has them all.
-        vector: vector: how it is standardised and projected.
-        missing: spellings of a missing value (blank text is one anyway; a text in ``values`` is none).
+        log: continuous: whether the logarithm is encoded.
+        mean, std: continuous: of the training values (of their logarithms with ``log``).
+        edges: continuous in bins: the inner edges; None: the value is standardised.
+        lowest, highest: continuous: range of the training values (of their logarithms with ``log``).
+        counts: number of training cases with each of ``values``, or in each bin; None for a multilabel key, and
+            for models that were trained before cases were counted.
+        quantiles: continuous: up to ``QUANTILES`` quantiles at equal steps of the training values (of their
+            logarithms with ``log``).
+        separator: multilabel: text between the values.
+        table_columns: vector: columns of the table with its components; empty: one cell or entry has them all.
+        vector: vector: the fitted standardisation and projection.
+        missing: spellings of a missing value (blank text always is one; a text in ``values`` never is).
     """
 
     name: str
@@ -134,7 +133,7 @@ class KeyEncoder(Section):
 
     @property
     def known_width(self) -> int:
-        """Columns without the one for "unknown"."""
+        """Number of columns without the one for "unknown"."""
         if self.kind == "continuous":
             return 1 if self.edges is None else len(self.edges) + 1
         if self.kind == "vector":
@@ -143,13 +142,13 @@ class KeyEncoder(Section):
 
     @property
     def fitted_vector(self) -> VectorEncoder:
-        """Of a vector key."""
+        """The fitted encoder of a vector key's components."""
         assert self.vector is not None, self.name
         return self.vector
 
     @property
     def width(self) -> int:
-        """Columns in all."""
+        """Number of columns, with the one for "unknown"."""
         return self.known_width + self.unknown
 
     def columns(self) -> list[str]:
@@ -168,10 +167,11 @@ class KeyEncoder(Section):
         return known + [f"{self.name}=unknown"] * self.unknown
 
     def encode(self, value: Any) -> NDArray[np.float32]:
-        """The columns for ``value``.
+        """The columns [width] for ``value``, float32.
 
         Raises:
-            MetadataError: missing without an "unknown", not a number, never seen in training.
+            MetadataError: the value is missing and the key has no "unknown", or it is not a number, or was never
+                seen in training.
         """
         row = np.zeros(self.width, np.float32)
         known = None if is_missing(value, self) else self._known(value)
@@ -199,7 +199,7 @@ class KeyEncoder(Section):
             )
 
     def number(self, value: Any) -> float:
-        """A continuous value as a float; lists (echo times) are averaged."""
+        """A continuous value as a float, or its logarithm with ``log``; lists (echo times) are averaged."""
         try:
             several = value if isinstance(value, list | tuple) else [value]
             x = float(np.mean([_float(v) for v in several]))
@@ -215,7 +215,7 @@ class KeyEncoder(Section):
         return math.log(x) if self.log else x
 
     def components(self, value: Any) -> NDArray[np.float64]:
-        """A vector's components, of whatever length."""
+        """The components [L] of a vector, float64, of any length L."""
         try:
             return numbers(value)
         except ValueError as error:
@@ -230,7 +230,7 @@ class KeyEncoder(Section):
         return [as_category(p) for p in parts if not is_missing(p, self)]
 
     def _known(self, value: Any) -> NDArray[np.float32] | None:
-        """The columns without "unknown"; None if the value counts as unknown."""
+        """The columns [known_width]; None if the value counts as unknown."""
         self._plain(value)
         row = np.zeros(self.known_width, np.float32)
         if self.kind == "continuous":
@@ -271,11 +271,11 @@ class KeyEncoder(Section):
         return row
 
     def original(self, x: float) -> float:
-        """The value of a continuous key that ``number`` makes ``x`` of."""
+        """Inverse of ``number``: the value of a continuous key for ``x``."""
         return math.exp(x) if self.log else x
 
     def middles(self) -> list[float]:
-        """A number in each bin, as ``number`` makes them: the middle, and the range's end in the outer ones."""
+        """A number for each bin, on the scale of ``number``: its middle, or in the outer bins the range's end."""
         edges = self.edges or []
         return [
             self.lowest,
@@ -284,18 +284,18 @@ class KeyEncoder(Section):
         ]
 
     def range_text(self) -> str:
-        """A continuous key's range in training."""
+        """The range of a continuous key in training, as text."""
         low, high = self.original(self.lowest), self.original(self.highest)
         return f"{low:.6g} to {high:.6g}"
 
     def outside(self, value: Any) -> bool:
-        """Whether a continuous value lies outside the training's range."""
+        """Whether a continuous value lies outside its range in training."""
         if self.kind != "continuous" or is_missing(value, self):
             return False
         return not self.lowest <= self.number(value) <= self.highest
 
     def unseen_value(self, value: Any) -> bool:
-        """Whether a value that training did not see counts as unknown."""
+        """Whether a value was not seen in training and therefore counts as unknown."""
         return (
             self.kind != "continuous" and not is_missing(value, self) and self._known(value) is None
         )
@@ -309,7 +309,7 @@ class KeyEncoder(Section):
 
 
 class MetadataEncoder(Section):
-    """All keys of a model.
+    """The fitted keys of a model; encodes the metadata of a case as a row of numbers.
 
     Example:
         >>> from fastfilm.segmentation.config.sections import MetadataKey
@@ -330,11 +330,11 @@ class MetadataEncoder(Section):
         """Fits every key on the training cases.
 
         Args:
-            rows: case -> key -> value as it stands in the table (text), sidecar (any JSON) or file name.
-            keys: how each key is to be encoded.
+            rows: case -> key -> value as found in the table (text), the sidecar (any JSON) or the file name.
+            keys: key -> its configuration.
 
         Raises:
-            Problems: all values that do not fit, each with its case and key.
+            Problems: values that do not fit; a line for each, with case and key.
         """
         fitted, wrong = [], []
         for name, config in keys.items():
@@ -342,6 +342,8 @@ class MetadataEncoder(Section):
                 fitted.append(_fit_key(name, config, {c: r.get(name) for c, r in rows.items()}))
             except Problems as error:
                 wrong += error.problems
+            except MetadataError as error:
+                wrong.append(str(error))
         if wrong:
             raise Problems("problems in the metadata", wrong)
         return cls(keys=fitted)
@@ -373,12 +375,12 @@ class MetadataEncoder(Section):
         """The row [M], float32, for one case.
 
         Args:
-            values: key -> value; a key that is not there is missing.
+            values: key -> value; an absent key is missing.
             hide: keys to treat as missing (metadata dropout).
 
         Raises:
-            MetadataError: a key the model does not have (a slip must not become "unknown"), a missing value of a
-            key without "unknown", a value never seen, text where a number belongs.
+            MetadataError: the model has no such key (a misspelt key must not become "unknown"), a value is missing
+                and its key has no "unknown", a value was never seen in training, or text is given for a number.
         """
         strange = sorted(set(values) - set(self.names()))
         if strange:
@@ -389,21 +391,24 @@ class MetadataEncoder(Section):
         return np.concatenate(rows) if rows else np.zeros(0, np.float32)
 
     def draw_hidden(self, rng: np.random.Generator) -> set[str]:
-        """Keys that metadata dropout hides from one training sample (one draw a key)."""
+        """The keys that metadata dropout hides in one training sample (one draw per key)."""
         draws = rng.random(len(self.keys))
         return {k.name for k, x in zip(self.keys, draws, strict=True) if x < k.dropout}
 
     def grow(self, name: str, value: str) -> tuple[MetadataEncoder, int]:
-        """With one more value of a category, multilabel or ordered key (ranked highest).
+        """An encoder with a further value of a category, multilabel or ordered key (where it ranks highest).
 
         Returns:
-            the new encoder, and the position in its row of the column that is new.
+            the new encoder, and the position of the new column in its row.
+
+        Raises:
+            MetadataError: the key is unknown, has no list of values, or has this value already.
         """
         key = self[name]
-        if key.kind == "continuous":
-            raise MetadataError(f"metadata {name!r} is continuous: it has no values to add to")
-        if key.kind == "vector":
-            raise MetadataError(f"metadata {name!r} is a vector: it has no values to add to")
+        if key.kind in ("continuous", "vector"):
+            raise MetadataError(
+                f"metadata {name!r} is of kind {key.kind}: it has no values to add to"
+            )
         if value in key.values:
             raise MetadataError(f"metadata {name!r} has the value {value!r} already")
         offset = 0
@@ -415,15 +420,6 @@ class MetadataEncoder(Section):
         grown = key.model_copy(update={"values": [*key.values, value], "counts": counts})
         keys = [grown if k.name == name else k for k in self.keys]
         return MetadataEncoder(keys=keys), offset + key.known_width
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; inverse of ``from_json``."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_json(cls, value: Any) -> MetadataEncoder:
-        """The encoder in ``to_json``'s value."""
-        return cls.model_validate(value)
 
     def _list(self) -> str:
         return ", ".join(self.names()) or "it has none"
@@ -446,13 +442,10 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
         missing=list(MISSING["bids"] if config.missing is None else config.missing),
     )
     if not present:
-        raise Problems(name, [f"metadata {name!r} has no value in any training case"])
+        raise MetadataError(f"metadata {name!r} has no value in any training case")
     if config.unseen == "unknown" and not key.unknown:
-        raise Problems(
-            name,
-            [
-                f"metadata {name!r}: unseen 'unknown' needs dropout > 0, or missing values, that train it"
-            ],
+        raise MetadataError(
+            f"metadata {name!r}: unseen 'unknown' needs dropout > 0, or missing values, that train it"
         )
     _each(present, key._plain, name)
     if config.kind == "continuous":
@@ -465,7 +458,7 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
             found.update(key.several(v) if config.kind == "multilabel" else [as_category(v)])
         key.values = sorted(found)
         if not found:
-            raise Problems(name, [f"metadata {name!r} has no value in any training case"])
+            raise MetadataError(f"metadata {name!r} has no value in any training case")
     else:
         _each(present, key.encode, name)
     if config.kind != "multilabel":
@@ -475,7 +468,7 @@ def _fit_key(name: str, config: MetadataKey, values: Mapping[str, Any]) -> KeyEn
 
 
 def _each(present: Mapping[str, Any], work: Callable[[Any], T], name: str) -> list[T]:
-    """``work`` on every case's value; Problems with all that do not fit."""
+    """The results of ``work`` on every case's value; Problems with all values that it refuses."""
     done, wrong = [], []
     for case, value in present.items():
         try:
@@ -492,15 +485,12 @@ def _fit_continuous(key: KeyEncoder, config: MetadataKey, present: Mapping[str, 
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = float(x.mean()), float(x.std())
     if not (math.isfinite(mean) and math.isfinite(std)):
-        raise Problems(
-            key.name,
-            [
-                f"metadata {key.name!r}: values of up to {np.abs(x).max():.3g} are beyond all numbers"
-            ],
+        raise MetadataError(
+            f"metadata {key.name!r}: values of up to {np.abs(x).max():.3g} are beyond all numbers"
         )
     key.lowest, key.highest = float(x.min()), float(x.max())
     steps = min(QUANTILES, len(x))
-    # values that were there: field strengths have none between 1.5 and 3
+    # quantiles that occur as values: between field strengths of 1.5 and 3 T there is none
     levels = (np.arange(steps) + 0.5) / steps
     key.quantiles = np.quantile(x, levels, method="inverted_cdf").tolist()
     if config.scaling == "bins":
@@ -508,7 +498,7 @@ def _fit_continuous(key: KeyEncoder, config: MetadataKey, present: Mapping[str, 
         bins = [bin_of(v, key.edges) for v in x]
         key.counts = np.bincount(bins, minlength=len(key.edges) + 1).tolist()
     else:
-        # one value only, to rounding: every other value is a deviation of its own size
+        # a deviation within rounding is that of a constant, which is centred and not scaled
         key.mean, key.std = mean, std if std > 1e-9 * abs(mean) else 1.0
     return key
 
@@ -529,10 +519,5 @@ def _fit_vector(key: KeyEncoder, config: MetadataKey, present: Mapping[str, Any]
     try:
         key.vector = VectorEncoder.fit(np.stack(rows), config.projection)
     except ValueError as error:
-        raise Problems(key.name, [f"metadata {key.name!r}: {error}"]) from None
+        raise MetadataError(f"metadata {key.name!r}: {error}") from None
     return key
-
-
-def encode_rows(encoder: MetadataEncoder, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
-    """``encoder.encode`` of one or more cases: [N, M]."""
-    return np.stack([encoder.encode(r) for r in rows])

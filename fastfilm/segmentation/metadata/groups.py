@@ -1,4 +1,4 @@
-"""Which cases belong together by their metadata: by value, continuous keys by tertiles."""
+"""Groups of cases by their metadata: one for each value of a key, or tertiles of a continuous key."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from .encoder import as_category
+from .encoder import as_category, is_missing
 
 GROUPS_AT_MOST = 12
-"""Values of a key up to which each makes a group; a number with more different ones counts as continuous."""
+"""Number of groups up to which a key makes any; numbers with more different values count as continuous."""
 
 BINNED_FROM = 6
-"""Cases with a value that a continuous key needs to make groups."""
+"""Number of cases with a value from which a continuous key makes groups."""
 
 UNKNOWN, MISSING = "unknown", "(missing)"
-"""The group without a value, and its name where there is a value that is called so."""
+"""Name of the group without a value, and its name if there is a value "unknown"."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Grouping:
     """The groups of one key.
 
     Attributes:
-        binned: the groups are ranges of a number, as in "20–34".
-        members: group -> its cases, in the order in which groups are shown.
+        binned: whether the groups are ranges of a number, as in "20–34".
+        members: name of the group -> its cases, in the order in which groups are shown.
     """
 
     binned: bool
@@ -42,7 +42,7 @@ def groupings(
 
     Args:
         metadata: case -> key -> value.
-        kinds: key -> category, continuous, ordered, multilabel or vector (which makes none), where it is known.
+        kinds: key -> category, continuous, ordered, multilabel or vector, where it is known.
     """
     keys = sorted({k for values in metadata.values() for k in values})
     every = {k: grouping({c: v.get(k) for c, v in metadata.items()}, kinds.get(k)) for k in keys}
@@ -55,19 +55,20 @@ def grouping(
     most: float = GROUPS_AT_MOST,
     taken: Collection[str] = (),
 ) -> Grouping | None:
-    """The groups of one key; None where it makes none.
+    """The groups of one key; None if it makes none.
 
-    A continuous key makes three groups of about one size out of ``BINNED_FROM`` cases or more. Any other makes
-    one a value (several values at once: a case is in the group of each), if these are ``GROUPS_AT_MOST`` or fewer.
+    A continuous key makes three groups of about equal size if ``BINNED_FROM`` or more cases have a value. A vector
+    makes none. Any other key makes a group for each value; a case with several values is in the group of each.
 
     Args:
-        values: case -> value, as found; None, "" and NaN are missing.
-        kind: of the key; None: continuous if all values are numbers, and many.
+        values: case -> value; None, blank text and NaN are missing.
+        kind: kind of the key; None: continuous if all values are numbers and more than ``GROUPS_AT_MOST`` differ.
+        most: number of groups above which the result is None.
         taken: names that the group without a value must not have.
     """
     if kind == "vector":
         return None
-    present = {c: v for c, v in values.items() if not is_absent(v)}
+    present = {c: v for c, v in values.items() if not is_missing(v)}
     missing = [c for c in values if c not in present]
     numbers = {c: x for c, v in present.items() if (x := _number(v)) is not None}
     numeric = len(numbers) == len(present)
@@ -90,24 +91,17 @@ def grouping(
     return Grouping(kind == "continuous" and numeric, members)
 
 
-def is_absent(value: Any) -> bool:
-    """Whether a resolved metadata value is none, or a list of such."""
-    if isinstance(value, list | tuple):
-        return all(map(is_absent, value))
-    return value in (None, "") or (isinstance(value, float) and math.isnan(value))
-
-
 def _names(value: Any, kind: str | None) -> list[str]:
     if isinstance(value, list | tuple):
-        # a name that is there twice is one
-        return list(dict.fromkeys(as_category(v) for v in value if not is_absent(v)))
+        # each name once
+        return list(dict.fromkeys(as_category(v) for v in value if not is_missing(v)))
     if kind == "multilabel":
         return list(dict.fromkeys(v.strip() for v in as_category(value).split(";") if v.strip()))
     return [as_category(value)]
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or the mean of a list of them, as the metadata encoder takes it."""
+    """A finite number, or the mean of a list of these, as in the metadata encoder; None for any other value."""
     if isinstance(value, list | tuple):
         parts = [_number(v) for v in value]
         known = [p for p in parts if p is not None]
@@ -122,7 +116,7 @@ def _number(value: Any) -> float | None:
 
 
 def _order(name: str) -> tuple[bool, float, str]:
-    """Numbers by size, then words."""
+    """Sorts numbers by size, and words behind them."""
     x = _number(name)
     return x is None, x or 0.0, name
 
@@ -138,7 +132,7 @@ def _tertiles(numbers: Mapping[str, float]) -> dict[str, list[str]]:
 
 
 def _ranges(ends: Sequence[tuple[float, float]]) -> list[str]:
-    """``20–34``; with so many digits that one range ends, as it is written, before the next begins."""
+    """Names of ranges, such as ``20–34``, with as many digits as keep them apart."""
     text: list[tuple[str, str]] = []
     for digits in range(4, 18):
         text = [(_short(low, digits), _short(high, digits)) for low, high in ends]

@@ -1,4 +1,4 @@
-"""Metadata that are vectors (embeddings, radiomics): how they are read and encoded."""
+"""Reading and encoding of metadata that are vectors, such as embeddings or radiomics."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from pydantic import Field
 from ..config.sections import Section
 
 LONGEST = 2**16
-"""Components of a vector."""
+"""Components of a vector at most."""
 
 CONSTANT = 1e-9
-"""Deviation, as a share of the mean, up to which a component is the same in all cases but for rounding."""
+"""Standard deviation, as a share of the mean, up to which a component counts as constant (but for rounding)."""
 
 DIGITS = 7
-"""Significant digits of what is fitted: float32 has no more, and the last bits of an SVD depend on the threads."""
+"""Significant digits of fitted numbers: float32 has no more, and the last bits of an SVD depend on the threads."""
 
 
 class VectorEncoder(Section):
-    """A fitted vector of L components: standardised, then projected if that was asked for.
+    """The fitted encoding of a vector of L components: standardisation, then an optional projection.
 
     Attributes:
         mean: [L], over the training cases.
-        std: [L], over the training cases; 0 for a component that is the same in all of them, which is encoded
-            as 0 whatever its value.
-        components: [N, L], rows that turn the standardised vector into N numbers of mean 0 and deviation 1 over
-            the training cases: its principal components, each divided by its deviation. None: not projected.
+        std: [L], over the training cases; 0 for a component that is constant there, which is always encoded as 0.
+        components: [N, L], rows that map the standardised vector to N numbers of mean 0 and deviation 1 over the
+            training cases: its principal components, each divided by its deviation. None: no projection.
     """
 
     mean: list[float] = Field(min_length=1, max_length=LONGEST)
@@ -42,16 +41,16 @@ class VectorEncoder(Section):
 
     @classmethod
     def fit(cls, rows: NDArray[np.float64], projection: int | None = None) -> VectorEncoder:
-        """Fitted on the vectors of the training cases.
+        """Fits the encoding on the vectors of the training cases.
 
-        The sign of a principal component is that which makes its largest loading (the first of equals) positive.
+        The sign of a principal component makes its largest loading (the first of equal ones) positive.
 
         Args:
-            rows: [cases, L].
-            projection: number of principal components.
+            rows: vectors, [cases, L].
+            projection: number N of principal components; None: no projection.
 
         Raises:
-            ValueError: values that overflow; more principal components than the vectors span.
+            ValueError: values overflow, or the vectors span fewer dimensions than ``projection``.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             mean, std = rows.mean(0), rows.std(0)
@@ -83,31 +82,31 @@ class VectorEncoder(Section):
 
     @property
     def width(self) -> int:
-        """Numbers that the network gets."""
+        """Number of columns of the encoded vector."""
         return self.length if self.components is None else len(self.components)
 
     @functools.cached_property
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Mean [L], std [L] and components [N, L] (N = 0 without a projection), which every sample needs."""
+        """Mean [L], std [L] and components [N, L] (N = 0 without a projection) as arrays, made once."""
         components = np.reshape(self.components or [], (-1, self.length))
         return np.array(self.mean), np.array(self.std), components
 
     @property
     def constant(self) -> int:
-        """Components that are the same in all training cases."""
+        """Number of components that are constant in training."""
         return self.std.count(0.0)
 
     def standardised(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[L] -> [L]."""
+        """The vector [L] minus the mean and divided by the deviation; 0 for constant components."""
         mean, std, _ = self.arrays
         varies = std > 0
         return np.where(varies, (vector - mean) / np.where(varies, std, 1), 0)
 
     def encode(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[L] -> [width].
+        """The columns [width] for a vector [L].
 
         Raises:
-            ValueError: another length.
+            ValueError: the vector has another length.
         """
         if len(vector) != self.length:
             raise ValueError(f"has {len(vector)} components, expected {self.length}")
@@ -116,9 +115,9 @@ class VectorEncoder(Section):
             return z if self.components is None else self.arrays[2] @ z
 
     def along(self, i: int, amount: float) -> list[float]:
-        """The vector that is encoded as ``amount`` in number ``i`` and as 0 in all others.
+        """The vector [L] that is encoded as ``amount`` in column ``i`` and as 0 in all others.
 
-        Along a constant component it is the mean.
+        For a constant component it is the mean.
         """
         z = np.zeros(self.length)
         if self.components is None:
@@ -130,13 +129,13 @@ class VectorEncoder(Section):
         return [float(x) for x in np.array(self.mean) + np.array(self.std) * z]
 
     def names(self, key: str, columns: Sequence[str]) -> list[str]:
-        """A name for each of the numbers: ``key[0]`` or ``key[column]``, or ``key component 1``."""
+        """A name for each column: ``key[0]`` or ``key[column]``, or ``key component 1`` with a projection."""
         if self.components is not None:
             return [f"{key} component {i}" for i in range(1, self.width + 1)]
         return [f"{key}[{c}]" for c in columns or range(self.length)]
 
     def problem(self) -> str | None:
-        """What is wrong with it, for one that was read from a file."""
+        """The first inconsistency of an encoder that was read from a file; None if there is none."""
         if len(self.std) != self.length:
             return f"vector.std needs {self.length} entries, got {len(self.std)}"
         if min(self.std) < 0:
@@ -154,10 +153,11 @@ def _rounded(x: NDArray[np.float64]) -> list[float]:
 
 
 def numbers(value: Any) -> NDArray[np.float64]:
-    """The components in a list of numbers (or of their texts): [L].
+    """The components [L], float64, in a list of numbers or of their texts.
 
     Raises:
-        ValueError: something else; a component that is missing, no number or not finite (the first few are named).
+        ValueError: the value is not a list, or components are missing, not numbers or not finite (the first three
+            are named).
     """
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -167,7 +167,7 @@ def numbers(value: Any) -> NDArray[np.float64]:
         raise ValueError(f"has {len(value)} components; at most {LONGEST} are taken")
     found, wrong = [], []
     for i, v in enumerate(value):
-        # Python takes True and 1_000 for numbers
+        # float() accepts True and 1_000
         plain = isinstance(v, str | int | float) and not isinstance(v, bool) and "_" not in str(v)
         try:
             x = float(v) if plain else np.nan
@@ -183,14 +183,14 @@ def numbers(value: Any) -> NDArray[np.float64]:
 
 
 def read_vector(value: Any, folder: Path) -> tuple[list[float], Path | None]:
-    """The vector that a cell, a sidecar's entry or an option stands for, and the file that it was read from.
+    """The vector in a table's cell, a sidecar's entry or an option, and the .npy file that holds it, if any.
 
     Args:
         value: a list of numbers, the text of a JSON array, or the path of a .npy file (1-D, numbers).
-        folder: that a path is relative to.
+        folder: folder that a path is relative to.
 
     Raises:
-        ValueError: anything else, a file that cannot be read, numbers that are not finite.
+        ValueError: the value is none of these, the file cannot be read, or numbers are not finite.
     """
     text = value.strip() if isinstance(value, str) else ""
     if text.startswith("["):
@@ -214,7 +214,7 @@ def _array(path: Path) -> NDArray[Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        # no pickle, and nothing is read before its size is known
+        # without pickle; mapped, so that the size is known before anything is read
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as a .npy file of numbers: {error}") from error
@@ -229,10 +229,10 @@ def _array(path: Path) -> NDArray[Any]:
 
 
 def expanded(patterns: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Names of columns; patterns (``*``, ``?``, ``[…]``) become the table's columns that fit, in its order.
+    """Column names; each pattern (``*``, ``?``, ``[…]``) is replaced by the columns that match, in their order.
 
     Raises:
-        ValueError: a pattern that fits none; a column that is named twice.
+        ValueError: a pattern matches no column, or a column is named twice.
     """
     found: list[str] = []
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""Models from and for elsewhere: weights of ivadomed, ONNX."""
+"""Exchange of models with other programs: import of ivadomed's weights, export as ONNX."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from .folder import (
 from .network import divisor
 
 TOLERANCE = 1e-3
-"""Largest difference of probabilities between ONNX Runtime and the model."""
+"""Largest allowed difference between the probabilities of ONNX Runtime and of the model."""
 
 
 class _Probabilities(nn.Module):
-    """The network with its final activation, with or without metadata as second input."""
+    """A network with its final activation; metadata are an optional second input."""
 
     def __init__(self, model: LoadedModel) -> None:
         super().__init__()
@@ -57,11 +57,12 @@ def export_onnx(model: LoadedModel, path: Path) -> float | None:
     and the encoder that makes the rows.
 
     Returns:
-        the largest difference from the model under ONNX Runtime; None where that is not installed.
+        the largest difference between the probabilities under ONNX Runtime and those of the model; None if ONNX
+        Runtime is not installed.
 
     Raises:
-        UserError: the packages for ONNX are missing, the network cannot be exported, the exported model does not
-            agree, or the file cannot be written; nothing is written then.
+        UserError: the packages for ONNX are missing, the network cannot be exported, the exported model differs by
+            more than ``TOLERANCE``, or the file cannot be written; nothing is written then.
     """
     try:
         import onnx
@@ -111,7 +112,7 @@ def export_onnx(model: LoadedModel, path: Path) -> float | None:
             with torch.no_grad():
                 expected = whole(*inputs).numpy()
             worst = max(worst, float(np.abs(session.run(None, feed)[0] - expected).max()))
-        # a file that does not agree is not moved into place
+        # raised inside ``atomic``, so that a file that differs is not moved into place
         if not worst <= TOLERANCE:
             raise UserError(f"{path}: ONNX Runtime differs from the model by up to {worst:.2g}")
     return worst
@@ -130,16 +131,17 @@ def import_ivadomed(
     """A model folder from the weights of ivadomed's ``FiLMedUnet``, ``Unet`` or ``Modified3DUNet``.
 
     Args:
-        weights: a state_dict, as .safetensors or as torch.save wrote it (read without executing anything).
-        metadata: the one key and its values in the order of the one-hot columns (ivadomed sorts them).
+        weights: file of a state_dict, .safetensors or by torch.save (read without executing anything).
+        folder: model folder to write; must be empty or missing.
+        metadata: the key and its values in the order of the one-hot columns (ivadomed sorts them).
         contrasts: names of the image channels.
-        labels: names of the outputs, without the background that ivadomed drops.
+        labels: names of the outputs, without the background, which ivadomed drops.
         patch_size: (H, W) or (D, H, W), numbers above 0.
-        slice_axis: of a 2D network: 0, 1, 2 for right, anterior, superior.
+        slice_axis: axis across the slices of a 2D network: 0, 1, 2 for right, anterior, superior.
 
     Raises:
-        UserError: not such weights, names that do not fit their sizes, are empty or there twice, a window that the
-            network cannot take, a folder that is not empty; nothing is written then.
+        UserError: the weights are not those of such a network, names do not fit its sizes, are empty or repeated,
+            the network cannot take the patch size, or the folder is not empty; nothing is written then.
     """
     _check_folder(folder)
     values = [v for several in metadata.values() for v in several]
@@ -168,13 +170,9 @@ def import_ivadomed(
     except (KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"{weights}: not weights of such a network: {error}") from error
     own = dict(network.state_dict())
-    outputs = int(own["last.weight"].shape[0]) if flat else 0
-    if not flat:
-        outputs = int(state["conv3d_l4.weight"].shape[0])
-        if outputs > 1:
-            raise UserError(
-                f"{weights}: Modified3DUNet with {outputs} outputs: only one is supported"
-            )
+    outputs = int((own["last.weight"] if flat else state["conv3d_l4.weight"]).shape[0])
+    if outputs > 1 and not flat:
+        raise UserError(f"{weights}: Modified3DUNet with {outputs} outputs: only one is supported")
     if outputs > 1:
         # ivadomed computes the background and drops it
         own = _without_background(own, outputs)
@@ -220,7 +218,7 @@ def import_ivadomed(
         divisor=divisor(config),
         training={"imported_from": weights.name, "with": f"fastfilm {fastfilm.__version__}"},
     )
-    # a multiple is needed by the one, at least as much by the other
+    # Modified3DUNet needs multiples of the divisor, FiLMedUNet sizes of at least the divisor
     step = info.divisor if config.name == "Modified3DUNet" else 1
     if any(n % step or n < info.divisor for n in patch_size):
         what = "multiples of" if step > 1 else "at least"
@@ -254,7 +252,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)[0]
     try:
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling has many
+    except Exception as error:  # unpickling raises many kinds
         raise UserError(
             f"{path}: not a state_dict that can be read without executing code; in ivadomed's own environment,"
             " torch.save(torch.load(FILE).state_dict(), NEW) makes one of a whole model"
@@ -268,7 +266,7 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _without_background(state: Mapping[str, Tensor], outputs: int) -> dict[str, Tensor]:
-    """A FiLMedUNet's weights without output channel 0: of the last convolution, and γ and β of the logits."""
+    """A FiLMedUNet's weights without output channel 0 in the last convolution and in γ and β of the logits."""
     last = max(
         (k for k in state if k.startswith("film.")), key=lambda k: int(k.split(".")[1]), default=""
     )

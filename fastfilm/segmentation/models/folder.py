@@ -1,21 +1,21 @@
-"""The model folder: everything that prediction needs, as JSON and safetensors.
+"""The model folder: all that prediction needs, as JSON and safetensors.
 
     MODEL/model.json          ``ModelInfo``: network, metadata encoder, preprocessing, labels, output, patch size
     MODEL/best.safetensors    weights with the best validation Dice
     MODEL/final.safetensors   weights at the end of training
     MODEL/last.safetensors    the training's state, for ``--resume`` (not needed to predict)
-    MODEL/config.yaml, splits.json, log.jsonl, tensorboard/    how it came about
+    MODEL/config.yaml, splits.json, log.jsonl, tensorboard/    records of the training
 
 Loading executes nothing that the folder contains: there is no pickle, and a network of another library is built by
 class name from a fixed list of libraries.
 
-How to predict a case with it::
+To predict a case::
 
     model = load_model("MODEL", device="cpu")
-    case = model.preprocess([array_xyz, ...], affine)  # one array a channel, in the order of model.info.contrasts
-    row = model.encode({"tumor_type": "astrocytoma"})  # [1, M]; model.tasks() first where the task is metadata
+    case = model.preprocess([array_xyz, ...], affine)  # an array per channel, in the order of model.info.contrasts
+    row = model.encode({"tumor_type": "astrocytoma"})  # [1, M]; in output mode "task" also one of model.tasks()
     # windows [N, C, *patch_size] of case.image [C, D, H, W]; in 2D each of the D slices is a sample [C, H, W]
-    p = model.probabilities(windows, row)  # [N, K, *S], one channel a label (or one, the task's)
+    p = model.probabilities(windows, row)  # [N, K, *S], a channel per label (in mode "task" one, that of the task)
     back = case.geometry.from_network(whole)  # [K, D, H, W] -> [K, X, Y, Z], the file's grid
 """
 
@@ -41,41 +41,28 @@ from torch import Tensor, nn
 import fastfilm
 
 from ..config.schema import problems
-from ..config.sections import (
-    LabelValue,
-    NetworkConfig,
-    PatchSide,
-    Section,
-)
-from ..images.preprocessing import (
-    Preprocessed,
-    Preprocessing,
-    Volume,
-)
+from ..config.sections import LabelValue, NetworkConfig, PatchSide, Section
+from ..images.preprocessing import Preprocessed, Preprocessing, Volume
 from ..metadata.encoder import KeyEncoder, MetadataEncoder
 from ..support.errors import Problems, UserError
-from ..support.files import (
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from ..support.files import read_json, read_tensors, write_json, write_tensors
+from ..support.hints import did_you_mean
 from .network import build_network, call
 
 FORMAT = 2
-"""Of model.json. In format 1 the spellings of a missing value came on top of ``MISSING_IN_FORMAT_1``."""
+"""Version of model.json's format. In format 1, ``MISSING_IN_FORMAT_1`` was not among a key's missing values."""
 
 MISSING_IN_FORMAT_1 = ("n/a", "na", "nan", "none", "null")
 
 LARGEST = 64 * 2**20
-"""Bytes of a model.json."""
+"""Bytes of a model.json at most."""
 
 MODEL = "model"
-"""Name in the header of weights: digest of the model.json that they were trained with."""
+"""Entry in the header of weights with the digest of their model.json."""
 
 
 class LabelInfo(Section):
-    """One label: its name, the values that stand for it in label files, the value written for it."""
+    """A label: its name, its values in label files, and the value written for it."""
 
     name: str
     values: list[LabelValue] = Field(default_factory=list)
@@ -83,26 +70,26 @@ class LabelInfo(Section):
 
 
 class ModelInfo(Section):
-    """What model.json holds.
+    """The content of model.json.
 
     Attributes:
-        format: of this file; a newer one than this version knows is refused.
-        fastfilm: version that wrote it.
-        network: as configured (depth filled in).
+        format: version of the file's format; a newer one than ``FORMAT`` is refused.
+        fastfilm: version of fastfilm that wrote the file.
+        network: the configured network, with its depth.
         spatial_dims: 2 (slices) or 3.
-        in_channels: image channels.
-        contrasts: the channels' names, in order (BIDS: what stands behind the subject; CSV: columns); with
+        in_channels: number of image channels.
+        contrasts: names of the channels, in order (BIDS: file name behind the subject; CSV: columns); with
             ``combine`` "samples" any one of them is the only channel.
         combine, missing_contrast, dicom_column: as in the configuration's data section.
         labels: in the order of the channels.
         output: "channels": a sigmoid for each label; "classes": softmax over background and labels; "task": one
-            sigmoid channel for the label whose name is the metadata value of ``task_key``.
+            sigmoid channel for the label that the metadata key ``task_key`` names.
         task_key: name of that key; None in the other modes.
         metadata: the fitted encoder.
-        preprocessing: fitted.
-        patch_size: (H, W) or (D, H, W): size of training patches, for sliding windows.
-        divisor: windows smaller than the patch must have sizes that are multiples of this.
-        training: fold, best Dice and the like; for information.
+        preprocessing: the fitted preprocessing.
+        patch_size: (H, W) or (D, H, W): size of training patches and of sliding windows.
+        divisor: number of which sizes of smaller windows must be multiples.
+        training: fold, best Dice and further information.
     """
 
     format: int = FORMAT
@@ -157,24 +144,24 @@ class ModelInfo(Section):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the logits: one for each label, one more for the background in "classes", 1 in "task"."""
+        """Number of channels of the logits: the labels', one more for the background in "classes", 1 in "task"."""
         if self.output == "task":
             return 1
         return len(self.labels) + (self.output == "classes")
 
     @property
     def separate(self) -> bool:
-        """Whether each label gets a file of its own: they may overlap.
+        """Whether each label is written to a file of its own, as labels may overlap.
 
-        Those from masks of their own may, and so do labels that share values (regions: ``whole: [1, 2]``,
-        ``core: 2``).
+        Labels with masks of their own may overlap, and labels with common values do (``whole: [1, 2]``, ``core:
+        2``).
         """
         values = [v for label in self.labels for v in label.values]
         own = any(not label.values for label in self.labels)
         return self.output != "classes" and (own or len(set(values)) < len(values))
 
     def build(self) -> nn.Module:
-        """The network without its weights; nothing is fetched."""
+        """A new network with random weights; nothing is fetched."""
         return build_network(
             self.network,
             spatial_dims=self.spatial_dims,
@@ -185,7 +172,7 @@ class ModelInfo(Section):
 
 
 def _check_key(key: KeyEncoder) -> None:
-    """Raises ValueError where the key would divide by zero, or give a value two meanings."""
+    """Raises ValueError for an inconsistent key, such as one that would divide by zero."""
     edges = key.edges or []
     groups = len(edges) + 1 if key.kind == "continuous" else len(key.values)
     for holds, what in (
@@ -218,11 +205,11 @@ class LoadedModel:
     """A model ready to predict.
 
     Attributes:
-        network: in evaluation mode, on ``device``; its output are logits.
-        info: labels, contrasts, patch size, output mode …
-        device: where it runs.
-        folder: where it came from.
-        weights: name of the file they are from.
+        network: the network, in evaluation mode and on ``device``; it returns logits.
+        info: content of model.json.
+        device: device of the network.
+        folder: the model folder.
+        weights: name of the weights' file, without suffix.
     """
 
     network: nn.Module
@@ -237,22 +224,32 @@ class LoadedModel:
         return self.info.metadata
 
     def tasks(self) -> list[str]:
-        """Values of the task key, one prediction each, in the order of the labels; empty in other modes."""
+        """Values of the task key, in the order of the labels, each for one prediction; empty in other modes."""
         return [label.name for label in self.info.labels] if self.info.output == "task" else []
 
     def metadata_keys(self) -> list[str]:
-        """Keys that the user gives a case (all but the task)."""
+        """The metadata keys that users give values of: all but the task."""
         return [k for k in self.encoder.names() if k != self.info.task_key]
+
+    def check_key(self, name: str, origin: str) -> None:
+        """Raises UserError, which begins with ``origin``, if ``name`` is none of ``metadata_keys``."""
+        keys = self.metadata_keys()
+        if name not in keys:
+            raise UserError(
+                f"{origin}: the model has no metadata key {name!r}; it has {', '.join(keys) or 'none'}"
+                + did_you_mean(name, keys)
+            )
 
     def encode(self, values: Mapping[str, Any], task: str | None = None) -> NDArray[np.float32]:
         """The metadata row [1, M] of a case.
 
         Args:
-            values: key -> value (text, number, list); a missing key is "unknown" if the model learned that.
-            task: which label is asked for, where the task is metadata.
+            values: key -> value (text, number, list); a missing key is "unknown" if the model has learned that.
+            task: label to predict, in output mode "task".
 
         Raises:
-            MetadataError (a UserError): unknown key, value never seen, missing value that has no "unknown".
+            MetadataError (a UserError): the model has no such key, never saw a value, or a value is missing and
+                its key has no "unknown".
         """
         if self.info.task_key is not None and task is not None:
             values = {**values, self.info.task_key: task}
@@ -261,23 +258,23 @@ class LoadedModel:
     def preprocess(
         self, images: Sequence[Volume | None], affine: NDArray[np.floating]
     ) -> Preprocessed:
-        """A case's channels ([X, Y, Z] each, None where one is missing) as [C, D, H, W], and the way back."""
+        """A case's channels ([X, Y, Z] each, None if missing) as the network's input, as in ``Preprocessing``."""
         return self.info.preprocessing(images, affine)
 
     def probabilities(self, image: Tensor, rows: Tensor | NDArray[np.float32]) -> Tensor:
-        """Probabilities [N, K, *S] in float32: one channel a label, or the one of the task in the rows.
+        """Probabilities [N, K, *S], float32: a channel per label, or in output mode "task" that of the task.
 
         Args:
             image: [N, C, *S] with ``spatial_dims`` spatial dimensions, on ``device``.
-            rows: metadata [N, M] or [1, M] (from ``encode``).
+            rows: metadata [N, M] or [1, M], from ``encode``.
         """
         rows = torch.as_tensor(rows, dtype=torch.float32, device=image.device)
         return self.activate(call(self.network, image, rows))
 
     def activate(self, logits: Tensor | Sequence[Tensor]) -> Tensor:
-        """Logits -> probabilities, one channel a label (the background of "classes" is left out).
+        """Probabilities [N, K, *S], float32, of logits, without the background of "classes".
 
-        Of several (deep supervision) the first, full size, are taken.
+        Of a list of logits (deep supervision) the first, of full size, are used.
         """
         logits = logits if isinstance(logits, Tensor) else logits[0]
         if self.info.output == "classes":
@@ -299,7 +296,7 @@ def save_weights(
     """Writes NAME.safetensors, atomically.
 
     Args:
-        info: the model.json that the weights belong to; beside another one they are refused.
+        info: the weights' model.json; beside another one they are refused when loaded.
     """
     state = network.state_dict() if isinstance(network, nn.Module) else network
     header = None if info is None else {MODEL: digest(info.model_dump(mode="json"))}
@@ -307,24 +304,24 @@ def save_weights(
 
 
 def digest(model: Mapping[str, Any]) -> str:
-    """Of everything in a model.json that a prediction depends on (not ``training``, nor the version)."""
+    """Digest of the entries of a model.json that a prediction depends on (not ``training``, nor the version)."""
     kept = {k: v for k, v in model.items() if k not in ("training", "fastfilm")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def read_info(folder: str | Path) -> ModelInfo:
-    """model.json of a model folder.
+    """The model.json of a model folder.
 
-    A newer minor version of fastfilm than this one is said on stderr, once.
+    A file of a newer minor version of fastfilm is read, with a warning on stderr.
 
     Raises:
-        UserError: not a model folder, damaged, or written by a newer format or major version.
+        UserError: the folder is not a model folder, its file is damaged, or has a newer format or major version.
     """
     return _read(folder)[0]
 
 
 def _read(folder: str | Path) -> tuple[ModelInfo, str]:
-    """The description, and the digest of the file that it came from."""
+    """The model.json of a folder, and its digest."""
     path = Path(folder) / "model.json"
     if not path.is_file():
         raise UserError(f"{folder}: not a model folder: it has no model.json")
@@ -346,7 +343,7 @@ def _read(folder: str | Path) -> tuple[ModelInfo, str]:
 
 
 def _upgraded(value: dict[str, Any]) -> dict[str, Any]:
-    """model.json's value in today's format; what is not as it should be is left to the validation."""
+    """The value of a model.json in today's format; faulty entries are left to the validation."""
     if value["format"] == FORMAT:
         return value
     value = json.loads(json.dumps(value)) | {"format": FORMAT}
@@ -384,8 +381,8 @@ def load_model(
         weights: "best" or "final" (or the name of another NAME.safetensors in the folder).
 
     Raises:
-        UserError: not a model folder, no such weights, weights that are damaged, of another model.json, or do not
-            fit the network.
+        UserError: the folder is not a model folder or lacks the weights, or the weights are damaged, belong to
+            another model.json, or do not fit the network.
     """
     info, described = _read(folder)
     path = Path(folder) / f"{weights}.safetensors"
@@ -408,7 +405,11 @@ def load_model(
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copies ``state`` into the network; UserError naming ``origin`` if names or shapes differ."""
+    """Copies ``state`` into the network.
+
+    Raises:
+        UserError: names or shapes differ; the message begins with ``origin``.
+    """
     try:
         network.load_state_dict(dict(state))
     except RuntimeError as error:

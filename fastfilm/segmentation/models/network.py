@@ -1,4 +1,4 @@
-"""Networks by configuration: fastfilm's own, and those of other libraries through ``fastfilm.condition``."""
+"""Building of networks from a configuration: fastfilm's own, or another library's with ``fastfilm.condition``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRUSTED = (
     "dynamic_network_architectures.architectures.",
     "segmentation_models_pytorch.",
 )
-"""Where ``network.target`` may come from: a model folder must not be able to name any function there is."""
+"""Prefixes of ``network.target``: a model folder must not be able to name an arbitrary function."""
 
 DEFAULT_DEPTH = 4
 
@@ -33,9 +33,7 @@ def build_network(
     out_channels: int,
     metadata_size: int,
 ) -> nn.Module:
-    """The network, freshly initialised, without a final activation; nothing is fetched.
-
-    Called as ``call(network, image, rows)``.
+    """A new network without a final activation, for ``call(network, image, rows)``; nothing is fetched.
 
     Args:
         spatial_dims: 2 or 3.
@@ -43,7 +41,7 @@ def build_network(
         metadata_size: columns of the metadata encoder; 0 builds an unconditioned network.
 
     Raises:
-        UserError: settings that do not fit, a class that is not there.
+        UserError: settings do not fit each other, or the class cannot be imported.
     """
     if config.conditioning == "channels" and metadata_size:
         inner = build_network(
@@ -90,11 +88,11 @@ def build_network(
 
 
 class MetadataChannels(nn.Module):
-    """A network that gets its metadata as image channels, each of them constant.
+    """A network that takes its metadata as constant image channels.
 
     Args:
-        network: takes C + M image channels and no metadata.
-        metadata_size: M.
+        network: network for C + M image channels, without metadata.
+        metadata_size: number M of metadata columns.
     """
 
     def __init__(self, network: nn.Module, metadata_size: int) -> None:
@@ -111,7 +109,7 @@ class MetadataChannels(nn.Module):
 def call(network: nn.Module, image: Tensor, rows: Tensor | None) -> Any:
     """Logits for ``image`` [N, C, *S] and metadata ``rows`` [N or 1, M] (None or M = 0: unconditioned).
 
-    Networks with deep supervision return a list in training, full size first; some do so always.
+    Networks with deep supervision return a list in training, the logits of full size first; some always do.
     """
     if rows is None or rows.shape[-1] == 0:
         return network(image)
@@ -119,7 +117,7 @@ def call(network: nn.Module, image: Tensor, rows: Tensor | None) -> Any:
 
 
 def divisor(config: NetworkConfig) -> int:
-    """Patch sizes must be a multiple of this, or (``FiLMedUNet``) at least this."""
+    """The number of which patch sizes must be multiples, or for ``FiLMedUNet`` their minimum."""
     if config.name == "Modified3DUNet":
         return 16
     # networks of other libraries mostly halve their input four or five times
@@ -127,7 +125,7 @@ def divisor(config: NetworkConfig) -> int:
 
 
 def generator_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The weights that turn metadata into γ and β, each once."""
+    """The parameters of all FiLM generators, each once."""
     found: dict[int, nn.Parameter] = {}
     for module in network.modules():
         if isinstance(module, FiLMGenerator):
@@ -136,9 +134,9 @@ def generator_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def grow_metadata(network: nn.Module, column: int) -> None:
-    """Gives every generator one more input at position ``column``, in place.
+    """Gives every FiLM generator of a network a further input at position ``column``, in place.
 
-    The new weights are the mean of the others, so that a value never seen starts as an average one.
+    The new weights are the mean of the others: a new value starts as an average of the known ones.
     """
     grown: dict[int, nn.Parameter] = {}
     for module in network.modules():
@@ -191,7 +189,7 @@ def _conditioned(
 
 
 def _argument(value: Any, channels: int, out: int, dims: int) -> Any:
-    """``{in}``, ``{out}``, ``{dims}`` -> numbers, ``torch.nn.X`` -> the class; lists and dictionaries inside."""
+    """An argument with numbers for ``{in}``, ``{out}``, ``{dims}`` and classes for ``torch.nn.X``, recursively."""
     if isinstance(value, list):
         return [_argument(v, channels, out, dims) for v in value]
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""Cases without a value of a metadata key: predicted under each value that it may have, weighted by its frequency.
+"""Missing metadata values, averaged out: a weighted mean over the values that the key may have.
 
     p(mask | image) = Σ_v p(v) p(mask | image, v)
 
-p(v) is the frequency of v in training, or a prior that is given. A missing value is taken as independent of the
-image and, where several are missing, of the others.
+p(v) is the frequency of v in training, or a given prior. Missing values are taken as independent of the image and
+of each other.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from typing import Any
 from ..metadata.encoder import KeyEncoder, is_missing
 from ..models.folder import LoadedModel
 from ..support.errors import UserError
-from ..support.hints import did_you_mean
 
 MOST = 128
-"""Combinations of values of several missing keys up to which a case is predicted."""
+"""Combinations of values of several missing keys at most."""
 
 Prior = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
-"""Each key, and its values with their weights, which add up to 1."""
+"""Pairs of a key and its values with weights that add up to 1."""
 
 
 def missing_keys(model: LoadedModel, values: Mapping[str, Any]) -> list[str]:
-    """The keys that the user gives a case, and that have no value."""
+    """The keys without a value, of those that users give values of."""
     names = model.metadata_keys()
     return [n for n in names if is_missing(values.get(n), model.encoder[n])]
 
@@ -34,14 +33,14 @@ def missing_keys(model: LoadedModel, values: Mapping[str, Any]) -> list[str]:
 def weighted(
     model: LoadedModel, values: Mapping[str, Any], prior: Prior = ()
 ) -> list[tuple[float, dict[str, Any]]]:
-    """Complete metadata of a case, each with its weight; the weights add up to 1.
+    """All completions of a case's metadata, each with its weight; the weights add up to 1.
 
     Args:
-        values: key -> value; those that are missing are filled in.
-        prior: of keys; the frequency in training goes for the others.
+        values: key -> value; missing values are filled in.
+        prior: weights of some keys' values; the others have their frequencies in training.
 
     Raises:
-        UserError: a key whose values or frequencies are not known, more than ``MOST`` combinations.
+        UserError: the values or frequencies of a key are not known, or there are more than ``MOST`` combinations.
     """
     given = dict(prior)
     filled = {n: given.get(n) or likely(model.encoder[n]) for n in missing_keys(model, values)}
@@ -61,10 +60,10 @@ def weighted(
 
 
 def likely(key: KeyEncoder) -> Sequence[tuple[Any, float]]:
-    """The values that a key had in training, each with its share of the cases; of a number its quantiles.
+    """The values of a key in training with their shares of the cases; for a number, its quantiles.
 
     Raises:
-        UserError: a vector, several values at once, a model that does not know how often its values were there.
+        UserError: the key is a vector or multilabel, or the model does not know the frequencies of its values.
     """
     ask = f"--missing average: metadata {key.name!r}"
     example = f"--prior {key.name}=VALUE:WEIGHT,VALUE:WEIGHT"
@@ -91,28 +90,24 @@ def likely(key: KeyEncoder) -> Sequence[tuple[Any, float]]:
         )
     shares: dict[Any, float] = {}
     for value, count in zip(values, counts, strict=True):
-        # equal quantiles are one value
+        # equal quantiles are added up
         if count:
             shares[value] = shares.get(value, 0.0) + count / total
     return list(shares.items())
 
 
 def parse_prior(texts: Sequence[str], model: LoadedModel) -> Prior:
-    """``KEY=VALUE:WEIGHT,VALUE:WEIGHT`` of each key, with weights that add up to 1.
+    """The prior in texts ``KEY=VALUE:WEIGHT,VALUE:WEIGHT``; weights are divided by their sum.
 
     Raises:
-        UserError: another form, a key or a value that the model does not know, weights that are no shares.
+        UserError: a text has another form, the model does not know its key or values, or weights are not shares.
     """
     found: dict[str, tuple[tuple[str, float], ...]] = {}
     for text in texts:
         name, sign, given = text.partition("=")
         if not sign:
             raise UserError(f"--prior takes KEY=VALUE:WEIGHT,VALUE:WEIGHT, got {text!r}")
-        if name not in model.metadata_keys():
-            raise UserError(
-                f"--prior {text}: the model has no metadata key {name!r}; it has"
-                f" {', '.join(model.metadata_keys()) or 'none'}{did_you_mean(name, model.metadata_keys())}"
-            )
+        model.check_key(name, f"--prior {text}")
         if name in found:
             raise UserError(f"--prior gives {name!r} twice")
         pairs = [_pair(text, part, model.encoder[name]) for part in given.split(",")]

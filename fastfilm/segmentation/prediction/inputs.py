@@ -1,4 +1,4 @@
-"""What is to be predicted: a plan's cases, a BIDS folder, a folder of images, one image; and their metadata."""
+"""Cases to predict and their metadata: from a plan, a BIDS folder, a folder of images, or one image."""
 
 from __future__ import annotations
 
@@ -20,31 +20,27 @@ from ..data.sources import (
     stem,
 )
 from ..metadata.dicom import of_image
-from ..metadata.encoder import (
-    KeyEncoder,
-    is_blank,
-    is_missing,
-)
+from ..metadata.encoder import is_blank, is_missing
 from ..metadata.vectors import read_vector
 from ..models.folder import LoadedModel, ModelInfo
 from ..support.errors import UserError
-from ..support.hints import contents, did_you_mean
+from ..support.hints import contents
 from ..support.tables import Table, read_table
 
 
 @dataclass
 class InputCase:
-    """One case to predict.
+    """A case to predict.
 
     Attributes:
-        id: its name.
-        subject: whose image it is.
-        images: one a channel, None where it is missing.
-        metadata: key -> value, None where it was not found.
-        labels: label -> file of the truth, where a plan knows it.
-        problem: why it cannot be predicted, if it cannot.
-        file: what its outputs' names begin with; None: made from the id.
-        suffix: what they end in.
+        id: name of the case.
+        subject: name of its subject.
+        images: file of each channel, None if missing.
+        metadata: key -> value, None if not found.
+        labels: label -> file of the truth, for cases of a plan.
+        problem: the reason why the case cannot be predicted; None if it can.
+        file: beginning of its outputs' names; None: made from the id.
+        suffix: end of its outputs' names.
     """
 
     id: str
@@ -58,15 +54,15 @@ class InputCase:
 
     @property
     def first(self) -> Path:
-        """The first image that is there; its grid is the case's."""
+        """The first image that is not missing; its grid is the case's."""
         return next(p for p in self.images if p is not None)
 
 
 def parse_meta(texts: Sequence[str], model: LoadedModel) -> dict[str, Any]:
-    """``key=value`` settings, each checked against the model; a vector is ``[1,2,3]`` or a .npy file.
+    """The metadata in texts ``KEY=VALUE``, checked against the model; a vector is ``[1,2,3]`` or a .npy file.
 
     Raises:
-        UserError: no ``=``, a key the model does not have, a value it cannot take.
+        UserError: a text has no ``=``, the model has no such key, or it cannot take the value.
     """
     values: dict[str, Any] = {}
     given: dict[str, str] = {}
@@ -78,12 +74,7 @@ def parse_meta(texts: Sequence[str], model: LoadedModel) -> dict[str, Any]:
             raise UserError(
                 f"--meta {text}: every {key} is predicted anyway: {', '.join(model.tasks())}"
             )
-        if key not in model.encoder.names():
-            hint = did_you_mean(key, model.metadata_keys())
-            raise UserError(
-                f"--meta {text}: the model has no metadata key {key!r}; it has"
-                f" {', '.join(model.metadata_keys()) or 'none'}{hint}"
-            )
+        model.check_key(key, f"--meta {text}")
         if given.setdefault(key, value) != value:
             raise UserError(f"--meta gives {key!r} twice: {given[key]!r} and {value!r}")
         encoder = model.encoder[key]
@@ -110,15 +101,16 @@ def find_inputs(
     """The cases in ``source``, in the order of their names.
 
     Args:
-        source: a plan folder (its ``fold`` and ``part`` choose the cases), a folder (``sub-*`` folders are read as
-            BIDS, else every image directly in it), or one image.
-        info: of the model: contrasts and metadata keys.
-        meta: key -> value that holds for all cases and goes before anything that is found.
-        table: of metadata; none: participants.tsv in the folder, if there is one.
-        notes: gets a line on what is left out.
+        source: a plan folder, a folder (with ``sub-*`` folders it is read as BIDS, else the images directly in
+            it), or one image.
+        info: description of the model, for its contrasts and metadata keys.
+        meta: key -> value for all cases; replaces values that are found.
+        table: table of metadata; None: participants.tsv in the folder, if there is one.
+        fold, part: cases of a plan folder.
+        notes: collects a line on files that are left out.
 
     Raises:
-        UserError: nothing there that could be predicted, a table that cannot be read.
+        UserError: there is nothing to predict, or the table cannot be read.
     """
     said: list[str] = [] if notes is None else notes
     if (source / "plan.json").is_file():
@@ -163,7 +155,7 @@ def find_inputs(
 
 
 def _folder(folder: Path, info: ModelInfo, notes: list[str]) -> dict[str, dict[str, Path]]:
-    """Case -> contrast -> file."""
+    """Name of a case -> contrast -> file, for the images in a folder."""
     bids = any(p.is_dir() for p in folder.glob("sub-*"))
     if bids:
         files = [p for s in sorted(folder.glob("sub-*")) for p in sorted(s.rglob("*"))]
@@ -184,7 +176,7 @@ def _folder(folder: Path, info: ModelInfo, notes: list[str]) -> dict[str, dict[s
 
     named = [p for p, c in found if c is not None]
     if one and not bids and not named:
-        # whatever lies there is the image
+        # without any name of a contrast, every file is an image
         for path in files:
             add(stem(path), info.contrasts[0], path)
         return groups
@@ -207,11 +199,15 @@ def _folder(folder: Path, info: ModelInfo, notes: list[str]) -> dict[str, dict[s
 
 
 STRICT, LOOSE, SUBJECTS = ("case", "image"), ("id",), ("participant_id", "subject")
-"""Columns that say which case a row is of; that may say it; that say whose it is."""
+"""Columns with the name of a row's case; with a name that may be the case's; with the subject."""
 
 
 def _rows(path: Path) -> Table:
-    """A table of metadata; UserError if its rows do not say what they are of, or two say the same."""
+    """A table of metadata.
+
+    Raises:
+        UserError: a row does not name its case, or different rows name the same case.
+    """
     table = read_table(path)
     names = (*SUBJECTS, *STRICT, *LOOSE)
     if not set(names) & set(table.columns):
@@ -239,7 +235,7 @@ def _rows(path: Path) -> Table:
 
 
 def _entities(row: Mapping[str, str]) -> list[str]:
-    """Columns that are BIDS entities: rows of one subject that differ in them are of different images."""
+    """Columns of BIDS entities, which tell apart the images of one subject."""
     return [n for n in row if n.removesuffix("_id") in ("ses", "session", "run", "acq")]
 
 
@@ -249,10 +245,10 @@ def _row_of(
     """The row of a case; None if there is none.
 
     Args:
-        names: that the case or its subject may go by.
+        names: possible names of the case and of its subject.
 
     Raises:
-        UserError: several rows could be it.
+        UserError: several rows match and differ.
     """
     exact, subject = [], []
     for row in table.rows:
@@ -272,7 +268,7 @@ def _row_of(
 
 
 def _agree(column: str, value: str, entities: Mapping[str, str]) -> bool:
-    """Whether a row's session, run … is the image's; an image without one takes any."""
+    """Whether a row's session or run is the image's; an image without one matches any."""
     name = column.removesuffix("_id").replace("session", "ses")
     mine = entities.get(name)
     return mine is None or value.removeprefix(f"{name}-") == mine
@@ -298,7 +294,8 @@ def _case(
     if absent and info.missing_contrast != "zeros":
         case.problem = f"{first}: no image of contrast {', '.join(absent)} beside it"
         return case
-    keys = {k.name: k for k in info.metadata.keys if k.name not in meta and k.name != info.task_key}
+    every = info.metadata.keys
+    keys = {k.name: k for k in every if k.name not in meta and k.name != info.task_key}
     row: Mapping[str, str] | None = {}
     if table is not None:
         try:
@@ -314,24 +311,21 @@ def _case(
             case.problem = f"{table.path}: no row for {name} (metadata {', '.join(wanted)})"
             return case
     problems: list[str] = []
-    sidecar = Sidecar()
-    # those of another contrast would be other values
+    sidecar, dicom = Sidecar(), None
+    folder = Path() if table is None else table.path.parent
+    # the files beside another contrast have other values
     if keys and images[0] is not None:
-        sidecar = Sidecars(problems.append).of(first, root or data_set_of(first))
+        data_set = root or data_set_of(first)
+        sidecar = Sidecars(problems.append).of(first, data_set)
+        cell = (row or {}).get(info.dicom_column, "")
+        if data_set is not None:
+            dicom = of_image(first, stem(first), data_set)
+        elif not is_blank(cell):
+            dicom = folder / cell
     if problems:
         case.problem = problems[0]
         return case
-    typed: dict[str, KeyEncoder] = keys
-    folder = Path() if table is None else table.path.parent
-    dicom = None
-    if images[0] is not None:
-        bids = root or data_set_of(first)
-        cell = (row or {}).get(info.dicom_column, "")
-        if bids is not None:
-            dicom = of_image(first, stem(first), bids)
-        elif not is_blank(cell):
-            dicom = folder / cell
-    found = find_metadata(typed, row or {}, entities, sidecar, folder, dicom)
+    found = find_metadata(keys, row or {}, entities, sidecar, folder, dicom)
     if found.problems:
         case.problem = f"{first}: {found.problems[0]}"
     case.metadata = {**found.values, **meta}

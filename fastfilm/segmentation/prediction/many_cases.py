@@ -1,9 +1,9 @@
-"""Many cases through a model, each written as it is done; one that fails does not stop the others.
+"""Prediction of many cases, each written when it is done; a case that fails does not stop the others.
 
-OUT/CASE.nii.gz                  label values (labels with masks of their own: CASE_LABEL.nii.gz each, 0 and 1)
+OUT/CASE.nii.gz                  label values (overlapping labels: CASE_LABEL.nii.gz for each, 0 and 1)
 OUT/CASE_LABEL_probability.nii.gz, CASE_entropy.nii.gz, CASE_information.nii.gz    if asked for
-OUT/CASE_metadata_entropy.nii.gz of a case with missing metadata over whose values the mean was taken
-OUT/predictions.json             model, labels, and per case: images, metadata, outputs, known truth
+OUT/CASE_metadata_entropy.nii.gz if the mean over values of missing metadata was taken
+OUT/predictions.json             model, labels, and for each case: images, metadata, outputs, known truth
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ..images.nifti import (
-    NiftiVolume,
-    Remarks,
-    read_volume,
-    same_grid,
-    voxel_problems,
-)
+from ..images.nifti import NiftiVolume, Remarks, read_volume, same_grid, voxel_problems
 from ..images.nifti_output import label_dtype, write_like
 from ..metadata.encoder import is_missing
 from ..models.folder import LoadedModel
@@ -34,14 +28,7 @@ from ..support.errors import UserError
 from ..support.files import read_json, write_json
 from ..support.names import file_name
 from .inputs import InputCase
-from .one_case import (
-    Options,
-    Predicted,
-    averaged_keys,
-    check_options,
-    completed,
-    predict,
-)
+from .one_case import Options, Predicted, averaged_keys, check_options, completed, predict
 from .postprocessing import fill_holes, keep_largest
 from .windows import Timing
 
@@ -50,11 +37,12 @@ MANIFEST = "predictions.json"
 
 @dataclass(frozen=True)
 class Writing:
-    """What is done with a prediction.
+    """Treatment of a prediction before and while it is written.
 
     Attributes:
-        keep_largest, fill_holes: of each label.
-        probabilities: written as float32, one file a label.
+        keep_largest: whether only the largest component of each label is kept.
+        fill_holes: whether holes of each label are filled.
+        probabilities: whether probabilities are written, float32, one file per label.
     """
 
     keep_largest: bool = False
@@ -64,13 +52,14 @@ class Writing:
 
 @dataclass
 class Outcome:
-    """What became of a folder.
+    """The result of predicting many cases.
 
     Attributes:
-        done, kept: cases predicted now, and left as an earlier run wrote them.
-        failed: case -> why.
-        timing: of all windows.
-        remarks: on the images.
+        done: cases that were predicted.
+        kept: cases that were kept as an earlier run wrote them.
+        failed: case -> reason.
+        timing: seconds in and around the network, over all windows.
+        remarks: remarks on the images.
     """
 
     done: list[str] = field(default_factory=list)
@@ -96,14 +85,14 @@ def predict_cases(
     """Predicts and writes every case.
 
     Args:
-        go_on: leave alone what an earlier run with the same model, settings and metadata has written.
+        go_on: keep cases that an earlier run with the same model, settings and metadata has written.
         extra: further entries of predictions.json.
         listed: write predictions.json.
-        remarks: collects what is remarkable about the images; it is the outcome's then.
-        progress: gets the number of cases; what it returns is called after each.
+        remarks: collects remarks on the images, and becomes that of the outcome; None: a new one.
+        progress: called with the number of cases; its result is called after each.
 
     Raises:
-        UserError: the output folder cannot be written, or holds the images.
+        UserError: the output folder cannot be written, or holds images of the cases.
     """
     check_options(model, options)
     _check_names(model, cases, options, writing)
@@ -135,7 +124,7 @@ def predict_cases(
         if listed:
             write_json(out / MANIFEST, {**head, "settings": settings, "cases": entries})
 
-    # shows at once whether the folder can be written
+    # a folder that cannot be written raises here, before anything is predicted
     note()
     if listed and not go_on:
         drop_results(out)
@@ -158,21 +147,21 @@ def predict_cases(
                 ):
                     raise
                 outcome.failed[case.id] = f"{case.first}: not enough memory for it"
-            # what is done stays known if the next case is interrupted
+            # written after each case, in case the next one is interrupted
             note()
         done()
     return outcome
 
 
 RESULTS = ("summary.json", "cases.csv", "comparison.json", "swap.json", "swap_table.json")
-"""What belongs to the predictions that were in a folder before."""
+"""Files about a folder's predictions, which are removed when these change."""
 
 MARK = b"fastfilm: "
-"""How the description in the header of every output begins."""
+"""Beginning of the description in the header of every output."""
 
 
 def resolved(model: LoadedModel, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the model's keys; several at once (multilabel) as a list of names."""
+    """The values of the model's keys; a multilabel value as a list of names."""
     values = {}
     for name in model.metadata_keys():
         if name in metadata:
@@ -190,7 +179,7 @@ def _check_targets(
     writing: Writing,
     listed: bool,
 ) -> None:
-    """Refuses to write over images and labels of the cases, and over files of other programs in a folder."""
+    """Raises UserError if outputs would replace images or labels of the cases, or files of other programs."""
     inputs = {p for c in cases for p in (*c.images, *c.labels.values()) if p is not None}
     theirs = {(s.st_dev, s.st_ino): p for p in inputs if p.exists() and (s := p.stat())}
     for case in cases:
@@ -213,12 +202,12 @@ def _ours(path: Path) -> bool:
     try:
         image: Any = nib.load(path)
         return bytes(image.header["descrip"]).startswith(MARK)
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # any error means a file of another program
         return False
 
 
 def drop_results(out: Path) -> None:
-    """Removes what was said of the predictions that were in the folder before."""
+    """Removes evaluations of the folder's earlier predictions."""
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
 
@@ -226,10 +215,10 @@ def drop_results(out: Path) -> None:
 def _drop_outputs(
     model: LoadedModel, case: InputCase, out: Path, options: Options, writing: Writing
 ) -> None:
-    """Removes what an earlier run wrote of a case, further maps included."""
+    """Removes all outputs of an earlier run for a case, with every kind of map."""
     every = output_paths(
         model,
-        # without metadata it has the map of missing ones
+        # a case without metadata has the map of missing metadata, too
         replace(case, metadata={}),
         replace(options, samples=1, missing="average"),
         replace(writing, probabilities=True),
@@ -240,10 +229,13 @@ def _drop_outputs(
 
 
 def load_case(case: InputCase, remarks: Remarks | None = None) -> list[NiftiVolume | None]:
-    """The case's channels, all on the grid of the first; what is remarkable about them goes to ``remarks``.
+    """The case's channels, all on the grid of the first; None for a missing one.
+
+    Args:
+        remarks: collects the remarks on its files.
 
     Raises:
-        UserError: a file that cannot be read, is on another grid, or holds NaN or infinity; the file is named.
+        UserError: a file cannot be read, is on another grid, or holds NaN or infinity; the message names it.
     """
     if case.problem is not None:
         raise UserError(case.problem)
@@ -301,7 +293,7 @@ def _one(
 
 
 def _in_foreground(found: Predicted) -> float | None:
-    """Mean metadata entropy, in bits, of the voxels that any label was predicted for; None without such voxels."""
+    """Mean metadata entropy in bits over the voxels of all predicted labels; None if there are none."""
     on = found.masks.any(0)
     if found.metadata_entropy is None or not on.any():
         return None
@@ -309,7 +301,7 @@ def _in_foreground(found: Predicted) -> float | None:
 
 
 def _clean(found: Predicted, writing: Writing) -> None:
-    """Post-processing, in place."""
+    """Post-processes the masks in place."""
     if not (writing.keep_largest or writing.fill_holes):
         return
     for k, mask in enumerate(found.masks):
@@ -319,7 +311,7 @@ def _clean(found: Predicted, writing: Writing) -> None:
         if writing.fill_holes:
             new = fill_holes(new)
             found.strongest[new & (found.strongest == 0)] = k + 1
-        # voxels that a label lost go to the next one that is on
+        # voxels that this label lost go to the next label that has them
         lost = (found.strongest == k + 1) & ~new
         found.masks[k] = new
         if lost.any():
@@ -335,7 +327,7 @@ def _write(
     writing: Writing,
     found: Predicted,
 ) -> dict[str, str]:
-    """Writes the files of a case, masks last; what each one is -> its path in ``out``."""
+    """Writes the files of a case, masks last; returns kind -> path in ``out``."""
     labels = model.info.labels
     paths = dict(output_paths(model, case, options, writing))
     written: list[Path] = []
@@ -366,7 +358,7 @@ def _write(
             about = ", ".join(f"{label.value} {label.name}" for label in labels)
             write("labels", array, about)
     except BaseException:
-        # a case is there whole or not at all
+        # a case is written with all its files or not at all
         for path in written:
             path.unlink(missing_ok=True)
         raise
@@ -376,7 +368,7 @@ def _write(
 def output_paths(
     model: LoadedModel, case: InputCase, options: Options, writing: Writing
 ) -> list[tuple[str, str]]:
-    """What a file of a case is, and its path in the output folder."""
+    """The kind of each file of a case, and its path in the output folder."""
     labels = [label.name for label in model.info.labels]
     ends = [(f"{name}_probability", f"_{name}_probability") for name in labels]
     ends = ends if writing.probabilities else []
@@ -392,7 +384,7 @@ def output_paths(
 def _check_names(
     model: LoadedModel, cases: Sequence[InputCase], options: Options, writing: Writing
 ) -> None:
-    """Refuses names of cases and labels that would make one file of two."""
+    """Raises UserError if two outputs would have the same path."""
     taken: dict[str, str] = {}
     for case in cases:
         for what, path in output_paths(model, case, options, writing):
@@ -405,8 +397,8 @@ def _check_names(
 
 
 def _settings(model: LoadedModel, head: Mapping[str, Any]) -> str:
-    """Of everything but the case that decides a prediction."""
-    # which cases are asked for decides none of them
+    """Digest of the weights and settings that predictions depend on."""
+    # the list of requested cases influences none of them
     decides = {k: v for k, v in head.items() if k != "asked"}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
     for name in ("model.json", "best.safetensors", "final.safetensors"):
@@ -417,10 +409,10 @@ def _settings(model: LoadedModel, head: Mapping[str, Any]) -> str:
 
 
 def _manifest(out: Path, settings: str) -> dict[str, Any]:
-    """The cases of an earlier run with these settings; none if there is none.
+    """The cases of an earlier run with these settings; empty if there was no run.
 
     Raises:
-        UserError: there is a run with other ones.
+        UserError: there was a run with other settings.
     """
     path = out / MANIFEST
     if not path.is_file():
@@ -447,7 +439,7 @@ def _same(model: LoadedModel, entry: Mapping[str, Any], case: InputCase) -> bool
 
 
 def _stamps(case: InputCase) -> list[list[int] | None]:
-    """Size and time of each image: another file under the same name is another case."""
+    """Size in bytes and modification time in nanoseconds of each image, by which a changed file is noticed."""
     found: list[list[int] | None] = []
     for path in case.images:
         status = path.stat() if path is not None and path.exists() else None

@@ -1,4 +1,4 @@
-"""One case through a model: windows, tasks, flips, dropout samples; on the file's grid, plane by plane."""
+"""Prediction of one case: windows, tasks, flips and dropout samples, brought to the file's grid plane by plane."""
 
 from __future__ import annotations
 
@@ -15,19 +15,10 @@ from torch import Tensor, nn
 
 from fastfilm.nn import ConvNormFiLM2d, ConvNormFiLM3d
 
-from ..images.preprocessing import (
-    AXES,
-    Geometry,
-    Preprocessed,
-    resample,
-)
+from ..images.preprocessing import AXES, Geometry, Preprocessed, resample
 from ..models.folder import LoadedModel
 from ..support.errors import UserError
-from .averaging import (
-    Prior,
-    missing_keys,
-    weighted,
-)
+from .averaging import Prior, missing_keys, weighted
 from .windows import Timing, sliding_windows
 
 Plane = Literal["sagittal", "coronal", "axial"]
@@ -35,16 +26,16 @@ Plane = Literal["sagittal", "coronal", "axial"]
 
 @dataclass(frozen=True)
 class Options:
-    """How a case is predicted.
+    """Settings of a prediction.
 
     Attributes:
-        overlap: of neighbouring windows, as a share of their size.
-        batch: windows that go through the network at once; None: 16 slices or 1 volume.
-        flips: the case is also predicted mirrored across these planes (all combinations), and the mean is taken.
-        samples: with n > 0 the mean over n draws of the dropout masks, which also give the uncertainty.
-        seed: of the draws.
-        missing: a case without a value of a key is predicted as "unknown", or as the mean over its values.
-        prior: the weights of such values; a key that is not there has those of its frequency in training.
+        overlap: overlap of neighbouring windows, as a share of their size.
+        batch: windows in one call of the network; None: 16 slices or 1 volume.
+        flips: planes across which the case is also predicted mirrored, in all combinations, for a mean.
+        samples: number of draws of the dropout masks, for a mean and its uncertainty; 0: no dropout.
+        seed: seed of the draws.
+        missing: prediction of a case without a value of a key: as "unknown", or as the mean over its values.
+        prior: weights of these values; other keys have the frequencies of their values in training.
     """
 
     overlap: float = 0.5
@@ -58,16 +49,16 @@ class Options:
 
 @dataclass
 class Predicted:
-    """One case on the grid of its file.
+    """A prediction on the grid of the case's file.
 
     Attributes:
-        masks: bool [K, X, Y, Z], one a label. In output mode "classes" they exclude each other.
-        strongest: int16 [X, Y, Z]: 1 + the label of the highest probability among those that are on; 0: none.
-        probabilities: float32 [K, X, Y, Z] if asked for.
-        entropy: float32 [X, Y, Z]: entropy in bits of the mean prediction, highest over the labels.
-        information: float32 [X, Y, Z]: mutual information in bits of prediction and dropout mask.
-        metadata_entropy: float32 [X, Y, Z]: mutual information in bits of prediction and missing metadata value,
-            highest over the labels; None where no value was missing, or a missing one is "unknown".
+        masks: [K, X, Y, Z], bool, one for each label; in output mode "classes" they do not overlap.
+        strongest: [X, Y, Z], int16: 1 + the index of the most probable label whose mask is on; 0: no label.
+        probabilities: [K, X, Y, Z], float32, if asked for.
+        entropy: [X, Y, Z], float32: entropy in bits of the mean over dropout samples, highest over the labels.
+        information: [X, Y, Z], float32: mutual information in bits of prediction and dropout mask.
+        metadata_entropy: [X, Y, Z], float32: mutual information in bits of prediction and missing metadata value,
+            highest over the labels; None if no mean over metadata values was taken.
         timing: seconds in and around the network.
     """
 
@@ -89,19 +80,20 @@ def predict(
     *,
     probabilities: bool = False,
 ) -> Predicted:
-    """Masks of one case under its metadata.
+    """The prediction of a case with its metadata.
 
-    The network's probabilities are never kept for the whole volume: planes are brought to the file's grid, turned
-    into masks and dropped as they become final. Besides input and result, memory is that of one window's depth.
+    Probabilities are not kept for the whole volume: finished planes are brought to the file's grid, turned into
+        masks
+    and dropped. Beside input and result, this needs memory for the depth of one window.
 
     Args:
-        case: from ``model.preprocess``.
+        case: result of ``model.preprocess``.
         values: metadata, key -> value.
-        probabilities: keep them, float32.
+        probabilities: keep the probabilities, too.
 
     Raises:
-        MetadataError (a UserError): metadata that the model cannot take.
-        UserError: dropout samples of a network without dropout.
+        MetadataError (a UserError): the model cannot take the metadata.
+        UserError: the options do not fit the model.
     """
     options = options or Options()
     timing = Timing()
@@ -132,10 +124,10 @@ def predict(
             kept[maps + 1][at] = np.maximum(h - p[labels], 0)
         if network.averaged:
             kept[maps][at] = p[labels]
-    kept = _to_file(kept, geometry)
+    kept = geometry.to_file(kept)
     return Predicted(
-        _to_file(masks, geometry),
-        _to_file(strongest[None], geometry)[0],
+        geometry.to_file(masks),
+        geometry.to_file(strongest[None])[0],
         kept[:maps] if probabilities else None,
         kept[maps] if uncertain else None,
         kept[maps + 1] if uncertain else None,
@@ -151,7 +143,7 @@ def windows(
     options: Options,
     timing: Timing | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Probabilities of ``image`` [C, D, H, W] as planes (first, [K, n, H, W]), from ``sliding_windows``."""
+    """Finished planes (first, [K, n, H, W]) of the probabilities of ``image`` [C, D, H, W]."""
     return sliding_windows(
         image,
         model.info.patch_size,
@@ -163,16 +155,16 @@ def windows(
 
 
 def decide(p: NDArray[np.float32], exclusive: bool) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
-    """Masks and the strongest label (from 1; 0: none) for probabilities [K, …].
+    """Masks [K, …], bool, and the strongest label [...] (from 1; 0: none), int16, for probabilities [K, …].
 
     Args:
-        exclusive: the labels and the background exclude each other: the most probable one is taken. Otherwise
-            every label of 1/2 or more.
+        exclusive: whether labels and background exclude each other and the most probable is taken; otherwise every
+            label with a probability of 1/2 or more is.
     """
     best = p.argmax(0)
     highest = np.take_along_axis(p, best[None], 0)[0]
     background = 1 - p.sum(0) if exclusive else np.float32(0.5)
-    # a tie goes to the background where labels are exclusive, as argmax over (background, labels) has it
+    # with exclusive labels the background wins a tie, as in argmax over (background, labels)
     on = highest > background if exclusive else highest >= background
     strongest = np.where(on, best + 1, 0).astype(np.int16)
     if exclusive:
@@ -181,18 +173,18 @@ def decide(p: NDArray[np.float32], exclusive: bool) -> tuple[NDArray[np.bool_], 
 
 
 def entropy(p: NDArray[np.float32], exclusive: bool) -> NDArray[np.float32]:
-    """In bits, [K, …] -> […]: over background and labels, or the highest of K yes-or-no entropies."""
+    """Entropy […] in bits of probabilities [K, …]: over background and labels, or the highest of K binary ones."""
     bits = _bits(torch.from_numpy(np.ascontiguousarray(p))[None], exclusive)
     return np.asarray(bits[0, 0].numpy())
 
 
 def _bits(p: Tensor, exclusive: bool) -> Tensor:
-    """The same for [N, K, …] -> [N, 1, …]."""
+    """The same as [N, 1, …] for [N, K, …]."""
     return _entropies(p, exclusive).amax(1, keepdim=True)
 
 
 def _entropies(p: Tensor, exclusive: bool) -> Tensor:
-    """In bits, [N, K, …] -> [N, 1, …] over background and labels, or [N, K, …], yes or no for each label."""
+    """Entropies in bits of [N, K, …]: [N, 1, …] over background and labels, or [N, K, …], binary per label."""
     rest = (1 - p.sum(1, keepdim=True)).clamp_min(0) if exclusive else 1 - p
     if exclusive:
         whole = torch.cat([p, rest], 1)
@@ -201,10 +193,10 @@ def _entropies(p: Tensor, exclusive: bool) -> Tensor:
 
 
 def check_options(model: LoadedModel, options: Options) -> list[str]:
-    """The planes across which the model's windows can be mirrored, in the order of their axes.
+    """Checks options against a model; returns the planes of possible flips, in the order of the windows' axes.
 
     Raises:
-        UserError: a plane that is none of them; dropout samples of a network without dropout.
+        UserError: a flip is not possible, the network has no dropout to sample, or options exclude each other.
     """
     first = model.info.preprocessing.slice_axis
     order = [int(first), *(a for a in range(3) if a != first)]
@@ -226,17 +218,17 @@ def check_options(model: LoadedModel, options: Options) -> list[str]:
 
 
 def averaged_keys(model: LoadedModel, values: Mapping[str, Any], options: Options) -> list[str]:
-    """The keys over whose values the mean is taken for a case."""
+    """The keys with missing values over which the mean is taken for a case."""
     return missing_keys(model, values) if options.missing == "average" else []
 
 
 def completed(
     model: LoadedModel, values: Mapping[str, Any], options: Options
 ) -> list[tuple[float, dict[str, Any]]]:
-    """What a case is predicted under, each with its weight: its metadata, or every completion of them.
+    """The metadata that a case is predicted with, as pairs of weight and values: its own, or all completions.
 
     Raises:
-        UserError: missing values over which there is no mean (``averaging.weighted``).
+        UserError: there is no mean over the missing values (``averaging.weighted``).
     """
     if averaged_keys(model, values, options):
         return weighted(model, values, options.prior)
@@ -244,15 +236,15 @@ def completed(
 
 
 class CaseNetwork:
-    """Windows [N, C, *S] -> probabilities [N, K, *S] under one case's metadata.
+    """A network with the metadata of one case: windows [N, C, *S] -> probabilities [N, K, *S].
 
-    γ and β are computed once. With dropout samples there is one more channel: the mean entropy of the samples.
-    With the mean over missing metadata there is one more, too: H(Σ w p) - Σ w H(p) over the values, highest over
-    the labels, the mutual information of prediction and value. It is taken here, so that it holds nothing of what
-    windows that overlap disagree about.
+    γ and β are computed once. With dropout samples the result has one more channel: the samples' mean entropy.
+    With a mean over missing metadata it has one, too: the mutual information of prediction and value,
+    H(Σ w p) - Σ w H(p), highest over the labels. It is computed for each window, so that differences between
+    overlapping windows do not enter it.
 
     Attributes:
-        averaged: the case has missing metadata over whose values the mean is taken.
+        averaged: whether a mean over missing metadata is taken.
     """
 
     def __init__(self, model: LoadedModel, values: Mapping[str, Any], options: Options) -> None:
@@ -284,7 +276,7 @@ class CaseNetwork:
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), dropping(self.model.network):
             for i in range(self.options.samples):
-                # what is drawn depends on the seed alone, not on the windows before
+                # draws depend on the seed alone, not on earlier windows
                 torch.manual_seed(self.options.seed + i)
                 p = self._mean(x, self.film[0])
                 p = torch.cat([p, _bits(p, exclusive)], 1)
@@ -302,7 +294,7 @@ class CaseNetwork:
             p = weight * p
             mean, within = (p, h) if mean is None or within is None else (mean + p, within + h)
         assert mean is not None and within is not None
-        # weights add up to 1 but for rounding
+        # weights add up to 1 only within rounding
         mean = mean.clamp_max(1)
         information = (_entropies(mean, exclusive) - within).amax(1, keepdim=True).clamp_min(0)
         return torch.cat([mean, information], 1)
@@ -325,7 +317,7 @@ class CaseNetwork:
 
 
 def droppable(network: nn.Module) -> list[nn.Module]:
-    """The modules that drop something in training."""
+    """The modules with active dropout in training."""
     return [
         m
         for m in network.modules()
@@ -336,7 +328,7 @@ def droppable(network: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def dropping(network: nn.Module) -> Iterator[None]:
-    """Dropout is on inside, and nothing else of training mode."""
+    """Switches dropout on inside the block, and nothing else of training mode."""
     modules = droppable(network)
     for m in modules:
         if isinstance(m, ConvNormFiLM2d | ConvNormFiLM3d):
@@ -356,16 +348,16 @@ def dropping(network: nn.Module) -> Iterator[None]:
 def regridded(
     planes: Iterator[tuple[int, Tensor]], geometry: Geometry
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Planes [K, n, H, W] of the network's grid -> planes of the crop before resampling, numpy, in order.
+    """Planes [K, n, H, W] on the network's grid, resampled to the grid of the crop, as arrays and in order.
 
-    Linear, as ``Geometry.from_network`` does it for a whole volume, with one plane kept from call to call.
+    The resampling is linear, as in ``Geometry.from_network`` for a whole volume; one plane is kept in between.
     """
     depth, (h, w) = geometry.cropped[0], geometry.cropped[1:]
     if geometry.grid == geometry.cropped:
         for first, p in planes:
             yield first, p.cpu().numpy()
         return
-    # centres of the wanted planes in the coordinates of those that come
+    # centres of the result's planes in the coordinates of the given ones
     where = (np.arange(depth) + 0.5) * geometry.grid[0] / depth - 0.5
     where = where.clip(0, geometry.grid[0] - 1)
     wanted = 0
@@ -382,9 +374,3 @@ def regridded(
             yield wanted, ((1 - t) * have[:, low - first] + t * have[:, high - first])[:, None]
             wanted += 1
         last = have[:, -1:].copy()
-
-
-def _to_file(array: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
-    """[K, *turned] -> [K, X, Y, Z], a view."""
-    array = np.flip(array, tuple(1 + np.flatnonzero(geometry.flips)))
-    return array.transpose(0, *(1 + i for i in np.argsort(geometry.axes)))

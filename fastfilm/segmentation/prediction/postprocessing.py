@@ -1,4 +1,4 @@
-"""What is done to a binary mask after the network: the largest component, holes."""
+"""Post-processing of binary masks: the largest component, and filling of holes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Mask = NDArray[np.bool_]
 
 
 def components(mask: Mask) -> tuple[NDArray[np.int32], int]:
-    """Connected components (voxels that share a face, an edge or a corner): numbers from 1, and how many."""
+    """Connected components (by face, edge or corner), numbered from 1 in the mask's shape, and their count."""
     labelled, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim, int))
     return labelled, int(count)
 
 
 def keep_largest(mask: Mask) -> Mask:
-    """The largest connected component; of several equally large ones the first."""
+    """The largest connected component; of several of the same size the first."""
     labelled, count = components(mask)
     if count < 2:
         return mask
@@ -26,5 +26,5 @@ def keep_largest(mask: Mask) -> Mask:
 
 
 def fill_holes(mask: Mask) -> Mask:
-    """With background that no path of face neighbours joins to the border of the volume."""
+    """The mask with all background that is not connected by faces to the border of the volume."""
     return np.asarray(ndimage.binary_fill_holes(mask))

@@ -1,4 +1,4 @@
-"""Counterfactuals: every case predicted under every value of one metadata key, and what that changes."""
+"""Swapped metadata: the prediction of every case with every value of one metadata key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..metadata.groups import MISSING, UNKNOWN
 from ..models.folder import LoadedModel
 from ..support.errors import UserError
 from ..support.files import write_json
@@ -14,15 +15,12 @@ from .inputs import InputCase
 
 SWAP = "swap.json"
 
-UNKNOWN = "unknown"
-"""What a missing value is called, unless the model knows a value of that name."""
-
 
 def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
-    """``KEY`` or ``KEY=VALUE,VALUE`` -> the key and its values; None stands for "unknown", if the model knows it.
+    """Key and values in ``KEY`` or ``KEY=VALUE,VALUE``; without values, all in training. None means "unknown".
 
     Raises:
-        UserError: a key the model does not have, a continuous one without values, a value it cannot take.
+        UserError: the model has no such key or cannot take a value, or no values are given of a continuous key.
     """
     key, sign, given = text.partition("=")
     if key == model.info.task_key:
@@ -56,14 +54,14 @@ def shown(value: str | None, known: Sequence[str]) -> str:
     """A fed value as text; a missing one is ``unknown``, or ``(missing)`` beside a value of that name."""
     if value is not None:
         return value
-    return "(missing)" if UNKNOWN in known else UNKNOWN
+    return MISSING if UNKNOWN in known else UNKNOWN
 
 
 def case_under(case: InputCase, key: str, value: str | None) -> InputCase:
-    """The case with another value of ``key``."""
+    """The case with ``value`` for ``key``."""
     return replace(case, metadata={**case.metadata, key: value})
 
 
 def write_swap(out: Path, swap: Mapping[str, Any], folders: Sequence[Mapping[str, str]]) -> None:
-    """OUT/swap.json: the key, the true value of each case, and the folder of each value that was fed."""
+    """Writes OUT/swap.json: the key, the true value of each case, and the folder of each value that was fed."""
     write_json(out / SWAP, {**swap, "fed": list(folders)})

@@ -1,12 +1,13 @@
-"""Sliding windows that hand out finished planes: memory grows with a window's depth, not with the volume's.
+"""Sliding windows that yield finished planes: memory grows with a window's depth, not with the volume's.
 
-The windows are visited from the first plane
-to the last, and planes that no later window reaches are divided by their weight and handed on. The weights of all
-windows are a product of one factor an axis, so that no map of them is needed.
+Windows are visited from the first plane to the last. Planes that no later window reaches are divided by their
+weight and yielded. The sum of all windows' weights is a product of one factor per axis, so that no map of it is
+needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +22,19 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass
 class Timing:
-    """Seconds: of the network, and of everything around it in ``sliding_windows``."""
+    """Seconds in the network, and in the rest of ``sliding_windows``."""
 
     network: float = 0.0
     around: float = 0.0
 
     @property
     def overhead(self) -> float:
-        """Time around the network as a share of the network's."""
+        """Seconds around the network, as a share of those in it."""
         return self.around / self.network if self.network else 0.0
 
 
 def starts(size: int, window: int, overlap: float) -> list[int]:
-    """Where the windows along one axis begin: evenly spread, overlapping by at least ``overlap``."""
+    """First positions of the windows along one axis: evenly spread, overlapping by at least ``overlap``."""
     if size <= window:
         return [0]
     step = max(1, int(window * (1 - overlap)))
@@ -42,7 +43,7 @@ def starts(size: int, window: int, overlap: float) -> list[int]:
 
 
 def gaussian(window: int) -> Tensor:
-    """Weights of a window's voxels along one axis [window]: deviation window / 8, at most 1, at least 0.1 %."""
+    """Weights [window] of a window's voxels along one axis: a Gaussian of deviation window / 8, at least 0.001."""
     x = torch.arange(window, dtype=torch.float32) - (window - 1) / 2
     return torch.exp(-0.5 * (x / (window / 8)) ** 2).clamp_min(1e-3)
 
@@ -67,20 +68,19 @@ def sliding_windows(
     """Weighted means of the network's outputs over overlapping windows, plane by plane.
 
     Args:
-        image: [C, D, H, W]; smaller than a window, it is padded with zeros on both sides.
-        patch_size: (H, W): windows within one plane, given to ``network`` as [N, C, H, W]; or (D, H, W):
-            [N, C, D, H, W].
-        network: windows -> [N, K, *patch_size].
-        overlap: of neighbouring windows, as a share of their size, 0 <= overlap < 1.
-        batch: N at most.
-        timing: what is added up; on CUDA the device is waited for, to measure.
+        image: [C, D, H, W]; along axes shorter than a window it is padded with zeros on both sides.
+        patch_size: (H, W): windows [N, C, H, W] within one plane; (D, H, W): windows [N, C, D, H, W].
+        network: function from windows to outputs [N, K, *patch_size].
+        overlap: overlap of neighbouring windows, as a share of their size, 0 <= overlap < 1.
+        batch: number N of windows at most in one call.
+        timing: seconds are added here; on CUDA, measuring waits for the device.
 
     Yields:
-        (first plane, planes [K, n, H, W]), float32 on the image's device, in order and without gaps. The planes
-        are overwritten when the next ones are asked for.
+        (first plane, planes [K, n, H, W]), float32, on the image's device, in order and without gaps. The planes
+        are overwritten when the next ones are computed.
 
     Raises:
-        ValueError: sizes or overlap that do not fit.
+        ValueError: sizes or overlap do not fit.
     """
     flat = len(patch_size) == 2
     if image.dim() != 4 or len(patch_size) not in (2, 3):
@@ -108,7 +108,7 @@ def sliding_windows(
     )
     scale = (1 / (totals[1][:, None] * totals[2][None, :])).to(device)
     inner = list(itertools.product(begins[1], begins[2]))
-    # planes that are worked on together: a window's depth, or as many slices as fill a batch
+    # rows of windows that are computed together: one in 3D; in 2D, as many slices as fill a batch
     together = max(1, batch // len(inner)) if flat else 1
     rows = [begins[0][i : i + together] for i in range(0, len(begins[0]), together)]
     buffer: Tensor | None = None
@@ -141,7 +141,7 @@ def sliding_windows(
             yield first - before[0], planes[:, first - low : last - low, rest[0], rest[1]]
             clock.start()
         kept = buffer.shape[1] - done
-        # one output channel at a time: a copy of all of them would be half a window more
+        # channel by channel: a copy of all channels would take the memory of half a window
         for channel in buffer:
             if kept > 0:
                 channel[:kept] = channel[done:].clone()
@@ -151,6 +151,8 @@ def sliding_windows(
 
 
 class _Clock:
+    """Measures the time inside and outside of ``network``."""
+
     def __init__(self, device: torch.device, timing: Timing) -> None:
         self.device, self.timing = device, timing
         self.start()
@@ -166,20 +168,11 @@ class _Clock:
     def stop(self) -> None:
         self.timing.around += self._now() - self.begun
 
-    def network(self) -> _Pause:
-        return _Pause(self)
-
-
-class _Pause:
-    """The time inside is the network's."""
-
-    def __init__(self, clock: _Clock) -> None:
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.clock.stop()
-        self.begun = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.clock.timing.network += self.clock._now() - self.begun
-        self.clock.start()
+    @contextlib.contextmanager
+    def network(self) -> Iterator[None]:
+        """Counts the time inside the block as the network's."""
+        self.stop()
+        begun = time.perf_counter()
+        yield
+        self.timing.network += self._now() - begun
+        self.start()

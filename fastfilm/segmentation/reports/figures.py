@@ -23,11 +23,7 @@ from ..images.preprocessing import Volume
 from ..support.errors import UserError
 from ..support.files import atomic
 from ..support.hints import some
-from .inspection import (
-    Inspection,
-    principal_components,
-    spread,
-)
+from .inspection import Inspection, principal_components, spread
 from .layout import number, plain
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")

@@ -17,19 +17,9 @@ from ..support.names import file_name
 from ..support.records import check_writable
 from ..training.record import read_log
 from . import figures
-from .html_page import (
-    Page,
-    document,
-    table,
-)
+from .html_page import Page, document, table
 from .inspection import has_film, inspect
-from .layout import (
-    DIGITS,
-    NONE,
-    interval,
-    number,
-    p_value,
-)
+from .layout import DIGITS, NONE, interval, number, p_value
 
 SHOWN = ("Dice", "IoU", "HD95", "NSD", "volume_error", "lesion_F1")
 

@@ -1,1 +1,1 @@
-"""Files, messages, processes and devices: what every part of the system uses."""
+"""Helpers for every other room: files, locks, messages, processes and devices."""

@@ -1,4 +1,4 @@
-"""What the commands print: progress bars on a terminal, plain lines in a log."""
+"""Output of the commands: progress bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -18,12 +17,14 @@ from rich.progress import (
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 
+Tick = Callable[..., None]
+"""Moves a bar on by one step; an argument replaces its text."""
 
 _silent = False
 
 
 def say(text: str) -> None:
-    """One line on stdout, as it is."""
+    """Prints a line on stdout; square brackets in it are not read as markup."""
     if not _silent:
         out.print(text, markup=False)
 
@@ -39,21 +40,11 @@ def quiet() -> Iterator[None]:
         _silent = before
 
 
-class Tick:
-    """Moves a bar on by one step; its text may change."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
-
-    def __call__(self, text: str | None = None) -> None:
-        self.progress.update(self.task, advance=1, description=text)
-
-
 @contextlib.contextmanager
 def bar(title: str, show: bool = True) -> Iterator[Callable[[int], Tick]]:
     """A progress bar with the time left, on a terminal only.
 
-    Yields a function that gets the number of steps and returns what is called after each.
+    Yields a function that takes the number of steps and returns a ``Tick``, to be called after each step.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -64,5 +55,10 @@ def bar(title: str, show: bool = True) -> Iterator[Callable[[int], Tick]]:
         TimeRemainingColumn(),
     )
     hidden = not (show and out.is_terminal)
-    with Progress(*columns, console=out, transient=True, disable=hidden) as p:
-        yield lambda total: Tick(p, p.add_task(title, total=total))
+    with Progress(*columns, console=out, transient=True, disable=hidden) as progress:
+
+        def start(total: int) -> Tick:
+            task = progress.add_task(title, total=total)
+            return lambda text=None: progress.update(task, advance=1, description=text)
+
+        yield start

@@ -1,4 +1,4 @@
-"""What ``--device`` says, as a device that is there."""
+"""The device that ``--device`` names, tried before anything is computed on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ def choose(name: str | None = None, *, local: int = 0, world: int = 1) -> torch.
     """The device to compute on.
 
     Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``; None or ``auto``: a GPU of CUDA if there is one,
-            else the CPU.
-        local: number of this process among those of the machine; without a number of its own, each takes a GPU.
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``; None or ``auto``: a CUDA GPU if there is one, else
+            the CPU.
+        local: number of this process among those on this machine: ``cuda`` without a number is the GPU of this
+            number.
         world: number of processes.
 
     Raises:
-        UserError: no such device here, or fewer than processes.
+        UserError: the machine has no such device, or fewer GPUs than processes.
     """
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Several processes started by ``torchrun``; one process where there are none."""
+"""The processes that ``torchrun`` started; without torchrun, one process alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .devices import choose
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all.
+    """This process and its means of speaking to the others.
 
     Attributes:
-        rank, world: number of this one, and of all.
-        device: what it computes on.
+        rank: number of this process, from 0.
+        world: number of processes.
+        device: the device that this process computes on.
     """
 
     rank: int
@@ -30,7 +31,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """The one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def sum(self, t: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class Processes:
         return t
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's plain value (numbers, text, lists), in the order of the ranks."""
+        """The values that all processes passed (numbers, text, lists), in the order of the ranks."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
@@ -49,7 +50,7 @@ class Processes:
         return out
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Returns when all processes have called it."""
         if self.world > 1:
             dist.barrier()
 
@@ -62,7 +63,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         device: as ``devices.choose`` takes it.
 
     Raises:
-        UserError: no such device.
+        UserError: the machine has no such device.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,4 +1,4 @@
-"""Text files of users: UTF-8, or a message that says what they are."""
+"""Text files of users, read as UTF-8; a file of another kind gives a message that names its kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file (with or without a byte order mark).
 
     Raises:
-        UserError: no such file, a directory, another encoding, an Excel file.
+        UserError: the file is missing, a directory, in another encoding, or an Excel file.
     """
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path}: {dangling(path)}")
@@ -19,12 +19,9 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4096]:
-        kind = (
-            "UTF-16"
-            if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:2]
-            else "binary data"
-        )
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]
+    if utf16 or b"\0" in data[:4096]:
+        kind = "UTF-16" if utf16 else "binary data"
         raise UserError(f"{path}: is {kind}, not UTF-8 text: save the file as UTF-8")
     if data.startswith(b"PK\x03\x04"):
         raise UserError(f"{path}: is an Excel or ZIP file, not text: save the table as CSV (UTF-8)")
@@ -39,7 +36,7 @@ def read_text(path: Path) -> str:
 
 
 def dangling(link: Path) -> str:
-    """What is said of a link whose target is not there."""
+    """The end of a message about a link to a missing file."""
     return (
         f"is a link to {link.readlink()}, which is not there (a file managed by git-annex or DataLad is fetched"
         " with: datalad get FILE)"

@@ -1,4 +1,4 @@
-"""Errors whose message is for the user: the command line prints it without a traceback and exits with 1."""
+"""Errors for the user: the command line prints their message without a traceback and exits with 1."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend: a file, a row, a key, a setting. The message names it."""
+    """A fault that the user can mend in a file, a row, a key or a setting, which the message names."""
 
 
 class MetadataError(UserError):
-    """A value or key that the encoder cannot take; names the key, what was expected and what came."""
+    """A metadata key or value that the encoder cannot take; the message names the key and the expected values."""
 
 
 class Problems(UserError):
-    """Several of them, found in one pass.
+    """Several faults, found in one pass.
 
     Attributes:
-        problems: one line each.
+        problems: a line for each fault.
     """
 
     def __init__(self, title: str, problems: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: JSON, safetensors and arrays, written beside and moved into place."""
+"""Atomic writing of JSON, safetensors and arrays: under a temporary name, then moved into place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import fastfilm
 from .errors import UserError
 
 CHECKSUM, WRITER = "sha256", "fastfilm"
-"""Names in a safetensors header: checksum of everything in the file, and the version that wrote it."""
+"""Entries of a safetensors header: checksum of everything in the file, and version of fastfilm that wrote it."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -46,7 +46,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     file or the new one. Nothing is left behind when the block raises.
 
     Raises:
-        UserError: the file cannot be written (full disk, read-only folder), with its name and the reason.
+        UserError: the file cannot be written (full disk, read-only folder); the message names file and reason.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -91,7 +91,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file.
 
     Raises:
-        UserError: no such file, or not JSON (NaN and infinity are not), with the file's name.
+        UserError: the file is missing or not JSON (NaN and infinity are not); the message names it.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
@@ -121,7 +121,7 @@ def write_tensors(
     """``tensors`` as safetensors, atomically; ``metadata`` goes into the file's header.
 
     A checksum over names, types, shapes, bytes and metadata goes there too, for ``read_tensors``. The same tensors
-    make the same file, byte for byte (the format's own library lays metadata out in an order of chance).
+    make the same file, byte for byte (safetensors' own writer orders the metadata at random).
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = {**(metadata or {}), WRITER: fastfilm.__version__}
@@ -146,10 +146,10 @@ def write_tensors(
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (on the CPU) and header metadata of a safetensors file; executes nothing.
 
-    A file without a checksum (of fastfilm before format 2, or of another library) is taken as it is.
+    A file without a checksum (of fastfilm before format 2, or of another library) is accepted.
 
     Raises:
-        UserError: no such file, or a damaged one.
+        UserError: the file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -161,7 +161,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from error
-    # both or neither: damage to one of the names shows by the other
+    # a file has both entries or neither: if the name of one is damaged, the other still calls for the check
     if CHECKSUM in about or WRITER in about:
         checksum = about.pop(CHECKSUM, None)
         if WRITER not in about or checksum != _checksum(tensors, about):

@@ -1,4 +1,4 @@
-"""Hints for messages: the word that was meant, and what lies in a folder that has not what was looked for."""
+"""Hints for messages: the known word most like a misspelt one, and the kinds of files in a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LOOKED_AT = 5000
-"""Files of a folder that are looked at."""
+"""Files of a folder that are counted at most."""
 
 OTHER_FORMATS = {
     ".nrrd": "NRRD", ".nhdr": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage", ".mgz": "FreeSurfer MGZ",
@@ -20,19 +20,19 @@ OTHER_FORMATS = {
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the word of ``known`` that is most like ``word``, or nothing."""
+    """``; did you mean 'x'?`` for the word of ``known`` most like ``word``; empty if none is like it."""
     by_lower = {k.casefold(): k for k in known}
     close = difflib.get_close_matches(word.casefold(), by_lower, 1, 0.7)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def some(names: Sequence[Any], most: int = 3) -> str:
-    """The first few, and a sign that there are more."""
+    """The first ``most`` names, and an ellipsis if there are more."""
     return ", ".join(str(n) for n in names[:most]) + (", …" if len(names) > most else "")
 
 
 def contents(folder: Path) -> str:
-    """What the files in ``folder`` are, and how DICOM becomes NIfTI; a sentence for a message."""
+    """The kinds of files in ``folder``, and how DICOM is converted to NIfTI, as the end of a message."""
     counts: Counter[str] = Counter()
     for path in _files(folder):
         counts[_kind(path)] += 1
@@ -48,7 +48,7 @@ def contents(folder: Path) -> str:
 
 
 def is_dicom(path: Path) -> bool:
-    """By the name, or by the four letters behind the preamble."""
+    """Whether a file is DICOM by its suffix, or by the four letters behind the preamble."""
     if path.suffix.lower() in (".dcm", ".ima", ".dicom"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""One writer a folder: a model folder, a plan or a folder of predictions is written by one process at a time."""
+"""Locks on folders: a model folder, a plan or a folder of predictions is written by one process at a time."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ class Busy(UserError):
 
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""How file systems without locks answer."""
+"""Errors of file systems without locks."""
 
-# (process, device, inode) of folders that are locked: a lock of the system does not keep its own process out.
-# With the process in it, a forked child does not take its parent's locks for its own.
+# (process, device, inode) of the locked folders: the operating system's locks do not keep their own process out.
+# The process id keeps a forked child from taking its parent's locks for its own.
 _mine: set[tuple[int, int, int]] = set()
 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """No other process writes to ``folder`` inside the block; the folder is made if it is not there.
+    """Keeps other processes from writing to ``folder`` inside the block; creates the folder if it is missing.
 
-    The lock is one of the system's on the file ``.lock``, which ends with the process however it ends; a file left
-    by a killed process is taken over. On a file system without locks the file itself is the lock, and it counts as
-    left behind if its process on this machine is gone. A folder that is empty afterwards and was made here is
+    The operating system locks the file ``.lock`` and releases it when the process ends, however it ends; the file
+    of a killed process is taken over. On a file system without locks the file itself is the lock; it is taken over
+    if it names a process of this machine that has ended. A folder created here that is empty afterwards is
     removed.
 
     Args:
-        what: the command that writes, for the message that others get.
+        what: the command that writes, for the message to other processes.
 
     Raises:
-        Busy (a UserError): another process (or another block of this one) writes to it.
+        Busy (a UserError): another process, or another block of this process, holds the lock.
         UserError: the folder cannot be written.
     """
     folder = Path(folder)
@@ -64,7 +64,7 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # removed while it is still held: who waits for the old file sees that it is not the folder's any more
+            # removed while still locked: a process that waits for this file sees that another one replaced it
             with contextlib.suppress(OSError):
                 (folder / NAME).unlink()
             os.close(handle)
@@ -76,7 +76,7 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 def _take(folder: Path, what: str) -> int:
-    """The open lock file, locked and filled in."""
+    """Opens, locks and fills in the lock file; returns its file descriptor."""
     try:
         while True:
             with contextlib.ExitStack() as undo:
@@ -92,11 +92,11 @@ def _take(folder: Path, what: str) -> int:
                     undo.close()
                     handle = _take_file(folder / NAME, what)
                     undo.callback(os.close, handle)
-                    # another one who found the same file left behind would have replaced this one by now
+                    # another process that found the same abandoned file would have replaced this one by now
                     time.sleep(0.1)
                 else:
                     _fill(handle, what)
-                # the one who held it may have removed the file between opening and locking it
+                # its holder may have removed the file between opening and locking it
                 if _is(handle, folder / NAME):
                     undo.pop_all()
                     return handle
@@ -105,9 +105,9 @@ def _take(folder: Path, what: str) -> int:
 
 
 def _take_file(path: Path, what: str) -> int:
-    """Without locks of the system: who makes the file has it."""
+    """Takes the lock on a file system without locks, by creating the file."""
     holder = _read(path)
-    # an empty one was made by the attempt to lock it
+    # an empty file was created by the attempt to lock it
     if holder is not None and not _gone(holder):
         raise Busy(f"{_refusal(path.parent, holder)}; if it is gone, remove {path}")
     path.unlink(missing_ok=True)
@@ -144,7 +144,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock; waits a moment for one who has just got it to say so."""
+    """The lock's holder; waits up to a second for a process that has just taken the lock to write its record."""
     for _ in range(20):
         holder = _read(path)
         if holder is not None and not _gone(holder):
@@ -154,7 +154,7 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _gone(holder: dict[str, Any]) -> bool:
-    """Whether the process of a record is known not to be there any more."""
+    """Whether the process in a record is known to have ended."""
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
         return False

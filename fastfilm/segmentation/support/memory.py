@@ -1,4 +1,4 @@
-"""How much memory the machine has, and what is said where something would not fit."""
+"""The memory that this process may use, and that is free now."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 ASSUMED = 8 * 2**30
-"""Bytes of memory where the system does not say."""
+"""Bytes of memory on a system that does not report them."""
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def physical() -> int:
-    """Bytes of memory that this process may use: of the machine, or of its control group (a container, a job)."""
+    """Bytes of memory of the machine, or of this process's control group (a container, a job) if fewer."""
     try:
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not Linux
@@ -22,7 +22,7 @@ def physical() -> int:
 
 
 def available() -> int:
-    """Bytes that can be had now without pushing anything out; at most ``physical``."""
+    """Bytes that are free now without swapping; at most ``physical``."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -6,15 +6,15 @@ import hashlib
 import re
 
 LONGEST = 120
-"""Bytes of a file name at most (file systems take 255; endings and folders' prefixes come on top)."""
+"""Bytes of a file name at most (file systems take 255; suffixes and prefixes are added)."""
 
 
 def file_name(text: str) -> str:
-    """``text`` as one plain name in a folder; two texts never get the same name.
+    """``text`` as the name of one file; different texts get different names.
 
-    Letters, digits and ``_ . = + - ( )`` stay; every other character (a slash, a space, a control character) and a
-    dot at the start or the end become ``%XX``, its UTF-8 bytes, so that the name leads into no other folder and is
-    not hidden. A name that would be too long ends in a digest of the whole text.
+    Letters, digits and ``_ . = + - ( )`` stay. Every other character (a slash, a space, a control character) and a
+    dot at the start or the end become ``%XX``, one for each of their UTF-8 bytes, so that the name leads into no
+    other folder and is not hidden. A name longer than ``LONGEST`` bytes is cut and ends in a digest of the text.
     """
     name = re.sub(r"[^\w.=+()-]", _escaped, text)
     name = re.sub(r"^\.|\.$", _escaped, name) or "%"

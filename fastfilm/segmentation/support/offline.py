@@ -1,4 +1,4 @@
-"""Nothing is ever fetched: arguments that would fetch weights are off, and a guard holds the network shut."""
+"""No downloads: arguments that would fetch weights are switched off, and a guard refuses connections."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ EVENTS = (
     "socket.sendmsg",
     "urllib.Request",
 )
-"""Of ``sys.audit``: what Python announces before it talks to another machine."""
+"""Events of ``sys.audit`` that Python raises before it talks to another machine."""
 
-# hosts that were asked for inside the block; None: outside of one
+# hosts that code inside the block tried to reach; None outside a block
 _asked: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("asked", default=None)
 _hooked: list[bool] = []
 
 
 @contextlib.contextmanager
 def offline(what: str) -> Iterator[None]:
-    """In this thread, no other machine is spoken to inside the block.
+    """Refuses this thread's connections to other machines inside the block.
 
     Args:
-        what: is done there, for the message.
+        what: subject of the message, such as the name of a network class.
 
     Raises:
-        UserError: something inside tried to, and gave up; the message names the host.
+        UserError: code inside tried to connect, and raised an error when refused; the message names the host.
     """
     if not _hooked:
-        # stays for good, and does nothing outside of a block
+        # an audit hook cannot be removed; this one does nothing outside a block
         sys.addaudithook(_hook)
         _hooked.append(True)
     asked: list[str] = []
@@ -47,7 +47,7 @@ def offline(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # libraries wrap errors of the network in their own
+        # libraries wrap network errors in exceptions of their own
         if asked:
             raise UserError(
                 f"{what} tried to fetch something from {asked[0]}: nothing is ever fetched; give it arguments with"
@@ -68,7 +68,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _host(event: str, arguments: tuple[Any, ...]) -> str | None:
-    """The other machine; None: another process of this one."""
+    """The other machine; None for a connection inside this machine."""
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
         sock, address = arguments[:2]
         if getattr(sock, "family", None) == getattr(socket, "AF_UNIX", None) or address is None:
@@ -79,9 +79,9 @@ def _host(event: str, arguments: tuple[Any, ...]) -> str | None:
 
 
 def fetches(name: str, value: Any) -> bool:
-    """Whether an argument of that name, with a value of that kind, is one that fetches weights."""
+    """Whether an argument of this name with a value of this type makes a network fetch weights."""
     if name.endswith("weights"):
-        # numbers under such a name are weights themselves, e.g. of classes
+        # numbers under such a name are weights themselves, such as those of classes
         return isinstance(value, bool) or not isinstance(
             value, list | tuple | Mapping | int | float
         )
@@ -89,7 +89,7 @@ def fetches(name: str, value: Any) -> bool:
 
 
 def switched_off(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """``arguments`` for ``cls`` with everything off that fetches weights, where it is so by default too."""
+    """``arguments`` for ``cls`` with all fetching of weights switched off, also where it is the default."""
     found: dict[str, Any] = _off(arguments)
     for name, parameter in inspect.signature(cls).parameters.items():
         default = parameter.default
@@ -113,10 +113,10 @@ def _off(value: Any) -> Any:
 
 
 def refuse_fetching(arguments: Mapping[str, Any], where: str = "network.arguments") -> None:
-    """For a new configuration.
+    """Checks the arguments of a new configuration.
 
     Raises:
-        UserError: an argument, also inside lists and dictionaries, that would fetch weights.
+        UserError: an argument would fetch weights, also inside lists and dictionaries.
     """
     for name, value in arguments.items():
         at = f"{where}.{name}"

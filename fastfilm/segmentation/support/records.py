@@ -1,4 +1,4 @@
-"""JSON files of earlier commands, checked as they are read: they may be damaged, edited, or of another program."""
+"""JSON files of earlier commands, checked while they are read: they may be damaged, edited or foreign."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .errors import UserError
 from .files import read_json
 
 LONGEST_SHOWN = 60
-"""Characters of a value that is shown where two records differ."""
+"""Characters up to which a value is shown in a list of differences."""
 
 
 class Record(BaseModel):
-    """The entries of a JSON file that are read; others may be there."""
+    """Entries of a JSON file; further entries are allowed and kept."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -30,10 +30,10 @@ def _plain(value: Any) -> Any:
 
 
 Plain = Annotated[Any, AfterValidator(_plain)]
-"""A metadata value: text, a number, or a list of them (several names at once)."""
+"""A metadata value: text, a number, or a list of these."""
 
 Measured = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
-"""A metric, or what is computed from metrics."""
+"""A metric, or a number computed from metrics."""
 
 R = TypeVar("R", bound=Record)
 
@@ -42,10 +42,11 @@ def read_record(path: Path, kind: type[R], title: str) -> R:
     """A JSON file with the entries of ``kind``.
 
     Args:
-        title: of such a file, with its article, for the message.
+        title: name of such files with an article, such as "a plan", for the message.
 
     Raises:
-        UserError: no such file, not JSON, entries that are missing or of another type (the first few are named).
+        UserError: the file is missing or not JSON, or entries are missing or of another type (the first three are
+            named).
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -62,13 +63,13 @@ def read_record(path: Path, kind: type[R], title: str) -> R:
 
 
 def inside(folder: Path, name: str, origin: str) -> Path:
-    """``folder / name``, for a name that stands in a file.
+    """``folder / name`` for a name that was read from a file.
 
     Args:
-        origin: file and entry in which the name stands, for the message.
+        origin: the file and entry with the name, for the message.
 
     Raises:
-        UserError: the name is not that of something in the folder: empty, absolute, or with ``..``.
+        UserError: the name does not lead into the folder: it is empty, absolute, or has ``..`` or a null byte.
     """
     path = Path(name)
     if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in name:
@@ -77,10 +78,10 @@ def inside(folder: Path, name: str, origin: str) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Leaves nothing behind; the folder need not be there yet.
+    """Checks that a folder, which need not exist yet, can be written; writes nothing.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the folder cannot be written.
     """
     there = folder.absolute()
     while not os.path.lexists(there):
@@ -92,7 +93,7 @@ def check_writable(folder: Path) -> None:
 
 
 def flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested entries side by side, with dots between their names."""
+    """Nested entries as one level of dotted names, as in ``training.epochs``."""
     found: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
@@ -105,7 +106,11 @@ def flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], without: Collection[str] = ()
 ) -> list[str]:
-    """What differs between two records, a sentence an entry; values that are too long to be read are not shown."""
+    """The differences between two records, a sentence each, without values of over ``LONGEST_SHOWN`` characters.
+
+    Args:
+        without: dotted names of entries that may differ.
+    """
     old, new = flat(before), flat(now)
     found = []
     for key in [*old, *(k for k in new if k not in old)]:

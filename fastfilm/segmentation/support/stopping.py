@@ -1,6 +1,6 @@
-"""Ctrl-C, a cluster's SIGTERM, and a time that was agreed on: what is under way ends in order.
+"""Orderly ends of a command: after Ctrl-C, after a cluster's SIGTERM, or when a time limit has passed.
 
-The second signal ends it at once.
+The first signal lets the current step finish; the second one ends the command at once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Stopped(BaseException):
     """A signal has ended a command; like KeyboardInterrupt, not an Exception.
 
     Attributes:
-        number: of the signal.
-        text: what is there to be said about it.
-        status: for the shell: 130 for SIGINT, 143 for SIGTERM, 142 (SIGALRM) for a time that has passed.
+        number: number of the signal.
+        text: message for the user.
+        status: exit status: 130 for SIGINT, 143 for SIGTERM, 142 (SIGALRM) for a time limit.
     """
 
     def __init__(self, number: int, text: str = "") -> None:
@@ -32,13 +32,13 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether a signal has come.
+    """The state of stopping: whether a signal has come, or a deadline has passed.
 
     Attributes:
-        asked: number of the first one that came while ``patient``; None: none.
-        patient: a first signal is only noted here; whoever sets this looks at ``asked`` often. Otherwise, and from
-            the second one on, a signal raises ``Stopped`` where it comes.
-        deadline: in ``time.monotonic()``'s seconds; None: there is none.
+        asked: number of the first signal that came while ``patient``; None: no signal came.
+        patient: a first signal is only noted, for a loop that calls ``due`` after each step. Otherwise, and from
+            the second signal on, a signal raises ``Stopped`` at once.
+        deadline: seconds of ``time.monotonic()``; None: no time limit.
     """
 
     def __init__(self) -> None:
@@ -57,9 +57,9 @@ class Stop:
         if not self.patient or self.asked is not None:
             raise Stopped(number)
         self.asked = number
-        # a cluster signals the whole group: loading processes end, and PyTorch would raise in the middle of a step
+        # a cluster signals the whole group: loading processes end too, for which PyTorch would raise in mid-step
         self.replace(signal.SIGCHLD, signal.SIG_DFL)
-        # not print: the signal may have come in the middle of one
+        # not print: the signal may have interrupted another print
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
@@ -68,16 +68,16 @@ class Stop:
         self.replaced[number] = signal.signal(number, handler)
 
     def restore(self) -> None:
-        """The handlers that were there before."""
+        """Puts the earlier handlers back."""
         for number, handler in self.replaced.items():
-            # None: not set from Python, which has no way to set it again
+            # None: the handler was not set from Python, which cannot set it again
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self.replaced.clear()
 
 
 @contextlib.contextmanager
 def signals(handle: bool = True) -> Iterator[Stop]:
-    """Handles SIGINT and SIGTERM inside, if ``handle`` and in the main thread; elsewhere nothing is ever asked."""
+    """Handles SIGINT and SIGTERM inside the block, if ``handle`` is true and this is the main thread."""
     stop = Stop()
     if not handle or threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""Tables and JSON objects of users, checked while they are read."""
+"""CSV and TSV tables and JSON objects of users, checked while they are read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Table:
     """A table with a header.
 
     Attributes:
-        path: its file.
+        path: file of the table.
         columns: names, in the order of the file.
-        rows: column -> text without blanks around it, one dictionary a row.
-        lines: the line in the file of each row.
+        rows: a dictionary for each row: column -> text without surrounding blanks.
+        lines: line number of each row in the file.
     """
 
     path: Path
@@ -33,11 +33,11 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """A .tsv (tabs) or .csv (commas) table.
+    """The table in a .tsv (tabs) or .csv (commas) file; empty lines are skipped.
 
     Raises:
-        UserError: no such file, empty, another separator, a column that is there twice, a row with more or fewer
-            cells than the header, a quotation mark that is not closed; file and line are named.
+        UserError: the file is missing or empty, has another separator, the same column twice, a row with more or
+            fewer cells than the header, or a quotation mark that is not closed; the message names file and line.
     """
     text = read_text(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
@@ -89,7 +89,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: cannot be read, not JSON, not an object, or a key that is there twice.
+        UserError: the file cannot be read, is not a JSON object, or has the same key twice.
     """
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     text = read_text(path)
     try:
-        # NaN, which some programs write, is a missing value
+        # some programs write NaN for a missing value
         value = json.loads(
             text, object_pairs_hook=pairs, parse_constant=lambda c: None if c == "NaN" else c
         )

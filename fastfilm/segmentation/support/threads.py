@@ -1,4 +1,4 @@
-"""How many threads the CPU computes with, and a warning where they would get into each other's way."""
+"""The number of CPU threads, and a warning where they would slow each other down."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .errors import UserError
 
 
 def use(n: int | None = None, device: torch.device | None = None) -> int:
-    """Sets PyTorch's threads of this process; their number.
+    """Sets the number of threads that PyTorch uses in this process, and returns it.
 
-    Where the machine is busy, threads wait for each other at every layer, and several are much slower than one:
-    that is said on stderr.
+    On a busy machine threads wait for each other at every layer, and several are much slower than one; a warning
+    on stderr says so.
 
     Args:
-        n: threads; None: as they are (``OMP_NUM_THREADS``, else one a core).
-        device: nothing is said if it is not the CPU.
+        n: number of threads; None: unchanged (``OMP_NUM_THREADS``, else one per core).
+        device: the device that computes; the warning is for a CPU only (None: a CPU).
 
     Raises:
-        UserError: n below 1, or more than any machine like this could use.
+        UserError: n is below 1, or above both 64 and the number of cores.
     """
     if n is not None:
         most = max(64, os.cpu_count() or 1)
@@ -35,7 +35,7 @@ def use(n: int | None = None, device: torch.device | None = None) -> int:
 
 
 def crowded(threads: int) -> str | None:
-    """Why so many threads will be slow here; None: they will not."""
+    """The reason why so many threads will be slow here; None if they will not."""
     if threads == 1:
         return None
     usable, cores = cores_here(), os.cpu_count() or 1

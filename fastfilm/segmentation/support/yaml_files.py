@@ -1,4 +1,4 @@
-"""YAML text -> plain values; a key that stands twice in one place is an error (PyYAML keeps the last one)."""
+"""YAML text as plain values; a repeated key is an error (PyYAML silently keeps the last one)."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        yaml.YAMLError: not YAML, or a key that is there twice (both lines are named).
+        yaml.YAMLError: the text is not YAML, or a mapping has the same key twice (both lines are named).
     """
     return yaml.load(text, _Loader)  # a SafeLoader: plain values only

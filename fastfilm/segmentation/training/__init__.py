@@ -1,1 +1,1 @@
-"""Training one fold of a plan: samples, losses, the loop, checkpoints."""
+"""Training of one fold of a plan: samples, losses, the loop, and checkpoints."""

@@ -1,4 +1,4 @@
-"""Random changes of training samples: MONAI's transforms, seeded per sample."""
+"""Augmentation of training samples by MONAI's transforms, with a seed for each sample."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ IMAGE, MASK = "image", "mask"
 
 
 class Augment:
-    """Changes image [C, *S] and masks [K, *S] of one sample.
+    """Random changes of the image [C, *S] and the masks [K, *S] of a sample.
 
     Args:
-        config: probabilities and sizes.
+        config: probabilities and sizes of the changes.
         spatial_dims: 2 or 3.
-        slice_axis: which of right, anterior, superior is across slices (D).
-        flat: slices are so thick that 3D patches are rotated and deformed in their plane only.
+        slice_axis: axis across slices (D): 0, 1 or 2 for right, anterior or superior.
+        flat: whether slices are so thick that 3D patches are rotated and scaled within slices only.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Augment:
         self.drop_channel = c.drop_channel
 
     def __call__(self, image: Tensor, masks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """The changed image (float32) and masks (uint8); the same for the same ``seed``."""
+        """The changed image (float32) and masks (uint8), in their shapes; determined by ``seed``."""
         self.compose.set_random_state(seed)
         out = self.compose({IMAGE: image, MASK: masks.float()})
         image, masks = plain(out[IMAGE]), plain(out[MASK]).round().to(torch.uint8)
@@ -97,6 +97,10 @@ def plain(t: Any) -> Tensor:
 
 
 def is_flat(spacings: Sequence[Sequence[float]]) -> bool:
-    """Whether slices are more than three times as thick as their pixels (in the median)."""
+    """Whether slices are more than three times as thick as their pixels.
+
+    Args:
+        spacings: (D, H, W) spacing of each case, in mm; the median is taken.
+    """
     median = np.median(np.asarray(spacings), 0)
     return bool(median[0] > 3 * median[1:].min())

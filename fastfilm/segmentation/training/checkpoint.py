@@ -1,4 +1,4 @@
-"""The training's state in one safetensors file, replaced atomically: tensors, and the rest as JSON."""
+"""Checkpoints: the state of a training in one safetensors file, which is replaced atomically."""
 
 from __future__ import annotations
 
@@ -17,22 +17,17 @@ from ..models.folder import load_weights
 from ..support.errors import UserError
 from ..support.files import read_tensors, write_tensors
 from ..support.records import differences
-from .optimisation import (
-    Average,
-    Progress,
-    load_optimizer,
-    optimizer_tensors,
-)
+from .optimisation import Average, Progress, load_optimizer, optimizer_tensors
 
 NAME = "last.safetensors"
 
 
 @dataclass
 class State:
-    """Everything that changes while training.
+    """All that changes during training.
 
-    Random numbers are functions of the seed and the step, and so are the loader's samples: ``progress.step``
-    stands for both.
+    Random numbers and the loader's samples are functions of the seed and the step, so that ``progress.step`` is
+    their whole state.
     """
 
     network: nn.Module
@@ -47,8 +42,8 @@ class State:
         """Writes last.safetensors.
 
         Args:
-            identity: everything that decides the result, name -> value.
-            surroundings: what the rounding depends on beside it.
+            identity: all settings that the result depends on, name -> value.
+            surroundings: further circumstances that its rounding depends on.
         """
         tensors: dict[str, Tensor] = {
             f"network/{k}": v for k, v in self.network.state_dict().items()
@@ -59,23 +54,17 @@ class State:
         rest = {
             "identity": identity,
             "surroundings": dict(surroundings or {}),
-            "progress": self.progress.to_json(),
+            "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
         }
         write_tensors(folder / NAME, tensors, {"state": json.dumps(rest)})
 
-    def load(self, folder: Path, identity: Any) -> None:
-        """Reads last.safetensors into the network, optimiser and the rest.
+    def restore(self, saved: Saved) -> None:
+        """Sets network, optimiser and the rest to a saved state.
 
         Raises:
-            UserError: damaged, or of another plan or configuration.
+            UserError: the saved weights do not fit the network.
         """
-        saved = Saved.read(folder)
-        saved.check(identity)
-        self.restore(saved)
-
-    def restore(self, saved: Saved) -> None:
-        """Takes over what was read."""
         former = former_names(self.network)
         tensors = {_renamed(k, former): v for k, v in saved.tensors.items()}
         load_weights(self.network, _below(tensors, "network"), str(saved.path))
@@ -90,7 +79,7 @@ class State:
 
 @dataclass(frozen=True)
 class Saved:
-    """What last.safetensors holds."""
+    """The content of last.safetensors."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -99,23 +88,23 @@ class Saved:
 
     @classmethod
     def read(cls, folder: Path) -> Saved:
-        """The state in ``folder``.
+        """The saved state in ``folder``.
 
         Raises:
-            UserError: none there, or damaged.
+            UserError: the file is missing or damaged.
         """
         path = folder / NAME
         tensors, header = read_tensors(path)
         try:
             rest: dict[str, Any] = json.loads(header["state"])
-            progress = Progress.from_json(rest["progress"])
+            progress = Progress(**rest["progress"])
             _ = rest["identity"], rest["scaler"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a training state: {error!r}") from error
         return cls(path, tensors, rest, progress)
 
     def check(self, identity: Any) -> None:
-        """Raises a UserError that names what differs from ``identity``, if anything does."""
+        """Raises UserError, with the differences, unless the state is of a training with this ``identity``."""
         before = self.rest["identity"]
         if before == identity:
             return
@@ -130,7 +119,7 @@ class Saved:
         )
 
     def surroundings_differ(self, surroundings: Mapping[str, Any]) -> str | None:
-        """One line about what the rounding depends on and is not as it was; None: nothing."""
+        """A line about changed circumstances that affect rounding; None if none has changed."""
         before = self.rest.get("surroundings") or {}
         found = differences(before, {k: v for k, v in surroundings.items() if k in before})
         if not found:
@@ -144,7 +133,7 @@ def _listed(lines: list[str], most: int = 4) -> str:
 
 
 def _renamed(key: str, former: Mapping[str, str]) -> str:
-    """``network/NAME``, ``average/NAME`` or ``optimizer/NAME/ENTRY`` with the name that it has today."""
+    """``network/NAME``, ``average/NAME`` or ``optimizer/NAME/ENTRY`` with today's name of the parameter."""
     part, name, *entry = key.split("/")
     return "/".join([part, former.get(name, name), *entry])
 
@@ -156,5 +145,5 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Sets PyTorch's random numbers (dropout) for one step of one process."""
+    """Seeds PyTorch's random numbers (dropout) for one step of one process."""
     torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank)

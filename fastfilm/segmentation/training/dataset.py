@@ -1,4 +1,4 @@
-"""Training samples: a patch or slice of a case, augmented, with its masks, known labels and metadata row."""
+"""Training samples: an augmented patch or slice of a case with its masks, annotated labels and metadata row."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .sampling import Draws, place
 
 @dataclass
 class Batch:
-    """What the loop gets.
+    """A batch of samples.
 
     Attributes:
-        image: [N, C, *S] float32.
-        masks: [N, K, *S] uint8, K = 1 in task mode.
-        known: [N, K] bool: the label was annotated.
-        rows: [N, M] float32.
-        cases: ids.
+        image: [N, C, *S], float32.
+        masks: [N, K, *S], uint8; K = 1 in task mode.
+        known: [N, K], bool: whether the label was annotated.
+        rows: metadata [N, M], float32.
+        cases: ids of the samples' cases.
     """
 
     image: Tensor
@@ -40,16 +40,16 @@ class Batch:
     cases: list[str]
 
     def pin_memory(self) -> Batch:
-        """For asynchronous copies to a GPU."""
+        """The batch in pinned memory, for asynchronous copies to a GPU."""
         return self._with(lambda t: t.pin_memory(), self.cases)
 
     def to(self, device: torch.device) -> Batch:
-        """On ``device``, but for ``known``, which decides what is computed."""
+        """The batch on ``device``, except ``known``, which stays on the CPU and selects what is computed."""
         moved = self._with(lambda t: t.to(device, non_blocking=True), self.cases)
         return replace(moved, known=self.known)
 
     def part(self, i: int, count: int) -> Batch:
-        """The i-th of ``count`` parts."""
+        """The i-th of ``count`` parts of the batch."""
         size = -(-len(self.cases) // count)
         return self._with(lambda t: t.chunk(count)[i], self.cases[i * size : (i + 1) * size])
 
@@ -60,7 +60,7 @@ class Batch:
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Samples (batches of one) -> a batch."""
+    """A batch of samples that are batches of one."""
     return Batch(
         torch.cat([s.image for s in samples]),
         torch.cat([s.masks for s in samples]),
@@ -71,17 +71,18 @@ def collate(samples: list[Batch]) -> Batch:
 
 
 class Samples(Dataset[Batch]):
-    """Sample number -> a batch of one; the same for the same number, in whatever process.
+    """The samples by number, each a batch of one; a number gives the same sample in every process.
 
     Args:
-        cases: preprocessed.
-        draws: what sample n is of.
-        encoder: of the metadata; in task mode ``task_key`` is one of its keys.
-        patch_size: [H, W] or [D, H, W].
+        cases: preprocessed cases.
+        draws: case, task and random numbers of each sample.
+        encoder: encoder of the metadata; in task mode with the key ``task_key``.
+        labels: names of the masks, in their order.
+        patch_size: (H, W) or (D, H, W).
         foreground: share of samples with a label in them.
-        augment: None leaves samples as they are.
-        labels: names, in the order of the masks.
-        fed: case -> metadata in place of its own; None: its own.
+        augment: the augmentation; None: samples are not changed.
+        task_key: metadata key of the task; None except in task mode.
+        fed: case -> metadata in place of its own; None: each case has its own.
     """
 
     def __init__(
@@ -130,12 +131,12 @@ class Samples(Dataset[Batch]):
 
 
 def quiet_worker(_: int) -> None:
-    """In a loading process: Ctrl-C is the main process's affair, and so is that it has gone."""
+    """Sets up a loading process, which leaves Ctrl-C to the main process and ends quietly with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # the thread that hands over file descriptors, when nobody takes them any more
+        # raised by the thread that hands over file descriptors when the main process has ended
         if not issubclass(kind, ConnectionError | EOFError):
             shown(kind, error, trace)
 
@@ -143,7 +144,7 @@ def quiet_worker(_: int) -> None:
 
 
 def cut(array: NDArray, corner: Sequence[int], size: Sequence[int]) -> NDArray:
-    """A copy of the window of ``size`` at ``corner`` of [C, D, H, W]; zeros outside of the array."""
+    """A copy of the window of ``size`` at ``corner`` of an array [C, D, H, W]; zeros outside the array."""
     out = np.zeros((len(array), *size), array.dtype)
     inside, outside = [slice(None)], [slice(None)]
     for c, s, n in zip(corner, size, array.shape[1:], strict=True):

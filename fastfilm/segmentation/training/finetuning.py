@@ -1,4 +1,4 @@
-"""Starting from a trained model: its network, encoder and preprocessing, grown by what is new."""
+"""Fine-tuning: starts from a trained model, which is extended by new metadata values."""
 
 from __future__ import annotations
 
@@ -9,22 +9,9 @@ from torch import nn
 
 from ..config.schema import Config
 from ..data.sources import Case
-from ..metadata.encoder import (
-    MetadataEncoder,
-    MetadataError,
-    as_category,
-    is_missing,
-)
-from ..models.folder import (
-    LabelInfo,
-    ModelInfo,
-    load_model,
-)
-from ..models.network import (
-    MetadataChannels,
-    generator_parameters,
-    grow_metadata,
-)
+from ..metadata.encoder import MetadataEncoder, MetadataError, as_category, is_missing
+from ..models.folder import LabelInfo, ModelInfo, load_model
+from ..models.network import MetadataChannels, generator_parameters, grow_metadata
 from ..support.errors import UserError
 from ..support.hints import some
 
@@ -32,19 +19,19 @@ from ..support.hints import some
 def start_from(
     folder: Path, info: ModelInfo, cases: Sequence[Case], config: Config
 ) -> tuple[ModelInfo, nn.Module]:
-    """The old model, ready for the new data.
+    """Description and network of a trained model, extended for new data.
 
-    Network, preprocessing and patch size stay the old model's. Values of its metadata keys (tasks included) that
-    the new training cases bring along are added to the encoder, and the generators get inputs for them.
+    Network, preprocessing and patch size are the old model's. New values of its metadata keys (and new tasks) in
+    the training cases are added to the encoder, and the FiLM generators get inputs for them.
 
     Args:
-        folder: the old model's.
-        info: of the new plan.
+        folder: folder of the old model.
+        info: description by the new plan.
         cases: the new training cases.
+        config: the new configuration.
 
     Raises:
-        UserError: channels, dimensions, output mode or metadata keys that differ; labels that do, unless they are
-            tasks.
+        UserError: channels, dimensions, output mode or metadata keys differ, or labels that are not tasks do.
     """
     old = load_model(folder)
     before = old.info
@@ -104,7 +91,7 @@ def start_from(
 def grown_encoder(
     network: nn.Module, encoder: MetadataEncoder, new: Sequence[tuple[str, str]]
 ) -> MetadataEncoder:
-    """The encoder with further (key, value) pairs; ``network``'s generators grow along, in place."""
+    """The encoder with further (key, value) pairs; the generators of ``network`` are extended in place."""
     for key, value in new:
         encoder, column = encoder.grow(key, value)
         grow_metadata(network, column)
@@ -112,7 +99,7 @@ def grown_encoder(
 
 
 def _counted(encoder: MetadataEncoder, new: MetadataEncoder) -> MetadataEncoder:
-    """With the new training cases added to the counts of values, where both have any."""
+    """The encoder with the new training cases added to its counts of values, for keys that have counts."""
     keys = []
     for key in encoder.keys:
         theirs = new[key.name]
@@ -125,10 +112,10 @@ def _counted(encoder: MetadataEncoder, new: MetadataEncoder) -> MetadataEncoder:
 
 
 def freeze_all_but_generator(network: nn.Module) -> None:
-    """Only the weights that turn metadata into γ and β are trained.
+    """Freezes all weights but those of the FiLM generators, which turn metadata into γ and β.
 
     Raises:
-        UserError: the network has none.
+        UserError: the network has no FiLM generator.
     """
     trained = generator_parameters(network)
     if not trained:

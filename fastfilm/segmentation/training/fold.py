@@ -1,4 +1,4 @@
-"""Training one fold of a plan."""
+"""Training of one fold of a plan, from the checks before to the messages after it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,7 @@ from ..data.cache import cached
 from ..data.plan import PlanFolder
 from ..data.sources import Case
 from ..metadata.encoder import MetadataEncoder, MetadataError
-from ..models.folder import (
-    LabelInfo,
-    ModelInfo,
-    read_info,
-    save_model,
-)
+from ..models.folder import LabelInfo, ModelInfo, read_info, save_model
 from ..models.network import divisor
 from ..support.console import bar, say
 from ..support.distributed import Processes
@@ -36,11 +31,7 @@ from ..support.files import write_json
 from ..support.lock import locked
 from ..support.offline import refuse_fetching
 from ..support.records import flat
-from ..support.stopping import (
-    Stop,
-    Stopped,
-    signals,
-)
+from ..support.stopping import Stop, Stopped, signals
 from .checkpoint import NAME, Saved
 from .finetuning import freeze_all_but_generator, start_from
 from .loop import Trainer
@@ -49,16 +40,16 @@ from .optimisation import Progress
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from.
+    """The inputs of a training.
 
     Attributes:
         plan, fold: the data.
         folder: the model folder to write.
-        resume: go on from its last.safetensors.
-        init: model folder to fine-tune.
-        options: further ones of the command line, for the message that says how to go on.
-        fed: case -> metadata that training feeds in place of the case's own; None: its own.
-        again: the command that goes on with it; None: that of ``fastfilm train``.
+        resume: whether to continue from its last.safetensors.
+        init: model folder to fine-tune; None: a new network.
+        options: further options of the command line, for the message on how to continue.
+        fed: case -> metadata in place of its own; None: each case has its own.
+        again: the command that continues the training; None: ``fastfilm train``.
     """
 
     plan: PlanFolder
@@ -71,32 +62,25 @@ class Start:
     again: str | None = None
 
     def command(self) -> str:
-        """What goes on with this training."""
+        """The shell command that continues this training."""
         if self.again is not None:
             return self.again
-        words = [
-            "fastfilm",
-            "train",
-            str(self.plan.path),
-            str(self.folder),
-            "--fold",
-            str(self.fold),
-        ]
-        init = [] if self.init is None else ["--from", str(self.init)]
-        return shlex.join([*words, *init, *self.options, "--resume"])
+        words = ["fastfilm", "train", self.plan.path, self.folder, "--fold", self.fold]
+        init = [] if self.init is None else ["--from", self.init]
+        return shlex.join(map(str, [*words, *init, *self.options, "--resume"]))
 
 
 def train(start: Start, processes: Processes, deadline: float | None = None) -> Progress:
-    """Trains, validates and writes the model folder, which no other process writes to meanwhile.
+    """Trains, validates and writes the model folder, which is locked against other processes.
 
-    In one process (not under torchrun), SIGINT and SIGTERM end it after the step under way.
+    In a single process (not under torchrun), SIGINT and SIGTERM end the training after the current step.
 
     Args:
-        deadline: in ``time.monotonic()``'s seconds; training ends after the step in which it passes.
+        deadline: time of ``time.monotonic()`` in seconds; the training ends after the step in which it passes.
 
     Raises:
-        UserError: settings or data that do not fit, a loss that is not finite, a folder that cannot be written or
-            is being written to, nothing to resume.
+        UserError: settings or data do not fit, the loss is not finite, the folder is locked or cannot be written,
+            or there is nothing to resume.
         Stopped: a signal has come, or the deadline has passed.
     """
     with contextlib.ExitStack() as stack:
@@ -112,7 +96,7 @@ def train(start: Start, processes: Processes, deadline: float | None = None) -> 
 
 
 def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
-    """Checks everything, writes what describes the model, and fills the cache."""
+    """Checks settings and data, writes the description of the model, and fills the cache."""
     config = start.plan.config
     batch = start.plan.plan.batch_size
     if batch % (processes.world * config.training.accumulate):
@@ -138,7 +122,7 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
         if start.resume and saved is None:
             _check_never_saved(start, info)
         for left in start.folder.glob(".writing-*"):
-            # by a run that was killed while it wrote
+            # left by a run that was killed while writing
             left.unlink(missing_ok=True)
         written = [start.folder / n for n in ("model.json", "config.yaml", "splits.json")]
         written = [p for p in written if not p.exists()]
@@ -148,13 +132,13 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
             write_json(start.folder / "splits.json", start.plan.folds[start.fold])
     cache = start.plan.path / "cache"
     arguments = (config.data, info.preprocessing, cache)
-    # the first process makes what is missing, the others find it
+    # the first process fills the cache, and the others wait for it
     if processes.first:
         try:
             with bar("preprocessing") as progress:
                 cached([*train_cases, *val_cases], *arguments, progress)
         except UserError:
-            # not a model folder yet
+            # without its cases there is no training, and the folder must not look like a model's
             for path in written:
                 path.unlink(missing_ok=True)
             raise
@@ -184,10 +168,10 @@ def _prepare(start: Start, processes: Processes, stop: Stop) -> Trainer:
 
 
 def _saved(start: Start) -> Saved | None:
-    """The state to go on from; None: there is none, and the folder may be written.
+    """The state to continue from; None if there is none.
 
     Raises:
-        UserError: there is one and ``--resume`` is not given, or it is damaged; a model without its state.
+        UserError: there is a state without ``--resume``, it is damaged, or there is a model without a state.
     """
     if (start.folder / NAME).is_file():
         if start.resume:
@@ -204,7 +188,7 @@ def _saved(start: Start) -> Saved | None:
 
 
 def _check_never_saved(start: Start, info: ModelInfo) -> None:
-    """``--resume`` where no state is: right only for this very training, killed before it saved one."""
+    """Allows ``--resume`` without a saved state only if this training was killed before it saved one."""
     hint = "without --resume a training starts"
     if not (start.folder / "model.json").is_file():
         raise UserError(f"{start.folder}: nothing to resume: it has no {NAME}; {hint}")
@@ -218,7 +202,7 @@ def _check_never_saved(start: Start, info: ModelInfo) -> None:
 
 
 def _run(trainer: Trainer, start: Start) -> None:
-    """Trains; every end but the right one says how to go on."""
+    """Trains; messages about interruptions and errors say how to continue."""
 
     def on() -> str:
         there = (start.folder / NAME).is_file()
@@ -238,10 +222,10 @@ def _run(trainer: Trainer, start: Start) -> None:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the user can do something about; None: a fault of the program."""
+    """The message about an error that the user can mend; None for a fault of the program."""
     text = str(error)
     if "Original Traceback" in text and "errors.UserError: " in text:
-        # of a loading process: the rest is its traceback
+        # raised in a loading process, whose traceback comes first
         return text.rpartition("errors.UserError: ")[2].strip()
     if isinstance(error, UserError):
         return text
@@ -256,7 +240,7 @@ def _reason(error: Exception) -> str | None:
 
 
 def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
-    """Everything that decides the result, name -> value; a state of another one is not gone on with."""
+    """All settings that the result depends on, name -> value; only a state with the same ones is continued."""
     config = decisive(start.plan.config)
     del config["trial"]
     model = info.model_dump(mode="json", exclude={"fastfilm", "training"})
@@ -272,7 +256,7 @@ def identity(start: Start, info: ModelInfo) -> dict[str, Any]:
 
 
 def surroundings(processes: Processes) -> dict[str, Any]:
-    """What the rounding of the result depends on beside its identity."""
+    """Circumstances beside its identity that the rounding of the result depends on, name -> value."""
     device = processes.device
     gpu = device.type == "cuda"
     return {
@@ -290,7 +274,7 @@ def _sha(value: Any) -> str:
 
 
 def describe(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]:
-    """The model's description with the encoder fitted on the training cases, and its network."""
+    """The description of the model, with the encoder fitted on the training cases, and its network."""
     config, plan = start.plan.config, start.plan.plan
     task = config.output.mode == "task"
     fed = start.fed or {}
@@ -337,7 +321,7 @@ def describe(start: Start, cases: Sequence[Case]) -> tuple[ModelInfo, nn.Module]
 
 
 def _check_metadata(cases: Sequence[Case], info: ModelInfo) -> None:
-    """Everything that the loaders would stumble over, at once."""
+    """Raises Problems, with all metadata that could not be encoded during training."""
     wrong, encoder = [], info.metadata
     for case in cases:
         values = {k: v for k, v in case.metadata.items() if k in encoder.names()}

@@ -19,52 +19,29 @@ from fastfilm.nn import sync_batch_norm
 
 from ..config.schema import Config
 from ..data.cache import CachedCase
-from ..models.folder import (
-    LoadedModel,
-    ModelInfo,
-    save_model,
-    save_weights,
-)
+from ..models.folder import LoadedModel, ModelInfo, save_model, save_weights
 from ..models.network import call
 from ..support.console import bar, say
 from ..support.distributed import Processes
 from ..support.errors import UserError
 from ..support.stopping import Stop, Stopped
 from .augment import Augment, is_flat
-from .checkpoint import (
-    NAME,
-    State,
-    seed_step,
-)
-from .dataset import (
-    Batch,
-    Samples,
-    collate,
-    quiet_worker,
-)
+from .checkpoint import NAME, State, seed_step
+from .dataset import Batch, Samples, collate, quiet_worker
 from .losses import KnownLoss
-from .optimisation import (
-    Average,
-    Progress,
-    learning_rate,
-    make_optimizer,
-)
+from .optimisation import Average, Progress, learning_rate, make_optimizer
 from .record import Record
-from .sampling import (
-    Draws,
-    Steps,
-    groups_by,
-)
+from .sampling import Draws, Steps, groups_by
 from .validation import Validated, validate
 
 MOST_STEPS = 250
-"""Most steps in an epoch when ``steps_per_epoch`` is not set."""
+"""Steps of an epoch at most if ``steps_per_epoch`` is not set."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Trainer:
-    """The loop over one fold; ``fastfilm.segmentation.training.fold.train`` prepares what it needs."""
+    """The training loop over one fold; ``fold.train`` prepares its arguments."""
 
     def __init__(
         self,
@@ -113,21 +90,21 @@ class Trainer:
         self.steps = self.epoch_steps * self.config.epochs
 
     def run(self) -> None:
-        """From the state's step to the end.
+        """Trains from the state's step to the end.
 
         Raises:
-            Stopped: a signal has come; the state is saved at the end of the step that was under way.
+            Stopped: a signal has come, or the deadline has passed; the state after the last step is saved.
         """
         first, progress = self.processes.first, self.state.progress
         if progress.step == 0:
-            # --resume works from here on
+            # from here on, --resume is possible
             self._save()
         record = Record(self.folder, progress.step) if first else None
         loader = self._loader(progress.step)
         batches = iter(loader)
         saved = time.monotonic()
         try:
-            while not self._over():
+            while progress.epoch < self.config.epochs and not self._stopped():
                 clock = _Clock()
                 left = (progress.epoch + 1) * self.epoch_steps - progress.step
                 title = f"epoch {progress.epoch + 1}/{self.config.epochs}"
@@ -154,7 +131,7 @@ class Trainer:
         try:
             return next(batches)
         except RuntimeError:
-            # a signal to the whole group of processes has ended those that load
+            # a signal to the whole process group ends the loading processes, too
             self._stop_if_asked()
             raise
 
@@ -162,7 +139,8 @@ class Trainer:
         """One optimiser step on this process's share of a batch."""
         config, state, world = self.config, self.state, self.processes.world
         progress = state.progress
-        self._mode()
+        # what is frozen does not change, and neither do its statistics of batch norm
+        self.parallel.train(not self.frozen)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, progress, self.steps)
         seed_step(config.seed, progress.step, self.processes.rank)
@@ -173,9 +151,11 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         for i in range(config.accumulate):
             part = batch.part(i, config.accumulate)
-            with self._no_sync(i + 1 < config.accumulate):
+            # gradients are exchanged after the last part; only DDP has no_sync
+            no_sync = getattr(self.parallel, "no_sync", contextlib.nullcontext)
+            with no_sync() if i + 1 < config.accumulate else contextlib.nullcontext():
                 loss = self._forward(part, totals)
-                # DDP takes the mean over the processes, the parts are shares of one mean
+                # DDP takes the mean over processes; the losses of the parts add up to one mean
                 state.scaler.scale(loss * world).backward()
             total = total + loss.detach()
         value = float(self.processes.sum(total))
@@ -215,20 +195,17 @@ class Trainer:
             " or precision bfloat16 or float32, may help if the images are fine"
         )
 
-    def _over(self) -> bool:
-        return self.state.progress.epoch >= self.config.epochs or self._stopped()
-
     def _stopped(self) -> bool:
-        """Early, for want of a better Dice."""
+        """Whether training stops early, as the Dice has not improved."""
         patience = self.config.early_stopping
         return patience is not None and self.state.progress.waited >= patience
 
     def _end_of_epoch(self, record: Record | None, clock: _Clock) -> None:
-        """Validates, logs, saves, and only then says so."""
+        """Validates, logs and saves, and then prints a line."""
         config, progress = self.config, self.state.progress
         seconds, share = clock.read()
         begun = time.monotonic()
-        # may be stopped: the progress stays that of the last step until it is done
+        # an interrupted validation is repeated: the epoch counts only when it is done
         found = self._validation(progress.epoch + 1)
         validation_seconds = time.monotonic() - begun
         progress.epoch += 1
@@ -257,7 +234,7 @@ class Trainer:
                 say(f"stopped early: no better Dice for {progress.waited} epochs")
 
     def _validation(self, epoch: int) -> Validated | None:
-        """Of the epoch that ends; None where it has none."""
+        """The validation at the end of an epoch; None if it has none."""
         config = self.config
         if not self.val_cases or (epoch < config.epochs and epoch % config.validate_every):
             return None
@@ -272,7 +249,7 @@ class Trainer:
         )
 
     def _stop_if_asked(self) -> None:
-        """Between two steps, or two cases of a validation."""
+        """Saves and raises Stopped if a signal has come; called after each step and before each validated case."""
         if (number := self.stop.due()) is not None:
             self._save()
             step = self.state.progress.step
@@ -283,7 +260,7 @@ class Trainer:
         if self.processes.first:
             save_weights(self.folder, "final", self._weights(), self.info)
             if progress.best is None:
-                # nobody to validate on: the last weights are the best known
+                # without validation cases, the last weights are taken as the best
                 save_weights(self.folder, "best", self._weights(), self.info)
             self.info.training |= {
                 "epochs": progress.epoch,
@@ -292,7 +269,7 @@ class Trainer:
                 "best_epoch": progress.best_epoch,
             }
             save_model(self.folder, self.info)
-        # only now: a run that was killed before this has its end still to write
+        # set last: a run that is killed before this line writes its end again
         progress.finished = True
         self._save()
         self.processes.wait()
@@ -307,16 +284,12 @@ class Trainer:
             return step % config.checkpoint_steps == 0
         return time.monotonic() - saved > 60 * config.checkpoint_minutes
 
-    def _mode(self) -> None:
-        # what is frozen stays as it is, statistics of batch norm included
-        self.parallel.train(not self.frozen)
-
     def _weights(self) -> dict[str, Tensor]:
         average = self.state.average
         return dict(self.network.state_dict() if average is None else average.state)
 
     def _evaluated(self) -> nn.Module:
-        """The network in evaluation mode, with the averaged weights where there are any."""
+        """The network in evaluation mode, with the averaged weights if there are any."""
         network = self.network
         if self.state.average is not None:
             network = self.info.build().to(self.processes.device)
@@ -324,14 +297,6 @@ class Trainer:
                 network = _channels_last(network, self.info.spatial_dims)
             network.load_state_dict(self.state.average.state)
         return network.eval()
-
-    @contextlib.contextmanager
-    def _no_sync(self, on: bool) -> Iterator[None]:
-        if on and isinstance(self.parallel, DistributedDataParallel):
-            with self.parallel.no_sync():
-                yield
-        else:
-            yield
 
     def _dataset(self, config: Config) -> Samples:
         training, tasks = config.training, config.output.mode == "task"
@@ -364,7 +329,7 @@ class Trainer:
         )
 
     def _epoch_steps(self, config: Config) -> int:
-        """Every case once (each of its slices in 2D, each of its tasks), at most ``MOST_STEPS``."""
+        """Steps for every case (in 2D, each of its slices; each of its tasks) once, at most ``MOST_STEPS``."""
         samples = 0
         for c in self.train_cases:
             each = c.shape[0] if self.info.spatial_dims == 2 else 1
@@ -385,7 +350,7 @@ class Trainer:
 
 
 class _Clock:
-    """Time of an epoch's steps, and the share that was spent waiting for the loader."""
+    """Measures an epoch's steps, and the share of time spent waiting for the loader."""
 
     def __init__(self) -> None:
         self.begun, self.waited = time.monotonic(), 0.0
@@ -397,7 +362,7 @@ class _Clock:
         self.waited += time.monotonic() - begun
 
     def read(self) -> tuple[float, float]:
-        """Seconds, share of them waited."""
+        """Seconds since the start, and the share of them spent waiting."""
         seconds = time.monotonic() - self.begun
         return seconds, self.waited / max(seconds, 1e-9)
 

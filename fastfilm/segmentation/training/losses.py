@@ -1,7 +1,7 @@
-"""Losses over what is known: a label that was not annotated in a case costs that case nothing.
+"""Losses over annotated labels only: a label that was not annotated in a case does not enter that case's loss.
 
-The values come from MONAI's losses without reduction. Every term is a mean over its known entries (sample and
-label) in the whole batch, over all processes and accumulated parts.
+The values come from MONAI's losses without reduction. Each term is a mean over its known entries (pairs of sample
+and label) in the whole batch, over all processes and accumulated parts.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Term = Callable[[Tensor, Tensor], Tensor]
 class KnownLoss:
     """The training loss.
 
-    Args:
-        config: which terms.
-        exclusive: channel 0 is background and labels exclude each other (softmax); else each channel has a
-            sigmoid.
+    With ``exclusive``, the classes that are not annotated in a sample are merged with its background, as its
+    background voxels may belong to them.
 
-    With ``exclusive``, classes that are not known in a sample are merged with its background: the voxels that are
-    labelled background may be theirs, so only the probability of "none of the known ones" is asked for.
+    Args:
+        config: names and parameters of the terms.
+        exclusive: whether labels exclude each other and channel 0 is background (softmax); otherwise each channel
+            has a sigmoid.
     """
 
     def __init__(self, config: Training, exclusive: bool) -> None:
@@ -39,19 +39,19 @@ class KnownLoss:
         alpha, gamma = config.tversky_alpha, config.focal_gamma
         soft: dict[str, Any] = {"use_softmax": True} if exclusive else {}
         terms: dict[str, Term] = {
-            # the same small numbers above and below: an empty label predicted empty costs nothing
+            # with equal constants in numerator and denominator, an empty label predicted empty has no loss
             "dice": ml.DiceLoss(smooth_nr=1e-5, smooth_dr=1e-5, **act),
             "tversky": ml.TverskyLoss(alpha=alpha, beta=1 - alpha, **act),
             "generalised_dice": ml.GeneralizedDiceLoss(**act),
             "focal": ml.FocalLoss(gamma=gamma, reduction="none", **soft),
-            "ce": _softmax_ce if exclusive else _sigmoid_ce,
+            "ce": _softmax_ce if exclusive else torch.nn.BCEWithLogitsLoss(reduction="none"),
         }
         self.terms = {name: terms[name] for name in config.loss}
-        # these have one value a sample, whatever the number of labels
+        # these have one value per sample, for any number of labels
         self.by_sample = {"generalised_dice"} | ({"ce", "focal"} if exclusive else set())
 
     def weights(self, known: Tensor) -> dict[str, Tensor]:
-        """Entries of each term that ``known`` [N, K] leaves: what the sums are divided by."""
+        """The number of each term's known entries, by ``known`` [N, K]: the divisor of its sum."""
         samples, entries = known.any(1).sum(), known.sum()
         return {n: samples if n in self.by_sample else entries for n in self.terms}
 
@@ -62,14 +62,14 @@ class KnownLoss:
         known: Tensor,
         totals: dict[str, Tensor],
     ) -> Tensor:
-        """The sum of each term's known entries over ``totals``, summed over the terms.
+        """The sum over all terms of their known entries' sum divided by ``totals``, a scalar.
 
         Args:
             logits: [N, K, *S] (K + 1 with the background), or a list of them from full size to coarse (deep
-                supervision), whose losses count 1, 1/2, 1/4 …
+                supervision), with weights in the ratio 1, 1/2, 1/4 …
             masks: [N, K, *S], 0 or 1.
-            known: [N, K] bool, best on the CPU.
-            totals: entries of the whole batch, from ``weights``; the losses of its parts then add up.
+            known: [N, K], bool, preferably on the CPU.
+            totals: numbers of entries of the whole batch, from ``weights``; the losses of its parts then add up.
         """
         if isinstance(logits, Tensor):
             return self._one(logits, masks, known, totals)
@@ -98,7 +98,7 @@ class KnownLoss:
 
     @staticmethod
     def _merged(x: Tensor, y: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
-        """Logits and one-hot masks of background and the known labels."""
+        """Logits and one-hot masks of the background and the known labels; other classes join the background."""
         others = [c for c in range(x.shape[1]) if c - 1 not in labels]
         background = x[:, others].logsumexp(1, keepdim=True)
         x = torch.cat([background, x[:, [c + 1 for c in labels]]], 1)
@@ -106,7 +106,7 @@ class KnownLoss:
 
 
 def _patterns(known: Tensor, device: torch.device) -> list[tuple[list[int], Tensor]]:
-    """Samples with the same known labels: (labels, positions); samples that know none are left out."""
+    """Known labels and positions of the samples that have the same ones; samples without any are left out."""
     found: dict[tuple[bool, ...], list[int]] = {}
     for i, row in enumerate(known.tolist()):
         found.setdefault(tuple(row), []).append(i)
@@ -123,10 +123,6 @@ def _resized(masks: Tensor, size: Sequence[int]) -> Tensor:
     return torch.nn.functional.interpolate(masks.float(), tuple(size), mode="nearest-exact")
 
 
-def _sigmoid_ce(x: Tensor, y: Tensor) -> Tensor:
-    return torch.nn.functional.binary_cross_entropy_with_logits(x, y, reduction="none")
-
-
 def _softmax_ce(x: Tensor, y: Tensor) -> Tensor:
-    """[N, 1, *S]"""
+    """Cross-entropy [N, 1, *S] of logits and one-hot masks [N, K, *S]."""
     return -(torch.log_softmax(x, 1) * y).sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Optimiser, learning rate and moving average; all their state is tensors and plain numbers."""
+"""Optimiser, learning rate and moving average of the weights; their state is tensors and plain numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..models.network import generator_parameters
 
 
 def make_optimizer(network: nn.Module, config: Training) -> torch.optim.Optimizer:
-    """AdamW or SGD with three groups: weights, the generators' weights, and what never decays (biases, norms)."""
+    """AdamW or SGD with three groups: weights, the generators' weights, and parameters without decay."""
     generator = {id(p) for p in generator_parameters(network)}
     weights: list[nn.Parameter] = []
     film: list[nn.Parameter] = []
@@ -39,24 +39,26 @@ def make_optimizer(network: nn.Module, config: Training) -> torch.optim.Optimize
 
 @dataclass
 class Progress:
-    """Where training is, beside the tensors; plain JSON.
+    """The numbers of a training's state, which are saved as JSON.
 
     Attributes:
-        step: optimiser steps done.
-        epoch: epochs done.
-        best: highest validation Dice; best_epoch: when.
-        waited: epochs since the Dice was better by ``min_delta`` than ``mark``, for early stopping.
-        stale: the same since the last reduction of the plateau schedule.
-        reductions: of the plateau schedule.
-        loss_sum, loss_steps: of the epoch that is under way.
-        finished: training has ended.
+        step: number of optimiser steps done.
+        epoch: number of epochs done.
+        best: highest validation Dice; None before the first validation.
+        best_epoch: epoch of the highest Dice.
+        mark: Dice that the next one must exceed by ``min_delta`` to count as better; None: any does.
+        waited: epochs since the last better Dice, for early stopping.
+        stale: epochs since then or since the last reduction of the plateau schedule.
+        reductions: number of reductions by the plateau schedule.
+        loss_sum, loss_steps: sum of the losses in the current epoch, and their number.
+        finished: whether training has ended.
     """
 
     step: int = 0
     epoch: int = 0
     best: float | None = None
     best_epoch: int = 0
-    mark: float = -math.inf
+    mark: float | None = None
     waited: int = 0
     stale: int = 0
     reductions: int = 0
@@ -65,11 +67,11 @@ class Progress:
     finished: bool = False
 
     def validated(self, dice: float, config: Training) -> bool:
-        """Takes note of a validation's Dice; True if it is the best so far."""
+        """Enters the Dice of a validation; returns whether it is the best so far."""
         better = self.best is None or dice > self.best
         if better:
             self.best, self.best_epoch = dice, self.epoch
-        if dice > self.mark + config.min_delta or self.mark == -math.inf:
+        if self.mark is None or dice > self.mark + config.min_delta:
             self.mark, self.waited, self.stale = dice, 0, 0
         else:
             self.waited += config.validate_every
@@ -79,20 +81,9 @@ class Progress:
             self.stale = 0
         return better
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; inverse of ``from_json``."""
-        value = dict(vars(self))
-        value["mark"] = None if self.mark == -math.inf else self.mark
-        return value
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Progress:
-        """The progress in ``to_json``'s value."""
-        return cls(**{**value, "mark": -math.inf if value["mark"] is None else value["mark"]})
-
 
 def learning_rate(config: Training, progress: Progress, steps: int) -> float:
-    """The rate of step ``progress.step`` of ``steps``: a function of the progress alone."""
+    """The learning rate of step ``progress.step`` of ``steps``."""
     base, step = config.learning_rate, progress.step
     if step < config.warmup_steps:
         return base * (step + 1) / config.warmup_steps
@@ -115,7 +106,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """After step number ``step`` (from 0); the first steps count more, so that the start is forgotten."""
+        """Adds the weights after step ``step`` (from 0); early on the decay is smaller, to forget the start."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for k, v in network.state_dict().items():
             if v.is_floating_point():
@@ -127,7 +118,7 @@ class Average:
 def optimizer_tensors(
     network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
-    """The optimiser's state, ``parameter name/entry`` -> tensor."""
+    """The optimiser's state as pairs of ``parameter name/entry`` and tensor."""
     for name, p in network.named_parameters():
         for entry, value in optimizer.state.get(p, {}).items():
             if value is not None:
@@ -137,7 +128,7 @@ def optimizer_tensors(
 def load_optimizer(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of ``optimizer_tensors``; memory layout and device as the optimiser would have made them."""
+    """Inverse of ``optimizer_tensors``; entries get the memory layout and device of their parameter."""
     for name, p in network.named_parameters():
         for key, value in tensors.items():
             owner, _, entry = key.rpartition("/")

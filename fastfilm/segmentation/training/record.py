@@ -1,4 +1,4 @@
-"""What a training leaves behind to be looked at: log.jsonl, TensorBoard, and lines on the terminal."""
+"""The log of a training: log.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ LOG = "log.jsonl"
 
 
 class Record:
-    """Log of one training, one line an epoch.
+    """The log of one training, with a line per epoch.
 
     Args:
         folder: the model folder.
-        step: training goes on behind this step: what an interrupted run wrote after it is dropped.
+        step: step after which training continues; later lines of an interrupted run are dropped.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -32,7 +35,7 @@ class Record:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
     def epoch(self, values: dict[str, Any]) -> None:
-        """Adds a line; numbers go to TensorBoard too, nested ones as ``outer/inner``."""
+        """Adds a line; its numbers also go to TensorBoard, nested ones as ``outer/inner``."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -46,12 +49,12 @@ class Record:
                     self.board.add_scalar(tag, x, values["step"])
 
     def close(self) -> None:
-        """Writes what is pending."""
+        """Writes pending entries and closes the log."""
         self.board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl, up to one that was cut off by a kill or is damaged."""
+    """The lines of log.jsonl, up to the first damaged one (such as one cut off when training was killed)."""
     path = folder / LOG
     lines = []
     if path.is_file():

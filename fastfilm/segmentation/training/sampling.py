@@ -1,11 +1,11 @@
-"""Which case, task and place the n-th training sample is of: a pure function of the seed and n.
+"""Sampling: case, task and place of the n-th training sample, as a pure function of the seed and n.
 
-So training can stop after any step and go on as if it had not: the loader's position is the number of steps.
+The loader's position is therefore the number of steps, and training can continue after any step as if
+uninterrupted.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,12 @@ from ..data.cache import CachedCase
 from ..metadata.encoder import as_category, is_missing
 
 ORDER, DETAIL = 0, 1
-"""Streams of random numbers: the order of the cases, and everything inside a sample."""
+"""Streams of random numbers: for the order of the cases, and for the content of a sample."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One training sample: the case's position, the label it is for (None: all), its random numbers."""
+    """A training sample: position of its case, position of its label (None: all labels), its random numbers."""
 
     case: int
     task: int | None
@@ -32,16 +32,16 @@ class Draw:
 class Draws:
     """The endless sequence of training samples.
 
-    Without ``groups`` the cases come in random order, all once before any comes again. With them (positions of the
-    cases that share a value) the groups take turns in random order, and so do the cases within each, so that every
-    value is drawn equally often. In task mode a case's annotated labels take turns.
+    Without ``groups`` the cases come in random order, each once before any comes again. With ``groups`` the groups
+    come in random order in the same way, and so do the cases of each group: all groups are drawn equally often. In
+    task mode a case's annotated labels take turns.
 
     Args:
-        known: per case, which labels were annotated.
-        groups: lists of positions.
-        tasks: a sample is for one label.
-        together: with ``tasks``: all labels of a case follow one another.
-        seed: of everything.
+        known: for each case and label, whether the label was annotated.
+        groups: positions of the cases in each group; None: one group of all.
+        tasks: whether a sample is for one label (task mode).
+        together: with ``tasks``, whether all labels of a case follow one another.
+        seed: seed of all draws.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Draws:
         return Draw(case, labels[(visit + case) % len(labels)], rng)
 
     def _case(self, n: int) -> tuple[int, int]:
-        """Position of the n-th case, and how often it came before."""
+        """Position of the n-th case, and the number of times that it came before."""
         count = len(self.groups)
         turn, i = divmod(n, count)
         g = int(self._order(count, (count, turn))[i])
@@ -80,7 +80,7 @@ class Draws:
         return self.groups[g][int(self._order(len(self.groups[g]), (-1, g, visit))[j])], visit
 
     def _order(self, count: int, key: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """A permutation of ``count`` for ``key``; the last few are kept."""
+        """The random permutation of ``count`` for ``key``; recent ones are cached."""
         if key not in self.orders:
             if len(self.orders) > 4 * len(self.groups) + 16:
                 self.orders.clear()
@@ -90,7 +90,7 @@ class Draws:
 
 
 def groups_by(cases: Sequence[CachedCase], key: str) -> list[list[int]]:
-    """Positions of the cases with each value of a metadata key (missing: a group of its own)."""
+    """Positions of the cases with each value of a metadata key; missing values are a group, too."""
     found: dict[str, list[int]] = {}
     for i, c in enumerate(cases):
         value = c.case.metadata.get(key)
@@ -99,13 +99,13 @@ def groups_by(cases: Sequence[CachedCase], key: str) -> list[list[int]]:
 
 
 def place(draw: Draw, case: CachedCase, size: Sequence[int], foreground: float) -> tuple[int, ...]:
-    """Corner (in D, H, W) of a patch of ``size``; negative where the case is smaller than the patch.
+    """Corner (D, H, W) of a patch of ``size`` in a case; negative along axes on which the case is smaller.
 
-    With probability ``foreground`` a voxel of the sample's label (of any annotated one in turn of chance) lies in
-    the patch, at a random place of it; else the patch is anywhere.
+    With probability ``foreground`` the patch contains a voxel of the sample's label (or of a random annotated one)
+    at a random position; otherwise the patch is placed at random.
     """
     rng = draw.rng
-    # drawn in any case, so that the share of foreground does not change the places
+    # always drawn, so that the places do not depend on ``foreground``
     wants, pick, spot = rng.random() < foreground, rng.random(), rng.random(len(size))
     where = case.where
     if draw.task is not None:
@@ -127,13 +127,13 @@ def place(draw: Draw, case: CachedCase, size: Sequence[int], foreground: float) 
 
 
 class Steps(Sampler[list[int]]):
-    """Sample numbers of each step's batch, this process's share of it, from step ``start`` up to ``stop``."""
+    """The numbers of this process's samples in the batch of each step, from step ``start`` up to ``stop``."""
 
     def __init__(self, start: int, stop: int, batch: int, rank: int = 0, world: int = 1) -> None:
         self.start, self.stop, self.batch, self.rank, self.world = start, stop, batch, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in itertools.islice(itertools.count(self.start), self.stop - self.start):
+        for step in range(self.start, self.stop):
             first = step * self.batch
             yield list(range(first + self.rank, first + self.batch, self.world))
 

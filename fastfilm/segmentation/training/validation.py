@@ -1,4 +1,4 @@
-"""Dice of whole cases while training: what ``predict`` does, over the preprocessed arrays, without files."""
+"""Validation during training: Dice of whole cases, predicted from the cached arrays without writing files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ import torch
 
 from ..data.cache import CachedCase
 from ..models.folder import LoadedModel
-from ..prediction.one_case import (
-    CaseNetwork,
-    Options,
-    decide,
-    windows,
-)
+from ..prediction.one_case import CaseNetwork, Options, decide, windows
 from ..support.distributed import Processes
 
 
 @dataclass(frozen=True)
 class Validated:
-    """Mean Dice over labels, and of each label (over the cases in which it is known)."""
+    """Mean Dice over labels, and Dice of each label over the cases in which it was annotated."""
 
     mean: float
     labels: dict[str, float]
@@ -35,16 +30,16 @@ def validate(
     overlap: float = 0.5,
     between: Callable[[], None] = lambda: None,
 ) -> Validated:
-    """Dice of each known label of each case; cases are dealt out over the processes.
+    """The Dice of cases, which are shared among the processes.
 
-    The windows, the decision and the Dice are those of ``predict`` and ``evaluate`` at the same overlap, on the
-    network's grid: where images are not resampled the numbers are the same to rounding. A label that is empty in
-    the reference and in the prediction has no Dice and does not count; one that is empty in one of them has 0.
+    Windows, decision and Dice are those of ``fastfilm predict`` and ``evaluate`` with the same overlap, but on the
+    network's grid: without resampling the numbers are equal within rounding. A label that is empty in reference
+    and prediction has no Dice and is not counted; if it is empty in one of them, its Dice is 0.
 
     Args:
         labels: names of the cases' masks, in their order.
-        overlap: of the windows, as a share of their size.
-        between: called before each case; what it raises ends the validation.
+        overlap: overlap of the windows, as a share of their size.
+        between: called before each case; an exception from it ends the validation.
     """
     mine = []
     for i in range(processes.rank, len(cases), processes.world):
@@ -63,7 +58,7 @@ def validate(
 def case_dice(
     model: LoadedModel, case: CachedCase, labels: Sequence[str], overlap: float = 0.5
 ) -> list[tuple[int, float]]:
-    """(label, Dice) of the known labels of one case."""
+    """Position and Dice of each annotated label of one case."""
     options = Options(overlap=overlap)
     names = set(model.encoder.names())
     values = {k: v for k, v in case.case.metadata.items() if k in names}

@@ -9,11 +9,7 @@ from typing import Any
 
 from ..config.schema import Config, decisive
 from ..data.checks import check_case
-from ..data.plan import (
-    PlanFolder,
-    make_plan,
-    read_plan,
-)
+from ..data.plan import PlanFolder, make_plan, read_plan
 from ..support.errors import Problems, UserError
 from ..support.files import read_json
 from ..support.records import differences

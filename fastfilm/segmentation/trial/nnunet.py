@@ -32,11 +32,7 @@ from ..images.nifti import read_volume
 from ..support.errors import Problems, UserError
 from ..support.files import read_json, write_json
 from ..support.lock import locked
-from ..support.stopping import (
-    Stop,
-    Stopped,
-    signals,
-)
+from ..support.stopping import Stop, Stopped, signals
 from .design import Run
 from .nnunet_data import DATASET, ENDING, FOLDER, configuration, names, splits, write_table
 from .scoring import METRICS, cluster_of, truths

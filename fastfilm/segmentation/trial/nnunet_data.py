@@ -23,18 +23,8 @@ from fastfilm.ops.settings import environment
 from ..config.schema import Config
 from ..data.plan import PlanFolder
 from ..data.sources import Case
-from ..images.nifti import (
-    ORTHOGONAL,
-    NiftiVolume,
-    read_volume,
-    shear,
-)
-from ..metadata.encoder import (
-    KeyEncoder,
-    MetadataEncoder,
-    as_category,
-    is_missing,
-)
+from ..images.nifti import ORTHOGONAL, NiftiVolume, read_volume, shear
+from ..metadata.encoder import KeyEncoder, MetadataEncoder, as_category, is_missing
 from ..support.errors import Problems, UserError
 from ..support.files import atomic, write_json
 from ..support.lock import locked

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.metrics import METRICS
-from ..reports.html_page import (
-    Page,
-    document,
-    table,
-)
-from ..reports.layout import (
-    NONE,
-    number,
-    p_value,
-)
+from ..reports.html_page import Page, document, table
+from ..reports.layout import NONE, number, p_value
 from ..support.files import write_text
 from . import pictures
 from .methods import MEANING, counted, methods, steps

@@ -18,13 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..evaluation.statistics import holm
-from ..metadata.encoder import as_category
-from ..metadata.groups import (
-    MISSING,
-    UNKNOWN,
-    groupings,
-    is_absent,
-)
+from ..metadata.encoder import as_category, is_missing
+from ..metadata.groups import MISSING, UNKNOWN, groupings
 from ..support.errors import UserError
 from ..support.files import write_json
 from ..support.hints import some
@@ -364,7 +359,7 @@ def _difference_or_none(compared: _Compared, values: Array) -> Difference | None
 
 def _name(value: Any) -> str | None:
     """A metadata value as swaps name it; None where it is missing."""
-    if is_absent(value):
+    if is_missing(value):
         return None
     return ";".join(map(as_category, value)) if isinstance(value, list) else as_category(value)
 

@@ -18,12 +18,7 @@ from pydantic import Field, model_validator
 
 from ..support.errors import Problems, UserError
 from ..support.hints import some
-from ..support.records import (
-    Measured,
-    Plain,
-    Record,
-    read_record,
-)
+from ..support.records import Measured, Plain, Record, read_record
 
 Array = NDArray[np.float64]
 

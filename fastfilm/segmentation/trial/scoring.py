@@ -16,19 +16,11 @@ from ..evaluation.metrics import case_metrics
 from ..images.labels import mask_of, whole_labels
 from ..images.nifti import read_volume, same_grid
 from ..images.preprocessing import bounding_box
-from ..metadata.encoder import (
-    KeyEncoder,
-    as_category,
-    is_missing,
-)
+from ..metadata.encoder import KeyEncoder, as_category, is_missing
 from ..models.folder import LoadedModel
 from ..prediction.inputs import InputCase
 from ..prediction.many_cases import load_case, resolved
-from ..prediction.one_case import (
-    Options,
-    Predicted,
-    predict,
-)
+from ..prediction.one_case import Options, Predicted, predict
 from ..prediction.postprocessing import Mask
 from ..prediction.swap import shown
 from ..support.errors import Problems, UserError

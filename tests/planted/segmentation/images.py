@@ -84,7 +84,7 @@ FAULTS = (
     Fault(
         "segmentation-preprocessing-way-back-without-flips",
         "fastfilm/segmentation/images/preprocessing.py",
-        "        full = np.flip(full, tuple(1 + np.flatnonzero(self.flips)))\n",
+        "        array = np.flip(array, tuple(1 + np.flatnonzero(self.flips)))\n",
         "",
         PREPROCESSING,
     ),
@@ -119,8 +119,8 @@ FAULTS = (
     Fault(
         "segmentation-preprocessing-box-one-voxel-short",
         "fastfilm/segmentation/images/preprocessing.py",
-        "int(hit[-1]) + 1",
-        "max(int(hit[-1]), 1)",
+        "[(s.start, s.stop) for s in found]",
+        "[(s.start, max(s.stop - 1, 1)) for s in found]",
         PREPROCESSING,
     ),
     Fault(

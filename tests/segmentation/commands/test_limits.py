@@ -23,14 +23,7 @@ from fastfilm.segmentation.models.folder import read_info
 from fastfilm.segmentation.support.errors import Problems, UserError
 
 from ...support.models import make_model
-from ..evaluation.test_pairs import (
-    entry,
-    manifest,
-    run,
-    some,
-    summary,
-    write,
-)
+from ..evaluation.test_pairs import entry, manifest, run, some, summary, write
 
 # configuration
 

@@ -27,14 +27,7 @@ from fastfilm.segmentation.metadata.encoder import MetadataEncoder, MetadataErro
 from fastfilm.segmentation.prediction.inputs import _row_of, _rows
 from fastfilm.segmentation.support.errors import UserError
 
-from ...support.bad_inputs import (
-    World,
-    copied,
-    header,
-    replace,
-    voxels,
-    write_world,
-)
+from ...support.bad_inputs import World, copied, header, replace, voxels, write_world
 from ...support.phantoms import settings, write_bids
 
 

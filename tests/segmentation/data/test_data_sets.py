@@ -30,11 +30,7 @@ from fastfilm.segmentation.support import memory
 from fastfilm.segmentation.support.errors import Problems, UserError
 from fastfilm.segmentation.support.files import write_json
 
-from ...support.phantoms import (
-    TYPES,
-    settings,
-    write_bids,
-)
+from ...support.phantoms import TYPES, settings, write_bids
 
 
 def image(root: Path, i: int, contrast: str = "FLAIR") -> Path:

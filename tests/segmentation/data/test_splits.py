@@ -11,11 +11,7 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config.schema import (
-    config_text,
-    parse,
-    write_config,
-)
+from fastfilm.segmentation.config.schema import config_text, parse, write_config
 from fastfilm.segmentation.config.sections import MetadataKey, Splits
 from fastfilm.segmentation.data.plan import make_plan, read_plan
 from fastfilm.segmentation.data.sources import Case

@@ -12,12 +12,7 @@ pytest.importorskip("scipy", reason="needs the extra [segmentation]")
 
 from scipy import stats
 
-from fastfilm.segmentation.evaluation.statistics import (
-    bootstrap_means,
-    compare,
-    holm,
-    mean_of,
-)
+from fastfilm.segmentation.evaluation.statistics import bootstrap_means, compare, holm, mean_of
 
 VALUES = [0.1, 0.5, 0.9, 0.2, 0.4, 0.8]
 SUBJECTS = ["a", "b", "b", "b", "c", "c"]

@@ -14,12 +14,7 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 import nibabel as nib
 
 from fastfilm.segmentation.images.labels import mask_of, whole_labels
-from fastfilm.segmentation.images.nifti import (
-    Remarks,
-    read_volume,
-    same_grid,
-    voxel_problems,
-)
+from fastfilm.segmentation.images.nifti import Remarks, read_volume, same_grid, voxel_problems
 from fastfilm.segmentation.support import memory
 from fastfilm.segmentation.support.errors import UserError
 

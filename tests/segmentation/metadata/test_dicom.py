@@ -21,11 +21,7 @@ from fastfilm.segmentation.config.schema import Config, parse
 from fastfilm.segmentation.config.sections import MetadataKey
 from fastfilm.segmentation.data.datasets import find_cases
 from fastfilm.segmentation.data.plan import make_plan
-from fastfilm.segmentation.metadata.dicom import (
-    of_image,
-    read_tags,
-    tag_of,
-)
+from fastfilm.segmentation.metadata.dicom import of_image, read_tags, tag_of
 from fastfilm.segmentation.metadata.encoder import MetadataEncoder
 from fastfilm.segmentation.models.folder import ModelInfo
 from fastfilm.segmentation.prediction.inputs import find_inputs

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("scipy", reason="needs the extra [segmentation]")
@@ -16,11 +16,7 @@ import fastfilm
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import MetadataKey
 from fastfilm.segmentation.metadata.density import density_edges
-from fastfilm.segmentation.metadata.encoder import (
-    MetadataEncoder,
-    MetadataError,
-    encode_rows,
-)
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder, MetadataError
 from fastfilm.segmentation.support.errors import Problems
 from fastfilm.segmentation.training.finetuning import grown_encoder
 
@@ -32,6 +28,10 @@ def fit(given: list[Any], **options: Any) -> MetadataEncoder:
 
 def row(encoder: MetadataEncoder, value: Any) -> list[float]:
     return [float(x) for x in encoder.encode({"k": value})]
+
+
+def encoded(encoder: MetadataEncoder, *rows: dict[str, Any]) -> NDArray[np.float32]:
+    return np.stack([encoder.encode(r) for r in rows])
 
 
 def test_categories_are_one_hot_in_sorted_order_with_unknown_last() -> None:
@@ -62,7 +62,7 @@ def test_several_labels_at_once_and_none_of_them() -> None:
 def test_continuous_values_have_mean_0_and_deviation_1() -> None:
     values = [1.0, 2.0, 6.0, 11.0]
     encoder = fit([str(v) for v in values], kind="continuous")
-    rows = encode_rows(encoder, [{"k": v} for v in values])
+    rows = encoded(encoder, *({"k": v} for v in values))
     np.testing.assert_allclose(rows[:, 0].mean(), 0, atol=1e-6)
     np.testing.assert_allclose(rows[:, 0].std(), 1, atol=1e-6)
     assert row(encoder, None) == [0, 1]
@@ -182,7 +182,7 @@ def test_json_brings_back_the_same_encoder() -> None:
         "e": MetadataKey(kind="continuous", scaling="log"),
     }
     encoder = MetadataEncoder.fit(rows, keys)
-    again = MetadataEncoder.from_json(json.loads(json.dumps(encoder.to_json())))
+    again = MetadataEncoder.model_validate_json(encoder.model_dump_json())
     for values in rows.values():
         assert np.array_equal(encoder.encode(values), again.encode(values))
     assert len(encoder.columns()) == encoder.size == len(encoder.encode(rows["c0"]))
@@ -199,11 +199,11 @@ def test_a_grown_encoder_leaves_the_values_that_were_there_as_they_were(network:
     cls = getattr(fastfilm, network)
     net = cls(1, 1, base_filters=4, metadata_size=encoder.size, **options).eval()
     image = torch.randn(2, 1, *size)
-    before = net(image, encode_rows(encoder, [rows["c0"], rows["c1"]]))
+    before = net(image, encoded(encoder, rows["c0"], rows["c1"]))
     grown = grown_encoder(net, encoder, [("a", "z")])
-    after = net(image, encode_rows(grown, [rows["c0"], rows["c1"]]))
+    after = net(image, encoded(grown, rows["c0"], rows["c1"]))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-    new = net(image, encode_rows(grown, [{"a": "z", "b": "p"}] * 2))
+    new = net(image, encoded(grown, *[{"a": "z", "b": "p"}] * 2))
     assert torch.isfinite(new).all() and not torch.allclose(new, after)
     assert grown.values("a") == ["x", "y", "z"] and encoder.values("a") == ["x", "y"]
     # what is shared stays shared, so that one optimiser step moves all

@@ -19,19 +19,11 @@ from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import MetadataKey
 from fastfilm.segmentation.data.datasets import find_cases
-from fastfilm.segmentation.data.plan import (
-    PlanFolder,
-    make_plan,
-    read_plan,
-)
+from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.data.sources import Case
 from fastfilm.segmentation.metadata.encoder import MetadataEncoder
 from fastfilm.segmentation.metadata.groups import grouping
-from fastfilm.segmentation.metadata.vectors import (
-    VectorEncoder,
-    expanded,
-    read_vector,
-)
+from fastfilm.segmentation.metadata.vectors import VectorEncoder, expanded, read_vector
 from fastfilm.segmentation.models.folder import (
     LoadedModel,
     ModelInfo,
@@ -42,11 +34,7 @@ from fastfilm.segmentation.models.folder import (
 from fastfilm.segmentation.prediction.inputs import find_inputs, parse_meta
 from fastfilm.segmentation.prediction.swap import swap_values
 from fastfilm.segmentation.reports.inspection import inspect
-from fastfilm.segmentation.support.errors import (
-    MetadataError,
-    Problems,
-    UserError,
-)
+from fastfilm.segmentation.support.errors import MetadataError, Problems, UserError
 from fastfilm.segmentation.training.finetuning import start_from
 from fastfilm.segmentation.training.fold import Start, describe
 
@@ -165,7 +153,7 @@ def test_a_missing_vector_is_an_error_where_nothing_trained_unknown() -> None:
 
 def test_the_encoder_survives_json_to_the_bit() -> None:
     encoder = fit(np.random.default_rng(3).normal(size=(8, 6)).tolist(), projection=4)
-    again = MetadataEncoder.from_json(json.loads(json.dumps(encoder.to_json())))
+    again = MetadataEncoder.model_validate_json(encoder.model_dump_json())
     assert again == encoder
     assert row(again, [1, 2, 3, 4, 5, 6]) == row(encoder, [1, 2, 3, 4, 5, 6])
 

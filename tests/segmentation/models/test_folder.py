@@ -20,12 +20,7 @@ pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 import fastfilm
-from fastfilm.segmentation.models.folder import (
-    FORMAT,
-    load_model,
-    read_info,
-    save_weights,
-)
+from fastfilm.segmentation.models.folder import FORMAT, load_model, read_info, save_weights
 from fastfilm.segmentation.support.errors import Problems, UserError
 from fastfilm.segmentation.support.files import read_tensors, write_tensors
 from fastfilm.segmentation.support.lock import NAME, locked

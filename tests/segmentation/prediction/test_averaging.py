@@ -30,17 +30,8 @@ from fastfilm.segmentation.models.folder import (
     load_model,
     save_model,
 )
-from fastfilm.segmentation.prediction.averaging import (
-    MOST,
-    likely,
-    parse_prior,
-    weighted,
-)
-from fastfilm.segmentation.prediction.one_case import (
-    CaseNetwork,
-    Options,
-    predict,
-)
+from fastfilm.segmentation.prediction.averaging import MOST, likely, parse_prior, weighted
+from fastfilm.segmentation.prediction.one_case import CaseNetwork, Options, predict
 from fastfilm.segmentation.support.errors import UserError
 from fastfilm.segmentation.training.finetuning import start_from
 

@@ -24,12 +24,7 @@ from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocess
 from fastfilm.segmentation.metadata.encoder import MetadataEncoder
 from fastfilm.segmentation.models.folder import LabelInfo, LoadedModel
 from fastfilm.segmentation.prediction import many_cases as prediction
-from fastfilm.segmentation.prediction.one_case import (
-    CaseNetwork,
-    Options,
-    predict,
-    regridded,
-)
+from fastfilm.segmentation.prediction.one_case import CaseNetwork, Options, predict, regridded
 from fastfilm.segmentation.prediction.postprocessing import fill_holes, keep_largest
 from fastfilm.segmentation.prediction.windows import Timing, sliding_windows
 from fastfilm.segmentation.support.errors import UserError

@@ -13,11 +13,7 @@ from torch import nn
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
 from fastfilm.nn import ConvNormFiLM2d
-from fastfilm.segmentation.prediction.one_case import (
-    decide,
-    dropping,
-    entropy,
-)
+from fastfilm.segmentation.prediction.one_case import decide, dropping, entropy
 
 
 def probabilities(labels: int, exclusive: bool) -> np.ndarray:

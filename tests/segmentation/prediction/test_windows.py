@@ -11,11 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("numpy")
 
-from fastfilm.segmentation.prediction.windows import (
-    gaussian,
-    sliding_windows,
-    starts,
-)
+from fastfilm.segmentation.prediction.windows import gaussian, sliding_windows, starts
 
 
 def test_windows_cover_an_axis_evenly_with_the_asked_overlap_and_none_too_many() -> None:

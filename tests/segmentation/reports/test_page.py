@@ -26,13 +26,7 @@ from fastfilm.segmentation.reports.figures import png
 from fastfilm.segmentation.reports.inspection import Inspection, Layer
 
 from ...support.models import TYPES, make_model
-from ..evaluation.test_pairs import (
-    entry,
-    manifest,
-    some,
-    summary,
-    write,
-)
+from ..evaluation.test_pairs import entry, manifest, some, summary, write
 
 
 def run(*argv: Any) -> int:

@@ -22,20 +22,11 @@ from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import NetworkConfig
 from fastfilm.segmentation.data.plan import make_plan, read_plan
 from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.models.folder import (
-    LabelInfo,
-    ModelInfo,
-    load_model,
-    save_weights,
-)
+from fastfilm.segmentation.models.folder import LabelInfo, ModelInfo, load_model, save_weights
 from fastfilm.segmentation.models.network import build_network
 from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.errors import UserError
-from fastfilm.segmentation.support.offline import (
-    offline,
-    refuse_fetching,
-    switched_off,
-)
+from fastfilm.segmentation.support.offline import offline, refuse_fetching, switched_off
 from fastfilm.segmentation.training.fold import Start, train
 
 from ...support.models import make_model

@@ -18,21 +18,13 @@ pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import Training
-from fastfilm.segmentation.data.plan import (
-    PlanFolder,
-    make_plan,
-    read_plan,
-)
+from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.files import read_tensors
 from fastfilm.segmentation.training import loop as trainer
-from fastfilm.segmentation.training.checkpoint import State, seed_step
+from fastfilm.segmentation.training.checkpoint import Saved, State, seed_step
 from fastfilm.segmentation.training.fold import Start, train
-from fastfilm.segmentation.training.optimisation import (
-    Average,
-    Progress,
-    make_optimizer,
-)
+from fastfilm.segmentation.training.optimisation import Average, Progress, make_optimizer
 from fastfilm.segmentation.training.validation import Validated
 
 from ...support.phantoms import settings, write_bids
@@ -222,7 +214,9 @@ def test_a_saved_state_comes_back_whole(tmp_path: Path) -> None:
         "scaler",
     }
     saved.save(tmp_path, {"seed": 1})
-    other.load(tmp_path, {"seed": 1})
+    found = Saved.read(tmp_path)
+    found.check({"seed": 1})
+    other.restore(found)
     assert held(other) == held(saved)
 
 

@@ -23,17 +23,9 @@ pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 from fastfilm.ops.settings import environment
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.data.cache import cached
-from fastfilm.segmentation.data.plan import (
-    PlanFolder,
-    make_plan,
-    read_plan,
-)
+from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.images.nifti import read_volume
-from fastfilm.segmentation.models.folder import (
-    load_model,
-    read_info,
-    save_weights,
-)
+from fastfilm.segmentation.models.folder import load_model, read_info, save_weights
 from fastfilm.segmentation.models.network import build_network
 from fastfilm.segmentation.prediction.one_case import predict
 from fastfilm.segmentation.support.distributed import Processes
@@ -43,11 +35,7 @@ from fastfilm.segmentation.training.fold import Start, train
 from fastfilm.segmentation.training.record import read_log
 
 from ...nn.test_distributed import on_two
-from ...support.phantoms import (
-    TYPES,
-    settings,
-    write_bids,
-)
+from ...support.phantoms import TYPES, settings, write_bids
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 ONE = Processes(0, 1, torch.device("cpu"))

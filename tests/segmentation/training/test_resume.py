@@ -15,11 +15,7 @@ pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import parse
-from fastfilm.segmentation.data.plan import (
-    PlanFolder,
-    make_plan,
-    read_plan,
-)
+from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.errors import UserError
 from fastfilm.segmentation.support.lock import locked

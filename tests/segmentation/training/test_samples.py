@@ -19,17 +19,8 @@ from fastfilm.segmentation.data.cache import CachedCase
 from fastfilm.segmentation.data.sources import Case
 from fastfilm.segmentation.metadata.encoder import MetadataEncoder
 from fastfilm.segmentation.training.augment import Augment, is_flat
-from fastfilm.segmentation.training.dataset import (
-    Samples,
-    collate,
-    cut,
-)
-from fastfilm.segmentation.training.sampling import (
-    Draw,
-    Draws,
-    Steps,
-    place,
-)
+from fastfilm.segmentation.training.dataset import Samples, collate, cut
+from fastfilm.segmentation.training.sampling import Draw, Draws, Steps, place
 
 OFF = dict.fromkeys(("affine", "noise", "blur", "brightness", "gamma"), 0.0)
 

@@ -26,13 +26,7 @@ from fastfilm.segmentation.training.optimisation import (
     learning_rate,
     make_optimizer,
 )
-from fastfilm.segmentation.training.sampling import (
-    Draw,
-    Draws,
-    Steps,
-    groups_by,
-    place,
-)
+from fastfilm.segmentation.training.sampling import Draw, Draws, Steps, groups_by, place
 
 LOSSES = ["dice", "ce", "focal", "tversky", "generalised_dice"]
 
@@ -230,7 +224,7 @@ def test_the_plateau_schedule_falls_after_epochs_without_a_better_dice() -> None
         rates.append(learning_rate(config, progress, 100))
     assert rates == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25]
     assert (progress.best, progress.best_epoch, progress.waited) == (0.6, 6, 2)
-    assert Progress.from_json(progress.to_json()) == progress
+    assert Progress(**vars(progress)) == progress
 
 
 def test_weight_decay_spares_biases_and_has_a_value_of_its_own_for_generators() -> None:

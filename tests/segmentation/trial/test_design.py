@@ -15,11 +15,7 @@ pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
 pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
-from fastfilm.segmentation.config.schema import (
-    Config,
-    parse,
-    read_config,
-)
+from fastfilm.segmentation.config.schema import Config, parse, read_config
 from fastfilm.segmentation.data.plan import PlanFolder
 from fastfilm.segmentation.models.network import MetadataChannels, build_network
 from fastfilm.segmentation.support.errors import Problems, UserError

@@ -17,11 +17,7 @@ pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 from fastfilm.ops.settings import environment
 
 from ...support.phantoms import settings, write_bids
-from ..commands.test_kills import (
-    kill,
-    run,
-    start,
-)
+from ..commands.test_kills import kill, run, start
 from ..training.test_fold import saved_step
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"

@@ -34,12 +34,7 @@ from fastfilm.segmentation.trial.design import Run, selected
 from fastfilm.segmentation.trial.folder import open_trial
 from fastfilm.segmentation.trial.runs import SCORES, make_runs
 
-from ...support.nnunet_arms import (
-    BOTH,
-    count_as_installed,
-    installed,
-    planned,
-)
+from ...support.nnunet_arms import BOTH, count_as_installed, installed, planned
 from ...support.phantoms import write_bids
 
 ROOT = Path(__file__).parents[3]

@@ -25,11 +25,7 @@ from fastfilm.segmentation.trial.cost import cost_of, said
 from fastfilm.segmentation.trial.design import Run, check_config, check_plan, design
 from fastfilm.segmentation.trial.folder import open_trial
 
-from ...support.nnunet_arms import (
-    BOTH,
-    count_as_installed,
-    planned,
-)
+from ...support.nnunet_arms import BOTH, count_as_installed, planned
 from ...support.phantoms import settings as phantom_settings
 from ...support.phantoms import write_bids
 

@@ -16,13 +16,7 @@ from fastfilm.segmentation.support.errors import UserError
 from fastfilm.segmentation.trial.results import _rising, collect
 from fastfilm.segmentation.trial.statistics import Difference
 
-from ...support.trials import (
-    SHA,
-    case,
-    write_design,
-    write_run,
-    write_trial,
-)
+from ...support.trials import SHA, case, write_design, write_run, write_trial
 
 ARMS = ("conditioned", "unconditioned")
 

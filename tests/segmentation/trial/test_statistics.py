@@ -16,13 +16,7 @@ pytest.importorskip("scipy", reason="needs the extra [segmentation]")
 from scipy import stats
 
 from benchmarks.paper.trial_statistics import settings, summary
-from fastfilm.segmentation.trial.statistics import (
-    FLIPS,
-    RESAMPLES,
-    Difference,
-    difference,
-    needed,
-)
+from fastfilm.segmentation.trial.statistics import FLIPS, RESAMPLES, Difference, difference, needed
 
 FOLDS = [0, 0, 0, 1, 1, 1]
 SUBJECTS = list("aabccd")

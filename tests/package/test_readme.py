@@ -55,22 +55,6 @@ def test_existing_model_example_is_conditioned_and_fused() -> None:
     assert fastfilm.conversion_report(names["net"]).share(3) == 1.0
 
 
-def test_conditioning_guide_runs_from_top_to_bottom() -> None:
-    page = (ROOT / "docs" / "condition.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = run("\n".join(examples))
-    assert names["logits"].shape == (2, 2, 32, 32)
-    trained = [n for n, p in names["model"].named_parameters() if p.requires_grad]
-    assert trained and all(n.startswith("film_generator.") for n in trained)
-
-
-def test_monai_recipe_runs_from_top_to_bottom() -> None:
-    pytest.importorskip("monai")
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    names = run("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
-    assert names["segmented"].shape == (2, 2, 96, 80)
-
-
 def test_every_example_is_run() -> None:
     assert len(EXAMPLES) == 4
 

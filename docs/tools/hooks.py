@@ -13,6 +13,9 @@ from mkdocs.structure.pages import Page
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pages
 
+COMMANDS_FIRST = 8
+"""Weight of the page of the command line in the search; that of other pages is 1."""
+
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     """Adds the pages that are made here."""
@@ -22,5 +25,7 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links to files of the repository lead to their pages."""
+    """Links to files of the repository lead to their pages; a command is found before the text about it."""
+    if page.file.src_uri == "cli.md":
+        page.meta["search"] = {"boost": COMMANDS_FIRST}
     return pages.relinked(markdown, page.file.src_uri)

@@ -49,7 +49,7 @@ def of_notebook(file: Path) -> str:
             parts.append(source)
         elif cell["cell_type"] == "code" and source:
             parts.append(f"```python\n{source}\n```")
-            parts += [f"```text\n{text}\n```" for text in _texts(cell["outputs"])]
+            parts += [f'```text title="Output"\n{text}\n```' for text in _texts(cell["outputs"])]
     title, *rest = parts
     download = f"This page is [a notebook]({file.name}){{ download }}: run it, and change it."
     return "\n\n".join([title, download, *rest]) + "\n"

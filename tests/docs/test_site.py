@@ -34,8 +34,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_search_finds_each_command_under_its_name(site: Path) -> None:
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     titles = {e["location"]: e["title"] for e in index["docs"]}
+    weights = {e["location"]: e.get("boost", 1) for e in index["docs"]}
     for name in cli_page.commands():
         assert titles.get(f"cli/#fastfilm-{name}") == f"fastfilm {name}"
+        assert weights[f"cli/#fastfilm-{name}"] > max(
+            w for location, w in weights.items() if not location.startswith("cli/")
+        )
     assert any(t.startswith("fastfilm.conv_norm_film") for t in titles.values())
 
 

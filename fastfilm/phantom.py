@@ -117,23 +117,19 @@ def make_phantom(
     head fills the field of view whatever ``shape`` is; ``spacing`` only enters the affine. The same
     seed gives the same anatomy, noise and bias field for every tumour type.
 
-    ================  ==================  ===================================  ====================
-    tumour_type       where               look                                 target (the mask)
-    ================  ==================  ===================================  ====================
-    astrocytoma       white matter of a   mottled, ragged, small cavity, no    core, cavity, oedema
-                      hemisphere          rim, wide oedema
-    ependymoma        beside a lateral    bright, round, central cavity, dark  core, cavity
-                      ventricle           rim, little oedema
-    hemangioblastoma  low, at the back    large dark cyst, bright nodule       core (the nodule)
-    ================  ==================  ===================================  ====================
+    - astrocytoma: white matter of one side; mottled, ragged, small cavity, no rim, wide oedema. Target: core,
+      cavity and oedema.
+    - ependymoma: beside a lateral ventricle; bright, round, central cavity, dark rim, little oedema. Target: core
+      and cavity.
+    - hemangioblastoma: low, at the back; large dark cyst, bright nodule. Target: the core, which is the nodule.
 
-    The figures behind the table are in ``LESIONS``.
+    The mask marks the target. The figures are in ``LESIONS``.
 
     Args:
         path: where to write the image (``.nii`` or ``.nii.gz``); the mask goes beside it as
             ``NAME_mask.nii.gz``. None writes nothing.
         shape: voxels (X, Y, Z) = (right, anterior, superior), each at least 8.
-        tumour_type: one of the table's.
+        tumour_type: one of these three.
         look: the type whose place and look the lesion has, while ``tumour_type`` decides which parts of it are the
             target; None is ``tumour_type``. With a look drawn apart from the type, only the metadata tell it.
         seed: a non-negative integer; the result is a function of it and of the other arguments.

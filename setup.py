@@ -35,6 +35,7 @@ SOURCES = [
     ),
 ]
 DEPENDS = [
+    "csrc/activations.h",
     "csrc/cpu/coefficients.h",
     "csrc/cpu/convolution.h",
     "csrc/cpu/driver.h",
@@ -73,6 +74,7 @@ CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp"]
 CUDA_DEPENDS = [
     f"csrc/cuda/{name}.h"
     for name in (
+        "../activations",
         "affine",
         "backward_epilogue",
         "calls",

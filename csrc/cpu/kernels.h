@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace fastfilm {
 
 enum Storage { kFloat32, kFloat64, kBFloat16, kFloat16, kStorages };
-
-enum Activation { kNone, kReLU, kLeakyReLU, kELU, kSiLU, kGELU, kGELUTanh, kActivations };
 
 // Rows of the coefficients: v = g * (act(a * (y - p) + b; slope) - q) + s.
 enum CoefRow { kA, kB, kG, kS, kP, kQ, kSlope, kCoefRows };

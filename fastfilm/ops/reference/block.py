@@ -155,7 +155,7 @@ def normalise(u: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0
     if norm == "none" or (norm == "instance" and u.shape[0] == 0):
         return u
     running_mean, running_var, _, weight, bias, *_ = tensors
-    if norm in ("group", "layer"):
+    if norm in spec.SAMPLE_NORMS:
         running_mean = running_var = None
         if u.device.type == "cuda":
             given = [t.dtype for t in (weight, bias) if t is not None]

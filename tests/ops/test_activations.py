@@ -1,4 +1,4 @@
-"""The numbers of the activations, which Python, the C++ and CUDA kernels and the Triton kernels must share."""
+"""The names and numbers of the activations, which Python, the C++, CUDA and Triton kernels must share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import fastfilm
 from fastfilm.ops import spec
 
 HEADER = Path(__file__).parents[2] / "csrc" / "activations.h"
@@ -25,3 +26,8 @@ def test_the_compiled_kernels_have_one_activation_for_each_number() -> None:
     names = {name.replace("_", ""): number for name, number in spec.ACTIVATION_CODES.items()}
     for number, entry in enumerate(listed):
         assert names[entry.removeprefix("k").lower()] == number, f"{entry} of {HEADER.name}"
+
+
+@pytest.mark.parametrize("name", [*spec.ACTIVATIONS[1:], *spec.NORMS[1:]])
+def test_the_docstring_names_every_activation_and_norm(name: str) -> None:
+    assert f'"{name}"' in (fastfilm.conv_norm_film.__doc__ or "")

@@ -18,6 +18,7 @@
 
 namespace py = pybind11;
 using namespace fastfilm::cuda;
+using fastfilm::kActivations;
 
 namespace {
 

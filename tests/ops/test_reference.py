@@ -53,7 +53,7 @@ def test_gradcheck_of_the_whole_op(order: str, activation: str) -> None:
 
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["batch", "instance", "group", "layer"])
+@pytest.mark.parametrize("kind", spec.NORMS[1:])
 def test_reference_equals_the_torch_modules(kind: str, training: bool, track: bool) -> None:
     torch.manual_seed(0)
     norm: nn.Module

@@ -338,8 +338,18 @@ class Coefficients {
     if (groups < 1 || c % groups != 0) {
       throw std::invalid_argument("groups must divide c = " + std::to_string(c) + ", got " + std::to_string(groups));
     }
-    shape_ = {static_cast<Norm>(norm), static_cast<Order>(order), static_cast<DropoutPosition>(position), use_input,
-              update, n, c, groups, count, eps, 0.0, slope};
+    shape_ = {static_cast<Norm>(norm),
+              static_cast<Order>(order),
+              static_cast<DropoutPosition>(position),
+              use_input,
+              update,
+              n,
+              c,
+              groups,
+              count,
+              eps,
+              0.0,
+              slope};
   }
 
   // Ten addresses in the order of BlockTensors, and their types, four bits each, first lowest.

@@ -171,6 +171,7 @@ def activate_grad(z, slope, ACT: tl.constexpr):
             -0.5 * z * z
         )
     else:
+        tl.static_assert(ACT == 6, "no derivative for this activation")
         t = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
         d = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * 0.7978845608028654 * (
             1.0 + 0.134145 * z * z

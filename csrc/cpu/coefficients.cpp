@@ -147,9 +147,7 @@ class Block {
     for (int64_t at = 0; at < size; ++at) inverse[at] = 1.0 / std::sqrt(variance[at] + shape.eps);
   }
 
-  double mean(int64_t i, int64_t c) const {
-    return (stats[i * shape.c + c] + shift(i, c)) * scale(i, c);
-  }
+  double mean(int64_t i, int64_t c) const { return (stats[i * shape.c + c] + shift(i, c)) * scale(i, c); }
 
   // Calls f(first sample, end, first channel, end) for every set of maps that share their statistics.
   template <class F>
@@ -167,9 +165,7 @@ class Block {
 
   // k and offset of the norm as an affine of (y - pivot), before dropout's scale.
   double factor(int64_t at, int64_t c) const { return inverse[at] * weight(0, c); }
-  double lifted(int64_t at, int64_t i, int64_t c) const {
-    return (pivot[at] + shift(i, c)) * scale(i, c);
-  }
+  double lifted(int64_t at, int64_t i, int64_t c) const { return (pivot[at] + shift(i, c)) * scale(i, c); }
 
   const BlockShape& shape;
   const BlockTensors& in;

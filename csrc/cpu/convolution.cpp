@@ -84,7 +84,8 @@ std::vector<float> packed(const Convolution& conv, const Kernels& kernels, const
     kernels.widen_row[conv.storage](offset(weight, -2 * ahead), widened.data(), span);
     from = widened.data() + ahead;
   }
-  parallel_ranges(conv.co * rows, conv.co * rows * length < grain(kParallelFrom) ? 1 : threads, [&](int64_t first, int64_t last) {
+  parallel_ranges(conv.co * rows, conv.co * rows * length < grain(kParallelFrom) ? 1 : threads,
+                  [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t o = row / rows, r = row % rows;
       float* at = to.data() + (few ? (r * conv.co + o) * pitch : (o / width * rows + r) * length * width + o % width);
@@ -130,9 +131,8 @@ void convolve(const Convolution& conv, const void* x, const void* weight, const 
       }
       void* row = offset(y, task * conv.out[2] * conv.co * itemsize);
       for (int64_t at = 0; at < conv.co; at += width) {
-        kernel({rows.data(), kernel_rows, length, step, weights.data() + at * kernel_rows * length,
-                added.data() + at, conv.out[2], std::min(width, conv.co - at),
-                offset(row, at * itemsize), conv.co});
+        kernel({rows.data(), kernel_rows, length, step, weights.data() + at * kernel_rows * length, added.data() + at,
+                conv.out[2], std::min(width, conv.co - at), offset(row, at * itemsize), conv.co});
       }
       if (affine) {
         run(plan, kernels.apply[conv.storage][act],
@@ -147,7 +147,8 @@ void convolve_kernel_gradient(const Convolution& conv, const float* x, const flo
   const int64_t rows_out = conv.out[0] * conv.out[1], rows = conv.kernel[0] * conv.kernel[1];
   const int64_t lanes = kernels.vector_bytes / 4, pitch = ceil_div(conv.kernel[2] * conv.ci, lanes) * lanes;
   const int64_t total = conv.n * rows_out, size = rows * conv.co * pitch, step = conv.stride[2] * conv.ci;
-  const int64_t positions = total * conv.out[2], lines = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, conv.out[2]));
+  const int64_t positions = total * conv.out[2],
+                lines = std::max<int64_t>(1, kSumLength / std::max<int64_t>(1, conv.out[2]));
   if (positions * size < grain(kThreadsFrom)) threads = 1;
   // The number of parts depends on the form alone, so the result has the same bits for any number of threads. Blocks of
   // channels share no sums, so their number may depend on the threads; each block widens the map again.

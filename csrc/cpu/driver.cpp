@@ -20,12 +20,11 @@ void apply_as(const Map& map, const void* y, void* v, const R* coef) {
 }
 
 template <class R>
-void apply_backward_as(const Map& map, const void* dv, const void* y, const R* coef, void* dy,
-                       R* dcoef) {
+void apply_backward_as(const Map& map, const void* dv, const void* y, const R* coef, void* dy, R* dcoef) {
   const Plan plan(map);
   const Expanded<R> expanded(plan, kCoefRows, map.n, map.c, coef);
-  const auto partial = walk(map, plan, plan.kernels.apply_backward[map.storage][map.act], y, dv, dy,
-                            expanded, kApplySums);
+  const auto partial = walk(map, plan, plan.kernels.apply_backward[map.storage][map.act], y, dv, dy, expanded,
+                            kApplySums);
   const int64_t rows = map.n * map.c;
   for (int64_t i = 0; i < map.n; ++i) {
     for (int64_t c = 0; c < map.c; ++c) {
@@ -116,8 +115,8 @@ void moments_as(const Map& map, const void* y, const R* pre, R* stats) {
 }
 
 template <class R>
-void moments_backward_as(const Map& map, const void* dy, const R* dstats, const void* y,
-                         const R* stats, const R* pre, void* e, R* dpre) {
+void moments_backward_as(const Map& map, const void* dy, const R* dstats, const void* y, const R* stats, const R* pre,
+                         void* e, R* dpre) {
   const Plan plan(map);
   const int64_t c = map.c, rows = map.n * c;
   std::vector<R> coef(kMomentsBackwardRows * rows);
@@ -130,8 +129,8 @@ void moments_backward_as(const Map& map, const void* dy, const R* dstats, const 
   }
   const Expanded<R> expanded(plan, kMomentsBackwardRows, map.n, c, coef.data());
   const int64_t sum_rows = dpre ? int64_t{kMomentsBackwardSums} : 0;
-  const auto partial = walk(map, plan, plan.kernels.moments_backward[map.storage][map.act], y, dy, e,
-                            expanded, sum_rows);
+  const auto partial = walk(map, plan, plan.kernels.moments_backward[map.storage][map.act], y, dy, e, expanded,
+                            sum_rows);
   if (!dpre) return;
   std::vector<double> total(sum_rows * c);
   for (size_t at = 0; at < partial.size(); at += total.size()) {
@@ -149,11 +148,9 @@ void apply(const Map& map, const void* y, void* v, const void* coef) {
   apply_as(map, y, v, static_cast<const float*>(coef));
 }
 
-void apply_backward(const Map& map, const void* dv, const void* y, const void* coef, void* dy,
-                    void* dcoef) {
+void apply_backward(const Map& map, const void* dv, const void* y, const void* coef, void* dy, void* dcoef) {
   if (map.storage == kFloat64) {
-    return apply_backward_as(map, dv, y, static_cast<const double*>(coef), dy,
-                             static_cast<double*>(dcoef));
+    return apply_backward_as(map, dv, y, static_cast<const double*>(coef), dy, static_cast<double*>(dcoef));
   }
   apply_backward_as(map, dv, y, static_cast<const float*>(coef), dy, static_cast<float*>(dcoef));
 }
@@ -165,12 +162,11 @@ void moments(const Map& map, const void* y, const void* pre, void* stats) {
   moments_as(map, y, static_cast<const float*>(pre), static_cast<float*>(stats));
 }
 
-void moments_backward(const Map& map, const void* dy, const void* dstats, const void* y,
-                      const void* stats, const void* pre, void* e, void* dpre) {
+void moments_backward(const Map& map, const void* dy, const void* dstats, const void* y, const void* stats,
+                      const void* pre, void* e, void* dpre) {
   if (map.storage == kFloat64) {
-    return moments_backward_as(map, dy, static_cast<const double*>(dstats), y,
-                               static_cast<const double*>(stats), static_cast<const double*>(pre), e,
-                               static_cast<double*>(dpre));
+    return moments_backward_as(map, dy, static_cast<const double*>(dstats), y, static_cast<const double*>(stats),
+                               static_cast<const double*>(pre), e, static_cast<double*>(dpre));
   }
   moments_backward_as(map, dy, static_cast<const float*>(dstats), y, static_cast<const float*>(stats),
                       static_cast<const float*>(pre), e, static_cast<float*>(dpre));
@@ -182,8 +178,8 @@ int available_kernels(const Kernels* const** list) {
     int n = 0;
 #ifdef FASTFILM_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       found[n++] = &kAVX512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &kAVX2;

@@ -19,11 +19,10 @@ struct Map {
 
 // Coefficients, moments and their gradients are float, or double for float64 storage.
 void apply(const Map& map, const void* y, void* v, const void* coef);
-void apply_backward(const Map& map, const void* dv, const void* y, const void* coef, void* dy,
-                    void* dcoef);
+void apply_backward(const Map& map, const void* dv, const void* y, const void* coef, void* dy, void* dcoef);
 void moments(const Map& map, const void* y, const void* pre, void* stats);
-void moments_backward(const Map& map, const void* dy, const void* dstats, const void* y,
-                      const void* stats, const void* pre, void* e, void* dpre);
+void moments_backward(const Map& map, const void* dy, const void* dstats, const void* y, const void* stats,
+                      const void* pre, void* e, void* dpre);
 
 // The kernels of the instruction sets that this machine has, best first. The first is used until `use_kernels` names
 // another.

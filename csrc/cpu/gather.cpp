@@ -13,8 +13,8 @@ namespace {
 template <class R>
 class Rows {
  public:
-  Rows(const Map& row, const Plan& plan, const Expanded<R>* coef, const void* y, int64_t in_stride,
-       int64_t per_sample, int64_t kept)
+  Rows(const Map& row, const Plan& plan, const Expanded<R>* coef, const void* y, int64_t in_stride, int64_t per_sample,
+       int64_t kept)
       : row_(row), plan_(plan), coef_(coef), y_(y), per_sample_(per_sample) {
     bytes_ = row.s * in_stride * plan.itemsize;
     if (coef) {
@@ -124,8 +124,8 @@ bool disjoint(const Axis& axis) {
 int threads_for(const Map& map, int64_t elements) { return elements > grain(kParallelFrom) ? map.threads : 1; }
 
 template <class R>
-void gather_as(const Map& map, const View& view, const void* y, int64_t in_stride, const void* coef,
-               void* out, int64_t out_stride) {
+void gather_as(const Map& map, const View& view, const void* y, int64_t in_stride, const void* coef, void* out,
+               int64_t out_stride) {
   const Walk<R> walk(map, view, coef);
   const Axis &height = view.axis[1], &width = view.axis[2];
   const int64_t result_rows = view.axis[0].out * height.out;
@@ -136,18 +136,16 @@ void gather_as(const Map& map, const View& view, const void* y, int64_t in_strid
   expect_large_pages(out, map.n * result_rows * width.out * out_stride * walk.plan.itemsize);
   // a thread takes consecutive rows, so that it finds the rows that it keeps
   parallel_ranges(map.n * result_rows, threads, [&](int64_t from, int64_t to) {
-    Rows<R> rows(walk.row, walk.plan, walk.expanded.get(), y, in_stride, walk.source_rows,
-                 2 * walk.rows_each);
+    Rows<R> rows(walk.row, walk.plan, walk.expanded.get(), y, in_stride, walk.source_rows, 2 * walk.rows_each);
     std::vector<const void*> found;
     std::vector<double> weight;
     std::vector<R> room(view.maximum ? 0 : width.in * map.c + walk.plan.lanes);
     for (int64_t task = from; task < to; ++task) {
       const int64_t i = task / result_rows, at = task % result_rows;
       walk.find(rows, i, at / height.out, at % height.out, found, weight);
-      kernel({found.data(), weight.data(), static_cast<int64_t>(found.size()), in_stride, width.start,
-              width.index, width.weight, width.out, map.c,
-              offset(out, task * width.out * out_stride * walk.plan.itemsize), out_stride, width.in, same,
-              room.data()});
+      kernel({found.data(), weight.data(), static_cast<int64_t>(found.size()), in_stride, width.start, width.index,
+              width.weight, width.out, map.c, offset(out, task * width.out * out_stride * walk.plan.itemsize),
+              out_stride, width.in, same, room.data()});
     }
   });
 }
@@ -174,8 +172,8 @@ void maximum_backward_as(const Map& map, const View& view, const void* y, const 
       drows.clear();
       for (int64_t n : number) drows.push_back(offset(dv, n * row_bytes));
       walk.plan.kernels.maximum_backward[map.storage](
-          {{found.data(), weight.data(), static_cast<int64_t>(found.size()), map.c, width.start,
-            width.index, width.weight, width.out, map.c, nullptr, 0, 0, false, nullptr},
+          {{found.data(), weight.data(), static_cast<int64_t>(found.size()), map.c, width.start, width.index,
+            width.weight, width.out, map.c, nullptr, 0, 0, false, nullptr},
            offset(dout, task * width.out * dout_stride * walk.plan.itemsize),
            dout_stride,
            drows.data()});

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace fastfilm {
 
 enum Storage { kFloat32, kFloat64, kBFloat16, kFloat16, kStorages };
-
-enum Activation { kNone, kReLU, kLeakyReLU, kELU, kSiLU, kGELU, kGELUTanh, kActivations };
 
 // Rows of the coefficients: v = g * (act(a * (y - p) + b; slope) - q) + s.
 enum CoefRow { kA, kB, kG, kS, kP, kQ, kSlope, kCoefRows };
@@ -18,9 +18,7 @@ enum ApplySum { kSumDvH, kSumDv, kSumDzY, kSumDz, kSumSlope, kApplySums };
 
 // Rows of the coefficients of `residual`, where r = a2 * (y2 - p2) and z = a * (y - p) + b:
 // inside:  v = act(z + r; slope),  outside:  v = g * (act(z; slope) - q) + s + r.
-enum ResidualRow {
-  kResA, kResB, kResP, kResG, kResQ, kResS, kResSlope, kResA2, kResP2, kResidualRows
-};
+enum ResidualRow { kResA, kResB, kResP, kResG, kResQ, kResS, kResSlope, kResA2, kResP2, kResidualRows };
 
 // Sums of the backward pass of `residual`: those of `apply`, and that of the gradient at r times (y2 - p2).
 enum ResidualSum { kSumDrY2 = kApplySums, kResidualSums };

@@ -15,7 +15,7 @@ struct Affine {
   template <class R>
   static Affine at(const R* coef, int64_t rows, int64_t i) {
     if (!coef) return {};
-    return {coef[kA * rows + i], coef[kB * rows + i], coef[kG * rows + i], coef[kS * rows + i],
+    return {coef[kA * rows + i], coef[kB * rows + i], coef[kG * rows + i],    coef[kS * rows + i],
             coef[kP * rows + i], coef[kQ * rows + i], coef[kSlope * rows + i]};
   }
 
@@ -69,15 +69,13 @@ void residual_as(const Map& map, const Summands& in, void* v) {
 }
 
 template <class R>
-void residual_backward_as(const Map& map, const void* dv, const Summands& in,
-                          const SummandGradients& out) {
+void residual_backward_as(const Map& map, const void* dv, const Summands& in, const SummandGradients& out) {
   const Plan plan(map);
   const std::vector<R> coefs = rows_of<R>(map, in);
   const Expanded<R> expanded(plan, kResidualRows, map.n, map.c, coefs.data());
-  const auto& table =
-      in.inside ? plan.kernels.residual_inside_backward : plan.kernels.residual_outside_backward;
-  const auto partial = walk(map, plan, table[map.storage][map.act], in.y, dv, out.dy, expanded,
-                            kResidualSums, in.y2, out.dy2);
+  const auto& table = in.inside ? plan.kernels.residual_inside_backward : plan.kernels.residual_outside_backward;
+  const auto partial = walk(map, plan, table[map.storage][map.act], in.y, dv, out.dy, expanded, kResidualSums, in.y2,
+                            out.dy2);
   const int64_t rows = map.n * map.c;
   R *dcoef = static_cast<R*>(out.dcoef), *dcoef2 = static_cast<R*>(out.dcoef2);
   R* dslope = static_cast<R*>(out.dslope);

@@ -59,9 +59,7 @@ struct Plan {
   }
 
   int64_t chunk_start(int64_t i) const { return i * chunk_rows * period; }
-  int64_t chunk_size(int64_t i) const {
-    return std::min(chunk_rows * period, sample - chunk_start(i));
-  }
+  int64_t chunk_size(int64_t i) const { return std::min(chunk_rows * period, sample - chunk_start(i)); }
 };
 
 // Rows of coefficients [rows][N][C] repeated over the period: [N][rows][padded].
@@ -88,15 +86,12 @@ class Expanded {
 };
 
 // A pointer `at` bytes behind p; null stays null.
-inline const void* offset(const void* p, int64_t at) {
-  return p ? static_cast<const char*>(p) + at : nullptr;
-}
+inline const void* offset(const void* p, int64_t at) { return p ? static_cast<const char*>(p) + at : nullptr; }
 inline void* offset(void* p, int64_t at) { return p ? static_cast<char*>(p) + at : nullptr; }
 
 // Runs the kernel on the last vector of each row, where a row is not a whole number of vectors, by way of padded
 // copies.
-inline void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip, int64_t count,
-                 int64_t sum_rows) {
+inline void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip, int64_t count, int64_t sum_rows) {
   constexpr int kVector = 64;
   alignas(64) char y[kMaxBlockRows * kVector] = {}, dv[kMaxBlockRows * kVector] = {};
   alignas(64) char out[kMaxBlockRows * kVector];
@@ -135,8 +130,7 @@ inline void run_partial(const Plan& plan, StripKernel kernel, const Strip& strip
 }
 
 // Runs the kernel on `rows` rows of `width` elements, each of which begins at channel 0.
-inline void run_rows(const Plan& plan, StripKernel kernel, Strip strip, int64_t rows, int64_t width,
-              int64_t sum_rows) {
+inline void run_rows(const Plan& plan, StripKernel kernel, Strip strip, int64_t rows, int64_t width, int64_t sum_rows) {
   if (rows == 0 || width == 0) return;
   strip.rows = rows;
   strip.stride = plan.period;
@@ -179,9 +173,8 @@ inline void fold(const Plan& plan, int64_t c, int64_t rows, const double* sums, 
 
 // Walks the whole map; returns the sums of each chunk, [N][chunks][sum_rows][C].
 template <class R>
-std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, const void* y,
-                         const void* dv, void* out, const Expanded<R>& coef, int64_t sum_rows,
-                         const void* y2 = nullptr, void* out2 = nullptr) {
+std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, const void* y, const void* dv, void* out,
+                         const Expanded<R>& coef, int64_t sum_rows, const void* y2 = nullptr, void* out2 = nullptr) {
   const size_t bytes = map.n * plan.sample * plan.itemsize;
   if (out && out != y && out != dv) expect_large_pages(out, bytes);
   if (out2) expect_large_pages(out2, bytes);
@@ -194,8 +187,8 @@ std::vector<double> walk(const Map& map, const Plan& plan, StripKernel kernel, c
     double* acc = sum_rows ? sums.data() + thread * scratch : nullptr;
     std::fill(acc, acc + scratch, 0.0);
     run(plan, kernel,
-        {offset(y, at), offset(dv, at), offset(out, at), 0, 0, 0, 0, coef.sample(i), plan.padded, acc,
-         plan.padded, offset(y2, at), offset(out2, at)},
+        {offset(y, at), offset(dv, at), offset(out, at), 0, 0, 0, 0, coef.sample(i), plan.padded, acc, plan.padded,
+         offset(y2, at), offset(out2, at)},
         plan.chunk_size(chunk), sum_rows);
     fold(plan, map.c, sum_rows, acc, partial.data() + task * sum_rows * map.c);
   });

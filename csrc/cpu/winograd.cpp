@@ -15,7 +15,10 @@ constexpr int64_t kLine = 16;  // floats of a cache line
 // The tiles of the result, 2 x 2 positions each, in order of sample, plane, row and column.
 struct Tiles {
   explicit Tiles(const Convolution& conv)
-      : conv(conv), across((conv.out[2] + 1) / 2), down((conv.out[1] + 1) / 2), count(conv.n * conv.out[0] * down * across) {}
+      : conv(conv),
+        across((conv.out[2] + 1) / 2),
+        down((conv.out[1] + 1) / 2),
+        count(conv.n * conv.out[0] * down * across) {}
 
   struct Place {
     int64_t i, z, y, x;  // sample, plane, and the first position
@@ -136,7 +139,8 @@ void convolve_winograd(const Convolution& conv, const float* x, const float* tra
         t += run.tiles;
         for (float* row : run.out) {
           if (!row) continue;
-          fastfilm::run(plan, kernels.apply[kFloat32][act], {row, nullptr, row, 0, 0, 0, 0, coefs, plan.padded, nullptr, 0},
+          fastfilm::run(plan, kernels.apply[kFloat32][act],
+                        {row, nullptr, row, 0, 0, 0, 0, coefs, plan.padded, nullptr, 0},
                         std::min(2 * run.tiles, run.columns) * conv.co, 0);
         }
       }

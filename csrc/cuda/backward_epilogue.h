@@ -62,7 +62,8 @@ struct BackwardEpilogue {
 #pragma unroll 1
     for (int r = lane / kChunks; r < kHalf; r += 32 / kChunks) {
       const int number = numbers[r], to = at + r * kPitch + lane % kChunks * 16;
-      const T* from = number < 0 ? static_cast<const T*>(part.x) : sample + static_cast<int64_t>(number) * part.channels;
+      const T* from = number < 0 ? static_cast<const T*>(part.x)
+                                 : sample + static_cast<int64_t>(number) * part.channels;
       if (p.aligned[second]) {
         copy_async16(to, from, number < 0 ? 0 : 16);
       } else {
@@ -83,14 +84,14 @@ struct BackwardEpilogue {
   }
 
   template <int kN>
-  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk&, int row, int beside,
-                       int pitch, Running& running) const {
+  FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk&, int row,
+                       int beside, int pitch, Running& running) const {
     const int source = packed & 1, valid = packed >> 1 & 3;
     const Output& part = p.part[source];
     if (!part.dx) return;
     float dv[kFew * kPair];
     // the gradient of a voxel that does not exist adds nothing to the sums
-    const auto products = [&](float (&v)[kFew * kPair]) {
+    const auto products = [&](float (&v)[kFew* kPair]) {
 #pragma unroll
       for (int i = 0; i < kFew; ++i) {
         load_anew(row + i * pitch, &v[i * kPair]);
@@ -99,7 +100,7 @@ struct BackwardEpilogue {
       }
     };
     if (part.coef) {
-      const auto x = [&](float (&v)[kFew * kPair]) {
+      const auto x = [&](float (&v)[kFew* kPair]) {
 #pragma unroll
         for (int i = 0; i < kFew; ++i) {
           Few<T, kPair> few;

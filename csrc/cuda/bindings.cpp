@@ -18,6 +18,7 @@
 
 namespace py = pybind11;
 using namespace fastfilm::cuda;
+using fastfilm::kActivations;
 
 namespace {
 
@@ -79,8 +80,7 @@ int64_t py_reduction_workspace(int dtype, int64_t n, int64_t s, int64_t c) {
   return reduction_workspace(Call(dtype, 0, n, s, c, 0).map);
 }
 
-void py_apply(Address y, Address coef, Address v, int dtype, int act, int64_t n, int64_t s, int64_t c,
-              Address stream) {
+void py_apply(Address y, Address coef, Address v, int dtype, int act, int64_t n, int64_t s, int64_t c, Address stream) {
   const Call call(dtype, act, n, s, c, stream);
   check(apply(call.map, call.feature_map("y", y), pointer<float>("coef", coef), call.feature_map("v", v)));
 }
@@ -96,8 +96,8 @@ void py_apply_backward(Address dv, Address y, Address coef, Address dy, Address 
 void py_moments(Address y, Address pre, Address stats, Address workspace, int dtype, int act, int64_t n, int64_t s,
                 int64_t c, Address stream) {
   const Call call(dtype, act, n, s, c, stream);
-  check(moments(call.map, call.feature_map("y", y), pointer_or_null<float>("pre", pre),
-                pointer<float>("stats", stats), pointer<float>("workspace", workspace)));
+  check(moments(call.map, call.feature_map("y", y), pointer_or_null<float>("pre", pre), pointer<float>("stats", stats),
+                pointer<float>("workspace", workspace)));
 }
 
 void py_moments_backward(Address dy, Address dstats, Address y, Address stats, Address pre, Address e, Address dpre,
@@ -183,7 +183,16 @@ class Convolution {
       check_range("out", out[i], 1, (in[i] + 2 * padding[i] - kernel[i]) / step + 1);
     }
     if (tf32 && storage != kFloat32) throw std::invalid_argument("tf32 is a way to multiply float32");
-    shape_ = {tf32 ? kTensorFloat : storage, dims, n, ci, co, extent(in), extent(out), extent(kernel), extent(padding), stride};
+    shape_ = {tf32 ? kTensorFloat : storage,
+              dims,
+              n,
+              ci,
+              co,
+              extent(in),
+              extent(out),
+              extent(kernel),
+              extent(padding),
+              stride};
   }
 
   int64_t forward_bytes() { return forward_workspace(plan(Direction::kForward), shape_.storage); }
@@ -207,10 +216,9 @@ class Convolution {
   // One source or two: (x, coef, channels, act, dx, dcoef, add).
   using Outputs = std::vector<std::array<int64_t, 7>>;
 
-  void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias,
-               Address pre, int pre_act, Address out_coef, int out_act, Address y, Address raw, Address stats,
-               const BlockOf* block, const BlockOf::Tensors& tensors, double momentum, Address coef, Address workspace,
-               Address stream) {
+  void forward(const Sources& sources, Address weight, const std::array<int64_t, 5>& strides, Address bias, Address pre,
+               int pre_act, Address out_coef, int out_act, Address y, Address raw, Address stats, const BlockOf* block,
+               const BlockOf::Tensors& tensors, double momentum, Address coef, Address workspace, Address stream) {
     check_range("pre_act", pre_act, 0, kActivations - 1);
     check_range("out_act", out_act, 0, kActivations - 1);
     Forward call{};
@@ -242,7 +250,10 @@ class Convolution {
     if (!outputs.empty()) backward_of(outputs, weight, strides, at_input);
     WeightSums left{};
     if (!sources.empty()) {
-      WeightGradient call{at_output, {}, pointer("dweight", dweight, element()), weight_strides(dstrides),
+      WeightGradient call{at_output,
+                          {},
+                          pointer("dweight", dweight, element()),
+                          weight_strides(dstrides),
                           pointer_or_null<float>("dpre", dpre)};
       inputs(sources, call.inputs);
       check(weight_gradient(wgrad(), shape_.storage, call, memory, left, stream));
@@ -272,7 +283,8 @@ class Convolution {
   }
 
  private:
-  void backward_of(const Outputs& outputs, Address weight, const std::array<int64_t, 5>& strides, Backward& call) const {
+  void backward_of(const Outputs& outputs, Address weight, const std::array<int64_t, 5>& strides,
+                   Backward& call) const {
     call.weight = weight_of(weight, strides);
     if (outputs.size() > 2) throw std::invalid_argument("there must be one source or two");
     int64_t channels = 0;
@@ -322,9 +334,13 @@ class Convolution {
   }
   Gradient gradient_of(const GivenGradient& g) const {
     check_range("pre_act", g[6], 0, kActivations - 1);
-    Gradient to{pointer("dy", static_cast<Address>(g[0]), element()), at("y", g[1], element()),
-                at<float>("stats", g[2]), at<float>("dstats", g[3]), at<float>("pre", g[4]),
-                at<float>("scale", g[5]), static_cast<int>(g[6])};
+    Gradient to{pointer("dy", static_cast<Address>(g[0]), element()),
+                at("y", g[1], element()),
+                at<float>("stats", g[2]),
+                at<float>("dstats", g[3]),
+                at<float>("pre", g[4]),
+                at<float>("scale", g[5]),
+                static_cast<int>(g[6])};
     if (to.y && !(to.stats && to.dstats)) throw std::invalid_argument("y needs stats and dstats");
     return to;
   }
@@ -344,8 +360,13 @@ class Convolution {
   int64_t output_of(const std::array<int64_t, 7>& s, Output& to) const {
     check_range("channels", s[2], 1, shape_.ci);
     check_range("act", s[3], 0, kActivations - 1);
-    to = {at("x", s[0], element()), at<float>("coef", s[1]), static_cast<int>(s[2]), static_cast<int>(s[3]),
-          at("dx", s[4], element()), at<float>("dcoef", s[5]), s[6] != 0};
+    to = {at("x", s[0], element()),
+          at<float>("coef", s[1]),
+          static_cast<int>(s[2]),
+          static_cast<int>(s[3]),
+          at("dx", s[4], element()),
+          at<float>("dcoef", s[5]),
+          s[6] != 0};
     if (to.dx && to.coef && !to.dcoef) throw std::invalid_argument("dcoef is null");
     if (to.dx && to.coef && !to.x) throw std::invalid_argument("x is null");
     return s[2];
@@ -409,8 +430,8 @@ PYBIND11_MODULE(_CUDA, m) {
   def(convolution, "gradients_workspace", &Convolution::gradients_bytes, "at_input", "at_weight");
   def(convolution, "forward", &Convolution::forward, "sources", "weight", "strides", "bias", "pre", "pre_act",
       "out_coef", "out_act", "y", "raw", "stats", "block", "tensors", "momentum", "coef", "workspace", "stream");
-  def(convolution, "gradients", &Convolution::gradients, "gradient", "weight", "strides", "outputs", "sources", "dweight",
-      "dstrides", "dpre", "workspace", "stream");
+  def(convolution, "gradients", &Convolution::gradients, "gradient", "weight", "strides", "outputs", "sources",
+      "dweight", "dstrides", "dpre", "workspace", "stream");
   def(convolution, "facts", &Convolution::facts, "kernel");
 #ifdef FASTFILM_EMULATED
   m.def("set_seed", &emulated::set_seed, py::arg("seed"));

@@ -33,7 +33,7 @@ FF_DEVICE void move(const Numbers& of, int64_t channel, float value, float momen
 struct BlockChannel {
   const Block& block;
   int64_t n, c, channel;  // samples and channels of the map, and which one it is
-  float shift;            // of the convolution's bias, where the norm comes first
+  float shift;  // of the convolution's bias, where the norm comes first
 
   FF_DEVICE float dropout(int64_t sample, int where) const {
     return block.position == where ? number(block.mask, sample, channel, 1) : 1.0f;

@@ -128,7 +128,8 @@ struct Convolve {
       const int h = taps.out_first.h + (origin.h + v.h) * plan.out_step;
       const int w = taps.out_first.w + (origin.w + v.w) * plan.out_step;
       const bool present = d < plan.out.d && h < plan.out.h && w < plan.out.w;
-      reinterpret_cast<int*>(shared_memory() + plan.rows_at)[thread] = present ? (d * plan.out.h + h) * plan.out.w + w : -1;
+      reinterpret_cast<int*>(shared_memory() + plan.rows_at)[thread] = present ? (d * plan.out.h + h) * plan.out.w + w
+                                                                               : -1;
     };
 
     Multiplier<T, kN, kK> products(plan.tile_log2, size, plan.slab_step);
@@ -257,11 +258,12 @@ std::string launch_conv(const char* name, const ConvPlan& plan, const typename O
   const Grid grid{plan.groups, plan.blocks_n * plan.classes, static_cast<int>(plan.n)};
   const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
-    return launched(name, launch<Kernel>(grid, plan.shared_bytes, stream,
-                                         {plan, in, static_cast<const T*>(weights), epilogue}));
+    return launched(
+        name, launch<Kernel>(grid, plan.shared_bytes, stream, {plan, in, static_cast<const T*>(weights), epilogue}));
   };
   if constexpr (sizeof(T) == 4) {
-    return plan.bk == 16 ? start(Convolve<T, 32, 16, Operand, Epilogue>{}) : start(Convolve<T, 32, 8, Operand, Epilogue>{});
+    return plan.bk == 16 ? start(Convolve<T, 32, 16, Operand, Epilogue>{})
+                         : start(Convolve<T, 32, 8, Operand, Epilogue>{});
   } else {
     switch (plan.bn * 100 + plan.bk) {
       case 6464:

@@ -143,10 +143,19 @@ std::string forward_of(const ConvPlan& plan, const Forward& c, void* workspace, 
   const std::string failure = prepare({&plan, c.weight, false, workspace, counters}, beside, storage, stream);
   if (!failure.empty()) return failure;
   const Sources in = sources_of<T>(c.inputs);
-  const typename ForwardEpilogue<T>::Params epilogue{
-      c.bias, c.pre, c.out_coef, c.pre ? c.pre_act : kNone, c.out_act, static_cast<T*>(c.y),
-      static_cast<T*>(c.raw), on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co),
-      c.stats ? partials : nullptr, counts, c.stats, counters, block};
+  const typename ForwardEpilogue<T>::Params epilogue{c.bias,
+                                                     c.pre,
+                                                     c.out_coef,
+                                                     c.pre ? c.pre_act : kNone,
+                                                     c.out_act,
+                                                     static_cast<T*>(c.y),
+                                                     static_cast<T*>(c.raw),
+                                                     on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co),
+                                                     c.stats ? partials : nullptr,
+                                                     counts,
+                                                     c.stats,
+                                                     counters,
+                                                     block};
   return launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
 }
 

@@ -66,8 +66,8 @@ struct MomentsMerge {
     const float* at = partials + sample * slots * 2 * c + (valid ? channel : 0);
     const double total = column_sum(slots, scratch, [&](int64_t slot) -> double { return weights[slot]; });
     const double mean = column_sum(slots, scratch, [&](int64_t slot) {
-                          return static_cast<double>(weights[slot]) * at[slot * 2 * c];
-                        }) / total;
+      return static_cast<double>(weights[slot]) * at[slot * 2 * c];
+    }) / total;
     const double m2 = column_sum(slots, scratch, [&](int64_t slot) {
       const double delta = at[slot * 2 * c] - mean;
       return at[(slot * 2 + 1) * c] + weights[slot] * delta * delta;
@@ -99,7 +99,8 @@ struct CoefficientsMerge {
     // one sum after another: the kernels that merge have few registers left
 #pragma unroll 1
     for (int r = 0; r < kCoefSums; ++r) {
-      const double sum = column_sum(slots, scratch, [&](int64_t slot) -> double { return at[(slot * kCoefSums + r) * pitch]; });
+      const double sum = column_sum(slots, scratch,
+                                    [&](int64_t slot) -> double { return at[(slot * kCoefSums + r) * pitch]; });
       if (!valid || !writes_merged()) continue;
       const int to_row = r == kSumDvH ? kG : r == kSumDv ? kS : r == kSumDzY ? kA : r == kSumDz ? kB : kSlope;
       to.dcoef[to_row * row + here] = static_cast<float>(sum);

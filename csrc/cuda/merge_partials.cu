@@ -57,14 +57,15 @@ std::string finish_moments(const float* partials, const float* counts, int64_t n
                                                           {partials, counts, n, slots, c, stats}));
 }
 
-std::string finish_coefficients(const float* partials, const float* coef, int64_t n, int slots, int64_t c,
-                                float* dcoef, Stream stream) {
+std::string finish_coefficients(const float* partials, const float* coef, int64_t n, int slots, int64_t c, float* dcoef,
+                                Stream stream) {
   return launched("finish_coefficients", launch<FinishCoefficients>(columns_grid(n, c), kMergeScratch, stream,
                                                                     {{partials, n, slots, c}, {coef, dcoef, c}}));
 }
 
 std::string sum_rows(const float* partials, int64_t rows, int64_t width, float* out, Stream stream) {
-  return launched("sum_rows", launch<SumRows>(columns_grid(1, width), kMergeScratch, stream, {partials, rows, width, out}));
+  return launched("sum_rows",
+                  launch<SumRows>(columns_grid(1, width), kMergeScratch, stream, {partials, rows, width, out}));
 }
 
 }  // namespace fastfilm::cuda

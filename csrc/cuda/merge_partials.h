@@ -10,8 +10,8 @@ namespace fastfilm::cuda {
 std::string finish_moments(const float* partials, const float* counts, int64_t n, int slots, int64_t c, float* stats,
                            Stream stream);
 // The sums CoefSum [N, slots, 5, C] -> gradients [7, N, C] at the coefficients.
-std::string finish_coefficients(const float* partials, const float* coef, int64_t n, int slots, int64_t c,
-                                float* dcoef, Stream stream);
+std::string finish_coefficients(const float* partials, const float* coef, int64_t n, int slots, int64_t c, float* dcoef,
+                                Stream stream);
 // Sums over the rows: [rows, width] -> [width].
 std::string sum_rows(const float* partials, int64_t rows, int64_t width, float* out, Stream stream);
 

@@ -132,8 +132,8 @@ struct RawGradient {
   // The transform, with a call of add(e, gradient at the slopes) for the channels of this thread's piece of `kFew` voxels
   // at a time; both are zero outside of the map.
   template <int kFew, class F>
-  FF_DEVICE static void run(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside, int constants,
-                            F add) {
+  FF_DEVICE static void run(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside,
+                            int constants, F add) {
     const int channel = Box::piece_channel(block);
     if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;

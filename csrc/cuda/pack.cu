@@ -23,7 +23,8 @@ struct Prepare {
     unsigned* counters;
     int count;
     Beside beside;
-    int packing, summing, pre;  // blocks that pack, that sum the gradient at the weight and dpre; the others: coefficients
+    int packing, summing,
+        pre;  // blocks that pack, that sum the gradient at the weight and dpre; the others: coefficients
   };
   static constexpr int kThreads = kMergeThreads, kMinBlocks = 1;
 
@@ -84,7 +85,8 @@ struct Prepare {
       value = p.weight[channel_out * p.row_stride + channel_in * p.column_stride + d * p.strides.d + h * p.strides.h +
                        w * p.strides.w];
     }
-    if constexpr (std::is_same_v<T, TensorFloat>) value.value = bits_to_float(round_to_tf32(float_to_bits(value.value)));
+    if constexpr (std::is_same_v<T, TensorFloat>)
+      value.value = bits_to_float(round_to_tf32(float_to_bits(value.value)));
     // a tap begins a multiple of 512 bytes behind its part's beginning; its rows are swizzled by themselves
     const int inside = (row * plan.bk + column) * static_cast<int>(sizeof(T));
     const int64_t tile = i - (row * plan.bk + column);

@@ -21,7 +21,7 @@ struct Packing {
 // What else a launch that packs may do.
 struct Beside {
   WeightSums left;  // takes the sums that are left of a gradient at a weight
-  Block block;      // computes coefficients, of a map with n samples and c channels
+  Block block;  // computes coefficients, of a map with n samples and c channels
   int64_t n, c;
 };
 

@@ -198,17 +198,16 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
   // twice as many blocks of half the channels where there would be fewer blocks than multiprocessors
   const int64_t blocks = p.n * p.classes * up(voxels_of(size), kTileVoxels) * up(p.co, 64);
   const int bn = p.co <= 16 ? 16 : p.co > 32 && blocks >= device.multiprocessors ? 64 : 32;
-  const auto suits = [&](const Variant& v) {
-    return wide || (v.bn == bn && (v.bk == 16 || v.bk / 2 < p.ci));
-  };
+  const auto suits = [&](const Variant& v) { return wide || (v.bn == bn && (v.bk == 16 || v.bk / 2 < p.ci)); };
   for (p.resident_blocks = 2; p.resident_blocks > 0 && !found; p.resident_blocks -= !found) {
-    for (const Variant *v = wide ? kVariantsFloat : kVariants, *end = wide ? std::end(kVariantsFloat) : std::end(kVariants);
+    for (const Variant *v = wide ? kVariantsFloat : kVariants,
+                       *end = wide ? std::end(kVariantsFloat) : std::end(kVariants);
          v != end && !found; ++v) {
       if (!suits(*v)) continue;
       for (const bool resident : {true, false}) {
         found = found || best_tile(p, size, s.dims, count, [&](ConvPlan& q, const Extent& tile) {
-                  return fits(q, *v, tile, element, resident, room(device, p.resident_blocks));
-                });
+          return fits(q, *v, tile, element, resident, room(device, p.resident_blocks));
+        });
       }
     }
   }
@@ -267,8 +266,8 @@ std::string plan_wgrad(const ConvShape& s, const Device& device, WgradPlan& plan
   p.tiles = tiles_of(s.out, p.tile_log2);
   const int64_t tiles = p.n * voxels_of(p.tiles);
   if (tiles > std::numeric_limits<int>::max()) return "the map has too many tiles";
-  share_out(tiles, static_cast<int64_t>(p.blocks_m) * p.blocks_n * s.kernel.d, p.resident_blocks, device,
-            p.groups, p.tiles_a_group);
+  share_out(tiles, static_cast<int64_t>(p.blocks_m) * p.blocks_n * s.kernel.d, p.resident_blocks, device, p.groups,
+            p.tiles_a_group);
   p.slots = p.groups * (s.storage == kFloat32 ? 1 : std::max(1, kConvThreads / 32 / (p.bm / 32 * (p.bn / 8))));
   plan = p;
   return "";

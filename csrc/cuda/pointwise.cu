@@ -34,7 +34,9 @@ Walk walk_over(const Map& map) {
   int64_t span = (map.s + blocks - 1) / blocks;
   span = (span + rows - 1) / rows * rows;
   blocks = (map.s + span - 1) / span;
-  return {groups, static_cast<int>(blocks), span,
+  return {groups,
+          static_cast<int>(blocks),
+          span,
           {static_cast<int>(blocks), static_cast<int>((chunks + groups - 1) / groups), static_cast<int>(map.n)}};
 }
 
@@ -303,20 +305,20 @@ constexpr int scratch() {
 }
 
 // f<T>() for the storage type of a map.
-#define FF_FOR_STORAGE(storage, T, ...)  \
-  switch (storage) {                     \
-    case kBFloat16: {                    \
-      using T = BFloat16;                \
-      __VA_ARGS__                        \
-    }                                    \
-    case kFloat16: {                     \
-      using T = Float16;                 \
-      __VA_ARGS__                        \
-    }                                    \
-    default: {                           \
-      using T = float;                   \
-      __VA_ARGS__                        \
-    }                                    \
+#define FF_FOR_STORAGE(storage, T, ...) \
+  switch (storage) {                    \
+    case kBFloat16: {                   \
+      using T = BFloat16;               \
+      __VA_ARGS__                       \
+    }                                   \
+    case kFloat16: {                    \
+      using T = Float16;                \
+      __VA_ARGS__                       \
+    }                                   \
+    default: {                          \
+      using T = float;                  \
+      __VA_ARGS__                       \
+    }                                   \
   }
 
 template <class T>
@@ -346,11 +348,10 @@ std::string apply_backward(const Map& m, const void* dv, const void* y, const fl
                            float* workspace) {
   const Walk w = walk_over(m);
   FF_FOR_STORAGE(m.storage, T, {
-    const std::string failure =
-        launched("apply_backward",
-                 launch<ApplyBackward<T>>(w.grid, scratch<typename ApplyBackward<T>::State>(), m.stream,
-                                          {in<T>(dv), in<T>(y), coef, static_cast<T*>(dy), workspace, m.n, m.s, m.c,
-                                           w.span, w.groups, m.act, aligned<T>(m, {dv, y, dy})}));
+    const std::string failure = launched(
+        "apply_backward", launch<ApplyBackward<T>>(w.grid, scratch<typename ApplyBackward<T>::State>(), m.stream,
+                                                   {in<T>(dv), in<T>(y), coef, static_cast<T*>(dy), workspace, m.n, m.s,
+                                                    m.c, w.span, w.groups, m.act, aligned<T>(m, {dv, y, dy})}));
     if (!failure.empty()) return failure;
     return finish_coefficients(workspace, coef, m.n, w.blocks, m.c, dcoef, m.stream);
   })
@@ -374,11 +375,10 @@ std::string moments_backward(const Map& m, const void* dy, const float* dstats, 
   const Walk w = walk_over(m);
   FF_FOR_STORAGE(m.storage, T, {
     const std::string failure = launched(
-        "moments_backward",
-        launch<MomentsBackward<T>>(w.grid, scratch<typename MomentsBackward<T>::State>(), m.stream,
-                                   {in<T>(dy), in<T>(y), dstats, stats, pre, static_cast<T*>(e),
-                                    pre ? workspace : nullptr, m.n, m.s, m.c, w.span, w.groups, pre ? m.act : kNone,
-                                    aligned<T>(m, {dy, y, e})}));
+        "moments_backward", launch<MomentsBackward<T>>(
+                                w.grid, scratch<typename MomentsBackward<T>::State>(), m.stream,
+                                {in<T>(dy), in<T>(y), dstats, stats, pre, static_cast<T*>(e), pre ? workspace : nullptr,
+                                 m.n, m.s, m.c, w.span, w.groups, pre ? m.act : kNone, aligned<T>(m, {dy, y, e})}));
     if (!failure.empty() || !pre) return failure;
     return sum_rows(workspace, m.n * w.blocks, 2 * m.c, dpre, m.stream);
   })

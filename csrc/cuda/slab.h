@@ -38,7 +38,9 @@ struct Slab {
   FF_DEVICE void find(const Extent& first) const {
     int* numbers = reinterpret_cast<int*>(shared_memory() + table);
     const Extent& size = shape.size;
-    const auto divided = [](int n, uint32_t inverse) { return static_cast<int>(static_cast<uint32_t>(n) * inverse >> 22); };
+    const auto divided = [](int n, uint32_t inverse) {
+      return static_cast<int>(static_cast<uint32_t>(n) * inverse >> 22);
+    };
 #pragma unroll 1
     for (int v = thread_index(); v < shape.numbers; v += kConvThreads) {
       const int z = divided(v, shape.by_plane), in_plane = v - z * size.w * size.h, y = divided(in_plane, shape.by_row);

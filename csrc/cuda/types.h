@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "../activations.h"
+
 namespace fastfilm::cuda {
 
 // Codes of the storage types, as in the CPU extension (where 1 is float64). kTensorFloat is float32 whose factors are
@@ -11,8 +13,6 @@ namespace fastfilm::cuda {
 enum Storage { kFloat32 = 0, kBFloat16 = 2, kFloat16 = 3, kTensorFloat = 4 };
 
 inline int bytes_of(int storage) { return storage == kFloat32 || storage == kTensorFloat ? 4 : 2; }
-
-enum Activation { kNone, kReLU, kLeakyReLU, kELU, kSiLU, kGELU, kGELUTanh, kActivations };
 
 using Stream = void*;
 

@@ -69,7 +69,8 @@ struct Products {
           load_matrix4_transposed(b, x + swizzle((rows[0] + shift) * kPitchX + n0));
         } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) b[i] = load_word(x + swizzle((rows[i] + shift) * kPitchX + n0 + lane / 4 * kSize));
+          for (int i = 0; i < 4; ++i)
+            b[i] = load_word(x + swizzle((rows[i] + shift) * kPitchX + n0 + lane / 4 * kSize));
         }
 #pragma unroll
         for (int k = 0; k < 2; ++k)
@@ -175,7 +176,8 @@ struct Wgrad {
     const auto find = [&](int tile) {
       const Extent here = tile_origin(plan.tiles, plan.tile_log2, tile % tiles);
       gradient.find(here);
-      slab.find({here.d * in_step + plan.base.d + depth, here.h * in_step + plan.base.h, here.w * in_step + plan.base.w});
+      slab.find(
+          {here.d * in_step + plan.base.d + depth, here.h * in_step + plan.base.h, here.w * in_step + plan.base.w});
     };
 
     Products<T, kM, kN> products;
@@ -198,17 +200,17 @@ struct Wgrad {
       if (summing) {
         State state{};
         Output::template run<kFew>(gradient, p.e, n, block_m, at, beside, constants,
-                                   [&](const float (&e)[kFew * kW], const float (&slope)[kFew * kW]) {
+                                   [&](const float (&e)[kFew* kW], const float (&slope)[kFew* kW]) {
 #pragma unroll
-                                     for (int i = 0; i < kFew * kW; ++i) {
-                                       state.row[0][i % kW] += e[i];
-                                       state.row[1][i % kW] += slope[i];
-                                     }
-                                   });
+          for (int i = 0; i < kFew * kW; ++i) {
+            state.row[0][i % kW] += e[i];
+            state.row[1][i % kW] += slope[i];
+          }
+        });
         keep(plan.sums_at, state);
       } else if (raw) {
         Output::template run<kFew>(gradient, p.e, n, block_m, at, beside, constants,
-                                   [](const float (&)[kFew * kW], const float (&)[kFew * kW]) {});
+                                   [](const float (&)[kFew* kW], const float (&)[kFew* kW]) {});
       }
       if (pending || raw) barrier();
       if (tile + 1 < last) find(tile + 1);

@@ -229,7 +229,9 @@ const char* run(const Request& request) {
   std::mt19937_64 random(seed);
   const char* result = nullptr;
   const int64_t blocks = int64_t{1} * request.grid.x * request.grid.y * request.grid.z;
-  const Grid first = block_limit && blocks > block_limit ? Grid{request.grid.x - 1, request.grid.y - 1, request.grid.z - 1} : Grid{0, 0, 0};
+  const Grid first = block_limit && blocks > block_limit
+                         ? Grid{request.grid.x - 1, request.grid.y - 1, request.grid.z - 1}
+                         : Grid{0, 0, 0};
   std::vector<Grid> order;
   for (int z = first.z; z < request.grid.z; ++z)
     for (int y = first.y; y < request.grid.y; ++y)
@@ -395,7 +397,8 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 }  // namespace
 
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*widen)(uint16_t)) {
-  multiply_fragments<2>(d, a, b0, b1, [widen](uint32_t bits, int h) { return widen(static_cast<uint16_t>(bits >> 16 * h)); });
+  multiply_fragments<2>(d, a, b0, b1,
+                        [widen](uint32_t bits, int h) { return widen(static_cast<uint16_t>(bits >> 16 * h)); });
 }
 
 void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -91,7 +91,6 @@ using emulated::thread_index;
 inline int thread_anew() { return thread_index(); }
 inline Grid block_anew() { return block_index(); }
 
-
 template <int kPending>
 inline void wait_copies() {
   emulated::wait_copies(kPending);

@@ -105,6 +105,8 @@ def make(
         return nn.GroupNorm(
             num_groups if num_groups and kind == "group" else 1, channels, eps, affine
         )
+    if kind != "none":
+        raise ValueError(f"there is no module for the norm {kind!r}")
     return None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastfilm
 from fastfilm.nn import FiLMedUNet, FiLMGenerator, Modified3DUNet, ivadomed
-from fastfilm.ops import choice
+from tests.support import plans
 from tests.support.case import SLOW
 
 HERE = Path(__file__).parents[1] / "golden"
@@ -29,7 +29,8 @@ NAMES = (
     "modified_3d_unet_film",
     "modified_3d_unet_attention_partial",
 )
-ROUTES = [("reference", None), ("cpu", None), ("triton", "fused")]
+# of each backend its own convolutions, where it has some
+ROUTES = [("reference", None), *{p.backend: p for p in plans.plans()}.values()]
 
 
 def golden(name: str) -> dict[str, Any]:
@@ -52,15 +53,6 @@ def state(data: dict[str, Any]) -> dict[str, Tensor]:
 def load(data: dict[str, Any]) -> FiLMedUNet | Modified3DUNet:
     cls = Modified3DUNet if data["config"]["model"] == "Modified3DUNet" else FiLMedUNet
     return cls.from_ivadomed(state(data))
-
-
-def forced(backend: str, route: str | None) -> Any:
-    reason = choice.BACKENDS[backend].unavailable()
-    if reason is None and backend == "triton" and not choice.interpreting():
-        reason = "the interpreter is not active"
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
-    return fastfilm.backend(backend, route)
 
 
 def run(data: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -118,7 +110,7 @@ def test_every_array(name: str, backend: str, route: str | None) -> None:
     data = golden(name)
     if backend == "triton" and name != "filmed_unet_2d_depth2" and "unet" in name and not SLOW:
         pytest.skip("interpreting this network is slow; set FASTFILM_SLOW_TESTS=1 to run it")
-    with forced(backend, route):
+    with fastfilm.backend(backend, route):
         found = run(data, torch.float32)
     names = [k for k in data if k in ("eval_output", "train_output") or k.startswith("grad")]
     assert found.keys() == set(names)

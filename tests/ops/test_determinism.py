@@ -10,19 +10,12 @@ import torch
 from torch import Tensor
 
 import fastfilm
-from fastfilm.ops import choice
 
+from ..support import plans
 from ..support.case import Case
 
-HERE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
-PLANS = [("reference", None), ("cpu", "composed"), ("triton", "fused"), ("triton", "composed")]
-every = pytest.mark.parametrize(
-    ("backend", "route"),
-    [
-        pytest.param(*p, marks=pytest.mark.skipif(p[0] not in HERE, reason="not available"))
-        for p in PLANS
-    ],
-)
+PLANS = [("reference", None), *plans.plans()]
+every = pytest.mark.parametrize(("backend", "route"), PLANS)
 CASES = [
     Case(size=(4, 5), norm="batch", order="conv-act-norm-film", activation="prelu"),
     Case(size=(5, 4, 3), norm="group", stride=2, activation="gelu"),
@@ -140,7 +133,6 @@ alone = pytest.mark.parametrize(
         pytest.param(
             options,
             *plan,
-            marks=pytest.mark.skipif(plan[0] not in HERE, reason="not available"),
             id=f"{options['norm']}-{plan[0]}-{plan[1]}",
         )
         for options in OPTIONS

@@ -15,11 +15,10 @@ from torch.torch_version import TorchVersion
 import fastfilm
 from fastfilm.ops import choice, spec
 from fastfilm.ops.operators import library
+from tests.support import plans
 
 AVAILABLE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
-PLANS = ["cpu/composed"] if "cpu" in AVAILABLE else []
-if "triton" in AVAILABLE and choice.interpreting():
-    PLANS += ["triton/composed", "triton/fused"]
+PLANS = [str(plan) for plan in plans.plans()]
 
 Arguments = tuple[Any, ...]
 
@@ -177,9 +176,7 @@ def test_every_registered_operator_is_tested_here() -> None:
     assert {f"fastfilm::{name}" for name in INPUTS} == library._LIBRARY._op_defs
 
 
-CALLS = [
-    (name, plan) for name in INPUTS for plan in PLANS if "conv" in name or plan != "triton/fused"
-]
+CALLS = [(name, plan) for name in INPUTS for plan in PLANS if "conv" in name or "fused" not in plan]
 
 
 @pytest.mark.parametrize(("name", "plan"), CALLS)

@@ -16,6 +16,7 @@ import fastfilm
 from fastfilm.ops import add_act, choice, launchers, maps, reference, spec
 from fastfilm.ops.maps import DeferredMap, residual
 from fastfilm.ops.maps.residual import Sum
+from tests.support import plans
 from tests.support.case import SLOW
 from tests.support.yardstick import (
     assert_as_good_as_eager,
@@ -25,9 +26,7 @@ from tests.support.yardstick import (
 
 AVAILABLE = [b.name for b in choice.BACKENDS.values() if b.unavailable() is None]
 needs_cpu = pytest.mark.skipif("cpu" not in AVAILABLE, reason="the C++ extension was not built")
-BACKENDS = ["cpu"] if "cpu" in AVAILABLE else []
-if "triton" in AVAILABLE and choice.interpreting():
-    BACKENDS += ["triton"]
+BACKENDS = plans.backends()
 
 FORMS = [
     # activation of the first map, activation of the sum

@@ -246,8 +246,8 @@ FAULTS = (
     Fault(
         "cpu-bias-of-the-first-block",
         "csrc/cpu/convolution.cpp",
-        "added.data() + at, conv.out[2]",
-        "added.data(), conv.out[2]",
+        "length, added.data() + at,",
+        "length, added.data(),",
         VALUE,
     ),
     Fault(

@@ -224,7 +224,7 @@ def _kind(
     if dropout_mask is not None and position == "norm" and norm == "none":
         raise ValueError("dropout_position='norm' needs a norm")
     uses_input = (
-        norm in ("group", "layer")
+        norm in spec.SAMPLE_NORMS
         or (norm == "batch" and training)
         or (norm == "instance" and (training or running_mean is None))
     )
@@ -260,7 +260,7 @@ def _check_count(norm: str, groups: int, batch: int, channels: int, size: Sequen
         )
     if norm == "instance" and voxels == 1:
         raise ValueError(f"norm='instance' needs more than 1 spatial element, got {shape}")
-    if norm in ("group", "layer") and batch * (channels // groups) * voxels == 1:
+    if norm in spec.SAMPLE_NORMS and batch * (channels // groups) * voxels == 1:
         raise ValueError(f"norm={norm!r} needs more than 1 value per group, got {shape}")
 
 

@@ -13,7 +13,9 @@ from ..settings import left_out
 from ..spec import Plan
 from . import composed, fused
 
-_MODULES = {"reference": "eager", "cpu": "cpu.kernels", "cuda": "cuda.kernels", "triton": "triton"}
+MODULES = {"reference": "eager", "cpu": "cpu.kernels", "cuda": "cuda.kernels", "triton": "triton"}
+"""Backend -> the module here that holds its launchers."""
+
 _replaced: dict[str, Any] = {}
 
 ROUTES = {"composed": composed, "fused": fused}
@@ -22,7 +24,7 @@ ROUTES = {"composed": composed, "fused": fused}
 
 @functools.cache
 def _module(backend: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{_MODULES[backend]}")
+    return importlib.import_module(f"{__name__}.{MODULES[backend]}")
 
 
 def of(backend: str) -> Any:

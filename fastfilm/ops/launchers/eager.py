@@ -86,8 +86,9 @@ def gather_backward(dv: Tensor, first: int, source: Source) -> SourceGradient:
     return channels_last(draw).clone() if draw._is_view() else channels_last(draw), dcoef
 
 
-workspace = raw_like
-"""A map that is read once and dropped before anything else is written: fresh memory."""
+def workspace(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A map that is read once and dropped before anything else is written: fresh memory."""
+    return raw_like(like, shape)
 
 
 def covers_block(kind: Kind) -> bool:

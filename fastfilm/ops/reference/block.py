@@ -155,7 +155,7 @@ def normalise(u: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0
     if norm == "none" or (norm == "instance" and u.shape[0] == 0):
         return u
     running_mean, running_var, _, weight, bias, *_ = tensors
-    if norm in ("group", "layer"):
+    if norm in spec.SAMPLE_NORMS:
         running_mean = running_var = None
         if u.device.type == "cuda":
             given = [t.dtype for t in (weight, bias) if t is not None]
@@ -179,6 +179,8 @@ def normalise(u: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0
         v = F.instance_norm(u, *held, kind.uses_input, momentum, eps)
         forward = torch.autograd.forward_ad._current_level >= 0
         return (_ContiguousGradForward if forward else _ContiguousGrad).apply(v)
+    if norm not in ("group", "layer"):
+        raise ValueError(f"the reference has no norm {norm!r}")
     if u.numel() == 0 and not torch.compiler.is_compiling():
         # PyTorch 2.14 refuses maps without positions; the affine's gradients are 0
         v = u if weight is None else u * spread(weight, u.dim()).to(u.dtype)

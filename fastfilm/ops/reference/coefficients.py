@@ -76,6 +76,8 @@ def norm_statistics(
         if kind.update and running_mean is not None:
             move(mean.mean(0), var.mean(0), kind.count / max(kind.count - 1, 1))
         return mean, var
+    if kind.norm not in ("group", "layer"):
+        raise ValueError(f"the reference has no statistics for norm {kind.norm!r}")
     grouped_mean = mean.reshape(n, kind.groups, -1)
     centre = grouped_mean.mean(2, keepdim=True)
     grouped_var = var.reshape(n, kind.groups, -1)

@@ -37,6 +37,7 @@ from .names import (
     FLOAT_DTYPES,
     NORMS,
     ORDERS,
+    SAMPLE_NORMS,
     SLOPE,
     A,
     B,

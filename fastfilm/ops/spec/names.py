@@ -24,9 +24,6 @@ Keep = Callable[[Tensor, tuple[Any, ...], Callable[[Tensor], Tensor]], Tensor | 
 """Cache callback ``keep(weight, layout, make)``: returns ``make(weight)``'s cached result, or None if this weight
 is not cached."""
 
-ACTIVATIONS = ("none", "relu", "leaky_relu", "prelu", "elu", "silu", "gelu", "gelu_tanh")
-"""Activations of a block; ``gelu`` is the erf form, ``gelu_tanh`` the tanh approximation."""
-
 ACTIVATION_CODES = {
     "none": 0,
     "relu": 1,
@@ -37,9 +34,15 @@ ACTIVATION_CODES = {
     "gelu": 5,
     "gelu_tanh": 6,
 }
-"""The activations' numbers in the C++ and CUDA kernels."""
+"""Activation -> its number in the C++ and CUDA kernels (``csrc/activations.h``) and in the Triton kernels."""
+
+ACTIVATIONS = tuple(ACTIVATION_CODES)
+"""Activations of a block; ``gelu`` is the erf form, ``gelu_tanh`` the tanh approximation."""
 
 NORMS = ("none", "batch", "instance", "group", "layer")
+
+SAMPLE_NORMS = ("group", "layer")
+"""Norms that take their statistics from each sample itself in every mode: they have no running ones."""
 
 ORDERS = ("conv-norm-film-act", "conv-norm-act-film", "conv-act-norm-film")
 """Their places are the orders' numbers in the C++ and CUDA kernels."""

@@ -53,8 +53,8 @@ def _arguments(
 
 
 def covers_block(kind: Kind) -> bool:
-    """Whether ``block_coefficients`` serves such a block: it serves all."""
-    return True
+    """Whether ``block_coefficients`` serves such a block: whether the C++ kernels have its norm."""
+    return kind.norm in _NORMS
 
 
 def block_coefficients(

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...spec import DROPOUT_POSITIONS, NORMS, ORDERS, Behind, Kind, dense
+from ...spec import DROPOUT_POSITIONS, ORDERS, Behind, Kind, dense
 from . import _CUDA
 from .arguments import DTYPES
 
+_NORMS = {"none": 0, "batch": 1, "instance": 2}
 _ABSENT = (0, 0, 0, 0)
 
 
 def covers_behind(behind: Behind, raw: Tensor) -> bool:
     """Whether a convolution of a map like ``raw`` writes such coefficients; not of group and layer norm."""
     kind, _, tensors, _ = behind
-    if kind.norm in ("group", "layer") or kind.wide or raw.dtype not in DTYPES:
+    if kind.norm not in _NORMS or kind.wide or raw.dtype not in DTYPES:
         return False
     if kind.dropout_position == "norm" and tensors.dropout_mask is None:
         return False  # those who have the gradients do not agree on the pivot
@@ -33,7 +34,7 @@ def block_of(kind: Kind) -> _CUDA.Block:
     """A kind, as the extension takes it."""
     values = kind.count * (kind.batch if kind.norm == "batch" else 1)
     return _CUDA.Block(
-        norm=NORMS.index(kind.norm),
+        norm=_NORMS[kind.norm],
         order=ORDERS.index(kind.order),
         position=DROPOUT_POSITIONS.index(kind.dropout_position),
         use_input=kind.uses_input,

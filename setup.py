@@ -179,12 +179,24 @@ def code_flags(archs: list[str]) -> list[str]:
     return flags
 
 
+def included(source: Path) -> set[Path]:
+    """The source and all files of ours that it includes, directly or through others."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        path = waiting.pop().resolve()
+        if path not in found and path.exists():
+            found.add(path)
+            text = path.read_text(encoding="utf-8")
+            names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE)
+            waiting += [path.parent / name for name in names]
+    return found
+
+
 def object_key(source: str, *others: object) -> str:
-    """A hash of all that an object depends on: its source, its part's headers, and ``others`` such as flags."""
+    """A hash of all that an object depends on: its source, what that includes, and ``others`` such as flags."""
     digest = hashlib.sha256(repr(others).encode())
-    folder = (ROOT / source).parent
-    headers = sorted(path for kind in ("*.h", "*.inc") for path in folder.glob(kind))
-    for path in (ROOT / source, *headers):
+    for path in sorted(included(ROOT / source)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -206,6 +206,23 @@ def test_kernels_that_nvcc_refuses_leave_the_cpu_part_and_the_reason(
     assert not list((tmp_path / "temp").rglob("*.part"))
 
 
+def test_an_object_is_compiled_anew_when_a_header_that_it_reaches_changes(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "a.cpp").write_text('#include "part/b.h"\n#include <vector>\n')
+    (tmp_path / "part" / "b.h").write_text('#  include "../c.inc"\n')
+    (tmp_path / "c.inc").write_text("int c;\n")
+    (tmp_path / "part" / "other.h").write_text("int d;\n")
+    before = script.object_key("a.cpp", "-O3")
+    (tmp_path / "part" / "other.h").write_text("int e;\n")
+    assert script.object_key("a.cpp", "-O3") == before
+    (tmp_path / "c.inc").write_text("long c;\n")
+    assert script.object_key("a.cpp", "-O3") != before
+    assert script.object_key("a.cpp", "-O2") != script.object_key("a.cpp", "-O3")
+
+
 def test_max_jobs_bounds_the_compilers_at_once(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

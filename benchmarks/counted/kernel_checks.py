@@ -22,7 +22,17 @@ from torch import Tensor
 from fastfilm.ops import spec
 from fastfilm.ops.choice import BACKENDS
 from fastfilm.ops.launchers import eager
-from fastfilm.ops.spec import Geometry, Kind, Source, TailTensors, views
+from fastfilm.ops.spec import (
+    Addends,
+    Geometry,
+    Gradient,
+    Kind,
+    NormInput,
+    Output,
+    Source,
+    TailTensors,
+    views,
+)
 from fastfilm.tuning import facts, measure
 from fastfilm.tuning.shapes import Shape
 
@@ -127,12 +137,38 @@ def _convolution(family: str) -> Check:
         for size in SIZES[:_most]:
             shape = _shape(size, dtype)
             given, exact = _given(shape, device, seed=1)
-            found = facts.call(kernels, shape, None, given, family=family)
+            reads = getattr(kernels, "reads_sources", False)
+            found = (
+                _by_sources(kernels, family, shape, given)
+                if reads
+                else facts.call(kernels, shape, None, given, family=family)
+            )
             names = [n for n in measure.NAMES[family] if n in exact]
             errors.append(_worst(found[: len(names)], [exact[n] for n in names]))
         return max(errors)
 
     return run
+
+
+def _by_sources(
+    kernels: Any, family: str, shape: Shape, given: facts.Given
+) -> tuple[Tensor | None, ...]:
+    """What ``facts.call`` gives, from launchers that take a convolution's operands as structs."""
+    x, weight, e, coef, bias, pre = given
+    stride, padding = (shape.stride,) * shape.dims, (shape.padding,) * shape.dims
+    geometry = Geometry.ordinary(stride, padding)
+    pending = (coef, facts.ACT) if shape.affine else (None, "none")
+    if family == "fprop":
+        norm_input = NormInput(pre, facts.ACT)
+        found: tuple[Tensor | None, ...] = kernels.fprop(
+            [Source(x, *pending)], weight, bias, geometry, norm_input
+        )
+        return found
+    if family == "dgrad":
+        outputs = [Output(x.shape[1], x, *pending)]
+        ((dx, dcoef),) = kernels.dgrad(Gradient(e), weight, outputs, x.shape[2:], geometry)
+        return dx, dcoef
+    return kernels.wgrad(Gradient(e), [Source(x, *pending)], weight, geometry)[:1]
 
 
 def _pack(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
@@ -167,6 +203,8 @@ def _wide(values: Sequence[Any]) -> list[Any]:
         if isinstance(v, Tensor) and v.is_floating_point()
         else type(v)(_wide(v))
         if type(v) in (tuple, list)
+        else type(v)(*_wide(v))
+        if isinstance(v, tuple)  # a struct
         else v
         for v in values
     ]
@@ -250,9 +288,10 @@ def _residual(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
         coef, other_coef = (_coef(device, *size[:2], seed=s) for s in (4, 5))
         slope = _draw(device, torch.float32, size[1], seed=6).abs()
         for inner, outer in (("silu", "none"), ("none", "leaky_relu")):
-            sides = (y, coef, inner, other, other_coef, slope if inner == "none" else None, outer)
-            errors.append(_against_plain(kernels, "residual", sides))
-            errors.append(_against_plain(kernels, "residual_backward", (dv, *sides)))
+            sloped = slope if inner == "none" else None
+            addends = Addends(y, coef, inner, other, other_coef, sloped, outer)
+            errors.append(_against_plain(kernels, "residual", (addends,)))
+            errors.append(_against_plain(kernels, "residual_backward", (dv, addends)))
     return max(errors)
 
 

@@ -97,24 +97,18 @@ def _measured(networks: Sequence[Group], blocks: Sequence[Group], machine: dict[
     where = f"{machine['device_name']}, torch {machine['torch']}"
     if machine["device"] == "cpu":
         where = f"{machine['device_name']} ({_count(machine['threads'], 'thread')}), torch {machine['torch']}"
-    parts = [
-        f"{_count(len(found), one)} of {what}"
-        for found, one, what in (
-            (networks, "case", "whole FiLMed U-Nets"),
-            (blocks, "case", "single blocks"),
-        )
-        if found
-    ]
+    kinds = ((networks, "whole FiLMed U-Nets"), (blocks, "single blocks"))
+    parts = [f"{_count(len(found), 'case')} of {what}" for found, what in kinds if found]
+    load, busy = max(machine.get(k) or 0.0 for k in ("load", "load_end")), ""
+    if machine["device"] == "cpu" and load > 1.5 * machine["cores"]:
+        cores = _count(machine["cores"], "core")
+        busy = f"; the machine was busy with other work (load {load:.1f} on {cores})"
     if not parts:
-        return (
-            f"Nothing was timed on {where}: the run ended before the first comparison was complete."
-        )
+        return f"Nothing was timed on {where}: the run ended before the first comparison was complete{busy}."
     said = f"Measured on {where}: {' and '.join(parts)}, fastfilm beside eager PyTorch"
-    loads = [machine.get(k) or 0.0 for k in ("load", "load_end")]
-    if machine["device"] == "cpu" and max(loads) > 1.5 * machine["cores"]:
-        busy = f"load {max(loads):.1f} on {_count(machine['cores'], 'core')}"
-        return f"{said}; the machine was busy with other work ({busy}), so times are rough."
-    return f"{said}; all took turns in the same rounds."
+    return said + (
+        f"{busy}, so times are rough." if busy else "; all took turns in the same rounds."
+    )
 
 
 def _speed(found: Sequence[tuple[Group, float]]) -> str:

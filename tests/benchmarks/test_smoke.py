@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from benchmarks.campaign import smoke
-from benchmarks.counted import verdicts
+from benchmarks.counted import kernel_checks, verdicts
+from fastfilm.ops.launchers import eager
 from fastfilm.ops.settings import left_out
+from tests.support.emulated import compiler, library
+
+__all__ = ["library"]
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
 FAKE = """
 import json, os, sys, time
@@ -47,14 +56,52 @@ def test_each_check_is_settled_whatever_the_others_do(tmp_path: Path, device: st
 
 
 def test_every_family_has_a_check_and_can_be_left_out() -> None:
-    from benchmarks.counted import kernel_checks
-
     assert {b: set(f) for b, f in verdicts.FAMILIES.items()} == {
         b: set(f) for b, f in left_out.FAMILIES.items()
     }
     assert {f for families in verdicts.FAMILIES.values() for f in families} == set(
         kernel_checks.CHECKS
     )
+
+
+@pytest.mark.parametrize("family", ["pointwise", "moments", "residual", "coefficients"])
+def test_a_check_calls_launchers_as_they_are_and_tells_right_from_wrong(
+    family: str,
+) -> None:
+    if family == "coefficients":
+        pytest.importorskip(
+            "fastfilm.ops.launchers.cpu._C", reason="the C++ extension was not built"
+        )
+        kernels = importlib.import_module("fastfilm.ops.launchers.cpu.kernels")
+    else:
+        kernels = eager
+    names = {
+        "pointwise": "apply_backward",
+        "moments": "moments",
+        "residual": "residual",
+        "coefficients": "block_coefficients",
+    }
+    error = kernel_checks.check(kernels, family, "cpu", "float32")
+    assert error is not None and error <= verdicts.TOLERANCE["float32"]
+    real = getattr(kernels, names[family])
+    broken = SimpleNamespace(
+        **vars(kernels) | {names[family]: lambda *given: _doubled(real(*given))}
+    )
+    error = kernel_checks.check(broken, family, "cpu", "float32")
+    assert error is not None and error > 0.1
+
+
+def _doubled(found: Any) -> Any:
+    if isinstance(found, Tensor):
+        return 2 * found
+    return tuple(None if t is None else 2 * t for t in found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", verdicts.FAMILIES["cuda"])
+def test_the_emulated_kernels_are_right(family: str, library: Path) -> None:
+    (row,) = kernel_checks.rows([f"cuda:{family}:bfloat16"], "cpu", str(library))
+    assert row["status"] == "right", row
 
 
 def test_an_error_beyond_rounding_is_wrong_and_so_is_none_at_all() -> None:

@@ -88,6 +88,8 @@ def test_what_to_do_next_depends_on_what_happened() -> None:
 
 
 def test_nothing_measured_gives_no_speed() -> None:
+    measured = summary.sentences([], CPU | {"load_end": 9.0})[0]
+    assert measured.startswith("Nothing was timed") and "(load 9.0 on 2 cores)" in measured
     measured, eager, *_ = summary.sentences([], CPU)
     assert measured.startswith("Nothing was timed") and eager.startswith("There is no speed")
     # a wrong result has a time and no ratio

@@ -1,4 +1,4 @@
-"""The audit of a plan: all questions, one correction over them, plain JSON."""
+"""The audit of a plan: all questions, a correction for their number, and the result as plain JSON."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def audit(
     progress: Callable[[int], Callable[[], object]] = lambda n: lambda: None,
     permutations: int = PERMUTATIONS,
 ) -> dict[str, Any]:
-    """What the metadata of a plan give away.
+    """Audits the metadata of a plan.
 
     Args:
-        seed: of drawn cases, cross-validation, bootstrap and permutations.
-        progress: gets a number of steps, of the images and then of the tests; what it returns is called after
+        seed: seed of drawn cases, cross-validation, bootstrap and permutations.
+        progress: called with the number of images, and then with that of the tests; its result is called after
             each.
-        permutations: at most, for each test.
+        permutations: permutations of a test at most.
 
     Returns:
-        ``cases``, ``subjects``, ``findings`` (those of ``Finding``, worst first) and ``notes``; plain JSON.
+        ``cases``, ``subjects``, ``findings`` (as ``Finding``, worst first) and ``notes``, as plain JSON.
 
     Raises:
-        UserError: no metadata keys, an image that cannot be read any more.
+        UserError: the plan has no metadata keys, or an image cannot be read any more.
     """
     rows = read_rows(plan, seed)
     findings = value_findings(rows, plan)
@@ -72,11 +72,11 @@ def _asked(
     chosen_by = {k for k in (splits.leave_out, splits.group) if k is not None} | {*splits.stratify}
     how = (seed, permutations)
     questions = [
-        *label_questions(rows, *how),
-        *image_questions(rows, "intensity", intensities, *how),
-        *image_questions(rows, "geometry", rows.geometry, *how),
-        *pair_questions(rows, *how),
-        *gap_questions(rows, chosen_by, *how),
+        *label_questions(rows, how),
+        *image_questions(rows, "intensity", intensities, how),
+        *image_questions(rows, "geometry", rows.geometry, how),
+        *pair_questions(rows, how),
+        *gap_questions(rows, chosen_by, how),
     ]
     done = progress(len(questions))
     findings = []

@@ -27,7 +27,7 @@ from ..metadata.groups import groupings
 from ..prediction.postprocessing import Mask
 from ..support.errors import UserError
 from ..support.files import write_json, write_text
-from ..support.hints import some
+from ..support.hints import counted, some
 from ..support.records import Measured, Plain, Record, read_record
 from .metrics import METRICS, Values, case_metrics, is_sheared
 from .pairs import Pair, Pairs
@@ -343,7 +343,7 @@ def load_mask(path: Path, values: Sequence[int] | None) -> tuple[NiftiVolume, Ma
 
 
 def _files(paths: Sequence[Path]) -> str:
-    return f"{len(paths)} file{'s' if len(paths) > 1 else ''}: {some(sorted(paths))}"
+    return f"{counted(len(paths), 'file')}: {some(sorted(paths))}"
 
 
 def _case(group: Sequence[Pair], tolerance: float, seen: Seen, foreign: bool) -> list[Evaluated]:

@@ -30,9 +30,9 @@ from fastfilm.segmentation.support.errors import Problems, UserError
 from fastfilm.segmentation.support.files import read_json, write_json
 from fastfilm.segmentation.support.stopping import Stopped
 from fastfilm.segmentation.trial import nnunet, nnunet_data
-from fastfilm.segmentation.trial.design import Run, selected
+from fastfilm.segmentation.trial.design import SCORES, Run, selected
 from fastfilm.segmentation.trial.folder import open_trial
-from fastfilm.segmentation.trial.runs import SCORES, make_runs
+from fastfilm.segmentation.trial.runs import make_runs
 
 from ...support.nnunet_arms import BOTH, count_as_installed, installed, planned
 from ...support.phantoms import write_bids

@@ -462,7 +462,7 @@ def _points(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
     return {"cases": cases, "networks": networks}
 
 
-def _rising(arm: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
+def rising(arm: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
     """A note if an arm's mean validation Dice rose by more than ``RISE`` in the last quarter of the steps."""
     if not curve:
         return []
@@ -499,7 +499,7 @@ def _notes(compared: _Compared, primary: Difference) -> list[str]:
     if without.size:
         names = some([scores.names[i] for i in without])
         notes.append(f"{counted(without.size, 'case')} without a label that counts: {names}")
-    notes += [line for arm in COMPARED for line in _rising(arm, _curve(scores, arm))]
+    notes += [line for arm in COMPARED for line in rising(arm, _curve(scores, arm))]
     if not primary.training_known:
         notes.append(
             "one seed: how much the result depends on the training run is not known; the intervals hold for these"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import yaml
 from fastfilm.__main__ import main
 
 from ...support.bad_inputs import (
+    Capsys,
+    Change,
     Row,
     World,
     annexed,
@@ -40,6 +41,11 @@ from ...support.bad_inputs import (
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(data: Path, tmp_path: Path) -> World:
+    return copied(data, tmp_path / "w")
 
 
 def _csv(w: World, text: str, **data: Any) -> None:
@@ -305,22 +311,13 @@ PLAN: list[Row] = [
 
 @table(PLAN)
 def test_a_bad_data_set_or_configuration_is_not_planned(
-    data: Path,
-    tmp_path: Path,
-    change: Callable[[World], Any],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    world: World, change: Change, message: str, capsys: Capsys
 ) -> None:
-    world = copied(data, tmp_path / "w")
-    world.settings()
-    change(world)
-    refused(world, ["plan", str(world.root / "config.yaml"), str(world.out)], message, capsys)
+    argv = ["plan", world.settings(), str(world.out)]
+    refused(world, change, message, capsys, argv)
 
 
-def test_a_label_file_that_several_subjects_share_is_said(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    world = copied(data, tmp_path / "w")
+def test_a_label_file_that_several_subjects_share_is_said(world: World, capsys: Capsys) -> None:
     rows = [f"{i},{world.image(i)},{world.label(i // 5 * 4)}" for i in range(6)]
     _csv(world, "\n".join(["id,image,label", *rows]) + "\n")
     assert main(["plan", str(world.root / "config.yaml"), str(world.out)]) == 0

@@ -30,7 +30,7 @@ from fastfilm.segmentation.support.lock import NAME
 from fastfilm.segmentation.training.record import read_log
 
 from ...support.phantoms import settings, write_bids
-from ..training.test_fold import saved_step
+from ...support.trainings import saved_step
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 ROOT = Path(__file__).parents[3]

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra [segmentation]")
 
 from fastfilm.segmentation.support.errors import UserError
-from fastfilm.segmentation.trial.results import _rising, collect
+from fastfilm.segmentation.trial.results import collect, rising
 from fastfilm.segmentation.trial.statistics import Difference
 
 from ...support.trials import SHA, case, write_design, write_run, write_trial
@@ -309,11 +309,11 @@ def test_a_training_that_had_not_levelled_off_is_said() -> None:
     def curve(*means: float) -> list[dict[str, float]]:
         return [{"step": 100.0 * (i + 1), "mean": m} for i, m in enumerate(means)]
 
-    assert _rising("conditioned", curve(0.1, 0.5, 0.70, 0.715)) == []
-    assert _rising("conditioned", curve(0.9, 0.5, 0.70, 0.6)) == []
-    assert _rising("conditioned", curve(0.5)) == []
-    assert _rising("conditioned", []) == []
-    (line,) = _rising("conditioned", curve(0.1, 0.5, 0.70, 0.75))
+    assert rising("conditioned", curve(0.1, 0.5, 0.70, 0.715)) == []
+    assert rising("conditioned", curve(0.9, 0.5, 0.70, 0.6)) == []
+    assert rising("conditioned", curve(0.5)) == []
+    assert rising("conditioned", []) == []
+    (line,) = rising("conditioned", curve(0.1, 0.5, 0.70, 0.75))
     assert line.startswith(
         "conditioned: the validation Dice still rose by 0.050 in the last quarter"
     )

@@ -8,10 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("sklearn", reason="needs the extra [segmentation]")
-
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.stats import contingency

@@ -19,10 +19,6 @@ import numpy as np
 import pytest
 import yaml
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.ops.settings import environment
 from fastfilm.segmentation.models.folder import load_model
 from fastfilm.segmentation.support.files import read_json

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
 from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import config_text, parse, write_config
 from fastfilm.segmentation.config.sections import MetadataKey, Splits

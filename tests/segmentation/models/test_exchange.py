@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
 import fastfilm
 from fastfilm.segmentation.commands import cli
 from fastfilm.segmentation.models.folder import load_model

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
-import yaml
 
 from fastfilm.segmentation.config.schema import read_config
 from fastfilm.segmentation.data.sidecars import Sidecars, data_set_of

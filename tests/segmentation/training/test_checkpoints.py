@@ -12,10 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.sections import Training
 from fastfilm.segmentation.support.files import read_tensors
 from fastfilm.segmentation.training import loop as trainer

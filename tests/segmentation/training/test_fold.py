@@ -14,11 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
-
 from fastfilm.ops.settings import environment
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.data.cache import cached

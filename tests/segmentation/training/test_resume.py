@@ -9,10 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.__main__ import main
 from fastfilm.segmentation.data.plan import PlanFolder, read_plan
 from fastfilm.segmentation.support.errors import UserError

@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.schema import Config, parse, read_config
 from fastfilm.segmentation.data.plan import PlanFolder
 from fastfilm.segmentation.models.network import MetadataChannels, build_network

@@ -18,10 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.integrations.nnunet import cases as integration
 from fastfilm.segmentation.data.demo import configuration, write_data_set
 from fastfilm.segmentation.data.plan import PlanFolder

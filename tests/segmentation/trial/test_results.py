@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.support.errors import UserError
 from fastfilm.segmentation.trial.results import collect, rising
 from fastfilm.segmentation.trial.statistics import Difference

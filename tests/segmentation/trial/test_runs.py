@@ -12,10 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.models.folder import load_model

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("scipy", reason="needs the extra [segmentation]")
-
 from scipy import stats
 
 from benchmarks.paper.trial_statistics import settings, summary

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.trial.results import collect
 from fastfilm.segmentation.trial.statistics import Needed
 from fastfilm.segmentation.trial.verdict import needed_text, p_text, p_words, signed, verdict

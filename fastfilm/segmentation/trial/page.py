@@ -34,7 +34,7 @@ td.name, th.name { min-width: 10em; max-width: 24em }
 CLASSES = {"use it": "use", "do not": "not", "cannot tell yet": "open"}
 
 LEVELS = {"warning": "Warning", "look": "Look at this", "fine": "Fine"}
-"""Level of an audit's finding -> its title."""
+"""Level of an audit's finding -> its title, the worst level first."""
 
 
 def write_page(out: Path, results: Mapping[str, Any], audit: Mapping[str, Any] | None) -> Path:
@@ -321,8 +321,8 @@ def _curves(page: Page, results: Mapping[str, Any]) -> None:
 
 def _audit(page: Page, audit: Mapping[str, Any]) -> None:
     page.title("Audit of the metadata")
-    # the worst first
-    findings = audit["findings"]
+    rank = {level: i for i, level in enumerate(LEVELS)}
+    findings = sorted(audit["findings"], key=lambda f: rank.get(f["level"], 0))
     if not findings:
         _paragraph(page, "The audit found nothing to look at.")
         return

@@ -61,10 +61,10 @@ def asked(
 ) -> dict[str, Finding]:
     """All questions, corrected and judged; by what they are about."""
     how = (0, permutations)
-    questions = [*label_questions(rows, *how), *pair_questions(rows, *how)]
-    questions += gap_questions(rows, set(), *how)
+    questions = [*label_questions(rows, how), *pair_questions(rows, how)]
+    questions += gap_questions(rows, set(), how)
     if features is not None:
-        questions += image_questions(rows, "intensity", features, *how)
+        questions += image_questions(rows, "intensity", features, how)
     found = corrected([q.ask() for q in questions])
     inputs = {c.name for c in rows.columns if c.input} | {*rows.inputs}
     return {f.about: judged(f, inputs) for f in found}

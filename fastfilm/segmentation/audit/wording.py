@@ -80,7 +80,7 @@ def _image(f: Finding, inputs: Collection[str]) -> tuple[Level, str]:
         )
     return "look", (
         "The network can tell it from the image although it is not given: hold values out (splits.leave_out) to"
-        " see what that does."
+        " see the effect."
     )
 
 

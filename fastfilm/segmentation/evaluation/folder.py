@@ -292,7 +292,7 @@ class _Summary(Record):
         ):
             twice = next((n for n, count in Counter(names).items() if count > 1), None)
             if twice is not None:
-                raise ValueError(f"{what} {twice!r} is there twice")
+                raise ValueError(f"{what} {twice!r} occurs twice")
         means = [m for d in self.labels.values() for m in (d.metrics, *self._groups(d))]
         if not all(METRICS.keys() <= m.keys() for m in means):
             raise ValueError("labels: a metric is missing")

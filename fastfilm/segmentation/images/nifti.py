@@ -34,7 +34,7 @@ REMARKS = {
     "orientation": "neither sform nor qform in the header; the axes are taken as left, anterior, superior",
     "qform": "the qform places voxels elsewhere than the sform; the sform is used",
     "sheared": "the axes are not at right angles; resampling and patches follow them as they are",
-    "longer": "the file holds more than its header says; what follows is not read",
+    "longer": "the file holds more than its header says; the rest is not read",
 }
 """Kinds of remarks on a file, with the treatment of such files."""
 

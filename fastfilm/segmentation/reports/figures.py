@@ -106,7 +106,7 @@ def overlays(summary: Mapping[str, Any], most: int = 6) -> tuple[Figure | None, 
     said = ""
     if left_out:
         names = some([c["case"] for c in left_out])
-        said = f"{len(left_out)} cases cannot be shown, their image or masks are not there: {names}"
+        said = f"{len(left_out)} cases cannot be shown, their image or masks are missing: {names}"
     if not cases:
         return None, said
     pick = np.unique(np.linspace(0, len(cases) - 1, min(most, len(cases))).round().astype(int))

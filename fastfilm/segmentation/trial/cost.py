@@ -127,8 +127,8 @@ def said(costs: dict[str, Cost], runs: Sequence[Run]) -> list[str]:
         )
     if counted:
         lines.append(
-            f"{len(counted)} networks on this device: about {total / 3600:.2g} hours, and what reading and"
-            " augmenting images add; several processes with the same folder share them"
+            f"{len(counted)} networks on this device: about {total / 3600:.2g} hours, without reading and"
+            " augmenting images; several processes with the same folder share them"
         )
     if len(counted) < len(runs):
         lines.append(

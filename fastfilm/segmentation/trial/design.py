@@ -84,7 +84,7 @@ def check_config(config: Config) -> None:
             "trial.arms: 'encoder' puts FiLM into the encoder, and network.conditioning is channels"
         )
     if "channels" in config.trial.arms and config.network.conditioning == "channels":
-        wrong.append("trial.arms: 'channels' is what network.conditioning is already")
+        wrong.append("trial.arms: 'channels' repeats network.conditioning")
     wrong += nnunet_data.config_problems(config)
     if wrong:
         raise Problems("the configuration does not make a trial", wrong)
@@ -216,7 +216,7 @@ def fix_design(out: Path, plan: PlanFolder) -> dict[str, Any]:
     there = read_design(out)
     if there["sha256"] != now["sha256"]:
         raise UserError(
-            f"{out / NAME}: a changed design is a new trial, in a folder of its own; what differs: "
+            f"{out / NAME}: a changed design is a new trial, in a folder of its own; differences: "
             + "; ".join(differences(there, now, without=("sha256",))[:5])
         )
     return there

@@ -47,7 +47,7 @@ def open_trial(
         if found:
             raise UserError(
                 f"{out}: holds a trial of another configuration; a changed design is a new trial, in a folder of"
-                f" its own; what differs: {'; '.join(found[:5])}"
+                f" its own; differences: {'; '.join(found[:5])}"
             )
         plan.config = config
         _check_files(plan)

@@ -88,7 +88,7 @@ def make(
         if not (folder / REPORT).is_file():
             _train(folder, out, plan, run, part, device, deadline)
     except Stopped as stopped:
-        text = f"{stopped.text}; go on with:\n  {again}"
+        text = f"{stopped.text}; continue with:\n  {again}"
         raise Stopped(stopped.number, text) from None
     report = read_json(folder / REPORT)
     predictions = folder / report["results"] / "validation"
@@ -158,7 +158,7 @@ def _prepare(
         log = folder / "prepare.log"
         log.unlink(missing_ok=True)
         words = ["prepare", DATASET, configuration(plan)]
-        call(words, environment, log, deadline, "its preprocessing begins anew")
+        call(words, environment, log, deadline, "its preprocessing starts again")
         write_json(done, splits(plan, part))
 
 

@@ -176,7 +176,7 @@ def read_scores(out: Path) -> Scores:
         listed = some([f"{a} fold {k} seed {s}" for a, k, s in missing], LISTED)
         raise UserError(
             f"{out}: {len(missing)} of {len(every)} runs are not finished: {listed};"
-            " the same command of fastfilm trial goes on with them"
+            " the same command of fastfilm trial continues them"
         )
     runs = {key: _read_run(path, key, design) for key, path in files.items()}
     found: dict[str, tuple[int, Case]] = {}
@@ -197,11 +197,11 @@ def read_scores(out: Path) -> Scores:
                 wrong.append(f"{path}: {name} is held out in fold {held_out} too")
             elif case.about() != known.about():
                 wrong.append(
-                    f"{path}: {name} has not the subject, metadata or labels of other runs"
+                    f"{path}: {name} differs from other runs in subject, metadata or labels"
                 )
             strange = sorted(case.metrics.keys() - {*design.labels})
             if strange:
-                wrong.append(f"{path}: {name}: {strange[0]!r} is no label of the design")
+                wrong.append(f"{path}: {name}: {strange[0]!r} is not a label of the design")
     if wrong:
         raise Problems(f"{out}: the runs do not go together", wrong)
     if not any(case.metrics for _, case in found.values()):

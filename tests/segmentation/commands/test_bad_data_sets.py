@@ -161,7 +161,7 @@ PLAN: list[Row] = [
         and w.settings(metadata={"age": {"kind": "continuous"}}),
         "column 'age' of .* is empty or n/a everywhere",
     ),
-    ("two columns", lambda w: replace(w.table, "tumor_type\tage", "age\tage"), "'age' is there 2 times"),
+    ("two columns", lambda w: replace(w.table, "tumor_type\tage", "age\tage"), "'age' occurs 2 times"),
     ("a short row", lambda w: replace(w.table, "\t31", ""), "line 3 has 2 cells"),
     ("no participant_id", lambda w: replace(w.table, "participant_id", "id"), "no column 'participant_id'"),
     ("UTF-16", lambda w: w.table.write_bytes(w.table.read_text().encode("utf-16")), "save the file as UTF-8"),
@@ -250,7 +250,7 @@ PLAN: list[Row] = [
     (
         "labels that are not annotated anywhere",
         lambda w: _csv(w, "image,label,known\na.nii,b.nii,lesions\n", annotated_column="known"),
-        "known names 'lesions', which is no label",
+        "known names 'lesions', which is not a label",
     ),
     (
         "an image as its label",
@@ -260,7 +260,7 @@ PLAN: list[Row] = [
     # configuration
     ("an unknown key", lambda w: w.settings(trainig={}), "trainig: unknown key; did you mean 'training'"),
     ("an unknown value", lambda w: w.settings(training={"optimizer": "adam"}), "did you mean 'adamw'"),
-    ("a key twice", lambda w: w.root.joinpath("config.yaml").open("a").write("splits: {}\n"), "there twice"),
+    ("a key twice", lambda w: w.root.joinpath("config.yaml").open("a").write("splits: {}\n"), "occurs twice"),
     ("YAML that is none", lambda w: w.root.joinpath("config.yaml").write_text("data: ["), "not YAML"),
     ("a list as a configuration", lambda w: w.root.joinpath("config.yaml").write_text("- 1"), "keys and values"),
     ("no configuration", lambda w: w.root.joinpath("config.yaml").unlink(), "config.yaml: cannot be read"),

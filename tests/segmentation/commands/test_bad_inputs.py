@@ -121,7 +121,7 @@ PREDICT: list[Row] = [
     ("a value that is none", _meta("--meta", "tumor_type"), "--meta takes KEY=VALUE"),
     ("a key twice", _meta("--meta", "tumor_type=ependymoma", "--meta", "tumor_type=astrocytoma"), "twice"),
     ("a swapped key that is none", _meta("--swap", "age"), "'age' is not one of the model's"),
-    ("a swapped value twice", _meta("--swap", "tumor_type=ependymoma,ependymoma"), "'ependymoma' is there twice"),
+    ("a swapped value twice", _meta("--swap", "tumor_type=ependymoma,ependymoma"), "'ependymoma' occurs twice"),
     (
         "two files of a case",
         lambda w: nib.save(nib.load(w.image(1)), str(w.image(1)).removesuffix(".gz")),

@@ -197,5 +197,5 @@ def test_a_signal_to_all_processes_of_a_training_saves_its_state(
     os.killpg(process.pid, number)
     text = process.communicate()[1]
     assert process.returncode == 128 + number, text
-    assert "the state is saved; go on with:" in text and "Traceback" not in text
+    assert "the state is saved; continue with:" in text and "Traceback" not in text
     assert saved_step(model) >= STEPS // 3

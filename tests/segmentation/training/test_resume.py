@@ -212,7 +212,7 @@ def test_an_error_of_a_loading_process_comes_without_its_traceback(
     plan.config.training.workers = 1
     with pytest.raises(UserError) as error:
         train(Start(plan, 0, tmp_path / "model"), ONE)
-    assert str(error.value).startswith("image.npy: cannot be read; go on with:")
+    assert str(error.value).startswith("image.npy: cannot be read; continue with:")
 
 
 def test_a_training_into_a_locked_folder_is_refused_before_anything_is_looked_at(

@@ -266,9 +266,9 @@ def edited(out: Path, arm: str, fold: int, seed: int, change: Any) -> Path:
         (lambda r: r["cases"].pop("c1"), "its cases are not those of .*conditioned.*: c1"),
         (
             lambda r: r["cases"]["c1"].update(subject="s9"),
-            "c1 has not the subject, metadata or labels",
+            "c1 differs from other runs in subject, metadata or labels",
         ),
-        (lambda r: r["cases"]["c1"].update(metrics={"x": {}}), "'x' is no label of the design"),
+        (lambda r: r["cases"]["c1"].update(metrics={"x": {}}), "'x' is not a label of the design"),
         (lambda r: r["cases"]["c1"]["metrics"]["a"].update(Dice="0.5"), "valid number"),
         (lambda r: r.pop("steps"), "steps: Field required"),
         (lambda r: r["cases"]["c1"].update(reliability={"a": [[1, 2]]}), "at least 3 items"),

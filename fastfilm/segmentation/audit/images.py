@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from ..data.checks import THREADS
 from ..data.sources import Case
 from ..images.nifti import read_volume
 from ..images.preprocessing import Preprocessing
@@ -24,7 +25,6 @@ def intensity_features(
     cases: Sequence[Case],
     preprocessing: Preprocessing,
     done: Callable[[], object] = lambda: None,
-    threads: int = 4,
 ) -> NDArray[np.float64]:
     """Features [n, C * 13] of n cases with C channels.
 
@@ -33,7 +33,6 @@ def intensity_features(
 
     Args:
         done: called after each case.
-        threads: number of cases that are read at once.
 
     Raises:
         UserError: a file cannot be read any more.
@@ -52,7 +51,7 @@ def intensity_features(
         done()
         return found
 
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         return np.stack(list(pool.map(look, cases)))
     finally:

@@ -19,7 +19,6 @@ def audit(
     plan: PlanFolder,
     seed: int = 0,
     progress: Callable[[int], Callable[[], object]] = lambda n: lambda: None,
-    permutations: int = PERMUTATIONS,
 ) -> dict[str, Any]:
     """Audits the metadata of a plan.
 
@@ -27,7 +26,6 @@ def audit(
         seed: seed of drawn cases, cross-validation, bootstrap and permutations.
         progress: called with the number of images, and then with that of the tests; its result is called after
             each.
-        permutations: permutations of a test at most.
 
     Returns:
         ``cases``, ``subjects``, ``findings`` (as ``Finding``, worst first) and ``notes``, as plain JSON.
@@ -43,7 +41,7 @@ def audit(
             " metadata, metadata from images, confounding and gaps were not audited"
         )
     else:
-        findings += _asked(rows, plan, seed, progress, permutations)
+        findings += _asked(rows, plan, seed, progress)
     inputs = {c.name for c in rows.columns if c.input} | {*rows.inputs}
     ranked = worst_first([judged(f, inputs) for f in corrected(findings)])
     return {
@@ -59,7 +57,6 @@ def _asked(
     plan: PlanFolder,
     seed: int,
     progress: Callable[[int], Callable[[], object]],
-    permutations: int,
 ) -> list[Finding]:
     for column in rows.columns:
         if is_identifier(column):
@@ -70,7 +67,7 @@ def _asked(
     intensities = intensity_features(rows.cases, plan.plan.preprocessing, done)
     splits = plan.config.splits
     chosen_by = {k for k in (splits.leave_out, splits.group) if k is not None} | {*splits.stratify}
-    how = (seed, permutations)
+    how = (seed, PERMUTATIONS)
     questions = [
         *label_questions(rows, how),
         *image_questions(rows, "intensity", intensities, how),

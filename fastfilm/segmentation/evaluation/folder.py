@@ -110,14 +110,12 @@ def evaluate_pairs(
     pairs: Pairs,
     tolerance: float = 1.0,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
-    threads: int = 2,
 ) -> Evaluation:
     """Metrics of every pair; a case that cannot be evaluated does not stop the others.
 
     Args:
         tolerance: tolerance of the normalised surface distance (NSD), in mm.
         progress: called with the number of cases; its result is called after each.
-        threads: number of cases that are evaluated at once.
     """
     by_case: dict[str, list[Pair]] = {}
     for pair in pairs.pairs:
@@ -135,7 +133,8 @@ def evaluate_pairs(
         finally:
             done()
 
-    with ThreadPoolExecutor(threads) as pool:
+    # two, as a case needs much memory
+    with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(one, by_case.values()))
     return Evaluation(
         found=[e for r in results if not isinstance(r, str) for e in r],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..evaluation.statistics import holm
 
@@ -66,10 +66,6 @@ class Finding:
     level: Level = "fine"
     text: str = ""
     advice: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
 
 
 def corrected(findings: Sequence[Finding]) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ..data.plan import PlanFolder
@@ -47,7 +48,7 @@ def audit(
     return {
         "cases": len(plan.cases),
         "subjects": len(rows.cases),
-        "findings": [f.to_json() for f in ranked],
+        "findings": [asdict(f) for f in ranked],
         "notes": rows.notes,
     }
 

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -389,7 +389,7 @@ def _strange(
 def _means(rows: Iterable[Evaluated], seed: int) -> dict[str, Any]:
     listed = list(rows)
     subjects = [e.pair.subject for e in listed]
-    return {m: mean_of([e.values[m] for e in listed], subjects, seed).to_json() for m in METRICS}
+    return {m: asdict(mean_of([e.values[m] for e in listed], subjects, seed)) for m in METRICS}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

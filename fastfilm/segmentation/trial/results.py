@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
         for a, b in PAIRS
         if {a, b} <= {*design.arms}
     }
-    further = _corrected({name: d.to_json() for name, d in {**against, **pairs}.items()})
+    further = _corrected({name: asdict(d) for name, d in {**against, **pairs}.items()})
     groups = _groups(compared, dice)
     results = {
         "format": 1,
@@ -99,7 +100,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
             "steps": sorted({run.steps for run in scores.runs.values()}),
         },
         "arms": {arm: _arm(compared, arm, dice[arm]) for arm in design.arms},
-        "primary": primary.to_json(),
+        "primary": asdict(primary),
         "against": {arm: further[arm] for arm in against},
         "pairs": {name: further[name] for name in pairs},
         "labels": _labels(compared),
@@ -110,9 +111,9 @@ def summarise(scores: Scores) -> dict[str, Any]:
         "calibration": _calibration(compared),
         "curves": {arm: _curve(scores, arm) for arm in design.arms},
         "needed": {
-            UNCONDITIONED: needed(primary, design.margin).to_json(),
+            UNCONDITIONED: asdict(needed(primary, design.margin)),
             **{
-                arm: needed(d, design.margin).to_json()
+                arm: asdict(needed(d, design.margin))
                 for arm, d in against.items()
                 if arm == SHUFFLED
             },
@@ -231,7 +232,7 @@ def _both(
     return {
         CONDITIONED: _mean(a[there]),
         UNCONDITIONED: _mean(b[there]),
-        **compared.difference(a - b, there, clustered).to_json(),
+        **asdict(compared.difference(a - b, there, clustered)),
     }
 
 
@@ -343,8 +344,8 @@ def _swap(compared: _Compared, key: str, fed: Sequence[str]) -> dict[str, Any]:
         told = np.array([t is not None for t in true])[:, None]
         hidden = _difference_or_none(compared, np.where(told, own - under[hiding], np.nan))
     return {
-        "wrong": None if found is None else found.to_json(),
-        "unknown": None if hidden is None else hidden.to_json(),
+        "wrong": None if found is None else asdict(found),
+        "unknown": None if hidden is None else asdict(hidden),
         "used": used,
         "rows": rows,
     }

@@ -46,7 +46,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -137,10 +137,6 @@ class Difference:
     def excludes(self, margin: float) -> bool:
         """Whether the interval lies below ``margin``, the smallest difference worth having."""
         return self.high is not None and self.high < margin
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; ``Difference(**value)`` is the inverse."""
-        return asdict(self)
 
 
 def difference(
@@ -243,10 +239,6 @@ class Needed:
     target: Literal["zero", "margin"]
     subjects: int | None
     seeds: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; ``Needed(**value)`` is the inverse."""
-        return asdict(self)
 
 
 def needed(found: Difference, margin: float) -> Needed:

@@ -24,7 +24,7 @@ With fewer than ``MINIMUM`` pairs of networks or clusters p cannot be below 0.05
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..reports.layout import NONE
@@ -51,10 +51,6 @@ class Verdict:
     answer: Answer
     reasons: tuple[str, ...]
     sentences: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

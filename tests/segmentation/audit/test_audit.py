@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -457,7 +458,7 @@ def test_the_page_escapes_names_and_shows_the_worst_first() -> None:
         "cases": 50,
         "subjects": 40,
         "notes": ["n & m"],
-        "findings": [f.to_json() for f in findings],
+        "findings": [asdict(f) for f in findings],
     }
     text = page(result)
     assert "<b> ->" not in text and "&lt;b&gt; -&gt; volume of x" in text and "n &amp; m" in text

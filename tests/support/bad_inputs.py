@@ -19,8 +19,13 @@ from fastfilm.__main__ import main
 
 from .phantoms import settings, write_bids
 
-Row = tuple[str, Callable[["World"], Any], str]
-"""Name; what is done to the world, and the arguments of the command if it returns a list; message (a pattern)."""
+Change = Callable[["World"], Any]
+"""Changes the world; may return the arguments of the command as a list."""
+
+Row = tuple[str, Change, str]
+"""Name, change, and the expected message (a pattern)."""
+
+Capsys = pytest.CaptureFixture[str]
 
 
 class World:
@@ -149,12 +154,15 @@ def copied(source: Path, to: Path) -> World:
     return World(to)
 
 
-def refused(
-    world: World, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command ends with status 1 and the message, and ``world.out`` is not there."""
+def refused(world: World, change: Change, message: str, capsys: Capsys, default: list[str]) -> None:
+    """After a change, the command ends with status 1 and the message, and ``world.out`` is not there.
+
+    Args:
+        default: the command, unless ``change`` returns another one.
+    """
+    argv = change(world)
     capsys.readouterr()
-    status = main(argv)
+    status = main(argv if isinstance(argv, list) else default)
     text = " ".join(capsys.readouterr().err.split())
     assert status == 1 and re.search(message, text), f"{status}: {text[:1500]}"
     assert "Traceback" not in text

@@ -1,4 +1,4 @@
-"""What a plan's metadata give away before any training: shortcuts, confounding, rare values."""
+"""The audit of a plan's metadata before any training: shortcuts, confounding, and rare values."""
 
 from __future__ import annotations
 

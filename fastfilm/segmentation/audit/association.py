@@ -1,4 +1,4 @@
-"""How strongly two variables go together, with an interval and a p value.
+"""Measures of association between two variables, with an interval and a p-value.
 
 category and category    Cramer's V, corrected for bias (Bergsma 2013, "A bias-correction for Cramér's V and
                          Tschuprow's T", J. Korean Stat. Soc. 42, equation 4): 0 without association, 1 where one
@@ -23,10 +23,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Associated:
-    """A measure of association: its 95 % interval over subjects, and p by permutation of subjects.
+    """An association between two variables.
 
     Attributes:
-        chance: what the measure is expected to be without association.
+        measure: Cramer's V, eta or Spearman.
+        value: value of the measure.
+        low, high: its 95 % bootstrap interval over subjects.
+        chance: its expected value without association.
+        p: p-value by permutation of subjects.
+        n: number of subjects.
     """
 
     measure: str
@@ -45,7 +50,13 @@ def associate(
     seed: int = 0,
     permutations: int = PERMUTATIONS,
 ) -> Associated:
-    """Of ``x`` and ``y`` [n], without NaN; categories are numbers 0, 1, ….
+    """The association of ``x`` and ``y`` [n].
+
+    Args:
+        x, y: values without NaN; categories are numbers 0, 1, ….
+        categorical: whether ``x`` and ``y`` are categories.
+        seed: seed of bootstrap and permutations.
+        permutations: number of permutations at most.
 
     Raises:
         ValueError: one of them is constant.
@@ -60,7 +71,7 @@ def associate(
         name, measure = "Cramer's V", cramers_v
     elif any(categorical):
         name, measure = "eta", eta
-        # of F = 1: (k - 1) / (n - 1) of the variance is between k categories by chance
+        # by chance (F = 1), (k - 1) / (n - 1) of the variance is between k categories
         chance = float(np.sqrt((len(np.unique(x)) - 1) / (len(x) - 1)))
     else:
         name, measure = "Spearman", spearman
@@ -68,7 +79,7 @@ def associate(
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(x), size=(len(x), RESAMPLES))
     low, high = np.nanpercentile(measure(x[drawn], y[drawn]), (2.5, 97.5))
-    # with fixed margins V is a function of chi-square, cut off at 0
+    # permutations keep the margins, for which V is a function of chi-square, but cut off at 0
     tested = chi_square if all(categorical) else measure
 
     def statistic(shuffled: Array) -> Array:
@@ -89,7 +100,7 @@ def _tables(x: Array, y: Array) -> Array:
 
 
 def chi_square(x: Array, y: Array) -> Array:
-    """Pearson's statistic of each column of [n, B], over n."""
+    """Pearson's chi-square statistic divided by n, for each column of [n, B]: [B]."""
     table = _tables(x, y)
     expected = table.sum(2, keepdims=True) * table.sum(1, keepdims=True) / len(x)
     parts = np.divide((table - expected) ** 2, expected, where=expected > 0, out=0 * table)
@@ -97,9 +108,9 @@ def chi_square(x: Array, y: Array) -> Array:
 
 
 def cramers_v(x: Array, y: Array) -> Array:
-    """Bias-corrected V of each column of [n, B]; NaN where one of them is constant."""
+    """Bias-corrected Cramér's V of each column of [n, B]: [B], NaN for constant columns."""
     n, table = len(x), _tables(x, y)
-    # a resample may lack values
+    # values that occur in a resample
     r, c = (table.sum(2) > 0).sum(1), (table.sum(1) > 0).sum(1)
     phi = np.maximum(0, chi_square(x, y) - (r - 1) * (c - 1) / (n - 1))
     least = np.minimum(r - (r - 1) ** 2 / (n - 1), c - (c - 1) ** 2 / (n - 1)) - 1
@@ -108,7 +119,7 @@ def cramers_v(x: Array, y: Array) -> Array:
 
 
 def eta(x: Array, y: Array) -> Array:
-    """Correlation ratio of the numbers ``y`` by the categories ``x``, of each column of [n, B]."""
+    """Correlation ratio of the numbers ``y`` by the categories ``x``, for each column of [n, B]: [B]."""
     centred = y - y.mean(0)
     between = np.zeros(y.shape[1])
     for v in np.unique(x):
@@ -119,7 +130,7 @@ def eta(x: Array, y: Array) -> Array:
 
 
 def spearman(x: Array, y: Array) -> Array:
-    """Rank correlation of each column of [n, B]."""
+    """Spearman's rank correlation of each column of [n, B]: [B]."""
     a, b = (stats.rankdata(v, axis=0) for v in (x, y))
     a, b = a - a.mean(0), b - b.mean(0)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Simple numbers of a case's images as the network sees them: a histogram's shape, nothing about where."""
+"""Features of a case's images for the audit: the shape of the histogram, without positions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from ..data.checks import THREADS
 from ..data.sources import Case
 from ..images.nifti import read_volume
 from ..images.preprocessing import Preprocessing
@@ -17,23 +18,24 @@ from ..support.errors import UserError
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 BINS = 32
-"""Of the histogram whose entropy is taken, between the outer percentiles."""
+"""Bins of the histogram for the entropy, between the outer percentiles."""
 
 
 def intensity_features(
     cases: Sequence[Case],
     preprocessing: Preprocessing,
     done: Callable[[], object] = lambda: None,
-    threads: int = 4,
 ) -> NDArray[np.float64]:
-    """[n, C * 13]: of each channel after the plan's preprocessing: percentiles, mean, standard deviation, share of
-    zeros, skewness, kurtosis, entropy of the histogram.
+    """Features [n, C * 13] of n cases with C channels.
+
+    For each channel, after the plan's preprocessing: percentiles, mean, standard deviation, share of zeros,
+    skewness, kurtosis, and entropy of the histogram.
 
     Args:
         done: called after each case.
 
     Raises:
-        UserError: a file that cannot be read any more.
+        UserError: a file cannot be read any more.
     """
 
     def look(case: Case) -> NDArray[np.float64]:
@@ -49,7 +51,7 @@ def intensity_features(
         done()
         return found
 
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         return np.stack(list(pool.map(look, cases)))
     finally:
@@ -57,7 +59,7 @@ def intensity_features(
 
 
 def of_channel(image: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[13] of one channel; without contrast (a channel that is not there) no shape of a histogram."""
+    """The features [13] of one channel; without contrast (a missing channel), the histogram's shape is zeros."""
     x = np.asarray(image, np.float64).ravel()
     levels = np.percentile(x, PERCENTILES)
     shape = np.zeros(3)

@@ -1,4 +1,4 @@
-"""An audit as text for a terminal and as an HTML page that needs nothing else."""
+"""An audit as text for a terminal, and as a single HTML page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEAD = ("value", "95 % interval", "chance", "subjects", "p", "p corrected")
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """The audit for a terminal: a table of what is worth attention, then each in a sentence, the worst first."""
+    """The audit for a terminal: a table of the findings that need attention, then a sentence on each."""
     width = page_width()
     shown = [f for f in result["findings"] if f["level"] != "fine"]
     if shown:
@@ -65,7 +65,7 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """One line on all findings."""
+    """A line with the numbers of findings."""
     levels = [f["level"] for f in result["findings"]]
     counts = ", ".join(f"{title.lower()} {levels.count(k)}" for k, title in TITLES.items())
     return f"cases {result['cases']}, subjects {result['subjects']}: {counts}"
@@ -84,7 +84,7 @@ def _numbers(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cells(f: Mapping[str, Any]) -> list[str]:
-    """In the order of ``HEAD``; counts have no digits behind the point."""
+    """The cells of a finding under ``HEAD``; counts have no digits behind the point."""
     digits = 0 if f["measure"] in ("subjects", "values") else 2
     bounds = NONE
     if f["low"] is not None and f["high"] is not None:

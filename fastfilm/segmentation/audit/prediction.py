@@ -1,8 +1,8 @@
-"""How well a linear model predicts held-out subjects, with an interval and a p value.
+"""Cross-validated linear prediction of one variable from others, with an interval and a p-value.
 
 The model is ridge regression; for classes, of their indicators (Hastie, Tibshirani, Friedman, "The Elements of
-Statistical Learning", 4.2), divided by how common each class is in training, since every class counts alike. Its
-predictions are a matrix times the targets, so that those of thousands of permuted targets cost one product.
+Statistical Learning", 4.2), divided by each class's frequency in training, so that classes have equal weights.
+Its predictions are a matrix times the targets: those of thousands of permuted targets cost one product.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from numpy.typing import NDArray
 from scipy import stats
 
 FOLDS, REPEATS = 5, 3
-"""Parts of the cross-validation, and how often subjects are parted anew (the measure is the mean)."""
+"""Parts of the cross-validation, and its repetitions with new parts (the mean is taken)."""
 
 RIDGE = 0.05
-"""Weight of the squared coefficients for each row of the training, of standardised columns."""
+"""Weight of the squared coefficients of standardised columns, per training row."""
 
 RESAMPLES = 1000
-"""Of the bootstrap."""
+"""Resamples of the bootstrap."""
 
 PERMUTATIONS = 5000
-"""At most: with 200 tests, Holm's correction needs a p below 0.05 / 200."""
+"""Permutations at most: with 200 tests, Holm's correction needs p-values below 0.05 / 200."""
 
 BATCH, ENOUGH = 250, 10
-"""Permutations at a time, and how many as good as the truth end the search (Besag and Clifford 1991)."""
+"""Permutations at a time, and number of permutations as good as the truth that ends the test (Besag and Clifford
+1991)."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """A measure of prediction, its 95 % interval over ``n`` subjects, and p (more than chance) by permutation."""
+    """A measure of prediction, its 95 % interval over ``n`` subjects, and its one-sided p-value by permutation."""
 
     value: float
     low: float
@@ -47,7 +48,8 @@ class Folds:
     """Cross-validation of one table of features, ready for any target.
 
     Args:
-        x: [n, f]; columns that are constant say nothing and are left out.
+        x: features [n, f]; constant columns are left out.
+        seed: seed of the parts.
     """
 
     def __init__(self, x: Array, seed: int = 0) -> None:
@@ -73,20 +75,20 @@ class Folds:
 def auc(
     x: Array, y: NDArray[np.bool_], seed: int = 0, permutations: int = PERMUTATIONS
 ) -> Predicted:
-    """Area under the ROC curve of the classes ``y`` [n], from ``x`` [n, f]; 0.5 is chance."""
+    """Area under the ROC curve for predicting the class ``y`` [n] from ``x`` [n, f]; 0.5 is chance."""
 
     def score(slope: Array, mean: Array, target: Array) -> Array:
-        # without the training mean, which is lower where more positives are held out
+        # without the training mean, which is lower for parts with more positives
         return slope @ target
 
     return _tested(Folds(x, seed), y.astype(float), score, _auc, seed, permutations)
 
 
 def r2(x: Array, y: Array, seed: int = 0, permutations: int = PERMUTATIONS) -> Predicted:
-    """Share of the variance of ``y`` [n] that is predicted from ``x`` [n, f]; 0 (or less) is chance."""
+    """Share of the variance of ``y`` [n] predicted from ``x`` [n, f]; 0 or less is chance."""
 
     def residuals(slope: Array, mean: Array, target: Array) -> Array:
-        # [2, n, B]: of the prediction, and of the training mean
+        # [2, n, B]: residuals of the prediction and of the training mean
         around = target - mean @ target
         return np.stack([around - slope @ target, around])
 
@@ -96,7 +98,7 @@ def r2(x: Array, y: Array, seed: int = 0, permutations: int = PERMUTATIONS) -> P
 def balanced_accuracy(
     x: Array, y: NDArray[np.integer], seed: int = 0, permutations: int = PERMUTATIONS
 ) -> Predicted:
-    """Mean over the classes of ``y`` [n], 0..C-1, of the share found from ``x`` [n, f]; 1 / C is chance."""
+    """Mean recall over the C classes of ``y`` [n], 0..C-1, predicted from ``x`` [n, f]; 1 / C is chance."""
     classes = int(y.max()) + 1
 
     def chosen(slope: Array, mean: Array, target: Array) -> Array:
@@ -121,7 +123,7 @@ def balanced_accuracy(
 
 
 def _auc(score: Array, target: Array) -> Array:
-    """Of each column of [n, B]; NaN where there is one class only."""
+    """Area under the ROC curve of each column of [n, B]: [B], NaN for a single class."""
     positive = target > 0.5
     n, ranks = positive.sum(0), stats.rankdata(score, axis=0)
     pairs = n * (len(target) - n)
@@ -143,7 +145,12 @@ def _tested(
     seed: int,
     permutations: int,
 ) -> Predicted:
-    """Value, interval and p of ``measure`` (of each column) over ``predict``'s output for targets [n, B]."""
+    """Value, interval and p-value of ``measure`` on the predictions for ``y``.
+
+    Args:
+        predict: function of slope [n, n], mean [n, n] and targets [n, B] to predictions [..., n, B].
+        measure: function of predictions and targets to values [B].
+    """
     pairs = list(zip(folds.slopes, folds.means, strict=True))
 
     def values(target: Array) -> Array:
@@ -165,16 +172,16 @@ def permutation_p(
     rng: np.random.Generator,
     permutations: int = PERMUTATIONS,
 ) -> float:
-    """Share of permutations of ``y`` [n] whose value is as high, the truth among them.
+    """The share of permutations of ``y`` [n] with a value as high as ``value``, counting ``y`` itself.
 
     Args:
-        values: targets [n, B] -> [B].
+        values: function of targets [n, B] to values [B].
     """
     done = as_high = 0
     while done < permutations and as_high < ENOUGH:
         size = min(BATCH, permutations - done)
         shuffled = rng.permuted(np.repeat(y[:, None], size, 1), axis=0)
-        # sums in another order differ in the last digit
+        # sums in another order differ in their last digits
         as_high += int((values(shuffled) >= value - 1e-12).sum())
         done += size
     return (as_high + 1) / (done + 1)

@@ -1,4 +1,4 @@
-"""The questions that an audit asks of the rows; each is one test, made into a finding when all are answered."""
+"""The questions of an audit; each is a statistical test on the rows, with a finding as its answer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from .values import is_identifier
 
 Array = NDArray[np.float64]
 
+How = tuple[int, int]
+"""Seed of a test, and its number of permutations at most."""
+
 
 @dataclass(frozen=True)
 class Question:
-    """A test that can be made.
+    """A test of an audit.
 
     Attributes:
-        kind, about: of the finding.
-        ask: makes the test.
+        kind, about: those of the finding.
+        ask: performs the test.
     """
 
     kind: str
@@ -31,8 +34,8 @@ class Question:
     ask: Callable[[], Finding]
 
 
-def label_questions(rows: Rows, seed: int, permutations: int) -> Iterator[Question]:
-    """Presence and volume of each label from all input keys together, and from each key."""
+def label_questions(rows: Rows, how: How) -> Iterator[Question]:
+    """Predictions of each label's presence and volume from all input keys together, and from each key."""
     sources = {name: name for name in rows.encoded}
     tables = dict(rows.encoded)
     if len(rows.inputs) > 1:
@@ -53,30 +56,19 @@ def label_questions(rows: Rows, seed: int, permutations: int) -> Iterator[Questi
         for source in sources:
             x = tables[source][known]
             if both >= CLASS:
-                yield _predicted(
-                    "label",
-                    f"{source} -> presence of {label}",
-                    "AUC",
-                    x,
-                    here,
-                    0.5,
-                    seed,
-                    permutations,
-                )
+                about = f"{source} -> presence of {label}"
+                yield _predicted("label", about, "AUC", x, here, 0.5, how)
             if np.ptp(volume[known]) > 0:
-                y = np.log1p(volume[known])
-                yield _predicted(
-                    "label", f"{source} -> volume of {label}", "R2", x, y, 0.0, seed, permutations
-                )
+                about, y = f"{source} -> volume of {label}", np.log1p(volume[known])
+                yield _predicted("label", about, "R2", x, y, 0.0, how)
 
 
-def image_questions(
-    rows: Rows, kind: str, x: Array, seed: int, permutations: int
-) -> Iterator[Question]:
-    """Each column of the metadata from features [n, f] of the images.
+def image_questions(rows: Rows, kind: str, x: Array, how: How) -> Iterator[Question]:
+    """Predictions of each column of the metadata from features of the images.
 
     Args:
         kind: "intensity" or "geometry".
+        x: features [n, f].
     """
     if not (np.ptp(x, 0) > 0).any():
         rows.notes.append(f"{kind} is the same in all images: nothing is predicted from it")
@@ -86,9 +78,7 @@ def image_questions(
         if not column.categorical:
             there = column.there()
             if there.sum() >= FEWEST and np.ptp(column.x[there]) > 0:
-                yield _predicted(
-                    kind, about, "R2", x[there], column.x[there], 0.0, seed, permutations
-                )
+                yield _predicted(kind, about, "R2", x[there], column.x[there], 0.0, how)
             continue
         values, counts = np.unique(column.x[column.there()], return_counts=True)
         common = values[counts >= CLASS]
@@ -101,34 +91,32 @@ def image_questions(
             continue
         y = np.searchsorted(common, column.x[used])
         chance = 1 / len(common)
-        yield _predicted(kind, about, "balanced accuracy", x[used], y, chance, seed, permutations)
+        yield _predicted(kind, about, "balanced accuracy", x[used], y, chance, how)
 
 
-def pair_questions(rows: Rows, seed: int, permutations: int) -> Iterator[Question]:
-    """Each pair of columns of different keys."""
+def pair_questions(rows: Rows, how: How) -> Iterator[Question]:
+    """Associations between columns of different keys."""
     usable = [c for c in rows.columns if not is_identifier(c)]
     for i, a in enumerate(usable):
         for b in usable[i + 1 :]:
             if a.key != b.key:
-                yield from _associated(rows, "confounding", a, b, seed, permutations)
+                yield from _associated("confounding", a, b, how)
 
 
-def gap_questions(
-    rows: Rows, chosen_by: set[str], seed: int, permutations: int
-) -> Iterator[Question]:
-    """Each column against what is not there: annotations, other subjects of its fold; and labels against its gaps.
+def gap_questions(rows: Rows, chosen_by: set[str], how: How) -> Iterator[Question]:
+    """Associations of each column with annotation and fold, and of its missing values with the labels.
 
     Args:
-        chosen_by: keys that the folds were made by; those go with the fold.
+        chosen_by: keys by which the folds were made, and which are therefore associated with the fold.
     """
     usable = [c for c in rows.columns if not is_identifier(c)]
     fold = _of("fold", rows.fold, [str(k) for k in range(int(np.nanmax([*rows.fold, 0])) + 1)])
     for column in usable:
         for label, volume in rows.volumes.items():
             annotated = _of(f"{label} annotated", ~np.isnan(volume), ["no", "yes"])
-            yield from _associated(rows, "annotation", column, annotated, seed, permutations)
+            yield from _associated("annotation", column, annotated, how)
         if column.key not in chosen_by:
-            yield from _associated(rows, "fold", column, fold, seed, permutations)
+            yield from _associated("fold", column, fold, how)
     seen = set()
     for column in rows.columns:
         if column.key in seen:
@@ -139,18 +127,16 @@ def gap_questions(
             known = np.where(np.isnan(volume), np.nan, volume > 0)
             presence = _of(f"presence of {label}", known, ["no", "yes"])
             amount = _of(f"volume of {label}", np.log1p(volume), [])
-            yield from _associated(rows, "missing", gap, presence, seed, permutations)
-            yield from _associated(rows, "missing", gap, amount, seed, permutations)
+            yield from _associated("missing", gap, presence, how)
+            yield from _associated("missing", gap, amount, how)
 
 
 def _of(name: str, x: NDArray[np.generic], values: list[str]) -> Column:
     return Column(name, name, False, values, np.asarray(x, float))
 
 
-def _associated(
-    rows: Rows, kind: str, a: Column, b: Column, seed: int, permutations: int
-) -> Iterator[Question]:
-    """Nothing where there are too few subjects, or one of the columns hardly varies."""
+def _associated(kind: str, a: Column, b: Column, how: How) -> Iterator[Question]:
+    """The association of two columns; no question if there are too few subjects or a column hardly varies."""
     both = a.there() & b.there()
     x, y = a.x[both], b.x[both]
     if both.sum() < FEWEST or not (_varies(a, x) and _varies(b, y)):
@@ -158,24 +144,14 @@ def _associated(
     about = f"{a.name} - {b.name}"
 
     def ask() -> Finding:
-        found = associate(x, y, (a.categorical, b.categorical), seed, permutations)
-        return Finding(
-            kind,
-            about,
-            found.measure,
-            found.value,
-            found.low,
-            found.high,
-            found.chance,
-            found.n,
-            found.p,
-        )
+        found = associate(x, y, (a.categorical, b.categorical), *how)
+        return Finding(kind=kind, about=about, **vars(found))
 
     yield Question(kind, about, ask)
 
 
 def _varies(column: Column, x: Array) -> bool:
-    """Whether enough subjects differ from the most common value."""
+    """Whether ``CLASS`` subjects or more differ from the most common value."""
     counts = np.unique(x, return_counts=True)[1]
     return bool(counts.sum() - counts.max() >= CLASS)
 
@@ -187,8 +163,7 @@ def _predicted(
     x: Array,
     y: NDArray[np.generic],
     chance: float,
-    seed: int,
-    permutations: int,
+    how: How,
 ) -> Question:
     tests: dict[str, Callable[..., prediction.Predicted]] = {
         "AUC": prediction.auc,
@@ -197,9 +172,7 @@ def _predicted(
     }
 
     def ask() -> Finding:
-        found = tests[measure](x, y, seed, permutations)
-        return Finding(
-            kind, about, measure, found.value, found.low, found.high, chance, found.n, found.p
-        )
+        found = tests[measure](x, y, *how)
+        return Finding(kind=kind, about=about, measure=measure, chance=chance, **vars(found))
 
     return Question(kind, about, ask)

@@ -1,7 +1,7 @@
-"""A plan as a table for statistics: one case of each subject, its metadata, labels and fold.
+"""A plan as a table for statistics: a row per subject, with metadata, labels and fold of one of its cases.
 
-Cases of a subject are alike, so that tests over cases find associations that are not there. One case of each
-subject, drawn by the seed, keeps rows independent whatever varies within a subject.
+Cases of a subject are alike, so that tests over cases would find associations that do not exist. One case of each
+subject, drawn at random, keeps the rows independent.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy import stats
 
 from ..config.sections import MetadataKey
 from ..data.plan import PlanFolder
@@ -22,22 +23,22 @@ from ..support.errors import UserError
 from ..support.records import Record, read_record
 
 KINDS = ("category", "ordered", "multilabel", "continuous")
-"""Kinds of keys that the audit knows."""
+"""Kinds of keys that are audited."""
 
 MOST = 2000
-"""Subjects that are looked at: the work grows with their square, and intervals are narrow by then."""
+"""Subjects at most: the work grows with their square, and their intervals are narrow enough."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One variable of the rows: a key, or one value of a multilabel key.
+    """A variable: a key, or one value of a multilabel key.
 
     Attributes:
-        name: of the column, such as "site", or "findings: edema".
-        key: metadata key that it belongs to.
-        input: the network gets it.
-        values: names of the categories; none for a number.
-        x: [n] float64: position in ``values``, or the number; NaN where missing.
+        name: name of the column, such as "site", or "findings: edema".
+        key: its metadata key.
+        input: whether it conditions the network.
+        values: names of the categories; empty for a number.
+        x: [n], float64: position in ``values``, or the number; NaN if missing.
     """
 
     name: str
@@ -48,28 +49,28 @@ class Column:
 
     @property
     def categorical(self) -> bool:
-        """Whether it is one of several values."""
+        """Whether its values are categories."""
         return bool(self.values)
 
     def there(self) -> NDArray[np.bool_]:
-        """[n]: where it has a value."""
+        """Whether each subject has a value, [n]."""
         return ~np.isnan(self.x)
 
 
 @dataclass
 class Rows:
-    """One case of each subject.
+    """The table: one case of each of n subjects.
 
     Attributes:
-        cases: in the order of their subjects.
-        columns: of all keys.
-        encoded: key -> [n, w], what the network sees, and for numbers their ranks and squared ranks, so that a
-            linear model can bend.
-        inputs: keys that the network gets.
-        volumes: label -> [n] mL, NaN where it is not annotated.
-        geometry: [n, 6]: logarithms of the image's shape and spacing.
-        fold: [n]: fold that holds the subject out; NaN where none does.
-        notes: what was left out.
+        cases: cases in the order of their subjects.
+        columns: columns of all keys.
+        encoded: key -> [n, w], the encoded values; for numbers also ranks and squared ranks, for which a linear
+            model can be curved.
+        inputs: keys that condition the network.
+        volumes: label -> volume in mL [n], NaN if it is not annotated.
+        geometry: logarithms of the image's shape and spacing, [n, 6].
+        fold: fold that holds the subject out, [n]; NaN if none does.
+        notes: a line for each note on omissions.
     """
 
     cases: list[Case]
@@ -83,7 +84,7 @@ class Rows:
 
 
 class Facts(Record):
-    """What of a case's ``CaseFacts`` is read from a plan."""
+    """The entries of a case's ``CaseFacts`` that are read from a plan."""
 
     id: str
     digest: str
@@ -97,21 +98,20 @@ class Fingerprint(Record):
 
     cases: list[Facts]
 
-    def by_id(self) -> dict[str, Facts]:
-        """Case -> its facts."""
-        return {f.id: f for f in self.cases}
-
 
 def read_rows(plan: PlanFolder, seed: int) -> Rows:
-    """The rows of a plan.
+    """The table of a plan.
+
+    Args:
+        seed: seed of the drawn cases.
 
     Raises:
-        UserError: no metadata keys; a fingerprint that is none, or lacks a case.
+        UserError: the plan has no metadata keys, or its fingerprint is damaged or lacks a case.
     """
     if not plan.config.metadata:
         raise UserError("metadata: the configuration has no key, so there is nothing to audit")
     file = plan.path / "fingerprint.json"
-    facts = read_record(file, Fingerprint, "the fingerprint of a plan").by_id()
+    facts = {f.id: f for f in read_record(file, Fingerprint, "the fingerprint of a plan").cases}
     lacking = [c.id for c in plan.cases if c.id not in facts]
     if lacking:
         raise UserError(f"{file}: has no case {lacking[0]!r}")
@@ -130,7 +130,7 @@ def read_rows(plan: PlanFolder, seed: int) -> Rows:
 
 
 def add_keys(rows: Rows, keys: Mapping[str, MetadataKey]) -> None:
-    """Columns and encodings of the keys; those that cannot be used are said in the notes."""
+    """Adds columns and encodings of the keys, and a note for each key that cannot be used."""
     for name, key in keys.items():
         values = [c.metadata.get(name) for c in rows.cases]
         if key.kind not in KINDS:
@@ -139,7 +139,7 @@ def add_keys(rows: Rows, keys: Mapping[str, MetadataKey]) -> None:
         if all(is_missing(v, key) for v in values):
             rows.notes.append(f"{name} is left out: none of the drawn cases has a value")
             continue
-        # "unseen" and dropout are about training
+        # "unseen" and dropout matter in training only
         plain = key.model_copy(update={"unseen": "error", "dropout": 0.0})
         table = {c.id: {name: v} for c, v in zip(rows.cases, values, strict=True)}
         encoder = MetadataEncoder.fit(table, {name: plain})[name]
@@ -156,7 +156,7 @@ def add_keys(rows: Rows, keys: Mapping[str, MetadataKey]) -> None:
 def _drawn(
     cases: Sequence[Case], digests: Mapping[str, str], seed: int
 ) -> tuple[list[Case], list[str]]:
-    """One case of each subject; of subjects with identical images the first."""
+    """One case of each subject, and notes; of subjects with identical images only the first is drawn."""
     rng = np.random.default_rng(seed)
     by_subject: dict[str, list[Case]] = {}
     for case in cases:
@@ -213,9 +213,7 @@ def _columns(
 
 
 def _bent(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[n, 2]: rank in -1..1 (0 where missing) and its square."""
-    from scipy import stats
-
+    """Ranks of ``x`` [n] in -1..1 (0 if missing) and their squares, [n, 2]."""
     there = ~np.isnan(x)
     rank = np.zeros(len(x))
     rank[there] = 2 * (stats.rankdata(x[there]) - 0.5) / there.sum() - 1

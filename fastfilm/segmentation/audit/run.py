@@ -1,8 +1,9 @@
-"""The audit of a plan: all questions, one correction over them, plain JSON."""
+"""The audit of a plan: all questions, a correction for their number, and the result as plain JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ..data.plan import PlanFolder
@@ -19,21 +20,19 @@ def audit(
     plan: PlanFolder,
     seed: int = 0,
     progress: Callable[[int], Callable[[], object]] = lambda n: lambda: None,
-    permutations: int = PERMUTATIONS,
 ) -> dict[str, Any]:
-    """What the metadata of a plan give away.
+    """Audits the metadata of a plan.
 
     Args:
-        seed: of drawn cases, cross-validation, bootstrap and permutations.
-        progress: gets a number of steps, of the images and then of the tests; what it returns is called after
+        seed: seed of drawn cases, cross-validation, bootstrap and permutations.
+        progress: called with the number of images, and then with that of the tests; its result is called after
             each.
-        permutations: at most, for each test.
 
     Returns:
-        ``cases``, ``subjects``, ``findings`` (those of ``Finding``, worst first) and ``notes``; plain JSON.
+        ``cases``, ``subjects``, ``findings`` (as ``Finding``, worst first) and ``notes``, as plain JSON.
 
     Raises:
-        UserError: no metadata keys, an image that cannot be read any more.
+        UserError: the plan has no metadata keys, or an image cannot be read any more.
     """
     rows = read_rows(plan, seed)
     findings = value_findings(rows, plan)
@@ -43,13 +42,13 @@ def audit(
             " metadata, metadata from images, confounding and gaps were not audited"
         )
     else:
-        findings += _asked(rows, plan, seed, progress, permutations)
+        findings += _asked(rows, plan, seed, progress)
     inputs = {c.name for c in rows.columns if c.input} | {*rows.inputs}
     ranked = worst_first([judged(f, inputs) for f in corrected(findings)])
     return {
         "cases": len(plan.cases),
         "subjects": len(rows.cases),
-        "findings": [f.to_json() for f in ranked],
+        "findings": [asdict(f) for f in ranked],
         "notes": rows.notes,
     }
 
@@ -59,7 +58,6 @@ def _asked(
     plan: PlanFolder,
     seed: int,
     progress: Callable[[int], Callable[[], object]],
-    permutations: int,
 ) -> list[Finding]:
     for column in rows.columns:
         if is_identifier(column):
@@ -70,13 +68,13 @@ def _asked(
     intensities = intensity_features(rows.cases, plan.plan.preprocessing, done)
     splits = plan.config.splits
     chosen_by = {k for k in (splits.leave_out, splits.group) if k is not None} | {*splits.stratify}
-    how = (seed, permutations)
+    how = (seed, PERMUTATIONS)
     questions = [
-        *label_questions(rows, *how),
-        *image_questions(rows, "intensity", intensities, *how),
-        *image_questions(rows, "geometry", rows.geometry, *how),
-        *pair_questions(rows, *how),
-        *gap_questions(rows, chosen_by, *how),
+        *label_questions(rows, how),
+        *image_questions(rows, "intensity", intensities, how),
+        *image_questions(rows, "geometry", rows.geometry, how),
+        *pair_questions(rows, how),
+        *gap_questions(rows, chosen_by, how),
     ]
     done = progress(len(questions))
     findings = []

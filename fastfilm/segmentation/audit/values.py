@@ -1,4 +1,4 @@
-"""Keys and values that teach a network nothing, or the wrong thing: constant, nearly unique, rare, of one site."""
+"""Findings on single keys and values: constant, nearly unique, rare, or of one site only."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ..data.plan import PlanFolder
 from ..data.sources import Case
 from ..metadata.encoder import as_category, is_missing
 from ..support.hints import some
-from .findings import CLASS, Finding
+from .findings import CLASS, Finding, Level
 from .rows import Column, Rows
 
 SHARED = 2
-"""Subjects a value must have on average, else the key is nearly an identifier."""
+"""Subjects per value, on average, below which a key is nearly an identifier."""
 
 NAMED = ("category", "ordered", "multilabel")
-"""Kinds whose values are names."""
+"""Kinds of keys with names as values."""
 
 
 def is_identifier(column: Column) -> bool:
-    """Whether hardly any two subjects share a value."""
+    """Whether subjects hardly share values, by ``SHARED``."""
     there = column.x[column.there()]
     return column.categorical and len(there) < SHARED * len(np.unique(there))
 
 
 def value_findings(rows: Rows, plan: PlanFolder) -> list[Finding]:
-    """Constant keys, identifiers, rare values and values of one site."""
+    """Findings on constant keys, identifiers, rare values and values of one site."""
     findings = []
     for column in rows.columns:
         there = column.x[column.there()]
@@ -46,46 +46,32 @@ def value_findings(rows: Rows, plan: PlanFolder) -> list[Finding]:
 
 
 def sites(plan: PlanFolder) -> list[str]:
-    """Keys that say where a subject comes from: not given to the network, or named so in the configuration."""
+    """Keys of a subject's origin: not given to the network, or used as such by splits or trial."""
     config = plan.config
     named = (config.trial.cluster, config.splits.leave_out, config.splits.group)
     return [k for k, key in config.metadata.items() if k in named or not key.input]
 
 
 def _constant(column: Column, n: int) -> Finding:
-    return Finding(
-        kind="constant",
-        about=column.name,
-        measure="values",
-        value=1,
-        low=None,
-        high=None,
-        chance=1,
-        n=n,
-        level="look" if column.input else "fine",
-        text=f"{column.name} has the same value in all {n} subjects that have one.",
-        advice="Leave it out: a network learns nothing from it, and other values were never trained.",
-    )
+    level: Level = "look" if column.input else "fine"
+    head = "constant", column.name, "values", 1
+    text = f"{column.name} has the same value in all {n} subjects that have one."
+    advice = "Leave it out: a network learns nothing from it, and other values were never trained."
+    return Finding(*head, None, None, 1, n, level=level, text=text, advice=advice)
 
 
 def _identifier(column: Column, different: int, n: int) -> Finding:
-    return Finding(
-        kind="identifier",
-        about=column.name,
-        measure="values",
-        value=different,
-        low=None,
-        high=None,
-        chance=n / SHARED,
-        n=n,
-        level="warning",
-        text=f"{column.name} has {different} values in {n} subjects: it nearly names the subject.",
-        advice="Leave it out, set input: false, or join values: a network can learn subjects by heart.",
+    text = f"{column.name} has {different} values in {n} subjects: it nearly names the subject."
+    advice = (
+        "Leave it out, set input: false, or join values: a network can learn subjects by heart."
     )
+    chance = n / SHARED
+    head = "identifier", column.name, "values", different
+    return Finding(*head, None, None, chance, n, level="warning", text=text, advice=advice)
 
 
 def _rare(name: str, key: MetadataKey, plan: PlanFolder) -> list[Finding]:
-    """One finding for the values that have few subjects in the training of some fold."""
+    """A finding on the values with few training subjects in some fold, if there are any."""
     fewest: dict[str, tuple[int, int]] = {}
     every = _subjects(name, key, plan.cases)
     for k, fold in enumerate(plan.folds):
@@ -99,25 +85,17 @@ def _rare(name: str, key: MetadataKey, plan: PlanFolder) -> list[Finding]:
         return []
     value, (least, k) = min(rare.items(), key=lambda v: v[1])
     listed = some([f"{v} ({n} in fold {j})" for v, (n, j) in rare.items()], 6)
-    return [
-        Finding(
-            kind="rare",
-            about=f"{name} = {value}",
-            measure="subjects",
-            value=least,
-            low=None,
-            high=None,
-            chance=CLASS,
-            n=sum(len(s) for s in every.values()),
-            level="look",
-            text=f"Values of {name} with fewer than {CLASS} training subjects: {listed}.",
-            advice="What is learned of them is that of a few subjects: join values, or read results by value.",
-        )
-    ]
+    about, n = f"{name} = {value}", sum(len(s) for s in every.values())
+    text = f"Values of {name} with fewer than {CLASS} training subjects: {listed}."
+    advice = (
+        "What is learned of them is that of a few subjects: join values, or read results by value."
+    )
+    head = "rare", about, "subjects", least
+    return [Finding(*head, None, None, CLASS, n, level="look", text=text, advice=advice)]
 
 
 def _subjects(name: str, key: MetadataKey, cases: Sequence[Case]) -> dict[str, set[str]]:
-    """Value -> subjects that have it."""
+    """Value -> the subjects with it."""
     found: dict[str, set[str]] = {}
     for case in cases:
         value = case.metadata.get(name)
@@ -133,7 +111,7 @@ def _subjects(name: str, key: MetadataKey, cases: Sequence[Case]) -> dict[str, s
 
 
 def _of_one_site(rows: Rows, places: Collection[str]) -> list[Finding]:
-    """Values of input keys that occur at one site only, although others could have them."""
+    """Findings on values of input keys that occur at one site only, although there are several sites."""
     by_name: Mapping[str, Column] = {c.name: c for c in rows.columns}
     findings = []
     for place in places:
@@ -151,20 +129,12 @@ def _of_one_site(rows: Rows, places: Collection[str]) -> list[Finding]:
                     continue
                 if column.values == ["no", "yes"] and value == "no" and column.name != column.key:
                     continue
+                about, n = f"{column.name} = {value}", int(both.sum())
+                where = f"{place} = {site.values[int(at[0])]}"
+                text = f"All {of.sum()} subjects with {about} have {where}."
+                advice = f"What is learned of the value may be that of {place}: it cannot be told from it."
+                head = "one site", about, "subjects", float(of.sum())
                 findings.append(
-                    Finding(
-                        kind="one site",
-                        about=f"{column.name} = {value}",
-                        measure="subjects",
-                        value=float(of.sum()),
-                        low=None,
-                        high=None,
-                        chance=CLASS,
-                        n=int(both.sum()),
-                        level="look",
-                        text=f"All {of.sum()} subjects with {column.name} = {value} have {place} ="
-                        f" {site.values[int(at[0])]}.",
-                        advice=f"What is learned of the value may be that of {place}: it cannot be told from it.",
-                    )
+                    Finding(*head, None, None, CLASS, n, level="look", text=text, advice=advice)
                 )
     return findings

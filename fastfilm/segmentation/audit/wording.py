@@ -1,4 +1,4 @@
-"""Level, sentence and advice of a finding that was tested."""
+"""Level, sentence and advice of a tested finding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .findings import Finding, Level, is_inseparable, is_leak, is_real
 
 
 def judged(finding: Finding, inputs: Collection[str]) -> Finding:
-    """With level, text and advice.
+    """The finding with level, text and advice; one without a test is returned unchanged.
 
     Args:
-        inputs: names of columns that the network gets.
+        inputs: names of columns that condition the network.
     """
     if finding.p is None:
         return finding
@@ -80,7 +80,7 @@ def _image(f: Finding, inputs: Collection[str]) -> tuple[Level, str]:
         )
     return "look", (
         "The network can tell it from the image although it is not given: hold values out (splits.leave_out) to"
-        " see what that does."
+        " see the effect."
     )
 
 

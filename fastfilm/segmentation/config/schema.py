@@ -105,7 +105,7 @@ class Config(Section):
             hint = did_you_mean(name, self.metadata) or (
                 f" (metadata.{name}.input: false reads it without giving it to the network)"
             )
-            raise ValueError(f"{setting}: {name!r} is no metadata key{hint}")
+            raise ValueError(f"{setting}: {name!r} is not a metadata key{hint}")
         kind = self.metadata[name].kind
         if kinds and kind not in kinds:
             raise ValueError(

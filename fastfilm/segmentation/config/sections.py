@@ -109,7 +109,7 @@ class Data(Section):
     )
     missing_labels: Literal["error", "mask", "skip"] = Field(
         "error",
-        description="a label file that is not there: refuse, leave the label out of the case's loss,"
+        description="a missing label file: refuse, leave the label out of the case's loss,"
         " or leave the case out",
     )
     annotated_column: str | None = Field(
@@ -196,7 +196,7 @@ class MetadataKey(Section):
     )
     missing: list[str] | None = Field(
         None,
-        description="spellings of a missing value, beside an empty cell (a text in values is none of them);"
+        description="spellings of a missing value, beside an empty cell (a text in values never is one);"
         " none: bids n/a; csv n/a, na, nan, none, null",
     )
     input: bool = Field(
@@ -384,7 +384,7 @@ class Training(Section):
     )
     channels_last: bool = True
     ema: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="decay of the weights' moving average, which is what is saved"
+        None, description="decay of the weights' moving average, which is saved in their place"
     )
     balance: str | None = Field(
         None, description="metadata key whose values are drawn equally often ('label': tasks too)"

@@ -26,6 +26,9 @@ SAMPLED = 2000
 FAR = 1e4
 """Distance of outliers from the central 99 % of the intensities, in widths of that range."""
 
+THREADS = 4
+"""Cases that are read at once."""
+
 LARGE, SMALL = 50.0, 0.001
 """Voxel sizes in mm above and below which the unit of length is doubtful."""
 
@@ -66,13 +69,12 @@ class CaseFacts:
 
 
 def check_cases(
-    cases: Iterable[Case], data: Data, done: Callable[[], None] = lambda: None, threads: int = 4
+    cases: Iterable[Case], data: Data, done: Callable[[], None] = lambda: None
 ) -> tuple[list[CaseFacts], list[str], list[str]]:
     """Reads and checks the files of all cases.
 
     Args:
         done: called after each case.
-        threads: number of cases that are read at once.
 
     Returns:
         the measurements of the faultless cases; a line for each problem; a line for each remark.
@@ -85,7 +87,7 @@ def check_cases(
         return found
 
     # threads suffice: reading is mostly decompression, which releases the interpreter's lock
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         results = list(pool.map(look, cases))
     finally:

@@ -223,7 +223,7 @@ def _labels(
                 expected[name] = str(wanted) + _instead(wanted.parent, stem(image))
             there = [p for p in (wanted, wanted.with_suffix("")) if os.path.lexists(p)]
             if len(there) > 1:
-                found.problems.append(f"{there[0]} and {there[1].name}: both are there")
+                found.problems.append(f"{there[0]} and {there[1].name}: both exist")
             if there:
                 # data.missing_labels is for labels that were not annotated, not for a file that was not fetched
                 if not there[0].exists():

@@ -265,7 +265,7 @@ def add_case(
         for name in annotated:
             if name not in data.labels:
                 found.problems.append(
-                    f"{case.id}: {data.annotated_column} names {name!r}, which is no label"
+                    f"{case.id}: {data.annotated_column} names {name!r}, which is not a label"
                 )
             elif name not in labels:
                 found.problems.append(

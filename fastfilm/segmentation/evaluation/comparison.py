@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ..support.errors import UserError
@@ -57,5 +58,5 @@ def compare_summaries(
             found = compare([x[k][0] for k in keys], [y[k][0] for k in keys],
                             [x[k][1] for k in keys], seed)  # fmt: skip
             if found is not None:
-                result["labels"][label][metric] = found.to_json()
+                result["labels"][label][metric] = asdict(found)
     return result

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..metadata.groups import groupings
 from ..prediction.postprocessing import Mask
 from ..support.errors import UserError
 from ..support.files import write_json, write_text
-from ..support.hints import some
+from ..support.hints import counted, some
 from ..support.records import Measured, Plain, Record, read_record
 from .metrics import METRICS, Values, case_metrics, is_sheared
 from .pairs import Pair, Pairs
@@ -110,14 +110,12 @@ def evaluate_pairs(
     pairs: Pairs,
     tolerance: float = 1.0,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
-    threads: int = 2,
 ) -> Evaluation:
     """Metrics of every pair; a case that cannot be evaluated does not stop the others.
 
     Args:
         tolerance: tolerance of the normalised surface distance (NSD), in mm.
         progress: called with the number of cases; its result is called after each.
-        threads: number of cases that are evaluated at once.
     """
     by_case: dict[str, list[Pair]] = {}
     for pair in pairs.pairs:
@@ -135,7 +133,8 @@ def evaluate_pairs(
         finally:
             done()
 
-    with ThreadPoolExecutor(threads) as pool:
+    # two, as a case needs much memory
+    with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(one, by_case.values()))
     return Evaluation(
         found=[e for r in results if not isinstance(r, str) for e in r],
@@ -292,7 +291,7 @@ class _Summary(Record):
         ):
             twice = next((n for n, count in Counter(names).items() if count > 1), None)
             if twice is not None:
-                raise ValueError(f"{what} {twice!r} is there twice")
+                raise ValueError(f"{what} {twice!r} occurs twice")
         means = [m for d in self.labels.values() for m in (d.metrics, *self._groups(d))]
         if not all(METRICS.keys() <= m.keys() for m in means):
             raise ValueError("labels: a metric is missing")
@@ -343,7 +342,7 @@ def load_mask(path: Path, values: Sequence[int] | None) -> tuple[NiftiVolume, Ma
 
 
 def _files(paths: Sequence[Path]) -> str:
-    return f"{len(paths)} file{'s' if len(paths) > 1 else ''}: {some(sorted(paths))}"
+    return f"{counted(len(paths), 'file')}: {some(sorted(paths))}"
 
 
 def _case(group: Sequence[Pair], tolerance: float, seen: Seen, foreign: bool) -> list[Evaluated]:
@@ -390,7 +389,7 @@ def _strange(
 def _means(rows: Iterable[Evaluated], seed: int) -> dict[str, Any]:
     listed = list(rows)
     subjects = [e.pair.subject for e in listed]
-    return {m: mean_of([e.values[m] for e in listed], subjects, seed).to_json() for m in METRICS}
+    return {m: asdict(mean_of([e.values[m] for e in listed], subjects, seed)) for m in METRICS}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,7 @@ def swap_table(
                 for e in run
                 if e.pair.case in names
             }
-        rows[group] = {
-            fed: mean_of(*_columns(d.values()), seed).to_json() for fed, d in dice.items()
-        }
+        rows[group] = {fed: asdict(mean_of(*_columns(d.values()), seed)) for fed, d in dice.items()}
         differences[group] = {}
         for fed, d in dice.items():
             both = [k for k in d if group in dice and k in dice[group]]
@@ -156,7 +155,7 @@ def swap_table(
             found = compare(
                 [dice[group][k][0] for k in both], [d[k][0] for k in both], subjects, seed
             )
-            differences[group][fed] = None if found is None else found.to_json()
+            differences[group][fed] = None if found is None else asdict(found)
     return {"rows": rows, "differences": differences}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..support import memory
 from ..support.encoding import dangling
 from ..support.errors import UserError
-from ..support.hints import is_dicom
+from ..support.hints import counted, is_dicom
 from .preprocessing import Volume
 
 MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
@@ -34,7 +34,7 @@ REMARKS = {
     "orientation": "neither sform nor qform in the header; the axes are taken as left, anterior, superior",
     "qform": "the qform places voxels elsewhere than the sform; the sform is used",
     "sheared": "the axes are not at right angles; resampling and patches follow them as they are",
-    "longer": "the file holds more than its header says; what follows is not read",
+    "longer": "the file holds more than its header says; the rest is not read",
 }
 """Kinds of remarks on a file, with the treatment of such files."""
 
@@ -77,10 +77,9 @@ class Remarks:
             files = self.files.get(kind, {})
             if files:
                 path, detail = min(files.items())
-                count, such = (
-                    (f"{len(files)} files", "such as ") if len(files) > 1 else ("1 file", "")
-                )
-                yield f"{count}: {REMARKS[kind]}: {such}{path}" + (f" ({detail})" if detail else "")
+                such = "such as " if len(files) > 1 else ""
+                line = f"{counted(len(files), 'file')}: {REMARKS[kind]}: {such}{path}"
+                yield line + (f" ({detail})" if detail else "")
 
 
 def read_volume(path: Path) -> NiftiVolume:

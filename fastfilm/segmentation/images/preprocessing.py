@@ -172,7 +172,7 @@ class Preprocessing(Section):
             )
         there = [np.asarray(i) for i in images if i is not None]
         if not there:
-            raise UserError("none of the case's image channels is there")
+            raise UserError("all image channels of the case are missing")
         for i in there:
             if i.ndim != 3 or i.shape != there[0].shape or 0 in i.shape:
                 raise UserError(

@@ -242,7 +242,7 @@ def _check_names(option: str, names: Sequence[str]) -> None:
         if not name.strip():
             raise UserError(f"{option}: a name is empty")
         if list(names).count(name) > 1:
-            raise UserError(f"{option}: {name!r} is there twice")
+            raise UserError(f"{option}: {name!r} occurs twice")
 
 
 def _state(path: Path) -> dict[str, Tensor]:

@@ -363,7 +363,7 @@ def _check_version(path: str, written: str) -> None:
     about = f"{path}: was written by fastfilm {written}, this is fastfilm {fastfilm.__version__}"
     if theirs[0] > ours[0]:
         raise UserError(f"{about}; a newer major version is not read")
-    print(f"{about}: what is new there is not known here", file=sys.stderr)
+    print(f"{about}: its new features are not supported", file=sys.stderr)
 
 
 def _numbers(version: str) -> tuple[int, int, int] | None:

@@ -203,5 +203,5 @@ def _argument(value: Any, channels: int, out: int, dims: int) -> Any:
         cls = getattr(nn, value.removeprefix("torch.nn."), None)
         if isinstance(cls, type) and issubclass(cls, nn.Module):
             return cls
-        raise ValueError(f"arguments: {value!r} is no class of torch.nn")
+        raise ValueError(f"arguments: {value!r} is not a class of torch.nn")
     return value

@@ -146,7 +146,7 @@ def find_inputs(
         )
     if table is None and (source / "participants.tsv").is_file():
         table = source / "participants.tsv"
-    rows = None if table is None else _rows(table)
+    rows = None if table is None else read_rows(table)
     bids = source if source.is_dir() and any(source.glob("sub-*/")) else None
     cases = []
     for name, channels in sorted(groups.items()):
@@ -202,7 +202,7 @@ STRICT, LOOSE, SUBJECTS = ("case", "image"), ("id",), ("participant_id", "subjec
 """Columns with the name of a row's case; with a name that may be the case's; with the subject."""
 
 
-def _rows(path: Path) -> Table:
+def read_rows(path: Path) -> Table:
     """A table of metadata.
 
     Raises:
@@ -239,7 +239,7 @@ def _entities(row: Mapping[str, str]) -> list[str]:
     return [n for n in row if n.removesuffix("_id") in ("ses", "session", "run", "acq")]
 
 
-def _row_of(
+def row_of(
     table: Table, names: Sequence[str], entities: Mapping[str, str]
 ) -> Mapping[str, str] | None:
     """The row of a case; None if there is none.
@@ -299,7 +299,7 @@ def _case(
     row: Mapping[str, str] | None = {}
     if table is not None:
         try:
-            row = _row_of(
+            row = row_of(
                 table, [name, stem(first), subject, subject.removeprefix("sub-")], entities
             )
         except UserError as error:

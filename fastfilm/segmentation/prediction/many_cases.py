@@ -194,7 +194,7 @@ def _check_targets(
                 )
             if listed and not _ours(path):
                 raise UserError(
-                    f"{path}: is there and was not written by fastfilm predict: write to another folder"
+                    f"{path}: exists and was not written by fastfilm predict: write to another folder"
                 )
 
 

@@ -45,7 +45,7 @@ def swap_values(text: str, model: LoadedModel) -> tuple[str, list[str | None]]:
                 f"--swap {text}: {v!r} was not in training; expected {', '.join(encoder.values)}"
             )
         if row in rows:
-            raise UserError(f"--swap {text}: {name!r} is there twice (as {rows[row]!r})")
+            raise UserError(f"--swap {text}: {name!r} occurs twice (as {rows[row]!r})")
         rows[row] = name
     return key, values
 

@@ -1,1 +1,1 @@
-"""Tables, pictures and HTML pages of results."""
+"""Reports of results: tables, pictures and HTML pages."""

@@ -27,44 +27,44 @@ from .inspection import Inspection, principal_components, spread
 from .layout import number, plain
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
-"""Okabe and Ito's, told apart by most colour-blind readers."""
+"""Colours of Okabe and Ito, which most colour-blind readers can tell apart."""
 
 MARKERS = "os^Dv<>"
-"""With the colours, for as many values as both have together."""
+"""Markers, which change after each round of the colours."""
 
 DPI = 110
 
 TALLEST = 60.0
-"""Inches of a picture's height at most."""
+"""Height of a picture in inches at most."""
 
 LEGEND = 42
 """Entries of a legend at most."""
 
 LAYERS = 24
-"""FiLM layers in a picture at most: those that the metadata change most."""
+"""FiLM layers in a picture at most; the metadata change these most."""
 
 
 def png(figure: Figure) -> bytes:
     """The picture as PNG."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # names in scripts that the font does not have
+        # for names with characters that the font lacks
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
     return file.getvalue()
 
 
 def write_png(path: Path, picture: bytes) -> None:
-    """Atomically."""
+    """Writes a picture, atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(picture)
 
 
 def text(name: str, longest: int = 28) -> str:
-    """A user's name as matplotlib shall show it: on one line, not too long, nothing in it a formula."""
+    """A user's name as text for matplotlib: on one line, cut to ``longest`` characters, and never a formula."""
     name = plain(name)
     name = name if len(name) <= longest else f"{name[: longest - 1]}…"
-    # a legend leaves out what begins with an underscore
+    # matplotlib leaves names with a leading underscore out of legends
     return name.replace("$", r"\$").replace("_", "\u200b_", 1 if name.startswith("_") else 0)
 
 
@@ -97,7 +97,7 @@ def overlays(summary: Mapping[str, Any], most: int = 6) -> tuple[Figure | None, 
     """Cases from the worst to the best mean Dice: outlines of truth and prediction on the image.
 
     Returns:
-        the figure, None where no case can be shown; a sentence on cases that cannot, or "".
+        the figure (None if no case can be shown), and a sentence on the cases that cannot ("" if all can).
     """
     cases: list[Mapping[str, Any]] = []
     left_out: list[Mapping[str, Any]] = []
@@ -106,7 +106,7 @@ def overlays(summary: Mapping[str, Any], most: int = 6) -> tuple[Figure | None, 
     said = ""
     if left_out:
         names = some([c["case"] for c in left_out])
-        said = f"{len(left_out)} cases cannot be shown, their image or masks are not there: {names}"
+        said = f"{len(left_out)} cases cannot be shown, their image or masks are missing: {names}"
     if not cases:
         return None, said
     pick = np.unique(np.linspace(0, len(cases) - 1, min(most, len(cases))).round().astype(int))
@@ -135,7 +135,7 @@ def overlays(summary: Mapping[str, Any], most: int = 6) -> tuple[Figure | None, 
 
 
 def _shows(case: Mapping[str, Any]) -> bool:
-    """Whether image and masks of a case are there."""
+    """Whether the files of a case's image and masks exist."""
     files = [f[what] for f in case["files"].values() for what in ("prediction", "reference")]
     return len(files) > 0 and all(p and Path(p).is_file() for p in (case["image_file"], *files))
 
@@ -179,10 +179,10 @@ def paired_scatter(a: Mapping[Any, Any], b: Mapping[Any, Any], names: tuple[str,
 
 
 def swap_heat_map(result: Mapping[str, Any]) -> Figure:
-    """Dice by true (rows) and fed value (columns), with 95 % intervals where there is room for them."""
+    """Dice by true (rows) and fed value (columns), with 95 % intervals if there is room."""
     rows = list(result["rows"])
     columns = list(next(iter(result["rows"].values())))
-    mean = np.array([[_none(result["rows"][r][c]["mean"]) for c in columns] for r in rows])
+    mean = np.array([[result["rows"][r][c]["mean"] for c in columns] for r in rows], float)
     few = len(columns) <= 8
     size = 2.2 + (1.7 if few else 0.55) * len(columns), 1.6 + (0.85 if few else 0.3) * len(rows)
     figure = Figure(figsize=(size[0], min(size[1], TALLEST)), layout="constrained")
@@ -217,7 +217,7 @@ def film_heat_maps(found: Inspection) -> Figure:
     found, said = _most_changed(found)
     n = len(found.layers)
     high = min(0.22 * len(found.values) + 0.62, TALLEST / n)
-    # names of values that have room beside the rows
+    # only as many names of values as there is room for
     step = max(1, round(0.15 * len(found.values) / max(high - 0.62, 0.15)))
     named = range(0, len(found.values), step)
     figure = Figure(figsize=(11, n * high + 0.9), layout="constrained")
@@ -245,7 +245,7 @@ def film_heat_maps(found: Inspection) -> Figure:
 
 
 def film_components(found: Inspection) -> Figure:
-    """Values on the first two principal components of all layers' γ and β, and of each layer's."""
+    """The values on the first two principal components of γ and β, for all layers together and for each layer."""
     every = [np.concatenate([layer.gamma, layer.beta], 1) for layer in found.layers]
     found, said = _most_changed(found)
     n = len(found.layers)
@@ -284,17 +284,13 @@ def film_components(found: Inspection) -> Figure:
 
 
 def _most_changed(found: Inspection) -> tuple[Inspection, str]:
-    """With ``LAYERS`` layers at most, and words on that for the title."""
+    """The inspection with ``LAYERS`` layers at most, and the end of a title that says so."""
     n = len(found.layers)
     if n <= LAYERS:
         return found, ""
     ranked = sorted(range(n), key=lambda i: spread(found.layers[i]), reverse=True)
     kept = [found.layers[i] for i in sorted(ranked[:LAYERS])]
     return replace(found, layers=kept), f" ({LAYERS} of {n} layers, those that differ most)"
-
-
-def _none(value: float | None) -> float:
-    return np.nan if value is None else value
 
 
 def _mean_dice(case: Mapping[str, Any], undefined: float | None = 1.0) -> Any:
@@ -318,7 +314,7 @@ def _overlay(
                 raise UserError(f"{files[what]}: its shape is not that of the image {path}")
             pair.append(_canonical(mask.astype(np.uint8), image.affine)[0] > 0)
         masks[value] = tuple(pair)
-    # across the thickest direction, else axial
+    # slices across the thickest direction, or axial ones
     axis = int(np.argmax(spacing)) if max(spacing) > 1.5 * np.median(spacing) else 2
     marked = sum(t.astype(int) + p for t, p in masks.values())
     others = tuple(a for a in range(3) if a != axis)
@@ -352,19 +348,11 @@ def _overlay(
         ((0.5, 0.02), names[others[1]][0]),
         ((0.5, 0.98), names[others[1]][1]),
     ):
-        axes.text(
-            x,
-            y,
-            side,
-            color="yellow",
-            fontsize=8,
-            transform=axes.transAxes,
-            ha="center",
-            va="center",
-        )
+        style = {"color": "yellow", "fontsize": 8, "ha": "center", "va": "center"}
+        axes.text(x, y, side, transform=axes.transAxes, **style)
 
 
 def _canonical(array: Volume, affine: NDArray[np.float64]) -> tuple[Volume, Volume]:
-    """Array and affine turned to right, anterior, superior."""
+    """Array and affine in the orientation right, anterior, superior."""
     turned = nib.as_closest_canonical(nib.Nifti1Image(array, affine))
     return np.asarray(turned.dataobj), np.asarray(turned.affine)

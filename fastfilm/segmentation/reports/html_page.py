@@ -1,4 +1,4 @@
-"""The parts of HTML reports: one file that needs nothing else, with tables and pictures inside."""
+"""Parts of HTML reports, each a single file with its tables and pictures inside."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ tr:nth-child(even) { background: #f5f5f5 } img { max-width: 100% } p.note { colo
 
 
 class Page:
-    """What a report will hold; nothing is written before all of it is there."""
+    """The sections and pictures of a report, collected before anything is written."""
 
     def __init__(self) -> None:
         self.sections: list[str] = []
         self.pictures: dict[str, bytes] = {}
 
     def title(self, text: str) -> None:
-        """Begins a section."""
+        """Begins a section with a heading."""
         self.sections.append(f"<h2>{html.escape(text)}</h2>")
 
     def note(self, text: str) -> None:
-        """A sentence in small print."""
+        """Adds a sentence in small print."""
         self.sections.append(f'<p class="note">{html.escape(text)}</p>')
 
     def picture(self, name: str, figure: Figure, about: str) -> None:
-        """A picture, NAME.png, with a sentence on it."""
+        """Adds a picture, NAME.png, with a sentence about it."""
         picture = png(figure)
         self.pictures[f"{name}.png"] = picture
         self.note(about)
@@ -51,10 +51,11 @@ class Page:
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """A whole HTML file, for screens of any width: the title, the version of fastfilm, ``body``.
+    """The text of an HTML file for screens of any width: the title, the version of fastfilm, and ``body``.
 
     Args:
-        style: CSS beside that of all reports.
+        body: HTML.
+        style: further CSS.
     """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -68,7 +69,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], names: int = 1) ->
     """An HTML table; every cell is escaped.
 
     Args:
-        names: columns at the left that are words, not numbers.
+        names: number of columns at the left with words instead of numbers.
     """
 
     def row(cells: Sequence[Any], tag: str) -> str:

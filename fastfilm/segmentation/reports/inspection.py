@@ -1,4 +1,4 @@
-"""What the metadata do to a network: γ and β of every FiLM layer, for every value of every key."""
+"""Inspection of a network's FiLM layers: γ and β of each layer for every value of every metadata key."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..support.files import atomic
 from ..support.names import file_name
 
 STEPS = 7
-"""Values of a continuous key that are looked at, from the lowest to the highest in training."""
+"""Values of a continuous key, from the lowest to the highest in training."""
 
 VECTOR_NUMBERS, VECTOR_STEP = 3, 2.0
-"""Of a vector: the first so many of its numbers are changed, by so many deviations up and down."""
+"""Columns of a vector that are changed, and the change in standard deviations, up and down."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """γ and β [V, C] of one FiLM layer under V values."""
+    """γ and β [V, C] of one FiLM layer for V values of a key."""
 
     name: str
     gamma: NDArray[np.float32]
@@ -35,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One metadata key: its values (as text) and the layers in the order of the network."""
+    """One metadata key: its values as text, and the layers in the order of the network."""
 
     key: str
     values: list[str]
@@ -49,7 +49,7 @@ def has_film(model: LoadedModel) -> bool:
 
 @torch.no_grad()
 def inspect(model: LoadedModel) -> list[Inspection]:
-    """γ and β of every layer under each value of each key, the other keys unknown (or at their first value).
+    """γ and β of every layer for each value of each key; the other keys are unknown, or have their first value.
 
     Raises:
         UserError: the network has no FiLM layers.
@@ -72,7 +72,7 @@ def inspect(model: LoadedModel) -> list[Inspection]:
 
 
 def layer_names(model: LoadedModel) -> dict[str, str]:
-    """Module path -> what the layer is called; only of FiLMedUNet, others keep their paths."""
+    """Module path -> name of the layer; empty for networks other than FiLMedUNet."""
     depth = getattr(model.network, "depth", None)
     if model.info.network.name != "FiLMedUNet" or not isinstance(depth, int):
         return {}
@@ -82,14 +82,14 @@ def layer_names(model: LoadedModel) -> dict[str, str]:
 
 
 def spread(layer: Layer) -> float:
-    """Largest standard deviation over the values of any γ or β of a layer: 0 if the metadata change nothing."""
+    """The largest standard deviation of a layer's γ and β over the values; 0 if the metadata change nothing."""
     return max(float(layer.gamma.std(0).max()), float(layer.beta.std(0).max()))
 
 
 def save_npz(path: Path, inspections: list[Inspection]) -> None:
-    """Arrays ``KEY/LAYER/gamma`` and ``KEY/LAYER/beta`` [V, C], ``KEY/values`` [V] as text; no pickle.
+    """Writes arrays ``KEY/LAYER/gamma`` and ``KEY/LAYER/beta`` [V, C] and ``KEY/values`` [V], as text.
 
-    KEY is written as ``names.file_name`` does: the arrays are files in an archive.
+    KEY is escaped by ``names.file_name``, as the arrays are files in an archive.
     """
     arrays: dict[str, Any] = {}
     for i in inspections:
@@ -103,7 +103,7 @@ def save_npz(path: Path, inspections: list[Inspection]) -> None:
 
 
 def principal_components(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], list[float]]:
-    """[V, D] -> coordinates [V, 2] on the first two principal axes, and the share of variance of each."""
+    """Coordinates [V, 2] of ``rows`` [V, D] on the first two principal axes, and each axis's share of variance."""
     centred = rows.astype(float) - rows.mean(0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     share = (s**2 / max((s**2).sum(), 1e-30)).tolist()
@@ -114,7 +114,7 @@ def principal_components(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64]
 
 
 def _values(model: LoadedModel, name: str) -> list[tuple[str, Any]]:
-    """The values that are looked at, each behind its name; of a vector its mean, and steps from it."""
+    """Names and values of a key for the inspection; for a vector its mean, and steps from it."""
     key = model.encoder[name]
     unknown = [("unknown", None)] if key.unknown else []
     if key.kind == "vector":

@@ -1,4 +1,4 @@
-"""Tables of numbers as text: in blocks of columns that fit the page, numbers whole, long names folded."""
+"""Tables of numbers as text, in blocks of columns that fit the page; long names are folded."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..evaluation.metrics import METRICS
 from ..support.console import out, say
 
 WIDTH = 80
-"""Cells of a line where nobody says how wide the page is."""
+"""Width of a page, in character cells, if it is not a terminal."""
 
 NAMES = 16
-"""Cells that the column of names has at least."""
+"""Least width of the column of names, in cells."""
 
 NONE = "–"
-"""Stands for what is not defined."""
+"""Text for an undefined value."""
 
 DIGITS = {metric: 2 if unit else 3 for metric, unit in METRICS.items()}
-"""Digits behind the point: two of mm and mL, three of what has no unit."""
+"""Digits behind the point: two for mm and mL, three for metrics without unit."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Column:
     cells: list[str]
 
     def width(self) -> int:
-        """Cells of its longest line."""
+        """Width of its longest line, in cells."""
         return max(cell_len(line) for text in (self.head, *self.cells) for line in text.split("\n"))
 
 
 def page_width() -> int:
-    """Of the terminal, or ``WIDTH`` in a log."""
+    """The width of the terminal in cells, or ``WIDTH`` for a log."""
     return max(out.width, 40) if out.is_terminal else WIDTH
 
 
@@ -47,8 +47,9 @@ def show(title: str, head: str, names: Sequence[str], columns: Sequence[Column])
 
     Args:
         title: a line above it.
-        head: of the column of names.
-        names: one a row; blanks at the start stay where the name is folded.
+        head: head of the column of names.
+        names: a name for each row; a folded name keeps its indentation.
+        columns: the columns of numbers.
     """
     for line in table(title, head, names, columns, page_width()):
         say(line)
@@ -57,7 +58,7 @@ def show(title: str, head: str, names: Sequence[str], columns: Sequence[Column])
 def table(
     title: str, head: str, names: Sequence[str], columns: Sequence[Column], width: int = WIDTH
 ) -> Iterator[str]:
-    """The lines of a table; columns that do not fit into ``width`` follow in further blocks under each other."""
+    """The lines of a table; columns that do not fit into ``width`` cells follow in further blocks below."""
     yield from fold(title, width)
     headings = [n for i, n in enumerate(names) if not any(c.cells[i] for c in columns)]
     longest = max(cell_len(plain(n)) for n in (head, *names) if n not in headings)
@@ -81,7 +82,7 @@ def _row(
     name: str, cells: Sequence[str], columns: Sequence[Column], first: int, bottom: bool = False
 ) -> Iterator[str]:
     if not any(cells):
-        # a heading may run on over the columns
+        # a row without numbers is a heading, and may extend over the columns
         yield from fold(name, first + sum(c.width() + 2 for c in columns))
         return
     parts = [fold(name, first), *(c.split("\n") for c in cells)]
@@ -98,7 +99,7 @@ def _row(
 
 
 def fold(text: str, width: int) -> list[str]:
-    """``text`` in lines of ``width`` cells at most, broken between words where that is possible."""
+    """``text`` in lines of ``width`` cells at most, broken between words if possible."""
     text = plain(text)
     indent = " " * min(len(text) - len(text.lstrip(" ")), width // 2)
     lines = Text(text.strip()).wrap(out, max(width - len(indent), 2), overflow="fold")
@@ -106,24 +107,24 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """``text`` on one line: control characters and the like become escapes."""
+    """``text`` on one line: characters that cannot be printed become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def number(value: float | None, digits: int, sign: bool = False) -> str:
-    """With ``digits`` behind the point; ``NONE`` for None."""
+    """A number with ``digits`` behind the point; ``NONE`` for None."""
     return NONE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def interval(mean: Mapping[str, Any], digits: int, sign: bool = False) -> str:
-    """``[low, high]``, or ``NONE`` where there is none (fewer than two subjects)."""
+    """``[low, high]``, or ``NONE`` without an interval (fewer than two subjects)."""
     if mean["low"] is None:
         return NONE
     return f"[{number(mean['low'], digits, sign)}, {number(mean['high'], digits, sign)}]"
 
 
 def p_value(p: float | None) -> str:
-    """With four digits behind the point; smaller ones as a bound."""
+    """A p-value with four digits behind the point; ``<0.0001`` for smaller ones."""
     return NONE if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
@@ -134,7 +135,7 @@ def means(head: str, values: Sequence[Mapping[str, Any]], digits: int) -> Column
 
 
 def aligned(cells: Iterable[str]) -> list[str]:
-    """Cells with intervals ``[low, high]``, both ends padded so that their points are under each other."""
+    """Cells with intervals ``[low, high]``, padded so that their decimal points are aligned."""
     lines = [cell.split("\n") for cell in cells]
     pairs = [line[1:-1].split(", ") for cell in lines for line in cell if line.startswith("[")]
     low, high = (max((len(p[i]) for p in pairs), default=0) for i in (0, 1))

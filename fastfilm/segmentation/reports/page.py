@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: curves, tables, overlays, comparisons, swapped and inspected metadata."""
+"""The page of ``fastfilm report``: curves, tables, overlays, comparisons, swapped and inspected metadata."""
 
 from __future__ import annotations
 
@@ -35,13 +35,18 @@ def write_report(
     """Writes OUT/report.html and its pictures as PNG files.
 
     Args:
-        model: model folder: training curves, γ and β.
-        evaluated: folder with summary.json: tables, overlays.
-        compared: another such folder, on the same cases.
+        out: folder to write.
+        model: model folder, for training curves, γ and β.
+        evaluated: folder with summary.json, for tables and overlays.
+        compared: another such folder, with the same cases.
         swapped: folder with swap_table.json.
 
+    Returns:
+        the path of report.html.
+
     Raises:
-        UserError: nothing to report, a folder that is not what it should be, ``out`` cannot be written.
+        UserError: there is nothing to report, a folder lacks its file or has a damaged one, or ``out`` cannot be
+            written.
     """
     if compared is not None and evaluated is None:
         raise UserError("--compare needs --evaluated: the run that is compared")
@@ -73,11 +78,9 @@ def write_report(
 
 def _model(page: Page, model: LoadedModel) -> None:
     info = model.info
+    network = f"{info.network.name}, {info.spatial_dims}D, {info.network.base_filters} filters"
     rows = [
-        (
-            "network",
-            f"{info.network.name}, {info.spatial_dims}D, {info.network.base_filters} filters",
-        ),
+        ("network", network),
         ("image channels", ", ".join(info.contrasts)),
         ("labels", ", ".join(label.name for label in info.labels) + f" ({info.output})"),
         ("metadata", ", ".join(f"{k.name} ({k.kind})" for k in info.metadata.keys) or "none"),
@@ -217,12 +220,7 @@ def _metadata(page: Page, model: LoadedModel) -> None:
         page.note("The network has no FiLM layers.")
         return
     for found in inspect(model):
-        key = file_name(found.key)
-        page.picture(
-            f"film_{key}",
-            figures.film_heat_maps(found),
-            f"γ and β of {found.key} by layer and channel.",
-        )
-        page.picture(
-            f"components_{key}", figures.film_components(found), f"γ and β by {found.key}."
-        )
+        key, about = file_name(found.key), f"γ and β of {found.key} by layer and channel."
+        page.picture(f"film_{key}", figures.film_heat_maps(found), about)
+        about = f"γ and β by {found.key}."
+        page.picture(f"components_{key}", figures.film_components(found), about)

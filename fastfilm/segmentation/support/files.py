@@ -104,7 +104,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def write_array(path: str | os.PathLike[str], array: NDArray[Any]) -> None:

@@ -31,6 +31,11 @@ def some(names: Sequence[Any], most: int = 3) -> str:
     return ", ".join(str(n) for n in names[:most]) + (", …" if len(names) > most else "")
 
 
+def counted(n: int, what: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def contents(folder: Path) -> str:
     """The kinds of files in ``folder``, and how DICOM is converted to NIfTI, as the end of a message."""
     counts: Counter[str] = Counter()

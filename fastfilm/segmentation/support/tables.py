@@ -74,7 +74,7 @@ def read_table(path: Path) -> Table:
 def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
     twice = sorted({c for c in cells if c and cells.count(c) > 1})
     if twice:
-        raise UserError(f"{path}: column {twice[0]!r} is there {cells.count(twice[0])} times")
+        raise UserError(f"{path}: column {twice[0]!r} occurs {cells.count(twice[0])} times")
     if len(cells) == 1:
         for other, name in SEPARATORS.items():
             if other != delimiter and other in cells[0]:
@@ -96,7 +96,7 @@ def read_object(path: Path) -> dict[str, Any]:
         names = [k for k, _ in found]
         twice = [k for k in names if names.count(k) > 1]
         if twice:
-            raise UserError(f"{path}: the key {twice[0]!r} is there twice")
+            raise UserError(f"{path}: the key {twice[0]!r} occurs twice")
         return dict(found)
 
     text = read_text(path)

@@ -18,7 +18,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"key {key.value!r} is there twice: in line {seen[key.value]} and line {line}",
+                    f"key {key.value!r} occurs twice: in line {seen[key.value]} and line {line}",
                 )
             seen[key.value] = line
         return super().construct_mapping(node, deep)

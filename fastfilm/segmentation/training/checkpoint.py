@@ -127,9 +127,9 @@ class Saved:
         return f"{_listed(found)}; the result will differ in rounding from an uninterrupted run"
 
 
-def _listed(lines: list[str], most: int = 4) -> str:
-    more = len(lines) - most
-    return "; ".join(lines[:most]) + (f"; and {more} more" if more > 0 else "")
+def _listed(lines: list[str]) -> str:
+    more = len(lines) - 4
+    return "; ".join(lines[:4]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _renamed(key: str, former: Mapping[str, str]) -> str:

@@ -146,7 +146,7 @@ def _new_values(
                 continue
             if key.kind == "ordered":
                 raise MetadataError(
-                    f"metadata {key.name!r}: {value!r} is new, and where it ranks is not known"
+                    f"metadata {key.name!r}: {value!r} is new, and its rank is not known"
                 )
             new[key.name, value] = None
     return list(new)

@@ -177,7 +177,7 @@ def _saved(start: Start) -> Saved | None:
         if start.resume:
             return Saved.read(start.folder)
         raise UserError(
-            f"{start.folder}: holds a training already; --resume goes on with it, or choose another folder"
+            f"{start.folder}: holds a training already; --resume continues it, or choose another folder"
         )
     for name in ("best", "final"):
         path = start.folder / f"{name}.safetensors"
@@ -206,7 +206,7 @@ def _run(trainer: Trainer, start: Start) -> None:
 
     def on() -> str:
         there = (start.folder / NAME).is_file()
-        return f"; go on with:\n  {start.command()}" if there else ""
+        return f"; continue with:\n  {start.command()}" if there else ""
 
     try:
         trainer.run()

@@ -1,1 +1,1 @@
-"""``fastfilm trial``: whether metadata help a segmentation network, by a design that is fixed first."""
+"""``fastfilm trial``: a test of whether metadata help a segmentation network, with a design fixed in advance."""

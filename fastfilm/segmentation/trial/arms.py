@@ -1,4 +1,4 @@
-"""What each arm of a trial trains: the plan as it is, but for how the metadata reach the network."""
+"""The arms of a trial: the same plan, with metadata reaching the network in different ways."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..support.errors import UserError
 from .design import Run
 
 Fed = dict[str, dict[str, Any]]
-"""Case -> the values that training feeds instead of the case's own."""
+"""Case -> metadata for training in place of its own."""
 
 STREAM = 0x7219
-"""Of random numbers: which case's metadata a case of the shuffled arm gets."""
+"""Stream of random numbers that permutes the metadata of the shuffled arm."""
 
 MODIFIED_SWITCHES = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
-"""Modified3DUNet's FiLM layers: on in the context levels and the fifth one, off behind them."""
+"""Modified3DUNet's FiLM layers for FiLM in the encoder: on in the first five levels, off behind them."""
 
 
 def arm_plan(plan: PlanFolder, run: Run) -> PlanFolder:
-    """The plan that a run trains: with the run's seed, and the network of its arm."""
+    """The plan of a run, with its seed and the network of its arm."""
     config: Config = plan.config.model_copy(deep=True)
     config.training.seed = run.seed
     network = plan.plan.network
@@ -46,8 +46,8 @@ def arm_plan(plan: PlanFolder, run: Run) -> PlanFolder:
 def fed_metadata(plan: PlanFolder, run: Run) -> Fed | None:
     """The shuffled arm's metadata: rows permuted over the fold's training cases; None in the other arms.
 
-    A row is what the network gets of one case. It moves as a whole, so that values which go together stay
-    together, and the values' frequencies stay what they are. Held-out cases keep their own.
+    A row has all values of one case that condition the network. It moves as a whole, which keeps associations
+    between values, and their frequencies. Held-out cases keep their own metadata.
     """
     if run.arm != "shuffled":
         return None
@@ -62,7 +62,7 @@ def fed_metadata(plan: PlanFolder, run: Run) -> Fed | None:
 
 
 def _encoder(network: NetworkConfig) -> NetworkConfig:
-    """FiLM in the encoder, its deepest level included."""
+    """The network with FiLM in the encoder only, including its deepest level."""
     if network.name == "condition":
         return _changed(network, where="encoder")
     if network.name == "Modified3DUNet":

@@ -1,4 +1,4 @@
-"""How long a trial takes on this machine, from a few steps of its network on random numbers."""
+"""The duration of a trial on this machine, estimated from a few steps of its network on random numbers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from ..data.plan import PlanFolder
 from ..models.network import call
 from ..prediction.one_case import Options
+from ..prediction.windows import starts
 from ..support.devices import choose
 from ..support.files import read_json
 from ..training.fold import Start, describe
@@ -25,17 +26,17 @@ from .nnunet_data import ARMS
 from .scoring import MOST_VALUES
 
 STEPS = 3
-"""That are timed, after one that is not."""
+"""Steps that are timed, after one that is not."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of the conditioned arm costs.
+    """The cost of one run.
 
     Attributes:
-        steps: of training.
+        steps: number of training steps.
         step, window: seconds of a training step, and of one window's (2D: slice's) prediction.
-        training, validation, scoring: seconds of a run.
+        training, validation, scoring: seconds of the parts of a run.
     """
 
     steps: int
@@ -47,16 +48,17 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Of a run."""
+        """Seconds of the whole run."""
         return self.training + self.validation + self.scoring
 
 
 def measure(plan: PlanFolder, run: Run, steps: int, device: str | None) -> Cost:
-    """Times the network of a run; loading and augmenting of images is not in it.
+    """Times the network of a run, without loading and augmenting of images.
 
     Args:
-        plan: of the arm.
-        steps: of a training.
+        plan: plan of the run's arm.
+        steps: number of training steps.
+        device: as for ``devices.choose``.
     """
     config = plan.config.training
     where = choose(device)
@@ -105,7 +107,7 @@ def measure(plan: PlanFolder, run: Run, steps: int, device: str | None) -> Cost:
 
 
 def cost_of(plan: PlanFolder, runs: Sequence[Run], device: str | None) -> dict[str, Cost]:
-    """Arm -> the cost of one of its runs, of the arms among ``runs``; those of nnU-Net are not measured."""
+    """Arm -> the cost of one run, for each arm in ``runs`` except those of nnU-Net, which are not measured."""
     found: dict[str, Cost] = {}
     for run in runs:
         if run.arm not in found and run.arm not in ARMS:
@@ -114,7 +116,7 @@ def cost_of(plan: PlanFolder, runs: Sequence[Run], device: str | None) -> dict[s
 
 
 def said(costs: dict[str, Cost], runs: Sequence[Run]) -> list[str]:
-    """The costs in lines of text."""
+    """The costs as lines of text."""
     lines = []
     counted = [run for run in runs if run.arm in costs]
     total = sum(costs[run.arm].seconds for run in counted)
@@ -125,8 +127,8 @@ def said(costs: dict[str, Cost], runs: Sequence[Run]) -> list[str]:
         )
     if counted:
         lines.append(
-            f"{len(counted)} networks on this device: about {total / 3600:.2g} hours, and what reading and"
-            " augmenting images add; several processes with the same folder share them"
+            f"{len(counted)} networks on this device: about {total / 3600:.2g} hours, without reading and"
+            " augmenting images; several processes with the same folder share them"
         )
     if len(counted) < len(runs):
         lines.append(
@@ -137,7 +139,7 @@ def said(costs: dict[str, Cost], runs: Sequence[Run]) -> list[str]:
 
 
 def steps_of(plan: PlanFolder, run: Run) -> int:
-    """Optimiser steps of a training; where ``training.steps_per_epoch`` is not set, by the files' shapes."""
+    """Optimiser steps of a training; without ``training.steps_per_epoch``, from the shapes of the images."""
     config = plan.config.training
     if config.steps_per_epoch is not None:
         return config.steps_per_epoch * config.epochs
@@ -149,7 +151,7 @@ def steps_of(plan: PlanFolder, run: Run) -> int:
 
 
 def _timed(work: Callable[[], None], device: torch.device) -> float:
-    """The median of ``STEPS``, in seconds."""
+    """The median duration of ``STEPS`` calls, in seconds."""
     seconds = []
     for _ in range(STEPS + 1):
         begun = time.monotonic()
@@ -161,7 +163,7 @@ def _timed(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _shapes(plan: PlanFolder) -> list[list[int]]:
-    """Of the cases on the network's grid, before zeros around them are cut off; in network order."""
+    """The shape (D, H, W) of each case on the network's grid, before zero borders are cut off."""
     preprocessing = plan.plan.preprocessing
     axis = preprocessing.slice_axis
     order = [axis, *(a for a in range(3) if a != axis)]
@@ -178,11 +180,7 @@ def _shapes(plan: PlanFolder) -> list[list[int]]:
 
 
 def _windows(shape: list[int], patch: list[int]) -> int:
-    """Of a case: slices times windows in them, or windows in space, at the overlap of ``predict``."""
+    """Number of windows of a case at the default overlap; in 2D, over all its slices."""
     size = [1, *patch] if len(patch) == 2 else patch
-    stride = 1 - Options().overlap
-    counts = [
-        1 if n <= p else math.ceil((n - p) / max(1, p * stride)) + 1
-        for n, p in zip(shape, size, strict=True)
-    ]
-    return math.prod(counts)
+    overlap = Options().overlap
+    return math.prod(len(starts(n, p, overlap)) for n, p in zip(shape, size, strict=True))

@@ -1,9 +1,9 @@
-"""The design of a trial: all that decides its result, written and hashed before the first training step.
+"""The design of a trial: all that its result depends on, written and hashed before the first training step.
 
 OUT/plan/          the plan that every arm is trained on
-OUT/design.json    arms, folds, seeds, endpoint, test, margin, configuration, splits, and the hash of all of it
-OUT/runs/ARM/fold-K/seed-S/    one trained network: model/, and scores.json of its held-out cases
-OUT/audit.json, results.json, report.html    made when every network is there
+OUT/design.json    arms, folds, seeds, endpoint, test, margin, configuration, splits, and a hash of all of these
+OUT/runs/ARM/fold-K/seed-S/    a trained network: model/, and scores.json of its held-out cases
+OUT/audit.json, results.json, report.html    written when all networks are trained
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..config.sections import Arm
 from ..data.plan import PlanFolder
 from ..support.errors import Problems, UserError
 from ..support.files import read_json, write_json
-from ..support.hints import did_you_mean
+from ..support.hints import counted, did_you_mean
 from ..support.records import differences
 from . import nnunet_data
 from .scoring import cluster_of
@@ -28,10 +28,12 @@ from .statistics import MINIMUM
 
 NAME = "design.json"
 
+SCORES = "scores.json"
+
 FORMAT = 1
 
 ALPHA = 0.05
-"""Level of the tests, two-sided; intervals have 1 - ALPHA."""
+"""Two-sided level of the tests; intervals cover 1 - ALPHA."""
 
 ENDPOINT = (
     "mean over the held-out cases of each case's Dice, which is the mean over its labels; a label that is empty in"
@@ -55,7 +57,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Its folder, below the trial's."""
+        """Its folder, relative to the trial's."""
         return Path("runs", self.arm, f"fold-{self.fold}", f"seed-{self.seed}")
 
     def __str__(self) -> str:
@@ -63,10 +65,10 @@ class Run:
 
 
 def check_config(config: Config) -> None:
-    """Refuses a configuration that no trial can be made of.
+    """Checks that a configuration can make a trial.
 
     Raises:
-        Problems: everything that is wrong with it.
+        Problems: it cannot; all reasons are listed.
     """
     wrong = []
     if not any(key.input for key in config.metadata.values()):
@@ -82,17 +84,17 @@ def check_config(config: Config) -> None:
             "trial.arms: 'encoder' puts FiLM into the encoder, and network.conditioning is channels"
         )
     if "channels" in config.trial.arms and config.network.conditioning == "channels":
-        wrong.append("trial.arms: 'channels' is what network.conditioning is already")
+        wrong.append("trial.arms: 'channels' repeats network.conditioning")
     wrong += nnunet_data.config_problems(config)
     if wrong:
         raise Problems("the configuration does not make a trial", wrong)
 
 
 def check_plan(plan: PlanFolder) -> None:
-    """Refuses splits under which held-out cases would choose the weights, and too few folds, seeds or subjects.
+    """Checks that held-out cases do not choose the weights, and that there are enough folds, seeds and subjects.
 
     Raises:
-        Problems: everything that is wrong.
+        Problems: a check has failed; all reasons are listed.
     """
     training, wrong = plan.config.training, []
     part = plan.held_out
@@ -113,7 +115,7 @@ def check_plan(plan: PlanFolder) -> None:
 
 
 def _unanswerable(plan: PlanFolder, part: str) -> list[str]:
-    """Why no result of the trial could say "use it"; found before hours are spent on it."""
+    """The reasons why no result of the trial could be an answer, found before hours of training."""
     seeds, folds, wrong = plan.config.trial.seeds, len(plan.folds), []
     if seeds == 1:
         wrong.append(
@@ -121,7 +123,7 @@ def _unanswerable(plan: PlanFolder, part: str) -> list[str]:
         )
     elif folds * seeds < MINIMUM:
         wrong.append(
-            f"trial.seeds: {folds} {'fold' if folds == 1 else 'folds'} and {seeds} seeds make {folds * seeds}"
+            f"trial.seeds: {counted(folds, 'fold')} and {seeds} seeds make {folds * seeds}"
             f" pairs of networks, too few for p below {ALPHA}; {MINIMUM} are the least:"
             f" {-(-MINIMUM // folds)} seeds"
         )
@@ -143,7 +145,7 @@ def _unanswerable(plan: PlanFolder, part: str) -> list[str]:
 
 
 def design(plan: PlanFolder) -> dict[str, Any]:
-    """What design.json holds."""
+    """The content of design.json."""
     config = plan.config
     part = plan.held_out
     first, count = config.training.seed, config.trial.seeds
@@ -177,16 +179,16 @@ def design(plan: PlanFolder) -> dict[str, Any]:
 
 
 def digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 of all entries but the hash itself."""
+    """SHA-256 of all entries of a design but the hash itself."""
     kept = {k: v for k, v in value.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def read_design(out: Path) -> dict[str, Any]:
-    """design.json of a trial.
+    """The design.json of a trial.
 
     Raises:
-        UserError: there is none, or it was changed by hand.
+        UserError: the file is missing, or was changed by hand.
     """
     path = out / NAME
     if not path.is_file():
@@ -202,10 +204,10 @@ def read_design(out: Path) -> dict[str, Any]:
 
 
 def fix_design(out: Path, plan: PlanFolder) -> dict[str, Any]:
-    """The trial's design: written if there is none yet, else compared with the one that is there.
+    """Writes the trial's design, or compares it with the one in the folder; returns it.
 
     Raises:
-        UserError: the one that is there is another one; what differs is named.
+        UserError: the folder has another design; the message names the differences.
     """
     now = design(plan)
     if not (out / NAME).is_file():
@@ -214,14 +216,14 @@ def fix_design(out: Path, plan: PlanFolder) -> dict[str, Any]:
     there = read_design(out)
     if there["sha256"] != now["sha256"]:
         raise UserError(
-            f"{out / NAME}: a changed design is a new trial, in a folder of its own; what differs: "
+            f"{out / NAME}: a changed design is a new trial, in a folder of its own; differences: "
             + "; ".join(differences(there, now, without=("sha256",))[:5])
         )
     return there
 
 
 def runs(design: Mapping[str, Any]) -> Iterator[Run]:
-    """Every network of a trial: all arms of a fold and seed one after the other, so that pairs come early."""
+    """All networks of a trial; the arms of a fold and seed follow each other, so that pairs are complete early."""
     for seed in design["seeds"]:
         for fold in range(design["folds"]):
             for arm in design["arms"]:
@@ -234,10 +236,10 @@ def selected(
     folds: Sequence[int] = (),
     seeds: Sequence[int] = (),
 ) -> list[Run]:
-    """The runs of the arms, folds and seeds that are asked for; an empty selection takes all.
+    """The runs of the given arms, folds and seeds; an empty selection means all.
 
     Raises:
-        UserError: an arm, fold or seed that the design has not.
+        UserError: the design has no such arm, fold or seed.
     """
     there: dict[str, list[Any]] = {
         "--arm": design["arms"],

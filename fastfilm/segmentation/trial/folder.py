@@ -1,4 +1,4 @@
-"""The folder of a trial: its plan and its design are made once, and compared whenever the trial goes on."""
+"""The folder of a trial: plan and design are written once, and compared whenever the trial continues."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def open_trial(
     out: Path,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
 ) -> tuple[PlanFolder, dict[str, Any], list[str]]:
-    """The plan and the design of the trial in ``out``, made if they are not there.
+    """The plan and the design of the trial in ``out``, written if they are missing.
 
     Args:
-        progress: gets the number of cases; what it returns is called after each.
+        progress: called with the number of cases; its result is called after each.
 
     Returns:
-        the plan, with those settings of ``config`` that change no result; design.json; notes of the plan.
+        the plan, with the settings of ``config`` that do not change results; the design; the plan's notes.
 
     Raises:
-        Problems: a configuration or data set that no trial can be made of.
-        UserError: the trial there is of another design, or of files that have changed since.
+        Problems: the configuration or the data set cannot make a trial.
+        UserError: the folder has a trial of another design, or of files that have changed since.
     """
     check_config(config)
     for name in ("plan.json", "model.json"):
@@ -47,7 +47,7 @@ def open_trial(
         if found:
             raise UserError(
                 f"{out}: holds a trial of another configuration; a changed design is a new trial, in a folder of"
-                f" its own; what differs: {'; '.join(found[:5])}"
+                f" its own; differences: {'; '.join(found[:5])}"
             )
         plan.config = config
         _check_files(plan)
@@ -55,15 +55,15 @@ def open_trial(
         plan, notes = make_plan(config, out / PLAN, progress)
     check_plan(plan)
     if nnunet_data.asked(config):
-        # finds labels that overlap, before anything is trained
+        # raises for overlapping labels before anything is trained
         nnunet_data.write_data_set(plan, out, progress)
     return plan, fix_design(out, plan), notes
 
 
 def _check_files(plan: PlanFolder) -> None:
-    """Refuses to go on with files that are not those of the design.
+    """Raises Problems if the content of files has changed since the design was fixed.
 
-    Files with another size or time are read again: a copy of the data set is as good as the original.
+    Files with another size or time are read again, so that a copy of the data set is accepted.
     """
     facts = {c["id"]: c for c in read_json(plan.path / "fingerprint.json")["cases"]}
     wrong = []

@@ -1,4 +1,4 @@
-"""A trial in one paragraph that can be pasted into a paper, with all its numbers."""
+"""The methods section of a trial: a paragraph for a paper, with all its numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import fastfilm
 
 from ..reports.layout import number
+from ..support.hints import counted
 from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED
 from .verdict import ends, p_text, signed
 
@@ -20,11 +21,15 @@ MEANING = {
     "nnunet": "nnU-Net's own plan and trainer",
     "nnunet_conditioned": "nnU-Net with FiLM on the metadata",
 }
-"""What each arm is."""
+"""Arm -> its description."""
 
 
 def methods(results: Mapping[str, Any]) -> str:
-    """Design, statistics and main numbers of ``results`` (of ``results.collect``)."""
+    """A paragraph on design, statistics and main numbers of a trial.
+
+    Args:
+        results: content of results.json, from ``results.collect``.
+    """
     sentences = [*_design(results), *_statistics(results), *_numbers(results)]
     return " ".join([*sentences, f"Computed with fastfilm {fastfilm.__version__}."])
 
@@ -89,10 +94,5 @@ def _numbers(results: Mapping[str, Any]) -> list[str]:
 
 
 def steps(found: Sequence[int]) -> str:
-    """Of training, from the lowest to the highest number."""
+    """The range of the networks' numbers of training steps, as text."""
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-
-
-def counted(n: int, what: str) -> str:
-    """``1 case``, ``2 cases``."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

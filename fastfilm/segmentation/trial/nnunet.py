@@ -1,11 +1,11 @@
-"""The arms of nnU-Net: its own planning, preprocessing and training on the trial's folds, scored as the others.
+"""The arms of nnU-Net: its own planning, preprocessing and training on the trial's folds, scored like the others.
 
-OUT/nnunet/preprocessed/    made once for all runs; splits_final.json is written last
-OUT/nnunet/prepare.log      nnU-Net's output while it was made
-RUN/results/                nnU-Net's results, its final validation of the held-out cases among them
-RUN/nnunet.log              nnU-Net's output
-RUN/metadata.csv            arm nnunet_conditioned: what its trainer reads
-RUN/nnunet.json             written when training and final validation are done
+OUT/nnunet/preprocessed/    written once for all runs; splits_final.json comes last
+OUT/nnunet/prepare.log      nnU-Net's output during preprocessing
+RUN/results/                nnU-Net's results, with its final validation of the held-out cases
+RUN/nnunet.log              nnU-Net's output during training
+RUN/metadata.csv            arm nnunet_conditioned: the metadata for its trainer
+RUN/nnunet.json             written after training and final validation
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ REPORT = "nnunet.json"
 DEVICES = ("cpu", "cuda", "mps")
 
 SHOWN = 15
-"""Lines of a log that a message shows."""
+"""Last lines of a log that a message shows."""
 
 POLL, GRACE = 0.2, 30.0
-"""Seconds between two looks at a process, and that it gets to end in order."""
+"""Seconds between two checks of a process, and seconds that it has to end after an interruption."""
 
 
 def make(
@@ -62,23 +62,23 @@ def make(
     deadline: float | None,
     again: str,
 ) -> dict[str, Any]:
-    """Trains a run's network, or goes on with it, and scores its held-out cases.
+    """Trains a run's network, or continues its training, and scores its held-out cases.
 
     Args:
-        folder: of the run.
-        out: of the trial.
-        part: the held-out one, see ``PlanFolder.held_out``.
-        deadline: in ``time.monotonic()``'s seconds; nnU-Net is ended when it passes, and goes on later with the
-            epoch that was under way.
-        again: the command that goes on with the trial.
+        folder: folder of the run.
+        out: folder of the trial.
+        part: the held-out part, see ``PlanFolder.held_out``.
+        deadline: time of ``time.monotonic()`` in seconds at which nnU-Net is stopped; it continues later with the
+            interrupted epoch.
+        again: the command that continues the trial, for the message.
 
     Returns:
-        ``steps``, ``cases`` and ``curve`` of scores.json. The curve is nnU-Net's pseudo Dice: of patches of the
-        held-out cases, which chooses nothing.
+        ``steps``, ``cases`` and ``curve`` of scores.json. The curve is nnU-Net's pseudo Dice, that of patches of
+        the held-out cases, which chooses no weights.
 
     Raises:
         Stopped: a signal has come, or the deadline has passed.
-        UserError: nnU-Net has failed, with its last words; a device that it has not.
+        UserError: nnU-Net has failed (the message has its last lines), or does not support the device.
         Busy: another process prepares the data.
     """
     if device.type not in DEVICES:
@@ -88,7 +88,7 @@ def make(
         if not (folder / REPORT).is_file():
             _train(folder, out, plan, run, part, device, deadline)
     except Stopped as stopped:
-        text = f"{stopped.text}; go on with:\n  {again}"
+        text = f"{stopped.text}; continue with:\n  {again}"
         raise Stopped(stopped.number, text) from None
     report = read_json(folder / REPORT)
     predictions = folder / report["results"] / "validation"
@@ -100,12 +100,12 @@ def make(
 
 
 def score_files(plan: PlanFolder, cases: Sequence[Case], folder: Path) -> dict[str, Any]:
-    """What scores.json holds under ``cases``, of nnU-Net's predictions in a folder.
+    """The entry ``cases`` of scores.json for nnU-Net's predictions in a folder.
 
-    Masks alone are compared: there are no probabilities for the reliability, nor predictions under other metadata.
+    Only masks are compared: there are no probabilities for the reliability, nor predictions with other metadata.
 
     Raises:
-        Problems: predictions that are missing, or of another shape than the image.
+        Problems: predictions are missing, or have another shape than the image.
     """
     name, found, wrong = names(plan), {}, []
     for case in cases:
@@ -121,7 +121,7 @@ def score_files(plan: PlanFolder, cases: Sequence[Case], folder: Path) -> dict[s
 
 def _scores(plan: PlanFolder, case: Case, path: Path) -> dict[str, Any]:
     true, grid = truths(plan, case)
-    # nnU-Net writes voxels in the order of the image's file, whatever its header says of their places
+    # nnU-Net writes voxels in the order of the image's file, with any header
     labels = whole_labels(path, read_volume(path).array)[0]
     metrics = {}
     for i, label in enumerate(plan.config.data.labels, start=1):
@@ -142,7 +142,7 @@ def _scores(plan: PlanFolder, case: Case, path: Path) -> dict[str, Any]:
 def _prepare(
     out: Path, plan: PlanFolder, part: str, device: torch.device, deadline: float | None
 ) -> None:
-    """nnU-Net's plans and preprocessed cases, once for all runs; what was interrupted begins anew."""
+    """Makes nnU-Net's plans and preprocessed cases, once for all runs; interrupted work starts again."""
     folder = out / FOLDER
     done = folder / "preprocessed" / DATASET / "splits_final.json"
     if done.is_file():
@@ -153,12 +153,12 @@ def _prepare(
         shutil.rmtree(folder / "preprocessed", ignore_errors=True)
         environment = _environment(out, folder / "results", device)
         if environment.get("nnUNet_n_proc_DA") == "0":
-            # what trains without processes that load is no number of threads for nnU-Net's planner
+            # 0 means training without loading processes, but nnU-Net's planner needs at least one thread
             environment["nnUNet_n_proc_DA"] = "1"
         log = folder / "prepare.log"
         log.unlink(missing_ok=True)
         words = ["prepare", DATASET, configuration(plan)]
-        call(words, environment, log, deadline, "its preprocessing begins anew")
+        call(words, environment, log, deadline, "its preprocessing starts again")
         write_json(done, splits(plan, part))
 
 
@@ -188,7 +188,7 @@ def _train(
 
 
 def _environment(out: Path, results: Path, device: torch.device) -> dict[str, str]:
-    """Of nnU-Net's process: its folders, the device, and of the trainer's variables those of the design only."""
+    """Environment of nnU-Net's process: folders, device, and only the trainer's variables of the design."""
     found = dict(os.environ)
     for name in ("TABLE", "COLUMNS", "META"):
         found.pop(f"FASTFILM_NNUNET_{name}", None)
@@ -199,7 +199,7 @@ def _environment(out: Path, results: Path, device: torch.device) -> dict[str, st
     package = Path(fastfilm.__file__).parent
     found["nnUNet_extTrainer"] = str(package / "integrations" / "nnunet" / "trainers")
     if device.type == "cuda":
-        # nnU-Net takes the first GPU that it sees
+        # nnU-Net uses the first visible GPU
         there = [g for g in found.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
         index = device.index or 0
         found["CUDA_VISIBLE_DEVICES"] = there[index] if there else str(index)
@@ -215,17 +215,20 @@ def call(
     deadline: float | None,
     kept: str,
 ) -> None:
-    """nnU-Net in a process and session of its own, whose output goes to the end of ``log``.
+    """Runs nnU-Net in a process and session of its own, and appends its output to ``log``.
 
-    A signal to this process, or the deadline, interrupts it as Ctrl-C would. It ends by itself when this process
-    is gone: it sees the end of its input.
+    A signal to this process, or the deadline, interrupts nnU-Net like Ctrl-C. If this process ends, nnU-Net reads
+    the end of its input and ends, too.
 
     Args:
-        deadline: in ``time.monotonic()``'s seconds.
-        kept: for the message after an interruption: what of the work stays.
+        words: arguments of the module ``MODULE``.
+        environment: environment variables of the process.
+        deadline: time of ``time.monotonic()`` in seconds.
+        kept: end of the message after an interruption, on the work that is kept.
 
     Raises:
-        Stopped: it was interrupted. UserError: it has failed.
+        Stopped: nnU-Net was interrupted.
+        UserError: nnU-Net has failed.
     """
     with signals() as stop, open(log, "ab") as file:
         stop.deadline = deadline
@@ -241,7 +244,7 @@ def call(
             try:
                 status = _wait(process, stop, f"{log.parent}: nnU-Net was interrupted; {kept}")
             finally:
-                # processes that load may be left, and after a second signal all of them
+                # loading processes may be left, and after a second signal nnU-Net itself
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
     if status != 0:
@@ -250,7 +253,7 @@ def call(
 
 
 def _wait(process: subprocess.Popen[bytes], stop: Stop, text: str) -> int:
-    """The process's status; Stopped with ``text`` after an interruption."""
+    """The exit status of a process; raises Stopped with ``text`` after an interruption."""
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(POLL)

@@ -1,4 +1,4 @@
-"""The plan's cases, folds and metadata as nnU-Net reads them, and what nnU-Net cannot take.
+"""The plan's cases, folds and metadata in nnU-Net's formats, and checks for data that nnU-Net cannot take.
 
 OUT/nnunet/raw/Dataset001_fastfilm/    imagesTr, labelsTr, dataset.json
 OUT/nnunet/cases.json                  nnU-Net's name of a case -> the plan's; written last
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from .scoring import truths
 ARMS = ("nnunet", "nnunet_conditioned")
 
 FOLDER = "nnunet"
-"""Of the trial: what the runs of both arms share."""
+"""Folder in the trial's, with the files that the runs of both arms share."""
 
 DATASET = "Dataset001_fastfilm"
 
@@ -43,21 +43,21 @@ ENDING = ".nii.gz"
 CASES = "cases.json"
 
 KINDS = ("category", "continuous")
-"""Of metadata, those that the conditioned trainer takes."""
+"""Kinds of metadata keys that the conditioned trainer takes."""
 
 
 def installed() -> bool:
-    """Whether nnU-Net is."""
+    """Whether nnU-Net is installed."""
     return importlib.util.find_spec("nnunetv2") is not None
 
 
 def asked(config: Config) -> list[str]:
-    """The arms of nnU-Net that the trial has."""
+    """The arms of nnU-Net in the trial."""
     return [arm for arm in config.trial.arms if arm in ARMS]
 
 
 def config_problems(config: Config) -> list[str]:
-    """One line for everything in the configuration that keeps nnU-Net from being an arm."""
+    """A line for each setting that makes arms of nnU-Net impossible."""
     arms = asked(config)
     if not arms:
         return []
@@ -92,7 +92,7 @@ def config_problems(config: Config) -> list[str]:
 
 
 def plan_problems(plan: PlanFolder) -> list[str]:
-    """One line for each case that nnU-Net cannot take, by what the plan says of it."""
+    """A line for each case without all channels and labels, which nnU-Net needs."""
     if not asked(plan.config):
         return []
     wrong = []
@@ -115,7 +115,7 @@ def plan_problems(plan: PlanFolder) -> list[str]:
 
 
 def settings(plan: PlanFolder) -> dict[str, Any]:
-    """What the design says of nnU-Net: its version, and all that the environment changes of a training."""
+    """The design's entry on nnU-Net: its version, and all settings that the environment can change."""
     return {
         "version": version("nnunetv2"),
         "configuration": configuration(plan),
@@ -136,9 +136,9 @@ def configuration(plan: PlanFolder) -> str:
 
 
 def names(plan: PlanFolder) -> dict[str, str]:
-    """Case -> its name in nnU-Net, a number by its place in the plan.
+    """Case -> its name in nnU-Net, with its number in the plan.
 
-    The case's own name will not do: nnU-Net gives ends of names a meaning (``_seg``, ``_0000``).
+    The case's own name cannot be used, as nnU-Net gives some endings a meaning (``_seg``, ``_0000``).
     """
     return {case.id: f"case_{i:05d}" for i, case in enumerate(plan.cases)}
 
@@ -148,14 +148,17 @@ def write_data_set(
     out: Path,
     progress: Callable[[int], Callable[[], None]] = lambda n: lambda: None,
 ) -> None:
-    """The plan's cases as a data set of nnU-Net in OUT/nnunet/raw, unless it is there.
+    """Writes the plan's cases as a data set of nnU-Net in OUT/nnunet/raw, unless it exists.
 
-    Images are links where nnU-Net reads them as the plan does, else copies. Labels are merged: 1 is the first of
-    the configuration.
+    Images that nnU-Net reads in the same way as the plan are linked, others are copied. Labels are merged into one
+    file, with values from 1 in the order of the configuration.
+
+    Args:
+        progress: called with the number of cases; its result is called after each.
 
     Raises:
-        Problems: labels that overlap, axes that are not at right angles; no data set is left behind then.
-        Busy: another process writes it.
+        Problems: labels overlap, or axes are not at right angles; no data set is left behind.
+        Busy: another process writes the data set.
     """
     folder = out / FOLDER
     if (folder / CASES).is_file():
@@ -182,7 +185,7 @@ def write_data_set(
 
 
 def _description(plan: PlanFolder) -> dict[str, Any]:
-    """nnU-Net's dataset.json; names that mean something to it (CT, ignore) are never there by chance."""
+    """The content of nnU-Net's dataset.json; prefixes keep names from having a meaning there (CT, ignore)."""
     channels = zip(plan.config.data.contrasts, plan.plan.preprocessing.channels, strict=False)
     return {
         "channel_names": {
@@ -218,10 +221,10 @@ def _write_case(plan: PlanFolder, case: Case, data: Path, name: str) -> None:
 
 
 def _plain(path: Path, volume: NiftiVolume, first: NiftiVolume) -> bool:
-    """Whether nnU-Net's readers see the file as the plan does, and on the grid of the case's first one.
+    """Whether nnU-Net's readers see the same image as the plan, on the grid of the case's first one.
 
-    Units other than mm, an orientation of the qform's own, voxel sizes that the affine has not, a fourth dimension
-    or channels a little apart are read in several ways, or not at all.
+    They differ for units other than mm, a qform with another orientation, voxel sizes that differ from the
+    affine's, a fourth dimension, or slightly shifted channels.
     """
     image: Any = nib.load(path)
     return bool(
@@ -234,7 +237,7 @@ def _plain(path: Path, volume: NiftiVolume, first: NiftiVolume) -> bool:
 
 
 def _merged(plan: PlanFolder, case: Case) -> NDArray[Any]:
-    """The labels of a case as 1, 2, …, in the configuration's order."""
+    """The labels of a case as values 1, 2, … [X, Y, Z], in the configuration's order; they must not overlap."""
     masks = truths(plan, case)[0]
     labels = list(plan.config.data.labels)
     merged = np.zeros(
@@ -259,10 +262,10 @@ def _write(array: NDArray[Any], affine: NDArray[Any], path: Path) -> None:
 
 
 def splits(plan: PlanFolder, part: str) -> list[dict[str, list[str]]]:
-    """The folds as nnU-Net's splits_final.json has them; its validation cases are the held-out ones.
+    """The content of nnU-Net's splits_final.json; its validation cases are the held-out ones.
 
     Args:
-        part: the held-out one, see ``design.held_out``.
+        part: the held-out part, see ``PlanFolder.held_out``.
     """
     name = names(plan)
     return [
@@ -275,14 +278,14 @@ def splits(plan: PlanFolder, part: str) -> list[dict[str, list[str]]]:
 
 
 def write_table(plan: PlanFolder, fold: int, part: str, path: Path) -> list[str]:
-    """The metadata of a fold's cases as the conditioned trainer reads them.
+    """Writes the metadata of a fold's cases as CSV for the conditioned trainer.
 
-    A category is text that no number and no spelling of a missing value can be; a number stands as the other arms
-    encode it (its logarithm with scaling log) but is standardised by the trainer; what training has not seen is
-    missing where ``unseen`` says so.
+    A category is written as text that is neither a number nor a spelling of a missing value. A number is written
+    as in the other arms (its logarithm with scaling log), but is standardised by the trainer. A value that was not
+    in training is missing if ``unseen`` is "unknown".
 
     Args:
-        part: the held-out one.
+        part: the held-out part.
 
     Returns:
         the table's columns of metadata.
@@ -295,14 +298,10 @@ def write_table(plan: PlanFolder, fold: int, part: str, path: Path) -> list[str]
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["case", *columns])
-        for case in _unique([*train, *plan.cases_of(fold, part)]):
+        for case in {c.id: c for c in [*train, *plan.cases_of(fold, part)]}.values():
             cells = [_cell(encoder[key], case.metadata.get(key)) for key in keys]
             writer.writerow([name[case.id], *cells])
     return columns
-
-
-def _unique(cases: Sequence[Case]) -> list[Case]:
-    return list({case.id: case for case in cases}.values())
 
 
 def _cell(key: KeyEncoder, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""OUT/report.html of a trial: the answer first, then what it rests on, in one file that needs nothing else."""
+"""The page of a trial, OUT/report.html: the answer, then its evidence, in a single file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from ..evaluation.metrics import METRICS
 from ..reports.html_page import Page, document, table
 from ..reports.layout import NONE, number, p_value
 from ..support.files import write_text
+from ..support.hints import counted
 from . import pictures
-from .methods import MEANING, counted, methods, steps
+from .methods import MEANING, methods, steps
 from .pictures import Row
 from .scores import CONDITIONED, UNCONDITIONED
 from .statistics import Needed
@@ -33,15 +34,18 @@ td.name, th.name { min-width: 10em; max-width: 24em }
 CLASSES = {"use it": "use", "do not": "not", "cannot tell yet": "open"}
 
 LEVELS = {"warning": "Warning", "look": "Look at this", "fine": "Fine"}
-"""Of the audit's findings, the worst first."""
+"""Level of an audit's finding -> its title, the worst level first."""
 
 
 def write_page(out: Path, results: Mapping[str, Any], audit: Mapping[str, Any] | None) -> Path:
     """Writes OUT/report.html.
 
     Args:
-        results: of ``results.collect``.
-        audit: what audit.json holds; None: there was no audit.
+        results: content of results.json, from ``results.collect``.
+        audit: content of audit.json; None: there was no audit.
+
+    Returns:
+        the path of the page.
 
     Raises:
         UserError: the file cannot be written.
@@ -317,14 +321,13 @@ def _curves(page: Page, results: Mapping[str, Any]) -> None:
 
 def _audit(page: Page, audit: Mapping[str, Any]) -> None:
     page.title("Audit of the metadata")
-    findings = audit["findings"]
-    levels = [*LEVELS]
-    ranked = sorted(findings, key=lambda f: levels.index(f["level"]) if f["level"] in levels else 0)
+    rank = {level: i for i, level in enumerate(LEVELS)}
+    findings = sorted(audit["findings"], key=lambda f: rank.get(f["level"], 0))
     if not findings:
         _paragraph(page, "The audit found nothing to look at.")
         return
     lines = []
-    for finding in ranked:
+    for finding in findings:
         if finding["level"] != "fine":
             name = LEVELS.get(finding["level"], finding["level"])
             lines.append(f"{name}: {finding['text']} {finding['advice']}")
@@ -340,7 +343,7 @@ def _audit(page: Page, audit: Mapping[str, Any]) -> None:
             number(f["value"], 2),
             NONE if f["low"] is None else f"{number(f['low'], 2)} to {number(f['high'], 2)}",
         ]
-        for f in ranked
+        for f in findings
     ]
     head = ["about", "", "measure", "value", "95 % interval"]
     _folded(page, f"All {len(rows)} findings", table(head, rows, names=2))

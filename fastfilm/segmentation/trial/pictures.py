@@ -15,15 +15,15 @@ from ..reports.figures import COLOURS, TALLEST, text
 from .scores import CONDITIONED, UNCONDITIONED
 
 WIDTH = 5.6
-"""Inches of a picture: 10 points stay readable where it is scaled to 370 pixels."""
+"""Width of a picture in inches: text of 10 points stays readable when scaled to 370 pixels."""
 
 ROW = 0.34
-"""Inches of a row of a forest plot."""
+"""Height of a row of a forest plot, in inches."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a forest plot: a difference with its interval, or a heading without."""
+    """A row of a forest plot: a difference with its interval, or a heading without numbers."""
 
     name: str
     mean: float | None = None
@@ -36,8 +36,8 @@ def forest(rows: Sequence[Row], margin: float, whole: Mapping[str, Any] | None =
     """Differences with 95 % intervals against 0 and the margin.
 
     Args:
-        margin: smallest difference worth having; the range from 0 to it is shaded.
-        whole: the difference over all cases, a dotted line.
+        margin: smallest difference worth having; the range from 0 to the margin is shaded.
+        whole: the difference over all cases, drawn as a dotted line.
     """
     height = min(ROW * len(rows) + 0.9, TALLEST)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -68,7 +68,7 @@ def forest(rows: Sequence[Row], margin: float, whole: Mapping[str, Any] | None =
 
 
 def chance(results: Mapping[str, Any]) -> Figure:
-    """Differences of the training runs beside those of the cases, each a dot, with the mean."""
+    """Differences of the training runs and of the cases as dots, with the mean."""
     points = results["points"]
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -91,7 +91,7 @@ def chance(results: Mapping[str, Any]) -> Figure:
 
 
 def reliability(calibration: Mapping[str, Any]) -> Figure:
-    """Share of the label by predicted probability in both arms; a panel for each label, six at most."""
+    """Share of the label by predicted probability in both arms; a panel for each of six labels at most."""
     labels = list(calibration["labels"][CONDITIONED])[:6]
     columns = min(2, len(labels))
     rows = -(-len(labels) // columns)

@@ -1,16 +1,17 @@
-"""What a trial found: OUT/results.json, from the scores of all its runs.
+"""The results of a trial, OUT/results.json, from the scores of all its runs.
 
-The file depends on the scores alone: not on the order in which runs were made, nor on time.
+The file depends on the scores alone, and neither on the order of the runs nor on time.
 
-A label counts in a case where its metric is defined in every run; where it is not, the label is empty in the truth
-(Dice is not defined where the prediction is empty too), and a network must not gain or lose by leaving the case's
-mean. A case's Dice is the mean over the labels that count.
+A label counts in a case if its metric is defined in every run. If it is not, the label is empty in the truth (Dice
+is not defined if the prediction is empty, too), and a network must not gain or lose by dropping the label from the
+case's mean. A case's Dice is the mean over the labels that count.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,28 @@ from numpy.typing import NDArray
 
 from ..evaluation.statistics import holm
 from ..metadata.encoder import as_category, is_missing
-from ..metadata.groups import MISSING, UNKNOWN, groupings
+from ..metadata.groups import MISSING, UNKNOWN, grouping, groupings
 from ..support.errors import UserError
 from ..support.files import write_json
-from ..support.hints import some
+from ..support.hints import counted, some
 from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED, Array, Scores, read_scores
 from .statistics import MINIMUM, Difference, difference, needed
 
 RESULTS = "results.json"
 
 SECONDARY = {"HD95": "lower", "NSD": "higher"}
-"""Further metrics, and which values are better."""
+"""Further metrics, and whether lower or higher values are better."""
 
 COMPARED = (CONDITIONED, UNCONDITIONED)
 
 DIGITS = 10
-"""Significant digits that are written: the last ones depend on how a machine adds up."""
+"""Significant digits that are written: further ones depend on the order in which a machine adds numbers."""
 
 RISE = 0.02
-"""Of the validation Dice in the last quarter of the steps: more says that training had not levelled off."""
+"""Rise of the validation Dice in the last quarter of the steps above which training had not levelled off."""
 
 PAIRS = (("nnunet_conditioned", "nnunet"),)
-"""Other arms that differ in the metadata alone, and are compared with each other."""
+"""Pairs of other arms that differ in the metadata only, and are compared with each other."""
 
 Mask = NDArray[np.bool_]
 
@@ -49,14 +50,15 @@ def collect(out: Path) -> dict[str, Any]:
     """Reads all scores of a trial and writes OUT/results.json.
 
     Returns:
-        what the file holds: ``design``; ``counts``; ``arms``: arm -> means and spreads; ``primary``: conditioned -
-        unconditioned; ``against``: other arm -> conditioned - that arm; ``pairs``: differences of other arms;
-        ``labels``; ``secondary``; ``groups``: key -> group; ``extremes``; ``swaps``: key -> what a wrong value
-        costs; ``calibration``; ``curves``; ``needed``; ``points``: each case's and each network's difference;
+        the content of the file: ``design``; ``counts``; ``arms``: arm -> means and spreads; ``primary``:
+            conditioned
+        - unconditioned; ``against``: other arm -> conditioned - that arm; ``pairs``: differences between other
+        arms; ``labels``; ``secondary``; ``groups``: key -> group; ``extremes``; ``swaps``: key -> cost of a wrong
+        value; ``calibration``; ``curves``; ``needed``; ``points``: difference of each case and of each network;
         ``notes``.
 
     Raises:
-        UserError: runs that are missing, damaged, of another design, or without a case that can be compared.
+        UserError: runs are missing, damaged or of another design, or no case can be compared.
     """
     results = summarise(read_scores(out))
     write_json(out / RESULTS, results)
@@ -64,7 +66,7 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def summarise(scores: Scores) -> dict[str, Any]:
-    """As ``collect``, of scores that are read.
+    """The same as ``collect`` for scores that were read.
 
     Raises:
         UserError: no case can be compared.
@@ -82,7 +84,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
         for a, b in PAIRS
         if {a, b} <= {*design.arms}
     }
-    further = _corrected({name: d.to_json() for name, d in {**against, **pairs}.items()})
+    further = _corrected({name: asdict(d) for name, d in {**against, **pairs}.items()})
     groups = _groups(compared, dice)
     results = {
         "format": 1,
@@ -98,7 +100,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
             "steps": sorted({run.steps for run in scores.runs.values()}),
         },
         "arms": {arm: _arm(compared, arm, dice[arm]) for arm in design.arms},
-        "primary": primary.to_json(),
+        "primary": asdict(primary),
         "against": {arm: further[arm] for arm in against},
         "pairs": {name: further[name] for name in pairs},
         "labels": _labels(compared),
@@ -109,9 +111,9 @@ def summarise(scores: Scores) -> dict[str, Any]:
         "calibration": _calibration(compared),
         "curves": {arm: _curve(scores, arm) for arm in design.arms},
         "needed": {
-            UNCONDITIONED: needed(primary, design.margin).to_json(),
+            UNCONDITIONED: asdict(needed(primary, design.margin)),
             **{
-                arm: needed(d, design.margin).to_json()
+                arm: asdict(needed(d, design.margin))
                 for arm, d in against.items()
                 if arm == SHUFFLED
             },
@@ -127,10 +129,10 @@ class _Compared:
     """The cases and labels of a metric that count in every arm.
 
     Attributes:
-        values: arm -> [cases, seeds, labels].
-        counts: [cases, labels].
-        cases: which of them have a label that counts, [cases].
-        left_out: annotated, but not defined in some run, [cases, labels].
+        values: arm -> values [cases, seeds, labels].
+        counts: whether a label counts, [cases, labels].
+        cases: whether a case has a label that counts, [cases].
+        left_out: whether a label is annotated but not defined in some run, [cases, labels].
     """
 
     def __init__(self, scores: Scores, metric: str, swaps: bool = False) -> None:
@@ -139,31 +141,31 @@ class _Compared:
         annotated = scores.annotated()
         defined = np.all([np.isfinite(v).all(1) for v in self.values.values()], axis=0)
         if swaps:
-            # where a swapped value empties a prediction, the truth turns out to be empty
+            # a swapped value with an empty prediction reveals an empty truth
             defined &= ~_undefined_swaps(scores)
         self.counts: Mask = annotated & defined
         self.cases: Mask = np.asarray(self.counts.any(1))
         self.left_out: Mask = annotated & ~defined
 
     def mean_of(self, values: Array) -> Array:
-        """Over the labels that count: [cases, seeds, labels] -> [cases, seeds]; NaN where none does or one is."""
+        """Means [cases, seeds] of values [cases, seeds, labels] over the labels that count; NaN without any."""
         n = self.counts.sum(1)[:, None]
         total = np.where(self.counts[:, None], values, 0.0).sum(2)
         return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
     def means(self, arm: str) -> Array:
-        """Of each case and seed over the labels that count, [cases, seeds]."""
+        """Means of an arm over the labels that count, [cases, seeds]."""
         return self.mean_of(self.values[arm])
 
     def difference(
         self, values: Array, where: Mask | None = None, clustered: bool = True
     ) -> Difference:
-        """Of the cases in ``where`` that are defined.
+        """The mean difference over the cases in ``where`` with defined values.
 
         Args:
-            values: [cases, seeds].
-            where: [cases]; None: all.
-            clustered: clusters are the units where the design has some.
+            values: differences [cases, seeds].
+            where: mask [cases]; None: all.
+            clustered: whether clusters are the units, if the design has any.
         """
         there = np.isfinite(values).all(1)
         at = np.flatnonzero(there if where is None else there & where)
@@ -177,13 +179,18 @@ class _Compared:
         )
 
     def where(self, names: Iterable[str]) -> Mask:
-        """Which cases are in ``names``, [cases]."""
+        """Whether each case is in ``names``, [cases]."""
         given = set(names)
         return np.array([n in given for n in self.scores.names])
 
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """Case -> metadata, for the cases with a label that counts."""
+        entries = zip(self.scores.names, self.scores.cases, self.cases, strict=True)
+        return {name: case.metadata for name, case, counts in entries if counts}
+
 
 def _undefined_swaps(scores: Scores) -> Mask:
-    """Labels that are not defined under a value that was fed, [cases, labels]."""
+    """Whether a label is not defined with some fed value, [cases, labels]."""
     found = np.zeros((len(scores.names), len(scores.design.labels)), bool)
     for i, row in enumerate(scores.of(CONDITIONED)):
         fed = [dice for c in row for values in c.swaps.values() for dice in values.values()]
@@ -203,7 +210,7 @@ def _deviation(values: Array) -> float | None:
 
 
 def _arm(compared: _Compared, arm: str, dice: Array) -> dict[str, Any]:
-    """Means of an arm, over seeds and cases apart."""
+    """Means and spreads of an arm."""
     known = dice[np.isfinite(dice).all(1)]
     labels = compared.scores.design.labels
     values = compared.values[arm]
@@ -225,12 +232,12 @@ def _both(
     return {
         CONDITIONED: _mean(a[there]),
         UNCONDITIONED: _mean(b[there]),
-        **compared.difference(a - b, there, clustered).to_json(),
+        **asdict(compared.difference(a - b, there, clustered)),
     }
 
 
 def _corrected(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """With ``p_holm``, corrected for the number of rows."""
+    """The rows with ``p_holm``, corrected for their number."""
     corrected = holm([row["p"] for row in rows.values()])
     return {
         name: {**row, "p_holm": p} for (name, row), p in zip(rows.items(), corrected, strict=True)
@@ -249,7 +256,7 @@ def _labels(compared: _Compared) -> dict[str, Any]:
 
 
 def _secondary(scores: Scores) -> dict[str, Any]:
-    """Further metrics of the case's mean over its labels; one that no case has is left out."""
+    """Differences of further metrics, each the case's mean over its labels; undefined metrics are left out."""
     rows = {}
     for metric, better in SECONDARY.items():
         compared = _Compared(scores, metric)
@@ -262,21 +269,16 @@ def _secondary(scores: Scores) -> dict[str, Any]:
 def _groups(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
     """Key -> group -> conditioned against unconditioned, for keys that make two groups or more.
 
-    A group of the key that makes the clusters is one cluster: what is said of it is said of its subjects.
+    A group of the key of the clusters is a single cluster, so that its statistics are over its subjects.
     """
     scores = compared.scores
-    metadata = {
-        n: c.metadata
-        for n, c, ok in zip(scores.names, scores.cases, compared.cases, strict=True)
-        if ok
-    }
     found: dict[str, Any] = {}
     every: list[dict[str, Any]] = []
-    for key, grouping in groupings(metadata, scores.design.every_kind()).items():
-        if len(grouping.members) < 2:
+    for key, made in groupings(compared.metadata(), scores.design.every_kind()).items():
+        if len(made.members) < 2:
             continue
-        found[key] = {"binned": grouping.binned, "input": key in scores.design.keys, "groups": {}}
-        for name, members in grouping.members.items():
+        found[key] = {"binned": made.binned, "input": key in scores.design.keys, "groups": {}}
+        for name, members in made.members.items():
             a, b = (dice[arm] for arm in COMPARED)
             clustered = key != scores.design.cluster
             row = _both(compared, a, b, compared.where(members), clustered)
@@ -288,7 +290,7 @@ def _groups(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _extremes(groups: Mapping[str, Any]) -> dict[str, list[str]] | None:
-    """The groups with the largest and the smallest mean difference among those of two subjects or more."""
+    """The groups with the largest and the smallest mean difference, of those with two subjects or more."""
     rows = [
         (row["mean"], key, name)
         for key, found in groups.items()
@@ -302,11 +304,11 @@ def _extremes(groups: Mapping[str, Any]) -> dict[str, list[str]] | None:
 
 
 def _swap(compared: _Compared, key: str, fed: Sequence[str]) -> dict[str, Any]:
-    """What the conditioned networks lose by a wrong value of a key, and by none.
+    """The loss of the conditioned networks by a wrong value of a key, and by a hidden one.
 
-    ``wrong`` and ``unknown`` are Dice with the true value minus Dice with a wrong one (the mean over those that
-    were fed), and with the value hidden. ``used``: a wrong value costs (True), costs less than the margin
-    (False), or that is not clear (None).
+    ``wrong`` and ``unknown`` are Dice with the true value minus Dice with a wrong one (the mean over the fed
+    ones), and minus Dice with the value hidden. ``used``: a wrong value costs Dice (True), costs less than the
+    margin (False), or neither is certain (None).
     """
     scores = compared.scores
     true = [_name(c.metadata.get(key)) for c in scores.cases]
@@ -326,13 +328,9 @@ def _swap(compared: _Compared, key: str, fed: Sequence[str]) -> dict[str, Any]:
     used = None
     if found is not None:
         used = True if found.superior else False if found.excludes(margin) else None
-    metadata = {
-        n: {key: c.metadata.get(key)}
-        for n, c, ok in zip(scores.names, scores.cases, compared.cases, strict=True)
-        if ok
-    }
-    grouping = groupings(metadata, scores.design.every_kind()).get(key)
-    members = {"all": [*metadata]} if grouping is None else grouping.members
+    values_of = {name: m.get(key) for name, m in compared.metadata().items()}
+    made = grouping(values_of, scores.design.every_kind().get(key))
+    members = {"all": [*values_of]} if made is None else made.members
     rows = {}
     for group, names in members.items():
         at = compared.where(names)
@@ -346,8 +344,8 @@ def _swap(compared: _Compared, key: str, fed: Sequence[str]) -> dict[str, Any]:
         told = np.array([t is not None for t in true])[:, None]
         hidden = _difference_or_none(compared, np.where(told, own - under[hiding], np.nan))
     return {
-        "wrong": None if found is None else found.to_json(),
-        "unknown": None if hidden is None else hidden.to_json(),
+        "wrong": None if found is None else asdict(found),
+        "unknown": None if hidden is None else asdict(hidden),
         "used": used,
         "rows": rows,
     }
@@ -358,17 +356,17 @@ def _difference_or_none(compared: _Compared, values: Array) -> Difference | None
 
 
 def _name(value: Any) -> str | None:
-    """A metadata value as swaps name it; None where it is missing."""
+    """A metadata value as text, as the swaps name it; None if it is missing."""
     if is_missing(value):
         return None
     return ";".join(map(as_category, value)) if isinstance(value, list) else as_category(value)
 
 
 def _calibration(compared: _Compared) -> dict[str, Any]:
-    """Reliability of the probabilities of both arms, by label and by group; empty without bins.
+    """Reliability of both arms' probabilities, by label and by group; empty without bins.
 
-    The expected calibration error is the mean over bins of |mean probability - share of the label|, weighted
-    with the bins' voxels, which are pooled over cases and seeds (Naeini, Cooper and Hauskrecht 2015).
+    The expected calibration error is the mean over bins of |mean probability - share of the label|, weighted by
+    the number of voxels, pooled over cases and seeds (Naeini, Cooper and Hauskrecht 2015).
     """
     scores = compared.scores
     names = scores.design.labels
@@ -387,22 +385,22 @@ def _calibration(compared: _Compared) -> dict[str, Any]:
                 labels[arm][label] = {"error": error, "bins": rows}
     metadata = {n: c.metadata for n, c in zip(scores.names, scores.cases, strict=True)}
     groups: dict[str, Any] = {}
-    for key, grouping in groupings(metadata, scores.design.every_kind()).items():
-        if len(grouping.members) < 2:
+    for key, made in groupings(metadata, scores.design.every_kind()).items():
+        if len(made.members) < 2:
             continue
         groups[key] = {
             group: {
                 arm: _over_labels(values[compared.where(members)].sum(0))
                 for arm, values in pooled.items()
             }
-            for group, members in grouping.members.items()
+            for group, members in made.members.items()
         }
     whole = {arm: _over_labels(values.sum(0)) for arm, values in pooled.items()}
     return {"error": whole, "labels": labels, "groups": groups}
 
 
 def _bins(scores: Scores, arm: str) -> Array | None:
-    """Bins of each case and label over its seeds, [cases, labels, bins, 3]; None where there are none."""
+    """Bins of each case and label, added up over seeds, [cases, labels, bins, 3]; None if there are none."""
     rows = scores.of(arm)
     sizes = {len(b) for row in rows for c in row for b in c.reliability.values()}
     if len(sizes) != 1:
@@ -417,7 +415,7 @@ def _bins(scores: Scores, arm: str) -> Array | None:
 
 
 def _calibration_error(bins: Array) -> float | None:
-    """Of bins [bins, 3]: voxels, sum of probabilities, voxels of the label; None without voxels."""
+    """Calibration error of bins [bins, 3] (voxels, sum of probabilities, voxels of the label); None if empty."""
     count = float(bins[:, 0].sum())
     return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / count) if count else None
 
@@ -465,8 +463,8 @@ def _points(compared: _Compared, dice: Mapping[str, Array]) -> dict[str, Any]:
     return {"cases": cases, "networks": networks}
 
 
-def _rising(arm: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note where an arm's mean validation Dice rose by more than ``RISE`` in the last quarter of the steps."""
+def rising(arm: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note if an arm's mean validation Dice rose by more than ``RISE`` in the last quarter of the steps."""
     if not curve:
         return []
     last = curve[-1]
@@ -480,7 +478,7 @@ def _rising(arm: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _notes(compared: _Compared, primary: Difference) -> list[str]:
-    """What a reader has to know about the numbers."""
+    """Notes on the numbers, for the reader."""
     scores = compared.scores
     notes = []
     for j, label in enumerate(scores.design.labels):
@@ -488,12 +486,12 @@ def _notes(compared: _Compared, primary: Difference) -> list[str]:
         if at.size:
             shares = []
             for arm in scores.design.arms:
-                # where the truth is empty, Dice is 0 if something was predicted and undefined if not
+                # with an empty truth, Dice is 0 if something was predicted, and undefined otherwise
                 false = np.isfinite(compared.values[arm][at, :, j]).mean()
                 shares.append(f"{arm} in {false:.0%}")
             names = some([scores.names[i] for i in at])
             notes.append(
-                f"{label}: the truth of {_counted(at.size)} is empty ({names}), left out of its Dice;"
+                f"{label}: the truth of {counted(at.size, 'case')} is empty ({names}), left out of its Dice;"
                 f" something was predicted there by {', '.join(shares)} of the runs"
             )
         if not compared.counts[:, j].any():
@@ -501,8 +499,8 @@ def _notes(compared: _Compared, primary: Difference) -> list[str]:
     without = np.flatnonzero(~compared.cases)
     if without.size:
         names = some([scores.names[i] for i in without])
-        notes.append(f"{_counted(without.size)} without a label that counts: {names}")
-    notes += [line for arm in COMPARED for line in _rising(arm, _curve(scores, arm))]
+        notes.append(f"{counted(without.size, 'case')} without a label that counts: {names}")
+    notes += [line for arm in COMPARED for line in rising(arm, _curve(scores, arm))]
     if not primary.training_known:
         notes.append(
             "one seed: how much the result depends on the training run is not known; the intervals hold for these"
@@ -520,12 +518,8 @@ def _notes(compared: _Compared, primary: Difference) -> list[str]:
     return notes
 
 
-def _counted(cases: int) -> str:
-    return f"{cases} case" if cases == 1 else f"{cases} cases"
-
-
 def _rounded(value: Any) -> Any:
-    """Floats to ``DIGITS`` significant digits, and to 12 behind the point."""
+    """The value with floats rounded to ``DIGITS`` significant digits, and to 12 digits behind the point."""
     if isinstance(value, float):
         return float(f"{round(value, 12):.{DIGITS}g}")
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The runs of a trial: each trains one network and scores its held-out cases; killed at any moment, it goes on."""
+"""The runs of a trial: each trains a network and scores its held-out cases, and continues after being killed."""
 
 from __future__ import annotations
 
@@ -23,22 +23,20 @@ from ..training.fold import Start, train
 from ..training.record import read_log
 from . import nnunet
 from .arms import arm_plan, fed_metadata
-from .design import Run
+from .design import SCORES, Run
 from .nnunet_data import ARMS
 from .scoring import fed_values, score_cases
-
-SCORES = "scores.json"
 
 MODEL = "model"
 
 
 @dataclass
 class Left:
-    """What a pass over the runs has left undone.
+    """The runs that a pass has not finished.
 
     Attributes:
-        busy: runs that other processes are at.
-        late: the time was over before all were done.
+        busy: runs that other processes work on.
+        late: whether the time limit passed before all runs were done.
     """
 
     busy: list[Run] = field(default_factory=list)
@@ -46,7 +44,7 @@ class Left:
 
 
 def done(out: Path, run: Run) -> bool:
-    """Whether a run's scores are there."""
+    """Whether a run has its scores."""
     return (out / run.path / SCORES).is_file()
 
 
@@ -60,15 +58,16 @@ def make_runs(
     deadline: float | None = None,
     options: Sequence[str] = (),
 ) -> Left:
-    """Makes every run that is not there and that no other process is at.
+    """Makes all missing runs that no other process works on.
 
     Args:
-        design: as in design.json.
-        deadline: in ``time.monotonic()``'s seconds; what is under way is saved when it passes.
-        options: of the command line, for the message that says how to go on.
+        design: content of design.json.
+        deadline: time of ``time.monotonic()`` in seconds at which the current run is saved and stopped.
+        options: options of the command line, for the message on how to continue.
 
     Raises:
-        Stopped: a signal has come; UserError: a run cannot be made.
+        Stopped: a signal has come.
+        UserError: a run cannot be made.
     """
     left = Left()
     again = shlex.join(["fastfilm", "trial", *options])
@@ -97,7 +96,7 @@ def make_runs(
                     "seconds": round(time.monotonic() - begun, 1),
                 }
                 write_json(folder / SCORES, scores)
-                # the optimiser's state, larger than the weights: nothing is left to go on with
+                # the training's state is larger than the weights and not needed any more
                 (folder / MODEL / STATE).unlink(missing_ok=True)
         except Busy:
             left.busy.append(run)
@@ -118,7 +117,7 @@ def make_runs(
 
 
 def mean_dice(scores: dict[str, Any]) -> float | None:
-    """The endpoint for one network: the mean over cases of their mean over labels; None: none is defined."""
+    """The endpoint for one network: the mean over cases of the mean Dice over labels; None if undefined."""
     means = []
     for case in scores["cases"].values():
         values = [m["Dice"] for m in case["metrics"].values() if m["Dice"] is not None]
@@ -136,7 +135,7 @@ def _make(
     deadline: float | None,
     again: str,
 ) -> dict[str, Any]:
-    """What scores.json says of a network of ours."""
+    """Trains and scores a network of fastfilm; returns ``steps``, ``cases`` and ``curve`` of scores.json."""
     own = arm_plan(plan, run)
     model_folder = folder / MODEL
     start = Start(
@@ -168,7 +167,7 @@ def _make(
 
 
 def _in_time(deadline: float | None) -> Callable[[], None]:
-    """Raises Stopped (SIGALRM) once the deadline has passed."""
+    """A function that raises Stopped (SIGALRM) once the deadline has passed."""
 
     def check() -> None:
         if deadline is not None and time.monotonic() >= deadline:
@@ -178,5 +177,5 @@ def _in_time(deadline: float | None) -> Callable[[], None]:
 
 
 def seconds_of(out: Path, runs: Sequence[Run]) -> list[float]:
-    """How long the runs took that are there; a run that was interrupted counts from where it went on."""
+    """Durations of the finished runs in seconds; of an interrupted run, only that of its last part."""
     return [float(read_json(out / run.path / SCORES)["seconds"]) for run in runs if done(out, run)]

@@ -1,7 +1,7 @@
-"""The scores of all runs of a trial, read, checked against the design and each other, and as arrays.
+"""The scores of all runs of a trial: read, checked against the design and each other, and as arrays.
 
 OUT/design.json                              ``Design``
-OUT/runs/ARM/fold-K/seed-S/scores.json       ``Run``: what one network made of the cases that its fold holds out
+OUT/runs/ARM/fold-K/seed-S/scores.json       ``Scored``: scores of one network on the cases that its fold holds out
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from ..support.errors import Problems, UserError
 from ..support.hints import some
 from ..support.records import Measured, Plain, Record, read_record
+from .design import NAME, SCORES, Run
 
 Array = NDArray[np.float64]
 
@@ -32,7 +33,7 @@ Triple = Annotated[list[Measured], Field(min_length=3, max_length=3)]
 
 
 class Design(Record):
-    """What is read of design.json."""
+    """The entries of design.json that are read."""
 
     arms: list[str]
     folds: int = Field(ge=1)
@@ -57,7 +58,7 @@ class Design(Record):
         return self
 
     def every_kind(self) -> dict[str, str]:
-        """Key -> kind, of the keys that the network gets and of those that it does not."""
+        """Key -> kind, for all keys, whether they condition the network or not."""
         return self.kinds | self.keys
 
     def shown(self) -> dict[str, Any]:
@@ -66,10 +67,11 @@ class Design(Record):
 
 
 class Case(Record):
-    """One held-out case under one network.
+    """The scores of a held-out case by one network.
 
     Attributes:
-        metrics: label -> metric -> value; a label that is not annotated in the case is not there.
+        subject, cluster, metadata: those of the case.
+        metrics: annotated label -> metric -> value.
         swaps: key -> value that was fed instead of the true one -> label -> Dice.
         reliability: label -> bins.
     """
@@ -82,7 +84,7 @@ class Case(Record):
     reliability: dict[str, list[Triple]] = Field(default_factory=dict)
 
     def about(self) -> tuple[Any, ...]:
-        """What has to be the same under every network."""
+        """The entries that must be the same for every network."""
         return self.subject, self.cluster, self.metadata, sorted(self.metrics)
 
 
@@ -93,8 +95,8 @@ class Point(Record):
     dice_mean: Measured | None
 
 
-class Run(Record):
-    """What is read of scores.json."""
+class Scored(Record):
+    """The entries of scores.json that are read."""
 
     arm: str
     fold: int
@@ -110,47 +112,49 @@ class Scores:
     """All runs of a trial.
 
     Attributes:
-        runs: (arm, fold, seed) -> run.
-        names: the cases, sorted.
-        fold: of each case, in the order of ``names``.
-        cases: their entries in one of the runs, in that order: what is the same in all of them.
+        design: the design of the trial.
+        runs: (arm, fold, seed) -> scores of the run.
+        names: names of the cases, sorted.
+        fold: fold of each case, in the order of ``names``.
+        cases: scores of each case by one of the networks, for the entries that are the same for all.
     """
 
     design: Design
-    runs: Mapping[tuple[str, int, int], Run]
+    runs: Mapping[tuple[str, int, int], Scored]
     names: list[str]
     fold: list[int]
     cases: list[Case]
 
     def of(self, arm: str) -> list[list[Case]]:
-        """Each case under each seed of an arm."""
+        """The scores of each case, and for each case by each seed of an arm."""
         return [
             [self.runs[arm, fold, seed].cases[name] for seed in self.design.seeds]
             for name, fold in zip(self.names, self.fold, strict=True)
         ]
 
     def array(self, arm: str, value: Callable[[Case, str], float | None]) -> Array:
-        """[cases, seeds, labels]; NaN where ``value`` of a case and label is None."""
+        """``value`` of each case and label, [cases, seeds, labels]; NaN for None."""
+        rows = self.of(arm)
         return np.array(
-            [[[_nan(value(c, x)) for x in self.design.labels] for c in row] for row in self.of(arm)]
+            [[[value(c, x) for x in self.design.labels] for c in r] for r in rows], float
         )
 
     def metric(self, arm: str, metric: str) -> Array:
-        """[cases, seeds, labels]; NaN where it is not defined or the label not annotated."""
+        """A metric [cases, seeds, labels]; NaN if it is not defined or the label is not annotated."""
         return self.array(arm, lambda case, label: case.metrics.get(label, {}).get(metric))
 
     def swap(self, key: str, value: str) -> Array:
-        """Dice under another value, [cases, seeds, labels]; NaN where it was not fed or is not defined."""
+        """Dice with another value, [cases, seeds, labels]; NaN if it was not fed or Dice is not defined."""
         return self.array(
             CONDITIONED, lambda case, label: case.swaps.get(key, {}).get(value, {}).get(label)
         )
 
     def annotated(self) -> NDArray[np.bool_]:
-        """Which labels each case has, [cases, labels]."""
+        """Whether a label was annotated, [cases, labels]."""
         return np.array([[x in c.metrics for x in self.design.labels] for c in self.cases])
 
     def fed(self) -> dict[str, list[str]]:
-        """Key -> the values that were fed instead of true ones, sorted."""
+        """Key -> the values that were fed instead of the true ones, sorted."""
         found: dict[str, set[str]] = {}
         for row in self.of(CONDITIONED):
             for key, values in itertools.chain.from_iterable(c.swaps.items() for c in row):
@@ -158,26 +162,21 @@ class Scores:
         return {key: sorted(found[key]) for key in sorted(found)}
 
 
-def scores_file(out: Path, arm: str, fold: int, seed: int) -> Path:
-    """Where the scores of a run lie."""
-    return out / "runs" / arm / f"fold-{fold}" / f"seed-{seed}" / "scores.json"
-
-
 def read_scores(out: Path) -> Scores:
     """The design and all runs of a trial.
 
     Raises:
-        UserError: files that are not there or damaged, a run of another design, runs that disagree on a case.
+        UserError: files are missing or damaged, a run is of another design, or runs disagree on a case.
     """
-    design = read_record(out / "design.json", Design, "the design of a trial")
+    design = read_record(out / NAME, Design, "the design of a trial")
     every = list(itertools.product(design.arms, range(design.folds), design.seeds))
-    files = {key: scores_file(out, *key) for key in every}
+    files = {key: out / Run(*key).path / SCORES for key in every}  # type: ignore[arg-type]
     missing = [key for key, path in files.items() if not path.is_file()]
     if missing:
         listed = some([f"{a} fold {k} seed {s}" for a, k, s in missing], LISTED)
         raise UserError(
             f"{out}: {len(missing)} of {len(every)} runs are not finished: {listed};"
-            " the same command of fastfilm trial goes on with them"
+            " the same command of fastfilm trial continues them"
         )
     runs = {key: _read_run(path, key, design) for key, path in files.items()}
     found: dict[str, tuple[int, Case]] = {}
@@ -198,11 +197,11 @@ def read_scores(out: Path) -> Scores:
                 wrong.append(f"{path}: {name} is held out in fold {held_out} too")
             elif case.about() != known.about():
                 wrong.append(
-                    f"{path}: {name} has not the subject, metadata or labels of other runs"
+                    f"{path}: {name} differs from other runs in subject, metadata or labels"
                 )
             strange = sorted(case.metrics.keys() - {*design.labels})
             if strange:
-                wrong.append(f"{path}: {name}: {strange[0]!r} is no label of the design")
+                wrong.append(f"{path}: {name}: {strange[0]!r} is not a label of the design")
     if wrong:
         raise Problems(f"{out}: the runs do not go together", wrong)
     if not any(case.metrics for _, case in found.values()):
@@ -212,8 +211,8 @@ def read_scores(out: Path) -> Scores:
     return Scores(design, runs, names, fold_of, [found[n][1] for n in names])
 
 
-def _read_run(path: Path, key: tuple[str, int, int], design: Design) -> Run:
-    run = read_record(path, Run, "the scores of a run of fastfilm trial")
+def _read_run(path: Path, key: tuple[str, int, int], design: Design) -> Scored:
+    run = read_record(path, Scored, "the scores of a run of fastfilm trial")
     if (run.arm, run.fold, run.seed) != key:
         raise UserError(
             f"{path}: holds {run.arm}, fold {run.fold}, seed {run.seed};"
@@ -225,7 +224,3 @@ def _read_run(path: Path, key: tuple[str, int, int], design: Design) -> Run:
             f" ({design.sha256:.12}); give another folder, or delete the runs"
         )
     return run
-
-
-def _nan(value: float | None) -> float:
-    return np.nan if value is None else value

@@ -1,7 +1,8 @@
-"""Scores of one network on its fold's held-out cases: metrics, Dice under other metadata, reliability."""
+"""Scores of one network on its fold's held-out cases: metrics, Dice with other metadata, reliability."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,19 @@ from ..prediction.swap import shown
 from ..support.errors import Problems, UserError
 
 METRICS = ("Dice", "HD95", "NSD", "volume_error")
-"""Of ``metrics.METRICS``, those that a trial keeps."""
+"""Metrics of ``metrics.METRICS`` that a trial stores."""
 
 MOST_VALUES = 8
-"""Values of a key that held-out cases are fed; the most frequent ones of the training cases."""
+"""Values of a key at most that held-out cases are fed: the most frequent ones of the training cases."""
 
 QUANTILES = (0.1, 0.5, 0.9)
-"""Of the training values: what a continuous key is fed."""
+"""Quantiles of a continuous key in training that held-out cases are fed."""
 
 BINS = 10
-"""Of the reliability diagram, of equal width."""
+"""Bins of the reliability diagram, of equal width."""
 
 AROUND = 5
-"""Voxels around truth and prediction in which reliability is counted: the background far away is no question."""
+"""Margin in voxels around truth and prediction for the reliability, which leaves the distant background out."""
 
 Fed = dict[str, dict[str, Any]]
 """Key -> name of a value -> the value; None stands for a missing one."""
@@ -51,16 +52,16 @@ def score_cases(
     fed: Fed,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """What scores.json holds under ``cases``.
+    """The entry ``cases`` of scores.json.
 
-    Metrics are those of ``predict`` and ``evaluate`` with their defaults.
+    Metrics are those of ``fastfilm predict`` and ``evaluate`` with default settings.
 
     Args:
-        fed: values under which each case is predicted as well, key by key.
+        fed: further values with which each case is predicted, key by key.
         between: called before each case.
 
     Raises:
-        Problems: cases that cannot be read any more.
+        Problems: cases cannot be read any more.
     """
     found, wrong = {}, []
     for case in cases:
@@ -75,10 +76,11 @@ def score_cases(
 
 
 def fed_values(model: LoadedModel, keys: Mapping[str, MetadataKey], cases: Sequence[Case]) -> Fed:
-    """The values of each key that held-out cases are fed; "unknown" where the model knows it.
+    """The values of each key that held-out cases are fed, with "unknown" if the model knows it.
 
     Args:
-        cases: those of the training.
+        keys: keys that condition the network.
+        cases: training cases of the model.
     """
     result: Fed = {}
     for name in keys:
@@ -88,7 +90,7 @@ def fed_values(model: LoadedModel, keys: Mapping[str, MetadataKey], cases: Seque
         if encoder.kind == "continuous":
             numbers = np.array([encoder.number(v) for v in present])
             for q in np.quantile(numbers, QUANTILES, method="nearest"):
-                value = float(np.exp(q)) if encoder.log else float(q)
+                value = encoder.original(float(q))
                 values.setdefault(f"{value:.6g}", value)
         elif encoder.values:
             values = {v: v for v in _frequent(encoder, present)}
@@ -99,13 +101,14 @@ def fed_values(model: LoadedModel, keys: Mapping[str, MetadataKey], cases: Seque
 
 
 def _frequent(encoder: KeyEncoder, present: Sequence[Any]) -> list[str]:
-    """The encoder's values in its own order, at most ``MOST_VALUES``, those that most cases have."""
-    counts = dict.fromkeys(encoder.values, 0)
-    for value in present:
-        names = encoder.several(value) if encoder.kind == "multilabel" else [as_category(value)]
-        for name in names:
-            if name in counts:
-                counts[name] += 1
+    """The ``MOST_VALUES`` most frequent of the encoder's values, in its order."""
+    counts = Counter(
+        name
+        for value in present
+        for name in (
+            encoder.several(value) if encoder.kind == "multilabel" else [as_category(value)]
+        )
+    )
     kept = sorted(encoder.values, key=lambda v: -counts[v])[:MOST_VALUES]
     return [v for v in encoder.values if v in kept]
 
@@ -153,7 +156,7 @@ def _case(model: LoadedModel, plan: PlanFolder, case: Case, fed: Fed) -> dict[st
 
 
 def cluster_of(plan: PlanFolder, case: Case) -> str | None:
-    """The cluster's name (None: there are no clusters); a subject whose value is missing is one of its own."""
+    """The cluster of a case: the value of ``trial.cluster``, or its subject if missing; None without clusters."""
     key = plan.config.trial.cluster
     if key is None:
         return None
@@ -162,12 +165,16 @@ def cluster_of(plan: PlanFolder, case: Case) -> str | None:
 
 
 def _mask(model: LoadedModel, found: Predicted, i: int) -> Mask:
-    """The i-th label as ``predict`` writes it."""
+    """The mask of the i-th label, as ``fastfilm predict`` writes it."""
     return found.masks[i] if model.info.separate else found.strongest == i + 1
 
 
 def truths(plan: PlanFolder, case: Case) -> tuple[dict[str, Mask], NDArray[np.float64]]:
-    """The masks of the labels that were annotated, and the grid's matrix."""
+    """The masks [X, Y, Z] of the annotated labels, and the matrix [3, 3] of their grid, voxels -> mm.
+
+    Raises:
+        UserError: a file cannot be read, or is not on the grid of the image.
+    """
     found: dict[str, Mask] = {}
     read: dict[Path, NDArray[np.integer]] = {}
     image = read_volume(next(p for p in case.images if p is not None))
@@ -187,9 +194,9 @@ def _dice(mask: Mask, truth: Mask) -> float | None:
 
 
 def reliability_bins(p: NDArray[np.float32], mask: Mask, truth: Mask) -> list[list[float]]:
-    """Voxels, sum of their probabilities, and how many are the label, for each of ``BINS`` bins of probability.
+    """Number of voxels, sum of probabilities, and number of voxels of the label, for ``BINS`` bins of probability.
 
-    Counted in the box around prediction and truth and ``AROUND`` voxels more; zeros where both are empty.
+    Voxels in a box around prediction and truth, with a margin of ``AROUND``, are counted; none if both are empty.
     """
     if not (mask.any() or truth.any()):
         return [[0, 0.0, 0] for _ in range(BINS)]

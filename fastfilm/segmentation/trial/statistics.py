@@ -1,16 +1,16 @@
-"""The difference between two arms of a trial: how large, how sure, and how much more it would take to be sure.
+"""Statistics of the difference between two arms: its size, its uncertainty, and the data needed for an answer.
 
 D[c, s] is the Dice of held-out case c in one arm minus that in the other, with the networks of seed s of the
 fold that holds c out. A fold and a seed make one pair of networks. The estimand is the expected difference for a
-new case when the networks are trained anew: new subjects and new training runs, so both kinds of noise count.
+new case when the networks are trained again: with new subjects and new training runs, both kinds of noise count.
 
 **Model.** D[c, s] = effect + subject + run[fold, s] + rest[c, s]. All cases of a fold share the noise of its
-training runs, and all cases of a subject share the subject's. A unit is a subject, or a cluster of subjects
-such as a site where clusters are given. Of the mean over cases and seeds the variance has three estimates:
+training runs, and all cases of a subject share the subject's. A unit is a subject, or, if clusters are given, a
+cluster of subjects such as a site. The variance of the mean over cases and seeds has three estimates:
 
 - V_units: from the units' sums of residuals (cluster-robust; Liang and Zeger 1986);
 - V_runs: from the variance of a fold's mean between its seeds, pooled over folds;
-- V_both: from the sums of a unit in one run: what the first two both contain.
+- V_both: from the sums of a unit in one run, the part that the first two have in common.
 
 The standard error is sqrt(V_units + V_runs - V_both), as for errors that are clustered in two ways (Cameron,
 Gelbach and Miller 2011), and not below the larger of the first two.
@@ -21,23 +21,22 @@ Gelbach and Miller 2011), and not below the larger of the first two.
 data, so that the sign of all differences of one training run may be flipped: exact for "the two recipes give
 the same distribution of networks", with any distribution of noise, but a statement on these cases alone. For a
 subject drawn at random, "as likely better as worse by any amount" lets the sign of all differences of that
-subject (or cluster) be flipped: exact for these networks, a statement on new subjects. Where both kinds of
-noise are there, the run test takes what the cases at hand have in common for an effect, and the subject test
-does so with what the networks at hand have; the larger of their two p-values rejects a true null hypothesis too
-often as well (benchmarks/paper/trial_statistics.py: in up to 9 of 100 trials at the 5 % level). The p-value is
-therefore the largest of three: t, runs, subjects. Being the largest it is valid where any of them is, and the
-flips protect against a t distribution that does not hold. Flips of n units reach 2 / 2^n at the lowest: 0.004
-for 9 pairs of networks, 0.00006 for 15; below 6 pairs, or 6 units, no result is significant at 5 %
-(``MINIMUM``).
+subject (or cluster) be flipped: exact for these networks, a statement on new subjects. If both kinds of noise
+are present, the run test mistakes a common property of these cases for an effect, and the subject test a common
+property of these networks; the larger of their two p-values still rejects a true null hypothesis too often
+(benchmarks/paper/trial_statistics.py: in up to 9 of 100 trials at the 5 % level). The p-value is therefore the
+largest of three: t, runs, subjects. It is valid if any of them is, and the flips protect against differences
+that do not follow a t distribution. Flips of n units reach 2 / 2^n at the lowest: 0.004 for 9 pairs of networks,
+0.00006 for 15; below 6 pairs, or 6 units, no result is significant at 5 % (``MINIMUM``).
 
-**Bootstrap.** Beside it stands the percentile interval of the hierarchical bootstrap: units are drawn with
-replacement, each whole (Davison and Hinkley 1997, section 3.8: drawing again inside would count the inner
-variance twice), and in each fold its seeds. Drawing n of n understates a variance by (n - 1) / n, a third for
-three seeds; n - 1 are drawn and weighted n / (n - 1) instead (Rao and Wu 1988). In the simulation it covers
-less than t with few networks and more with noise of case and run together, which it counts twice (Owen 2007).
+**Bootstrap.** A second interval is the percentile interval of the hierarchical bootstrap: whole units are drawn
+with replacement (Davison and Hinkley 1997, section 3.8: drawing again inside would count the inner variance
+twice), and the seeds of each fold. Drawing n of n understates a variance by 1 / n, a third for three seeds; n - 1
+are drawn and weighted n / (n - 1) instead (Rao and Wu 1988). In the simulation this interval covers less than t
+with few networks, and more if noise depends on case and run together, which it counts twice (Owen 2007).
 
-Not in any of them: networks of other training subjects, as no method tells that from one set of folds (Bengio and
-Grandvalet 2004).
+None of these includes the variation between sets of training subjects, which no method can estimate from one set
+of folds (Bengio and Grandvalet 2004).
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -55,13 +54,13 @@ from numpy.typing import NDArray
 from scipy import sparse, stats
 
 RESAMPLES = 2000
-"""Of the bootstrap."""
+"""Resamples of the bootstrap."""
 
 EXACT = 16
-"""Units up to which all flips of signs are counted."""
+"""Number of units up to which all flips of signs are enumerated."""
 
 FLIPS = 9999
-"""Flips that are drawn where there are more units."""
+"""Random flips for more units."""
 
 MINIMUM = 6
 """Units that a flip test needs to reach 5 %: 2 / 2^6 = 0.03, 2 / 2^5 = 0.06."""
@@ -69,31 +68,31 @@ MINIMUM = 6
 POWER = 0.8
 
 MOST = 10**6
-"""Units, and seeds, up to which ``needed`` looks."""
+"""Units and seeds that ``needed`` considers at most."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus another on the same cases.
+    """The difference between two arms on the same cases.
 
     Attributes:
-        mean: over cases and seeds.
+        mean: mean over cases and seeds.
         low, high: 95 % interval by Student's t; None for fewer than two units.
-        bootstrap_low, bootstrap_high: 95 % percentile interval of the hierarchical bootstrap, likewise.
-        p: two-sided, the largest of ``p_t``, ``p_runs`` and ``p_units``; None without ``p_t``.
-        p_t, p_runs, p_units: by t, by flips of training runs, by flips of subjects or clusters.
-        p_smallest: that the flip tests allow.
-        cases, subjects, folds, seeds, networks: numbers; a network is a pair, one of each arm.
-        clusters: number of clusters; None where subjects are the units.
+        bootstrap_low, bootstrap_high: 95 % percentile interval of the hierarchical bootstrap; None likewise.
+        p: two-sided p-value, the largest of ``p_t``, ``p_runs`` and ``p_units``; None without ``p_t``.
+        p_t, p_runs, p_units: p-values by t, by flips of training runs, by flips of subjects or clusters.
+        p_smallest: smallest p-value that the flip tests can reach.
+        cases, subjects, folds, seeds, networks: their numbers; a network is a pair, one of each arm.
+        clusters: number of clusters; None if subjects are the units.
         spread_subjects: standard deviation of the subjects' means; None for one subject.
-        spread_runs: standard deviation of a fold's mean from one training run to the next; None for one seed.
-        standard_error: of the mean; None for fewer than two units.
+        spread_runs: standard deviation of a fold's mean between training runs; None for one seed.
+        standard_error: standard error of the mean; None for fewer than two units.
         error_units, error_runs, error_both: square roots of V_units, V_runs and V_both.
-        degrees, degrees_units, degrees_runs: of freedom, of the whole and of its parts.
-        training_known: False for one seed: the interval holds for these networks alone.
-        higher, lower: shares of the cases whose mean difference is above and below 0.
+        degrees, degrees_units, degrees_runs: degrees of freedom of the variance, of V_units and of V_runs.
+        training_known: whether there are several seeds; with one, the interval holds for these networks only.
+        higher, lower: shares of the cases with a mean difference above and below 0.
     """
 
     mean: float
@@ -135,17 +134,9 @@ class Difference:
         """Whether the interval lies above 0."""
         return self.low is not None and self.low > 0
 
-    def not_inferior(self, margin: float) -> bool:
-        """Whether the interval lies above ``-margin``."""
-        return self.low is not None and self.low > -margin
-
     def excludes(self, margin: float) -> bool:
         """Whether the interval lies below ``margin``, the smallest difference worth having."""
         return self.high is not None and self.high < margin
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; ``Difference(**value)`` is the inverse."""
-        return asdict(self)
 
 
 def difference(
@@ -155,18 +146,18 @@ def difference(
     clusters: Sequence[str | None] | None = None,
     seed: int = 0,
 ) -> Difference:
-    """The mean of paired differences, its interval and its p-value; the module says how.
+    """The mean of paired differences with its interval and p-value, by the methods in this module's docstring.
 
     Args:
         values: D, [cases, seeds], finite.
-        folds: the fold that holds each case out, [cases].
-        subjects: of each case, [cases].
-        clusters: of each case, such as its site, [cases]; None: a cluster of its own for each subject, as is an
-            entry that is None. Clusters that share a subject count as one.
-        seed: of bootstrap and drawn flips.
+        folds: fold that holds each case out, [cases].
+        subjects: subject of each case, [cases].
+        clusters: cluster of each case, such as its site, [cases]; None, or an entry None: the subject is a cluster
+            of its own. Clusters with a common subject count as one.
+        seed: seed of bootstrap and random flips.
 
     Raises:
-        ValueError: no cases or seeds, values that are not finite, lengths that differ.
+        ValueError: there are no cases or seeds, values are not finite, or lengths differ.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
@@ -179,7 +170,7 @@ def difference(
     unit = subject if clusters is None else _units(subject, clusters)
     every = values.mean(1)
     mean = float(every.mean())
-    # sums of a unit, of a run, and of a unit in a run, each a share of the mean
+    # sums over a unit in a run, as shares of the mean
     shares = np.zeros((unit.max() + 1, fold.max() + 1, seeds))
     np.add.at(shares, (unit, fold), values / values.size)
     within = np.zeros_like(shares)
@@ -190,7 +181,7 @@ def difference(
     v_units, df_units = _units_variance(of_units - share * mean, share)
     v_runs, spread_runs, df_runs = _runs_variance(of_runs, weight)
     v_both = None if seeds == 1 else float((within**2).sum() * seeds / (seeds - 1))
-    # residuals of rounding alone are none
+    # variances within rounding errors count as 0
     least = (1e-12 * float(np.abs(values).max())) ** 2
     v_units, v_runs, v_both = (
         v if v is None or v > least else 0.0 for v in (v_units, v_runs, v_both)
@@ -235,33 +226,29 @@ def difference(
 
 @dataclass(frozen=True)
 class Needed:
-    """How much more would make the interval decide with 80 % power, if the true effect is the one that was found.
+    """The further data with which the interval would give an answer with 80 % power, if the effect found is true.
 
     Attributes:
-        target: "zero": the interval shall lie above 0 (the mean is at least the margin); "margin": below the
-        margin. subjects: more of them, with as many seeds (in as many more clusters, where there are clusters);
-        None: no
-            number does.
-        seeds: more of them for each fold, with the same subjects; None: no number does.
+        target: "zero": the interval would lie above 0 (the mean is at least the margin); "margin": below the
+            margin.
+        subjects: number of further subjects with the same seeds (in proportionally more clusters); None: no number
+            suffices.
+        seeds: number of further seeds for each fold with the same subjects; None: no number suffices.
     """
 
     target: Literal["zero", "margin"]
     subjects: int | None
     seeds: int | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; ``Needed(**value)`` is the inverse."""
-        return asdict(self)
-
 
 def needed(found: Difference, margin: float) -> Needed:
-    """Subjects more, or seeds more, from the two parts of the variance.
+    """The further subjects, or seeds, that would give an answer.
 
-    More subjects shrink V_units, and with it what units and runs have in common; more seeds shrink V_runs
-    likewise. The distance to the target must be (t_0.975 + t_0.8) standard errors (t as in the interval that
-    would be computed then).
+    More subjects reduce V_units and V_both, and more seeds V_runs and V_both. The distance to the target must be
+    (t_0.975 + t_0.8) standard errors, with the degrees of freedom of the larger trial.
 
     Args:
+        found: the difference in the present trial.
         margin: smallest difference worth having.
     """
     target: Literal["zero", "margin"] = "zero" if found.mean >= margin else "margin"
@@ -284,7 +271,7 @@ def needed(found: Difference, margin: float) -> Needed:
         df_runs = found.folds * (n - 1)
         return _decides(distance, v_units, v_runs / k, v_both / k, found.degrees_units, df_runs)
 
-    # a flip test that cannot reach 5 % decides nothing
+    # with too few units the flip tests cannot reach 5 %
     enough_networks = target == "margin" or found.networks >= MINIMUM
     enough_units = target == "margin" or units >= MINIMUM
     least_units = units if target == "margin" else max(units, MINIMUM)
@@ -309,19 +296,19 @@ def _decides(
 
 
 def _first(enough: Callable[[int], bool], least: int) -> int | None:
-    """The smallest number from ``least`` on that is enough; None where ``MOST`` is not."""
+    """The smallest sufficient number from ``least`` on; None if ``MOST`` does not suffice."""
     numbers = range(least, MOST + 1)
     at = bisect_left(numbers, True, key=enough)
     return None if at == len(numbers) else numbers[at]
 
 
 def _index(names: Sequence[Any]) -> NDArray[np.intp]:
-    """Numbers from 0 on, in the order of the sorted names, so that the order of cases does not matter."""
+    """A number for each name: its position among the sorted names, whatever the order of the cases."""
     return np.unique(np.asarray(names), return_inverse=True)[1].reshape(-1)
 
 
 def _units(subject: NDArray[np.intp], clusters: Sequence[str | None]) -> NDArray[np.intp]:
-    """Numbers of the clusters; those that share a subject are one, and a subject without one is its own."""
+    """A number for each case's cluster; those with a common subject are one, a subject without one is its own."""
     given = {name: i for i, name in enumerate(sorted({c for c in clusters if c is not None}))}
     n = int(subject.max()) + 1
     edges = [(s, n + given[c]) for s, c in zip(subject, clusters, strict=True) if c is not None]
@@ -335,9 +322,9 @@ def _units(subject: NDArray[np.intp], clusters: Sequence[str | None]) -> NDArray
 def _units_variance(residuals: Array, share: Array) -> tuple[float | None, float]:
     """V_units and its degrees of freedom; None for one unit.
 
-    The divisor makes it unbiased where cases of a unit go together fully, whatever the units' sizes (n - 1 of n
-    for equal ones); the degrees of freedom are those of as many equal units as weigh the same, 1 / Σ share²
-    (Carter, Schnepel and Steigerwald 2017).
+    The divisor makes the estimate unbiased for perfectly correlated cases of a unit and units of any size; it is
+    (n - 1) / n for equal ones. The degrees of freedom are those of the effective number of equal units, 1 / Σ
+    share² (Carter, Schnepel and Steigerwald 2017).
     """
     if len(share) < 2:
         return None, 0.0
@@ -351,7 +338,7 @@ def _runs_variance(of_runs: Array, weight: Array) -> tuple[float | None, float |
 
     Args:
         of_runs: shares of the mean, [folds, seeds].
-        weight: share of the cases that a fold holds out, [folds].
+        weight: share of the cases that each fold holds out, [folds].
     """
     folds, seeds = of_runs.shape
     if seeds < 2:
@@ -375,11 +362,11 @@ def _combined(
 def _student(
     mean: float, variance: float | None, df: float | None
 ) -> tuple[float | None, float | None, float | None]:
-    """95 % interval and two-sided p."""
+    """The 95 % interval and the two-sided p-value by Student's t; None without a variance."""
     if variance is None:
         return None, None, None
     if df is None:
-        # every case and run the same: nothing is left to chance
+        # all cases and runs have the same difference
         return mean, mean, float(mean == 0)
     error = math.sqrt(variance)
     reach = float(stats.t.ppf(0.975, df)) * error
@@ -392,19 +379,19 @@ def _smallest(n: int) -> float:
 
 @functools.lru_cache(maxsize=4)
 def _signs(n: int) -> Array:
-    """All signs of ``n`` units with the first one +1 (the others are their mirror): [2^(n - 1), n]."""
+    """All signs of ``n`` units with +1 for the first (the others are mirror images), [2^(n - 1), n]."""
     rows = [(1, *rest) for rest in itertools.product((1, -1), repeat=n - 1)]
     return np.array(rows, np.float64)
 
 
 def _flips(shares: Array, rng: np.random.Generator) -> float:
-    """Share of the flips of signs with a sum as far from 0 as the one that was found, itself among them.
+    """The p-value by flips of signs: the share of flips with a sum as far from 0 as the one found, counting it.
 
     Args:
-        shares: of the mean, [units].
+        shares: shares of the mean, [units].
     """
     n = len(shares)
-    # sums that are equal but for rounding are equal
+    # sums within rounding errors count as equal
     found = abs(shares.sum()) * (1 - 1e-9) - 1e-15
     if n <= EXACT:
         return float((np.abs(_signs(n) @ shares) >= found).mean())
@@ -413,7 +400,7 @@ def _flips(shares: Array, rng: np.random.Generator) -> float:
 
 
 def _drawn(n: int, size: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Weights [*size, n] by Rao and Wu: n - 1 of n are drawn, each counts n / (n - 1); one stays as it is."""
+    """Random weights [*size, n] by Rao and Wu: n - 1 of n are drawn and weighted n / (n - 1); 1 for n = 1."""
     if n == 1:
         return np.ones((*size, 1))
     drawn = rng.multinomial(n - 1, np.full(n, 1 / n), size)
@@ -421,17 +408,17 @@ def _drawn(n: int, size: tuple[int, ...], rng: np.random.Generator) -> Array:
 
 
 def _bootstrap(shares: Array, share: Array, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % percentile interval of the mean.
+    """The 95 % percentile interval of the mean by the hierarchical bootstrap.
 
     Args:
-        shares: of the mean, by unit and run, [units, folds, seeds].
-        share: of the cases, [units].
+        shares: shares of the mean by unit and run, [units, folds, seeds].
+        share: share of the cases in each unit, [units].
     """
     units, folds, seeds = shares.shape
     drawn_units = _drawn(units, (RESAMPLES,), rng)
     drawn_seeds = _drawn(seeds, (RESAMPLES, folds), rng)
     by_run = (drawn_units @ shares.reshape(units, -1)).reshape(RESAMPLES, folds, seeds)
-    # units differ in their number of cases: a mean is a ratio
+    # a ratio, as units differ in their numbers of cases
     means = (by_run * drawn_seeds).sum((1, 2)) / (drawn_units @ share)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)

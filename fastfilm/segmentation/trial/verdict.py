@@ -1,40 +1,41 @@
-"""Whether to use the metadata: one of three answers, by rules that are fixed before the trial.
+"""The verdict of a trial: one of three answers on using the metadata, by rules fixed before the trial.
 
-The margin is the smallest difference of the mean Dice that is worth having, and the interval that of conditioned -
+The margin is the smallest difference of the mean Dice that is worth having. The interval is that of conditioned -
 unconditioned. The first rule that holds gives the answer:
 
-1. One seed, fewer than ``MINIMUM`` subjects, or no interval: "cannot tell yet". With one seed the noise of
-   training is not known, and the interval leaves it out; a trial that cannot say yes for that reason cannot say no
-   either. The same where neither arm reaches a mean Dice of ``LEARNED``: networks that have not learned the task
-   do not differ, whatever the metadata are worth.
-2. The interval lies below the margin (below 0 too): "do not". Metadata have to be asked for, checked and kept, and
-   a wrong value can do harm: what brings less than is worth having is not used, even where it is surely above 0.
-3. The interval lies above 0, p is below alpha, and the mean is the margin or more; and, where there is an arm
-   "shuffled", so does the interval of conditioned - shuffled: "use it". Shuffled metadata leave the network its
-   additional parameters and take the meaning from the values: only the values are a reason to ask for metadata.
-   Both have to hold, so that no correction for two tests is needed (Berger 1982).
-4. As rule 3, but the interval of conditioned - shuffled lies below the margin: "do not". The gain comes with the
-   additional parameters, and a network without metadata can have these.
-5. "cannot tell yet", with what would decide.
+1. One seed, fewer than ``MINIMUM`` subjects, or no interval: "cannot tell yet". With one seed the interval does
+   not include the noise of training, and a trial that cannot say yes for that reason cannot say no either. The
+   answer is the same if neither arm reaches a mean Dice of ``LEARNED``: networks that have not learned the task do
+   not differ, however useful the metadata are.
+2. The interval lies below the margin, or below 0: "do not". Metadata must be requested, checked and stored, and a
+   wrong value can do harm: a gain below the margin does not justify them, even if it is certain.
+3. The interval lies above 0, p is below alpha, and the mean is at least the margin; if there is an arm "shuffled",
+   the interval of conditioned - shuffled lies above 0, too: "use it". With shuffled metadata the network has the
+   same additional parameters, but the values have no meaning: only the values are a reason to use metadata. Both
+   conditions must hold, so that no correction for two tests is needed (Berger 1982).
+4. As rule 3, but the interval of conditioned - shuffled lies below the margin: "do not". The gain comes from the
+   additional parameters, which a network without metadata can have, too.
+5. Otherwise "cannot tell yet", with the data that would give an answer.
 
-With fewer than ``MINIMUM`` pairs of networks or clusters p cannot be below 0.05, so that rule 3 never holds; rule
-2 may.
+With fewer than ``MINIMUM`` pairs of networks or clusters p cannot be below 0.05, so that rule 3 cannot hold; rule
+2 can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..reports.layout import NONE
+from ..support.hints import counted
 from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED
 from .statistics import MINIMUM, Difference, Needed
 
 Answer = Literal["use it", "do not", "cannot tell yet"]
 
 LEARNED = 0.1
-"""Mean Dice that the better of the two main arms needs: below it the networks have not learned the task."""
+"""Mean Dice of the better of the two main arms below which the networks have not learned the task."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,19 @@ class Verdict:
     """The answer to "does my metadata help?".
 
     Attributes:
-        reasons: what the answer follows from, one rule's condition each.
-        sentences: five lines: answer; effect; values or parameters; where it helps and hurts; next step.
+        answer: "use it", "do not" or "cannot tell yet".
+        reasons: the conditions of the rules that gave the answer.
+        sentences: five lines: answer; effect; values or parameters; groups that it helps and hurts; next step.
     """
 
     answer: Answer
     reasons: tuple[str, ...]
     sentences: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class _Trial:
-    """What the rules look at."""
+    """The inputs of the rules."""
 
     results: Mapping[str, Any]
     primary: Difference
@@ -67,13 +65,17 @@ class _Trial:
 
     @property
     def gains(self) -> bool:
-        """Rule 3 without the arm shuffled."""
+        """Whether rule 3 holds, without the arm shuffled."""
         p = self.primary
         return p.superior and p.p is not None and p.p < self.alpha and p.mean >= self.margin
 
 
 def verdict(results: Mapping[str, Any]) -> Verdict:
-    """The answer that ``results`` (of ``results.collect``) give."""
+    """The verdict of a trial.
+
+    Args:
+        results: content of results.json, from ``results.collect``.
+    """
     shuffled = results["against"].get(SHUFFLED)
     trial = _Trial(
         results,
@@ -94,7 +96,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
 
 
 def _own(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a row that are a Difference's."""
+    """The entries of a row that belong to a ``Difference``."""
     return {name: row[name] for name in Difference.__dataclass_fields__}
 
 
@@ -133,7 +135,7 @@ def _answer(trial: _Trial) -> tuple[Answer, list[str]]:
 
 
 def _too_little(p: Difference) -> list[str]:
-    """What rule 1 finds."""
+    """The conditions of rule 1 on the size of the trial that hold."""
     found = []
     if not p.training_known:
         found.append("one seed: how much a result depends on the training run is not known")
@@ -145,7 +147,7 @@ def _too_little(p: Difference) -> list[str]:
 
 
 def _not_learned(trial: _Trial) -> list[str]:
-    """What rule 1 finds in the level of Dice."""
+    """The condition of rule 1 on the level of Dice, if it holds."""
     best = max(trial.results["arms"][arm]["mean"] for arm in (CONDITIONED, UNCONDITIONED))
     if best >= LEARNED:
         return []
@@ -276,16 +278,16 @@ def _next(trial: _Trial, answer: Answer) -> str:
 
 
 def needed_text(needed: Needed, arm: str) -> str:
-    """What would decide, without a full stop.
+    """The further data that would give an answer, as a sentence without a full stop.
 
     Args:
-        arm: that the arm conditioned is compared with.
+        arm: the arm that conditioned is compared with.
     """
     more = []
     if needed.subjects:
         more.append(f"{needed.subjects} more subjects")
     if needed.seeds:
-        more.append(f"{needed.seeds} more {'seed' if needed.seeds == 1 else 'seeds'} for each fold")
+        more.append(f"{counted(needed.seeds, 'more seed')} for each fold")
     aim = "above 0" if needed.target == "zero" else "below the margin"
     against = "" if arm == UNCONDITIONED else f" against {arm} metadata"
     if more:
@@ -302,7 +304,7 @@ def needed_text(needed: Needed, arm: str) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """With the sign, which zero has not; – for None."""
+    """A number with its sign, and zero without; – for None."""
     if value is None:
         return NONE
     text = f"{value:+.{digits}f}"
@@ -310,21 +312,21 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def ends(row: Mapping[str, Any], digits: int = 3) -> str:
-    """``low to high`` of a difference; – where it has no interval."""
+    """``low to high`` of a difference; – without an interval."""
     if row["low"] is None:
         return NONE
     return f"{signed(row['low'], digits)} to {signed(row['high'], digits)}"
 
 
 def p_text(p: float | None) -> str:
-    """``= 0.013``, ``< 0.001``."""
+    """A p-value as text, such as ``= 0.013`` or ``< 0.001``."""
     if p is None:
         return "not defined"
     return "< 0.001" if p < 0.001 else f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
 
 
 def p_words(p: float | None) -> str:
-    """How often chance alone would do as much."""
+    """A p-value in words: the share of trials in which chance alone would give such a difference."""
     if p is None:
         return "how likely chance would do as much is not defined"
     if p < 0.001:

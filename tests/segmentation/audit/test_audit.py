@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("sklearn", reason="needs the extra [segmentation]")
-
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.stats import contingency
@@ -65,10 +62,10 @@ def asked(
 ) -> dict[str, Finding]:
     """All questions, corrected and judged; by what they are about."""
     how = (0, permutations)
-    questions = [*label_questions(rows, *how), *pair_questions(rows, *how)]
-    questions += gap_questions(rows, set(), *how)
+    questions = [*label_questions(rows, how), *pair_questions(rows, how)]
+    questions += gap_questions(rows, set(), how)
     if features is not None:
-        questions += image_questions(rows, "intensity", features, *how)
+        questions += image_questions(rows, "intensity", features, how)
     found = corrected([q.ask() for q in questions])
     inputs = {c.name for c in rows.columns if c.input} | {*rows.inputs}
     return {f.about: judged(f, inputs) for f in found}
@@ -461,7 +458,7 @@ def test_the_page_escapes_names_and_shows_the_worst_first() -> None:
         "cases": 50,
         "subjects": 40,
         "notes": ["n & m"],
-        "findings": [f.to_json() for f in findings],
+        "findings": [asdict(f) for f in findings],
     }
     text = page(result)
     assert "<b> ->" not in text and "&lt;b&gt; -&gt; volume of x" in text and "n &amp; m" in text

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
-import nibabel as nib
 import yaml
 
 from fastfilm.__main__ import main
 
 from ...support.bad_inputs import (
+    Capsys,
+    Change,
     Row,
     World,
     annexed,
@@ -40,6 +37,11 @@ from ...support.bad_inputs import (
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(data: Path, tmp_path: Path) -> World:
+    return copied(data, tmp_path / "w")
 
 
 def _csv(w: World, text: str, **data: Any) -> None:
@@ -159,7 +161,7 @@ PLAN: list[Row] = [
         and w.settings(metadata={"age": {"kind": "continuous"}}),
         "column 'age' of .* is empty or n/a everywhere",
     ),
-    ("two columns", lambda w: replace(w.table, "tumor_type\tage", "age\tage"), "'age' is there 2 times"),
+    ("two columns", lambda w: replace(w.table, "tumor_type\tage", "age\tage"), "'age' occurs 2 times"),
     ("a short row", lambda w: replace(w.table, "\t31", ""), "line 3 has 2 cells"),
     ("no participant_id", lambda w: replace(w.table, "participant_id", "id"), "no column 'participant_id'"),
     ("UTF-16", lambda w: w.table.write_bytes(w.table.read_text().encode("utf-16")), "save the file as UTF-8"),
@@ -248,7 +250,7 @@ PLAN: list[Row] = [
     (
         "labels that are not annotated anywhere",
         lambda w: _csv(w, "image,label,known\na.nii,b.nii,lesions\n", annotated_column="known"),
-        "known names 'lesions', which is no label",
+        "known names 'lesions', which is not a label",
     ),
     (
         "an image as its label",
@@ -258,7 +260,7 @@ PLAN: list[Row] = [
     # configuration
     ("an unknown key", lambda w: w.settings(trainig={}), "trainig: unknown key; did you mean 'training'"),
     ("an unknown value", lambda w: w.settings(training={"optimizer": "adam"}), "did you mean 'adamw'"),
-    ("a key twice", lambda w: w.root.joinpath("config.yaml").open("a").write("splits: {}\n"), "there twice"),
+    ("a key twice", lambda w: w.root.joinpath("config.yaml").open("a").write("splits: {}\n"), "occurs twice"),
     ("YAML that is none", lambda w: w.root.joinpath("config.yaml").write_text("data: ["), "not YAML"),
     ("a list as a configuration", lambda w: w.root.joinpath("config.yaml").write_text("- 1"), "keys and values"),
     ("no configuration", lambda w: w.root.joinpath("config.yaml").unlink(), "config.yaml: cannot be read"),
@@ -305,22 +307,13 @@ PLAN: list[Row] = [
 
 @table(PLAN)
 def test_a_bad_data_set_or_configuration_is_not_planned(
-    data: Path,
-    tmp_path: Path,
-    change: Callable[[World], Any],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    world: World, change: Change, message: str, capsys: Capsys
 ) -> None:
-    world = copied(data, tmp_path / "w")
-    world.settings()
-    change(world)
-    refused(world, ["plan", str(world.root / "config.yaml"), str(world.out)], message, capsys)
+    argv = ["plan", world.settings(), str(world.out)]
+    refused(world, change, message, capsys, argv)
 
 
-def test_a_label_file_that_several_subjects_share_is_said(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    world = copied(data, tmp_path / "w")
+def test_a_label_file_that_several_subjects_share_is_said(world: World, capsys: Capsys) -> None:
     rows = [f"{i},{world.image(i)},{world.label(i // 5 * 4)}" for i in range(6)]
     _csv(world, "\n".join(["id,image,label", *rows]) + "\n")
     assert main(["plan", str(world.root / "config.yaml"), str(world.out)]) == 0

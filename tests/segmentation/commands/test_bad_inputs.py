@@ -8,17 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
-import nibabel as nib
 
 from fastfilm.__main__ import main
 
 from ...support.bad_inputs import (
+    Capsys,
+    Change,
     Row,
     World,
     annexed,
@@ -54,6 +52,11 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["predict", model, plan, predicted]) == 0
     assert main(["evaluate", predicted]) == 0
     return root
+
+
+@pytest.fixture
+def world(trained: Path, tmp_path: Path) -> World:
+    return copied(trained, tmp_path / "w")
 
 
 def _predict(w: World, *more: Any, source: Any = None, out: Any = None) -> list[str]:
@@ -118,7 +121,7 @@ PREDICT: list[Row] = [
     ("a value that is none", _meta("--meta", "tumor_type"), "--meta takes KEY=VALUE"),
     ("a key twice", _meta("--meta", "tumor_type=ependymoma", "--meta", "tumor_type=astrocytoma"), "twice"),
     ("a swapped key that is none", _meta("--swap", "age"), "'age' is not one of the model's"),
-    ("a swapped value twice", _meta("--swap", "tumor_type=ependymoma,ependymoma"), "'ependymoma' is there twice"),
+    ("a swapped value twice", _meta("--swap", "tumor_type=ependymoma,ependymoma"), "'ependymoma' occurs twice"),
     (
         "two files of a case",
         lambda w: nib.save(nib.load(w.image(1)), str(w.image(1)).removesuffix(".gz")),
@@ -158,15 +161,9 @@ PREDICT: list[Row] = [
 
 @table(PREDICT)
 def test_a_bad_model_or_request_predicts_nothing(
-    trained: Path,
-    tmp_path: Path,
-    change: Callable[[World], Any],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    world: World, change: Change, message: str, capsys: Capsys
 ) -> None:
-    world = copied(trained, tmp_path / "w")
-    argv = change(world)
-    refused(world, argv if isinstance(argv, list) else _predict(world), message, capsys)
+    refused(world, change, message, capsys, _predict(world))
 
 
 CASES: list[Row] = [
@@ -186,13 +183,8 @@ CASES: list[Row] = [
 
 @table(CASES)
 def test_a_bad_case_is_named_and_the_others_are_predicted(
-    trained: Path,
-    tmp_path: Path,
-    change: Callable[[World], Any],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    world: World, change: Change, message: str, capsys: Capsys
 ) -> None:
-    world = copied(trained, tmp_path / "w")
     change(world)
     assert main(_predict(world)) == 1
     assert re.search(f"1 failed: - sub-01: .*{message}", " ".join(capsys.readouterr().err.split()))
@@ -252,15 +244,9 @@ TRAIN: list[Row] = [
 
 @table(TRAIN)
 def test_a_bad_plan_or_request_is_not_trained(
-    trained: Path,
-    tmp_path: Path,
-    change: Callable[[World], Any],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    world: World, change: Change, message: str, capsys: Capsys
 ) -> None:
-    world = copied(trained, tmp_path / "w")
-    argv = change(world)
-    refused(world, argv if isinstance(argv, list) else _train(world), message, capsys)
+    refused(world, change, message, capsys, _train(world))
 
 
 def _evaluate(w: World, *more: Any) -> list[str]:
@@ -311,19 +297,13 @@ EVALUATE: list[Row] = [
 
 @table(EVALUATE)
 def test_bad_predictions_or_requests_are_not_scored_or_shown(
-    trained: Path,
-    tmp_path: Path,
-    change: Callable[[World], Any],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    world: World, change: Change, message: str, capsys: Capsys
 ) -> None:
-    world = copied(trained, tmp_path / "w")
-    argv = change(world)
-    refused(world, argv if isinstance(argv, list) else _evaluate(world), message, capsys)
+    refused(world, change, message, capsys, _evaluate(world))
 
 
 def test_images_too_large_for_the_memory_after_resampling_are_not_predicted(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     world = copied(data, tmp_path / "w")
     config = world.settings(preprocessing={"spacing": [4, 4, None]})
@@ -336,9 +316,8 @@ def test_images_too_large_for_the_memory_after_resampling_are_not_predicted(
 
 
 def test_of_a_folder_with_other_images_those_of_the_contrast_are_predicted(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, capsys: Capsys
 ) -> None:
-    world = copied(trained, tmp_path / "w")
     folder = world.root / "flat"
     folder.mkdir()
     for name in ("a_FLAIR", "b_FLAIR", "a_T1w", "a_FLAIR_dseg"):
@@ -352,10 +331,7 @@ def test_of_a_folder_with_other_images_those_of_the_contrast_are_predicted(
     ]
 
 
-def test_cases_without_a_prediction_are_said(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    world = copied(trained, tmp_path / "w")
+def test_cases_without_a_prediction_are_said(world: World, capsys: Capsys) -> None:
     edit_json(world.predicted / "predictions.json", lambda v: v["asked"].append("ghost"))
     assert main(_evaluate(world)) == 0
     text = " ".join(capsys.readouterr().out.split())

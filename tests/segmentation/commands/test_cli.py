@@ -13,10 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
 import yaml
 
 from fastfilm.__main__ import main

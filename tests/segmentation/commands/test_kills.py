@@ -19,10 +19,6 @@ import numpy as np
 import pytest
 import yaml
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.ops.settings import environment
 from fastfilm.segmentation.models.folder import load_model
 from fastfilm.segmentation.support.files import read_json
@@ -30,7 +26,7 @@ from fastfilm.segmentation.support.lock import NAME
 from fastfilm.segmentation.training.record import read_log
 
 from ...support.phantoms import settings, write_bids
-from ..training.test_fold import saved_step
+from ...support.trainings import saved_step
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
 ROOT = Path(__file__).parents[3]
@@ -201,5 +197,5 @@ def test_a_signal_to_all_processes_of_a_training_saves_its_state(
     os.killpg(process.pid, number)
     text = process.communicate()[1]
     assert process.returncode == 128 + number, text
-    assert "the state is saved; go on with:" in text and "Traceback" not in text
+    assert "the state is saved; continue with:" in text and "Traceback" not in text
     assert saved_step(model) >= STEPS // 3

@@ -10,10 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
 import yaml
 
 from fastfilm.segmentation.config.schema import Config, parse
@@ -293,8 +289,8 @@ def test_another_grid_is_said_without_an_option_that_is_not_there(two: Path, cap
         (lambda v: v["metric_per_case"][0]["metrics"]["1"].update(HD95=1e999), "HD95|not JSON"),
         (lambda v: v["labels"]["1"]["metrics"]["Dice"].update(low=-1e16), "low"),
         (lambda v: v["foreground_mean"].update(Dice=1e16), "foreground_mean"),
-        (lambda v: v["metric_per_case"].append(v["metric_per_case"][0]), "'a' is there twice"),
-        (lambda v: v["labels"].update({"2": v["labels"]["1"]}), "'lesion' is there twice"),
+        (lambda v: v["metric_per_case"].append(v["metric_per_case"][0]), "'a' occurs twice"),
+        (lambda v: v["labels"].update({"2": v["labels"]["1"]}), "'lesion' occurs twice"),
         (lambda v: v["bootstrap"].update(seed=2**32), "bootstrap.seed"),
     ],
 )

@@ -9,13 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
-import nibabel as nib
 
 from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import override, parse
@@ -24,7 +20,7 @@ from fastfilm.segmentation.data.cache import cached
 from fastfilm.segmentation.data.datasets import find_cases
 from fastfilm.segmentation.data.plan import make_plan
 from fastfilm.segmentation.metadata.encoder import MetadataEncoder, MetadataError
-from fastfilm.segmentation.prediction.inputs import _row_of, _rows
+from fastfilm.segmentation.prediction.inputs import read_rows, row_of
 from fastfilm.segmentation.support.errors import UserError
 
 from ...support.bad_inputs import World, copied, header, replace, voxels, write_world
@@ -261,10 +257,10 @@ ROWS = {
 def test_a_case_has_its_own_row_or_none(tmp_path: Path, kind: str) -> None:
     text, expected = ROWS[kind]
     (tmp_path / "t.tsv").write_text(text)
-    table = _rows(tmp_path / "t.tsv")
+    table = read_rows(tmp_path / "t.tsv")
     for session, age in zip("123", expected, strict=True):
         names = [f"sub-1_ses-{session}", f"sub-1_ses-{session}_FLAIR", "sub-1", "1"]
-        row = _row_of(table, names, {"sub": "1", "ses": session})
+        row = row_of(table, names, {"sub": "1", "ses": session})
         assert (row or {}).get("age") == age
 
 
@@ -279,7 +275,7 @@ def test_a_case_has_its_own_row_or_none(tmp_path: Path, kind: str) -> None:
 def test_two_rows_of_one_case_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.tsv").write_text(text)
     with pytest.raises(UserError, match="line 3: a second row for"):
-        _rows(tmp_path / "t.tsv")
+        read_rows(tmp_path / "t.tsv")
 
 
 def test_values_that_training_did_not_have_are_said(

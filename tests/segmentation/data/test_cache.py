@@ -7,12 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
-import nibabel as nib
 
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.data.cache import CachedCase, cached

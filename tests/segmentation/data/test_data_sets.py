@@ -10,13 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
-import nibabel as nib
 
 from fastfilm.segmentation.config.schema import parse, read_config
 from fastfilm.segmentation.data.cache import cached
@@ -471,6 +467,21 @@ def test_a_plan_of_files_that_were_not_written_together_is_refused(
         read_plan(tmp_path / "plan")
         (tmp_path / "plan" / name).write_bytes(old + b" ")
     with pytest.raises(UserError, match=f"{name}: is not the file that plan.json was written with"):
+        read_plan(tmp_path / "plan")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [([{}], "0.id: missing"), (3, "valid list"), ([3], "0: .* got 3"), ({"a": 1}, "valid list")],
+)
+def test_a_list_of_cases_that_is_none_is_refused(tmp_path: Path, value: Any, message: str) -> None:
+    made, _ = make_plan(parse(settings(write_bids(tmp_path / "bids")), "test"), tmp_path / "plan")
+    # a plan without digests of its files, as early versions wrote it
+    made.plan.files = {}
+    (tmp_path / "plan" / "plan.json").write_text(made.plan.model_dump_json())
+    assert read_plan(tmp_path / "plan").cases == made.cases
+    (tmp_path / "plan" / "cases.json").write_text(json.dumps(value))
+    with pytest.raises(Problems, match=f"(?s)cases.json: not a list of cases.*{message}"):
         read_plan(tmp_path / "plan")
 
 

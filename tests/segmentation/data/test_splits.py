@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
 from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import config_text, parse, write_config
 from fastfilm.segmentation.config.sections import MetadataKey, Splits
@@ -248,7 +246,7 @@ def test_nested_left_out_values_choose_nothing() -> None:
         ({"group": "site", "column": "split"}, "column and group exclude each other"),
         ({"nested": 4, "column": "split"}, "column and nested exclude each other"),
         ({"nested": 1}, "splits.nested: Input should be greater than or equal to 2"),
-        ({"leave_out": "sit"}, "'sit' is no metadata key; did you mean 'site'?"),
+        ({"leave_out": "sit"}, "'sit' is not a metadata key; did you mean 'site'?"),
         ({"group": "family"}, "(metadata.family.input: false reads it"),
         ({"leave_out": "age"}, "'age' must be of kind category or ordered, got continuous"),
         ({"group": "age"}, "splits.group: 'age' must be of kind category or ordered"),

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.evaluation.metrics import case_metrics
 from fastfilm.segmentation.prediction.postprocessing import fill_holes, keep_largest
 

@@ -8,13 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
-import nibabel as nib
 import yaml
 
 from fastfilm.segmentation.commands import cli

@@ -7,9 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
-pytest.importorskip("scipy", reason="needs the extra [segmentation]")
-
 from scipy import stats
 
 from fastfilm.segmentation.evaluation.statistics import bootstrap_means, compare, holm, mean_of

@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.evaluation import true_by_fed as counterfactual
 from fastfilm.segmentation.evaluation.true_by_fed import sensitivity, swap_table
 

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
 
 PLAIN = Normalisation(kind="none")

@@ -6,12 +6,9 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
-import nibabel as nib
 
 from fastfilm.segmentation.images.labels import mask_of, whole_labels
 from fastfilm.segmentation.images.nifti import Remarks, read_volume, same_grid, voxel_problems

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
 pytest.importorskip("pydicom", reason="needs the extra [dicom]")
 
 import pydicom

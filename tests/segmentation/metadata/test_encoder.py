@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("scipy", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.sections import MetadataKey
 from fastfilm.segmentation.metadata.density import density_edges, log_density
 from fastfilm.segmentation.metadata.encoder import KeyEncoder, MetadataEncoder

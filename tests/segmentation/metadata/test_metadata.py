@@ -9,9 +9,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("scipy", reason="needs the extra [segmentation]")
-
 import fastfilm
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import MetadataKey

@@ -9,10 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
 from sklearn.decomposition import PCA
 
 from fastfilm.__main__ import main

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
 import fastfilm
 from fastfilm.segmentation.commands import cli
 from fastfilm.segmentation.models.folder import load_model
@@ -75,9 +72,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("none.pt", [], "no such file"),
         ("w.pt", ["--metadata", "tumor_type="], "KEY=VALUE"),
         ("w.pt", ["--metadata", "tumor_type=a,,b"], "a name is empty"),
-        ("w.pt", ["--metadata", "tumor_type=a,b,a"], "'a' is there twice"),
-        ("w.pt", ["--label", "x"], "'x' is there twice"),
-        ("w.pt", ["--contrast", "T1w"], "'T1w' is there twice"),
+        ("w.pt", ["--metadata", "tumor_type=a,b,a"], "'a' occurs twice"),
+        ("w.pt", ["--label", "x"], "'x' occurs twice"),
+        ("w.pt", ["--contrast", "T1w"], "'T1w' occurs twice"),
         ("w.pt", ["--patch", "0,8"], "above 0"),
         ("w.pt", ["--patch", "-8,8"], "above 0"),
         ("w.pt", ["--metadata", "tumor_type=a,b,c", "--patch", "1,8"], "at least 2"),

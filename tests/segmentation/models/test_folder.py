@@ -15,10 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 import fastfilm
 from fastfilm.segmentation.models.folder import FORMAT, load_model, read_info, save_weights
 from fastfilm.segmentation.support.errors import Problems, UserError

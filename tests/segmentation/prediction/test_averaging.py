@@ -13,9 +13,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
 from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import MetadataKey, NetworkConfig

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("typer", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.commands import cli
 from fastfilm.segmentation.config.sections import MetadataKey
 from fastfilm.segmentation.images.nifti_output import write_like

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
 from fastfilm.nn import ConvNormFiLM2d
 from fastfilm.segmentation.prediction.one_case import decide, dropping, entropy
 

@@ -14,10 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import NetworkConfig
 from fastfilm.segmentation.data.plan import make_plan, read_plan

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
-import yaml
 
 from fastfilm.segmentation.config.schema import read_config
 from fastfilm.segmentation.data.sidecars import Sidecars, data_set_of
@@ -46,7 +42,7 @@ TABLES = [
     ),
     ("a.csv", b"id;age\n1;30\n", "separated by semicolons; a .csv table is separated by commas"),
     ("a.csv", b"id\tage\n1\t30\n", "separated by tabs"),
-    ("a.csv", b"id,age,id\n1,2,3\n", "column 'id' is there 2 times"),
+    ("a.csv", b"id,age,id\n1,2,3\n", "column 'id' occurs 2 times"),
     ("a.csv", b"id,age\n1,2,3\n", "line 2 has 3 cells, the header has 2 columns"),
     ("a.csv", b"id,age\n1,2\n3\n", "line 3 has 1 cells, the header has 2 columns"),
     ("a.csv", b'id,age\n1,"2\n3,4\n', "line 3"),
@@ -109,7 +105,7 @@ def test_sidecars_further_up_hold_unless_a_nearer_one_says_otherwise(tmp_path: P
     [
         (b"[1, 2]", "must be a JSON object of keys and values, got a list"),
         (b'{"a": 1', "cannot be read as JSON"),
-        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
         ('{"a": "é"}'.encode("latin-1"), "save the file as UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "UTF-16"),
         (None, "is a link to .* not there"),
@@ -142,7 +138,7 @@ def test_a_key_that_is_there_twice_is_an_error_in_yaml() -> None:
     assert load_yaml("a: 1\nb: {a: 2}\nc: &x {d: 1}\ne: {<<: *x, f: 2}") == {
         "a": 1, "b": {"a": 2}, "c": {"d": 1}, "e": {"d": 1, "f": 2},
     }  # fmt: skip
-    with pytest.raises(yaml.YAMLError, match="key 'a' is there twice: in line 2 and line 4"):
+    with pytest.raises(yaml.YAMLError, match="key 'a' occurs twice: in line 2 and line 4"):
         load_yaml("x:\n  a: 1\n  b: 2\n  a: 3\n")
 
 

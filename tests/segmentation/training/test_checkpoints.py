@@ -12,14 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
-from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.config.sections import Training
-from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
-from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.files import read_tensors
 from fastfilm.segmentation.training import loop as trainer
 from fastfilm.segmentation.training.checkpoint import Saved, State, seed_step
@@ -27,23 +20,13 @@ from fastfilm.segmentation.training.fold import Start, train
 from fastfilm.segmentation.training.optimisation import Average, Progress, make_optimizer
 from fastfilm.segmentation.training.validation import Validated
 
-from ...support.phantoms import settings, write_bids
-
-ONE = Processes(0, 1, torch.device("cpu"))
+from ...support.phantoms import write_bids
+from ...support.trainings import ONE, planned, weights
 
 
 @pytest.fixture(scope="module")
 def bids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bids(tmp_path_factory.mktemp("bids"), count=4)
-
-
-def planned(bids: Path, folder: Path, **sections: Any) -> PlanFolder:
-    make_plan(parse(settings(bids, **sections), "test"), folder)
-    return read_plan(folder)
-
-
-def tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return read_tensors(folder / f"{name}.safetensors")[0]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -85,11 +68,11 @@ def test_the_state_says_that_weights_are_written_only_behind_them(
     assert not progress["finished"]
     assert progress["best_epoch"] == {"best": 1, "final": 3}[name]
     assert train(Start(plan, 0, tmp_path / "model", resume=True), ONE).best_epoch == 3
-    assert same(tensors(tmp_path / "model", "best"), tensors(tmp_path / "model", "final"))
+    assert same(weights(tmp_path / "model", "best"), weights(tmp_path / "model", "final"))
 
 
 def below(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    state = tensors(folder, "last")
+    state = weights(folder, "last")
     return {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
 
 
@@ -107,7 +90,7 @@ def test_the_averaged_weights_are_what_is_saved_and_start_warm(bids: Path, tmp_p
     network, average = (below(tmp_path / "model", p) for p in ("network/", "average/"))
     assert not same(network, average)
     for name in ("best", "final"):
-        assert same(tensors(tmp_path / "model", name), average)
+        assert same(weights(tmp_path / "model", name), average)
     plan.config.training.learning_rate = 1e-30
     train(Start(plan, 0, tmp_path / "start"), ONE)
     start = below(tmp_path / "start", "network/")
@@ -129,7 +112,7 @@ def test_steps_are_taken_at_the_scheduled_rate(
             bids, tmp_path / f"plan{steps}", training={"epochs": 1, "steps_per_epoch": steps}
         )
         train(Start(plan, 0, tmp_path / f"model{steps}"), ONE)
-        found.append(tensors(tmp_path / f"model{steps}", "final"))
+        found.append(weights(tmp_path / f"model{steps}", "final"))
     assert same(*found)
 
 

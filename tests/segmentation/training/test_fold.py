@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -15,44 +14,28 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
-
 from fastfilm.ops.settings import environment
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.data.cache import cached
-from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
 from fastfilm.segmentation.images.nifti import read_volume
 from fastfilm.segmentation.models.folder import load_model, read_info, save_weights
 from fastfilm.segmentation.models.network import build_network
 from fastfilm.segmentation.prediction.one_case import predict
 from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.errors import Problems, UserError
-from fastfilm.segmentation.support.files import read_tensors
 from fastfilm.segmentation.training.fold import Start, train
 from fastfilm.segmentation.training.record import read_log
 
 from ...nn.test_distributed import on_two
 from ...support.phantoms import TYPES, settings, write_bids
+from ...support.trainings import ONE, planned, saved_step, weights
 
 SLOW = environment.read("FASTFILM_SLOW_TESTS") == "1"
-ONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def bids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bids(tmp_path_factory.mktemp("bids"))
-
-
-def planned(bids: Path, folder: Path, **sections: Any) -> PlanFolder:
-    make_plan(parse(settings(bids, **sections), "test"), folder)
-    return read_plan(folder)
-
-
-def weights(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:
-    return read_tensors(folder / f"{name}.safetensors")[0]
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -75,17 +58,6 @@ STATEFUL: dict[str, Any] = {
         "checkpoint_steps": 2,
     },
 }
-
-
-def saved_step(folder: Path) -> int:
-    """Of the state that a resumed training would start from."""
-    last = folder / "last.safetensors"
-    if not last.exists():
-        return 0
-    # the header through one open file: safe_open opens the path twice, and it may be replaced in between
-    with last.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(json.loads(header["__metadata__"]["state"])["progress"]["step"])
 
 
 def kill_and_resume(bids: Path, tmp_path: Path, kills: int, sections: dict[str, Any]) -> None:
@@ -155,7 +127,7 @@ def test_a_run_killed_while_it_writes_its_end_writes_it_when_resumed(
         save_weights(folder, name, state, info)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastfilm.segmentation.training.fold.loop.save_weights", killed)
+        patch.setattr("fastfilm.segmentation.training.loop.save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             train(Start(plan, 0, tmp_path / "model"), ONE)
     assert saved_step(tmp_path / "model") == steps
@@ -419,7 +391,7 @@ def test_memory_stays_flat_over_epochs(bids: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastfilm.segmentation.training.fold.loop.say", resident)
+        patch.setattr("fastfilm.segmentation.training.loop.say", resident)
         train(Start(plan, 0, tmp_path / "model"), ONE)
     assert len(sizes) == 30
     assert sizes[-1] - sizes[10] < 4 * 2**20, [s >> 20 for s in sizes]

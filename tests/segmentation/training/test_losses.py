@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.sections import Training
 from fastfilm.segmentation.training.losses import KnownLoss
 

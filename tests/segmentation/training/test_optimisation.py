@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.sections import Training
 from fastfilm.segmentation.training.optimisation import (
     Average,

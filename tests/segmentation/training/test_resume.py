@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config.schema import parse
-from fastfilm.segmentation.data.plan import PlanFolder, make_plan, read_plan
-from fastfilm.segmentation.support.distributed import Processes
+from fastfilm.segmentation.data.plan import PlanFolder, read_plan
 from fastfilm.segmentation.support.errors import UserError
 from fastfilm.segmentation.support.lock import locked
 from fastfilm.segmentation.support.stopping import Stopped
@@ -27,10 +21,8 @@ from fastfilm.segmentation.training.fold import Start, train
 from fastfilm.segmentation.training.loop import Trainer
 from fastfilm.segmentation.training.record import read_log
 
-from ...support.phantoms import settings, write_bids
-from .test_fold import saved_step
-
-ONE = Processes(0, 1, torch.device("cpu"))
+from ...support.phantoms import write_bids
+from ...support.trainings import ONE, assert_same_files, at_step, planned, saved_step
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +35,8 @@ def plan(bids: Path, tmp_path: Path) -> PlanFolder:
     return planned(bids, tmp_path / "plan")
 
 
-def planned(bids: Path, folder: Path, **sections: Any) -> PlanFolder:
-    make_plan(parse(settings(bids, **sections), "test"), folder)
-    return read_plan(folder)
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
-    """``act`` in the middle of that step (from 0)."""
-    forward = Trainer._forward
-
-    def interrupted(self: Trainer, *arguments: Any) -> Any:
-        if self.state.progress.step == step:
-            act()
-        return forward(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "_forward", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -79,9 +54,7 @@ def test_a_signal_ends_training_after_the_step_under_way_with_the_state_saved(
     assert saved_step(tmp_path / "model") == 5
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     train(Start(plan, 0, tmp_path / "model", resume=True), ONE)
-    for name in ("last", "best", "final"):
-        a, b = (tmp_path / f / f"{name}.safetensors" for f in ("whole", "model"))
-        assert a.read_bytes() == b.read_bytes()
+    assert_same_files(tmp_path / "whole", tmp_path / "model")
 
 
 def test_a_signal_while_validating_keeps_the_epochs_steps(
@@ -100,9 +73,7 @@ def test_a_signal_while_validating_keeps_the_epochs_steps(
     assert saved_step(tmp_path / "model") == 3
     assert not (tmp_path / "model" / "best.safetensors").exists()
     train(Start(plan, 0, tmp_path / "model", resume=True), ONE)
-    for name in ("last", "best", "final"):
-        a, b = (tmp_path / f / f"{name}.safetensors" for f in ("whole", "model"))
-        assert a.read_bytes() == b.read_bytes()
+    assert_same_files(tmp_path / "whole", tmp_path / "model")
 
 
 def test_a_second_signal_ends_training_at_once(
@@ -241,7 +212,7 @@ def test_an_error_of_a_loading_process_comes_without_its_traceback(
     plan.config.training.workers = 1
     with pytest.raises(UserError) as error:
         train(Start(plan, 0, tmp_path / "model"), ONE)
-    assert str(error.value).startswith("image.npy: cannot be read; go on with:")
+    assert str(error.value).startswith("image.npy: cannot be read; continue with:")
 
 
 def test_a_training_into_a_locked_folder_is_refused_before_anything_is_looked_at(

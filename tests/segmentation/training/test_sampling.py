@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.sections import Augmentation, Training
 from fastfilm.segmentation.data.cache import CachedCase
 from fastfilm.segmentation.data.sources import Case

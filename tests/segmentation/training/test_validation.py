@@ -7,23 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
 
 from fastfilm.__main__ import main
-from fastfilm.segmentation.config.schema import parse
-from fastfilm.segmentation.data.plan import make_plan, read_plan
-from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.files import read_json
 from fastfilm.segmentation.training.fold import Start, train
 from fastfilm.segmentation.training.record import read_log
 
-from ...support.phantoms import settings, write_bids
-
-ONE = Processes(0, 1, torch.device("cpu"))
+from ...support.phantoms import write_bids
+from ...support.trainings import ONE, planned
 
 
 def bright_and_dark(image: Any, mask: Any) -> Any:
@@ -60,8 +51,8 @@ def test_the_logs_dice_is_that_of_predict_and_evaluate(tmp_path: Path, form: str
     }
     for name, section in FORMS[form].items():
         sections[name] = {**sections.get(name, {}), **section}
-    make_plan(parse(settings(root, **sections), "test"), tmp_path / "plan")
-    train(Start(read_plan(tmp_path / "plan"), 0, tmp_path / "model"), ONE)
+    plan = planned(root, tmp_path / "plan", **sections)
+    train(Start(plan, 0, tmp_path / "model"), ONE)
     overlap = sections["training"].get("validation_overlap", 0.5)
     where = [str(tmp_path / name) for name in ("model", "plan", "out")]
     assert main(["predict", *where, "--fold", "0", "--overlap", str(overlap)]) == 0

@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.config.schema import Config, parse, read_config
 from fastfilm.segmentation.data.plan import PlanFolder
 from fastfilm.segmentation.models.network import MetadataChannels, build_network
@@ -125,7 +121,7 @@ def test_files_that_changed_since_the_design_are_named(bids: Path, tmp_path: Pat
         ({"training": {"schedule": "plateau"}}, "plateau: the held-out cases would choose"),
         (
             {"network": {"conditioning": "channels"}, "trial": {"arms": [*ARMS[:2], "channels"]}},
-            "is what network.conditioning is already",
+            "repeats network.conditioning",
         ),
         (
             {"network": {"conditioning": "channels"}, "trial": {"arms": [*ARMS[:2], "encoder"]}},
@@ -182,7 +178,7 @@ def test_a_trial_needs_both_of_its_main_arms_once(bids: Path, arms: list[str]) -
 
 def test_the_cluster_is_a_metadata_key(bids: Path) -> None:
     with pytest.raises(
-        Problems, match=r"trial\.cluster: 'tumour_type' is no metadata key.*tumor_type"
+        Problems, match=r"trial\.cluster: 'tumour_type' is not a metadata key.*tumor_type"
     ):
         config(bids, trial={"cluster": "tumour_type"})
 

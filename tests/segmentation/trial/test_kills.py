@@ -10,10 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.ops.settings import environment
 
 from ...support.phantoms import settings, write_bids

@@ -18,10 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.integrations.nnunet import cases as integration
 from fastfilm.segmentation.data.demo import configuration, write_data_set
 from fastfilm.segmentation.data.plan import PlanFolder
@@ -30,9 +26,9 @@ from fastfilm.segmentation.support.errors import Problems, UserError
 from fastfilm.segmentation.support.files import read_json, write_json
 from fastfilm.segmentation.support.stopping import Stopped
 from fastfilm.segmentation.trial import nnunet, nnunet_data
-from fastfilm.segmentation.trial.design import Run, selected
+from fastfilm.segmentation.trial.design import SCORES, Run, selected
 from fastfilm.segmentation.trial.folder import open_trial
-from fastfilm.segmentation.trial.runs import SCORES, make_runs
+from fastfilm.segmentation.trial.runs import make_runs
 
 from ...support.nnunet_arms import BOTH, count_as_installed, installed, planned
 from ...support.phantoms import write_bids

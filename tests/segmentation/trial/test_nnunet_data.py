@@ -11,10 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.integrations.nnunet import cases as integration
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.data.plan import make_plan

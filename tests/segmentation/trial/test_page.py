@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-
 from fastfilm.segmentation.reports import html_page
 from fastfilm.segmentation.trial import pictures
 from fastfilm.segmentation.trial.methods import methods

@@ -12,18 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("monai", reason="needs the extra [segmentation]")
-pytest.importorskip("pydantic", reason="needs the extra [segmentation]")
-pytest.importorskip("safetensors", reason="needs the extra [segmentation]")
-
 from fastfilm.__main__ import main
 from fastfilm.segmentation.config.schema import parse
 from fastfilm.segmentation.models.folder import load_model
-from fastfilm.segmentation.support.distributed import Processes
 from fastfilm.segmentation.support.files import read_json
 from fastfilm.segmentation.support.lock import locked
 from fastfilm.segmentation.support.stopping import Stopped
-from fastfilm.segmentation.training.loop import Trainer
 from fastfilm.segmentation.trial import runs as module
 from fastfilm.segmentation.trial.cost import cost_of, said
 from fastfilm.segmentation.trial.design import Run, runs, selected
@@ -32,8 +26,7 @@ from fastfilm.segmentation.trial.runs import done, make_runs, mean_dice
 from fastfilm.segmentation.trial.scoring import fed_values, reliability_bins
 
 from ...support.phantoms import settings, write_bids
-
-ONE = Processes(0, 1, torch.device("cpu"))
+from ...support.trainings import ONE, at_step
 
 SECTIONS = {
     "trial": {"seeds": 3},
@@ -145,16 +138,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_scores(
     bids: Path, made: Any, tmp_path: Path, monkeypatch: Any, step: int
 ) -> None:
     plan, design = opened(bids, tmp_path / "out")
-    forward = Trainer._forward
-
-    def interrupted(self: Trainer, *arguments: Any) -> Any:
-        if self.state.progress.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return forward(self, *arguments)
-
     run = [CONDITIONED]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_forward", interrupted)
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Stopped, match="fastfilm trial"):
             make_runs(tmp_path / "out", plan, design, run, ONE)
     assert not done(tmp_path / "out", CONDITIONED)
@@ -182,16 +168,10 @@ def test_a_deadline_ends_a_run_with_its_state_saved(
     bids: Path, made: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     plan, design = opened(bids, tmp_path / "out")
-    forward, now = Trainer._forward, time.monotonic()
-    late = [False]
-
-    def slow(self: Trainer, *arguments: Any) -> Any:
-        late[0] = self.state.progress.step >= 3
-        return forward(self, *arguments)
-
+    now, late = time.monotonic(), []
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_forward", slow)
-        patch.setattr(time, "monotonic", lambda: now + 1000.0 * late[0])
+        at_step(patch, 3, lambda: late.append(True))
+        patch.setattr(time, "monotonic", lambda: now + 1000.0 * len(late))
         left = make_runs(tmp_path / "out", plan, design, [CONDITIONED], ONE, deadline=now + 500)
     assert left.late and not done(tmp_path / "out", CONDITIONED)
     assert (tmp_path / "out" / CONDITIONED.path / "model" / "last.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""In the API reference an ``Example:`` of a docstring is code, and each error of ``Raises:`` has a row of its own."""
+"""The API reference shows an ``Example:`` of a docstring as code, and each error of ``Raises:`` in its own row."""
 
 from __future__ import annotations
 

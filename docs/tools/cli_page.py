@@ -106,7 +106,7 @@ def _of_parser(own: Command) -> Iterator[Argument]:
     for a in parser._actions:
         value = "" if a.nargs == 0 else (a.metavar or a.dest).upper()
         if a.choices:
-            value = "|".join(str(c) for c in a.choices)
+            value = "{" + ",".join(str(c) for c in a.choices) + "}"
         names, default = tuple(a.option_strings), _default(a.default)
         # argparse's own help has no column for it
         meaning = (a.help or "").removesuffix(f"({default})").rstrip()

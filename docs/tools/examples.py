@@ -1,4 +1,4 @@
-"""The API reference shows an ``Example:`` of a docstring as code, not as quoted text."""
+"""The API reference shows an ``Example:`` of a docstring as code, and each error of ``Raises:`` in its own row."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import griffe
 
 _HEAD = re.compile(r"^Example:$", re.MULTILINE)
+_ERRORS = re.compile(r"^( +)(\w+Error(?:, \w+Error)*: .*?)\. (?=\w+Error: )", re.MULTILINE)
 
 
 class Examples(griffe.Extension):
-    """Names the section as the Google style of docstrings does, in the plural."""
+    """Writes both sections as the Google style of docstrings has them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called for every object with a docstring."""
         if obj.docstring:
-            obj.docstring.value = _HEAD.sub("Examples:", obj.docstring.value)
+            text = _HEAD.sub("Examples:", obj.docstring.value)
+            obj.docstring.value = _ERRORS.sub(r"\1\2.\n\1", text)

@@ -53,19 +53,17 @@ def run(cells: list[dict[str, Any]]) -> list[str]:
     for number, cell in enumerate(cells):
         out = io.StringIO()
         if cell["cell_type"] == "code":
-            code = _COMMAND.sub(r"\1_command(\2)", _quoted("".join(cell["source"])))
+            source = "".join(cell["source"])
+            code = _COMMAND.sub(lambda m: f"{m[1]}_command({m[2]!r})", source)
             with contextlib.redirect_stdout(out):
                 try:
                     _execute(code, f"cell {number}", names)
-                except Exception as error:
-                    error.add_note(f"in cell {number}, which had printed:\n{out.getvalue()}")
+                except Exception:
+                    print(f"in cell {number}, which had printed:", file=sys.stderr)
+                    print(out.getvalue(), file=sys.stderr)
                     raise
         printed.append(out.getvalue().replace(f"{Path.cwd()}/", ""))
     return printed
-
-
-def _quoted(source: str) -> str:
-    return _COMMAND.sub(lambda m: f"{m[1]}!{m[2]!r}", source)
 
 
 def _execute(code: str, name: str, names: dict[str, Any]) -> None:

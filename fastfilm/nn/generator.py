@@ -15,12 +15,12 @@ PRESETS = ("paper", "identity")
 class FiLMGenerator(nn.Module):
     """MLP from metadata [N, M] to γ and β, each [N, C].
 
-    Presets:
+    The presets are:
 
-    ``"paper"``     M → 64 → 16 → 2C with a sigmoid after every layer, γ the first half of the output and β
-                    the second, both in (0, 1) (Lemay et al. 2021, section 2; weights start as ``nn.Linear``'s)
-    ``"identity"``  SiLU hidden layers, γ = 1 + Δ, and a last layer that starts at zero: a fresh network
-                    computes what the same network without FiLM computes
+    - ``"paper"``: M → 64 → 16 → 2C with a sigmoid after every layer, γ the first half of the output and β the
+      second, both in (0, 1) (Lemay et al. 2021, section 2; weights start as ``nn.Linear``'s).
+    - ``"identity"``: SiLU hidden layers, γ = 1 + Δ, and a last layer that starts at zero: a fresh network
+      computes what the same network without FiLM computes.
 
     Args:
         metadata_size: M, values per sample.

@@ -24,7 +24,7 @@ def run(notebook: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(RUNNER), str(notebook)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         env={**_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import __version__, cli
+from . import __version__
 from .machine import Table, devices, section, versions
+from .segmentation.commands import cli
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tune(arguments: argparse.Namespace) -> int:
     """Measures what is fastest for a network's convolutions on this machine's GPU; 1 without one."""
-    from .tuning.command import run
+    from .tune import run
 
     return run(arguments)
 

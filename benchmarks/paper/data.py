@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfilm.phantom import LESIONS, make_phantom
-from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.support.errors import UserError
 
 PUBLIC = {
     "lgg": "lower-grade glioma MRI of TCGA with FLAIR masks (Buda et al. 2019): Kaggle 'LGG MRI Segmentation'",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastfilm.segmentation.statistics import compare
+from fastfilm.segmentation.evaluation.statistics import compare
 
 from .designs import CONDITIONS, FEW, LONGER, SEEDS
 

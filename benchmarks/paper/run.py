@@ -23,8 +23,8 @@ from benchmarks.machine import describe
 from benchmarks.paper import designs, train
 from benchmarks.paper.data import load
 from benchmarks.paper.designs import Unit
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.files import write_json
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.files import write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastfilm
-from fastfilm.segmentation.losses import KnownLoss
-from fastfilm.segmentation.sections import Training
+from fastfilm.segmentation.config.sections import Training
+from fastfilm.segmentation.training.losses import KnownLoss
 
 from .data import LAYOUTS, load
 from .designs import BACKGROUND, LONGER, Design, Item, Unit, design

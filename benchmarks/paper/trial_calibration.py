@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = summarise(found)
     print(table(summary))
     if options.json is not None:
-        from fastfilm.segmentation.files import write_json
+        from fastfilm.segmentation.support.files import write_json
 
         write_json(options.json, {**summary, "trials": found})
     if options.page is not None:
@@ -78,10 +78,10 @@ def one(unit: tuple[Path, str, int]) -> dict[str, Any]:
     """One trial: its answer, its effect and interval, and against shuffled metadata."""
     import torch
 
-    from fastfilm.segmentation.config import read_config
-    from fastfilm.segmentation.console import quiet
-    from fastfilm.segmentation.distributed import processes
-    from fastfilm.segmentation.errors import UserError
+    from fastfilm.segmentation.config.schema import read_config
+    from fastfilm.segmentation.support.console import quiet
+    from fastfilm.segmentation.support.distributed import processes
+    from fastfilm.segmentation.support.errors import UserError
     from fastfilm.segmentation.trial.design import runs
     from fastfilm.segmentation.trial.folder import open_trial
     from fastfilm.segmentation.trial.results import collect

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.machine import cpu_model
-from fastfilm.segmentation.files import read_json, write_json
+from fastfilm.segmentation.support.files import read_json, write_json
 from fastfilm.segmentation.trial.results import RESULTS
 from fastfilm.segmentation.trial.verdict import ends, signed, verdict
 

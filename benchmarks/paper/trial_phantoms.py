@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 import yaml
 
-from fastfilm.segmentation.files import write_text
+from fastfilm.segmentation.support.files import write_text
 
 KINDS = ("null", "help", "mislead")
 

@@ -19,7 +19,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from fastfilm.segmentation.files import write_json
+from fastfilm.segmentation.support.files import write_json
 from fastfilm.segmentation.trial.statistics import Difference, difference
 
 TRIALS = 1000

@@ -305,9 +305,9 @@ def test_a_state_dict_with_the_norms_former_names_loads(norm: str) -> None:
 
 def test_training_resumes_from_a_state_with_the_norms_former_names(tmp_path: Path) -> None:
     pytest.importorskip("pydantic", reason="the extra [segmentation] is not installed")
-    from fastfilm.segmentation.checkpoint import NAME, State
-    from fastfilm.segmentation.files import read_tensors, write_tensors
-    from fastfilm.segmentation.optimisation import Average, Progress
+    from fastfilm.segmentation.support.files import read_tensors, write_tensors
+    from fastfilm.segmentation.training.checkpoint import NAME, State
+    from fastfilm.segmentation.training.optimisation import Average, Progress
 
     def state(seed: int) -> State:
         torch.manual_seed(seed)

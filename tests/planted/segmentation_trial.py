@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-STATISTICS = "tests/segmentation/test_trial_statistics.py"
-RESULTS = "tests/segmentation/test_trial_results.py"
-VERDICT = "tests/segmentation/test_trial_verdict.py"
-PAGE = "tests/segmentation/test_trial_page.py -k 'not drawn'"
+STATISTICS = "tests/segmentation/trial/test_statistics.py"
+RESULTS = "tests/segmentation/trial/test_results.py"
+VERDICT = "tests/segmentation/trial/test_verdict.py"
+PAGE = "tests/segmentation/trial/test_page.py -k 'not drawn'"
 
 FAULTS = (
     Fault(
@@ -68,10 +68,10 @@ FAULTS = (
     ),
     Fault(
         "segmentation-holm-falls",
-        "fastfilm/segmentation/statistics.py",
+        "fastfilm/segmentation/evaluation/statistics.py",
         "largest = max(largest, min(1.0, (len(given) - rank) * value))",
         "largest = min(1.0, (len(given) - rank) * value)",
-        "tests/segmentation/test_statistics.py",
+        "tests/segmentation/evaluation/test_statistics.py",
     ),
     Fault(
         "segmentation-trial-seeds-needed-shrink-all",

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from fastfilm.segmentation.metadata import MetadataEncoder
-from fastfilm.segmentation.model_folder import (
+from fastfilm.segmentation.config.sections import MetadataKey, NetworkConfig
+from fastfilm.segmentation.images.preprocessing import Normalisation, Preprocessing
+from fastfilm.segmentation.metadata.encoder import MetadataEncoder
+from fastfilm.segmentation.models.folder import (
     LabelInfo,
     LoadedModel,
     ModelInfo,
@@ -16,8 +18,6 @@ from fastfilm.segmentation.model_folder import (
     save_model,
     save_weights,
 )
-from fastfilm.segmentation.preprocessing import Normalisation, Preprocessing
-from fastfilm.segmentation.sections import MetadataKey, NetworkConfig
 
 TYPES = ("astrocytoma", "ependymoma", "hemangioblastoma")
 

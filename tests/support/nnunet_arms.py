@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fastfilm.segmentation.config import parse
-from fastfilm.segmentation.plan import PlanFolder, make_plan
+from fastfilm.segmentation.config.schema import parse
+from fastfilm.segmentation.data.plan import PlanFolder, make_plan
 from fastfilm.segmentation.trial import nnunet_data
 
 from .phantoms import settings

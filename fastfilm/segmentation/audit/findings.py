@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ..statistics import holm
+from ..evaluation.statistics import holm
 
 Level = Literal["fine", "look", "warning"]
 

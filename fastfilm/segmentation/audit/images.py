@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ..errors import UserError
-from ..preprocessing import Preprocessing
-from ..sources import Case
-from ..volumes import read_volume
+from ..data.sources import Case
+from ..images.nifti import read_volume
+from ..images.preprocessing import Preprocessing
+from ..support.errors import UserError
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 

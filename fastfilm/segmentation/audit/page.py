@@ -8,9 +8,16 @@ from typing import Any
 
 import fastfilm
 
-from ..html_page import STYLE, table
-from ..layout import NONE, Column, fold, number, p_value, page_width
-from ..layout import table as text_table
+from ..reports.html_page import STYLE, table
+from ..reports.layout import (
+    NONE,
+    Column,
+    fold,
+    number,
+    p_value,
+    page_width,
+)
+from ..reports.layout import table as text_table
 
 TITLES = {
     "warning": "Warnings",

@@ -14,12 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..errors import UserError
-from ..metadata import KeyEncoder, MetadataEncoder, as_category, is_missing
-from ..plan import PlanFolder
-from ..records import Record, read_record
-from ..sections import MetadataKey
-from ..sources import Case
+from ..config.sections import MetadataKey
+from ..data.plan import PlanFolder
+from ..data.sources import Case
+from ..metadata.encoder import (
+    KeyEncoder,
+    MetadataEncoder,
+    as_category,
+    is_missing,
+)
+from ..support.errors import UserError
+from ..support.records import Record, read_record
 
 KINDS = ("category", "ordered", "multilabel", "continuous")
 """Kinds of keys that the audit knows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..plan import PlanFolder
+from ..data.plan import PlanFolder
 from .findings import FEWEST, Finding, corrected, worst_first
 from .images import intensity_features
 from .prediction import PERMUTATIONS

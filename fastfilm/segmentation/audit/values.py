@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from ..hints import some
-from ..metadata import as_category, is_missing
-from ..plan import PlanFolder
-from ..sections import MetadataKey
-from ..sources import Case
+from ..config.sections import MetadataKey
+from ..data.plan import PlanFolder
+from ..data.sources import Case
+from ..metadata.encoder import as_category, is_missing
+from ..support.hints import some
 from .findings import CLASS, Finding
 from .rows import Column, Rows
 

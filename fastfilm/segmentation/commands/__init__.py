@@ -1,1 +1,1 @@
-"""One file a command of ``fastfilm``; ``fastfilm.cli`` lists them and imports each when it is called."""
+"""The commands of ``fastfilm``, one file each; ``cli.py`` lists them and imports each when it is called."""

@@ -10,12 +10,12 @@ import typer
 
 from fastfilm.segmentation.audit import audit
 from fastfilm.segmentation.audit.page import lines, page
-from fastfilm.segmentation.config import read_config
-from fastfilm.segmentation.console import bar, say
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.files import write_json, write_text
-from fastfilm.segmentation.plan import make_plan, read_plan
-from fastfilm.segmentation.records import check_writable
+from fastfilm.segmentation.config.schema import read_config
+from fastfilm.segmentation.data.plan import make_plan, read_plan
+from fastfilm.segmentation.support.console import bar, say
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.files import write_json, write_text
+from fastfilm.segmentation.support.records import check_writable
 
 
 def command(

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from fastfilm import cli
-from fastfilm.segmentation.console import bar, say
-from fastfilm.segmentation.demo import write_configuration, write_data_set
-from fastfilm.segmentation.errors import UserError
+from fastfilm.segmentation.commands import cli
+from fastfilm.segmentation.data.demo import write_configuration, write_data_set
+from fastfilm.segmentation.support.console import bar, say
+from fastfilm.segmentation.support.errors import UserError
 
 
 def command(

@@ -10,18 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastfilm.segmentation import layout
-from fastfilm.segmentation.comparison import compare_summaries
-from fastfilm.segmentation.console import bar, say
-from fastfilm.segmentation.counterfactual import (
-    TABLE,
-    own_folder,
-    read_swap,
-    sensitivity,
-    swap_table,
-)
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.evaluation import (
+from fastfilm.segmentation.evaluation.comparison import compare_summaries
+from fastfilm.segmentation.evaluation.folder import (
     Evaluation,
     Seen,
     evaluate_pairs,
@@ -29,14 +19,24 @@ from fastfilm.segmentation.evaluation import (
     summarise,
     write_summary,
 )
-from fastfilm.segmentation.files import write_json
-from fastfilm.segmentation.hints import did_you_mean
-from fastfilm.segmentation.layout import Column
-from fastfilm.segmentation.lock import locked
-from fastfilm.segmentation.metrics import METRICS
-from fastfilm.segmentation.pairs import find_pairs
-from fastfilm.segmentation.records import check_writable
-from fastfilm.segmentation.swap import SWAP
+from fastfilm.segmentation.evaluation.metrics import METRICS
+from fastfilm.segmentation.evaluation.pairs import find_pairs
+from fastfilm.segmentation.evaluation.true_by_fed import (
+    TABLE,
+    own_folder,
+    read_swap,
+    sensitivity,
+    swap_table,
+)
+from fastfilm.segmentation.prediction.swap import SWAP
+from fastfilm.segmentation.reports import layout
+from fastfilm.segmentation.reports.layout import Column
+from fastfilm.segmentation.support.console import bar, say
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.files import write_json
+from fastfilm.segmentation.support.hints import did_you_mean
+from fastfilm.segmentation.support.lock import locked
+from fastfilm.segmentation.support.records import check_writable
 
 COMPARISON = "comparison.json"
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fastfilm.segmentation.console import say
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.exchange import export_onnx
-from fastfilm.segmentation.model_folder import load_model
-from fastfilm.segmentation.records import check_writable
+from fastfilm.segmentation.models.exchange import export_onnx
+from fastfilm.segmentation.models.folder import load_model
+from fastfilm.segmentation.support.console import say
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.records import check_writable
 
 SUFFIXES = (".onnx",)
 

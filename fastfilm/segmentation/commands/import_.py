@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fastfilm.segmentation.console import say
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.exchange import import_ivadomed
-from fastfilm.segmentation.preprocessing import AXES
+from fastfilm.segmentation.images.preprocessing import AXES
+from fastfilm.segmentation.models.exchange import import_ivadomed
+from fastfilm.segmentation.support.console import say
+from fastfilm.segmentation.support.errors import UserError
 
 
 def command(

@@ -7,13 +7,22 @@ from typing import Annotated
 
 import typer
 
-from fastfilm.segmentation.console import say
-from fastfilm.segmentation.figures import film_components, film_heat_maps, png, write_png
-from fastfilm.segmentation.inspection import inspect, save_npz, spread
-from fastfilm.segmentation.layout import plain
-from fastfilm.segmentation.model_folder import load_model
-from fastfilm.segmentation.names import file_name
-from fastfilm.segmentation.records import check_writable
+from fastfilm.segmentation.models.folder import load_model
+from fastfilm.segmentation.reports.figures import (
+    film_components,
+    film_heat_maps,
+    png,
+    write_png,
+)
+from fastfilm.segmentation.reports.inspection import (
+    inspect,
+    save_npz,
+    spread,
+)
+from fastfilm.segmentation.reports.layout import plain
+from fastfilm.segmentation.support.console import say
+from fastfilm.segmentation.support.names import file_name
+from fastfilm.segmentation.support.records import check_writable
 
 MOST = 3
 """Layers of a key that are named without ``--layers``."""

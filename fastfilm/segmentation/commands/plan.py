@@ -9,14 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from fastfilm.segmentation.config import Config, override, parse, read_config
-from fastfilm.segmentation.console import bar, say
-from fastfilm.segmentation.datasets import contrasts_in
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.hints import contents
-from fastfilm.segmentation.plan import make_plan
-from fastfilm.segmentation.settings import setting, settings
-from fastfilm.segmentation.tables import read_table
+from fastfilm.segmentation.config.schema import (
+    Config,
+    override,
+    parse,
+    read_config,
+)
+from fastfilm.segmentation.config.settings import setting, settings
+from fastfilm.segmentation.data.datasets import contrasts_in
+from fastfilm.segmentation.data.plan import make_plan
+from fastfilm.segmentation.support.console import bar, say
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.hints import contents
+from fastfilm.segmentation.support.tables import read_table
 
 
 def command(

@@ -10,28 +10,37 @@ from typing import Annotated, Any
 
 import typer
 
-from fastfilm.segmentation import devices
-from fastfilm.segmentation import threads as cpu
-from fastfilm.segmentation.averaging import parse_prior
-from fastfilm.segmentation.console import bar, say
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.hints import some
-from fastfilm.segmentation.inference import Options
-from fastfilm.segmentation.inputs import InputCase, find_inputs, parse_meta
-from fastfilm.segmentation.lock import locked
-from fastfilm.segmentation.metadata import MetadataError, is_missing
-from fastfilm.segmentation.model_folder import LoadedModel, load_model
-from fastfilm.segmentation.names import file_name
-from fastfilm.segmentation.prediction import (
+from fastfilm.segmentation.data.sources import SUFFIXES
+from fastfilm.segmentation.images.preprocessing import AXES
+from fastfilm.segmentation.metadata.encoder import MetadataError, is_missing
+from fastfilm.segmentation.models.folder import LoadedModel, load_model
+from fastfilm.segmentation.prediction.averaging import parse_prior
+from fastfilm.segmentation.prediction.inputs import (
+    InputCase,
+    find_inputs,
+    parse_meta,
+)
+from fastfilm.segmentation.prediction.many_cases import (
     Outcome,
     Writing,
     drop_results,
     predict_cases,
     resolved,
 )
-from fastfilm.segmentation.preprocessing import AXES
-from fastfilm.segmentation.sources import SUFFIXES
-from fastfilm.segmentation.swap import case_under, shown, swap_values, write_swap
+from fastfilm.segmentation.prediction.one_case import Options
+from fastfilm.segmentation.prediction.swap import (
+    case_under,
+    shown,
+    swap_values,
+    write_swap,
+)
+from fastfilm.segmentation.support import devices
+from fastfilm.segmentation.support import threads as cpu
+from fastfilm.segmentation.support.console import bar, say
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.hints import some
+from fastfilm.segmentation.support.lock import locked
+from fastfilm.segmentation.support.names import file_name
 
 
 def command(

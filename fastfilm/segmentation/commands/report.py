@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastfilm.segmentation.console import say
-from fastfilm.segmentation.report import write_report
+from fastfilm.segmentation.reports.page import write_report
+from fastfilm.segmentation.support.console import say
 
 
 def command(

@@ -9,14 +9,18 @@ from typing import Annotated
 import typer
 import yaml
 
-from fastfilm.segmentation import threads as cpu
-from fastfilm.segmentation.config import Config, override, parse
-from fastfilm.segmentation.console import say
-from fastfilm.segmentation.distributed import processes
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.hints import did_you_mean
-from fastfilm.segmentation.plan import read_plan
-from fastfilm.segmentation.training import Start, train
+from fastfilm.segmentation.config.schema import (
+    Config,
+    override,
+    parse,
+)
+from fastfilm.segmentation.data.plan import read_plan
+from fastfilm.segmentation.support import threads as cpu
+from fastfilm.segmentation.support.console import say
+from fastfilm.segmentation.support.distributed import processes
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.hints import did_you_mean
+from fastfilm.segmentation.training.fold import Start, train
 
 SECTIONS = ("training", "augmentation")
 """Of the configuration: what a training may set for itself."""

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from fastfilm.segmentation import threads as cpu
-from fastfilm.segmentation.config import read_config
-from fastfilm.segmentation.console import bar, say
-from fastfilm.segmentation.distributed import processes
-from fastfilm.segmentation.errors import UserError
-from fastfilm.segmentation.files import read_json, write_json
-from fastfilm.segmentation.lock import Busy, locked
-from fastfilm.segmentation.plan import PlanFolder
-from fastfilm.segmentation.settings import settings
+from fastfilm.segmentation.config.schema import read_config
+from fastfilm.segmentation.config.settings import settings
+from fastfilm.segmentation.data.plan import PlanFolder
+from fastfilm.segmentation.support import threads as cpu
+from fastfilm.segmentation.support.console import bar, say
+from fastfilm.segmentation.support.distributed import processes
+from fastfilm.segmentation.support.errors import UserError
+from fastfilm.segmentation.support.files import read_json, write_json
+from fastfilm.segmentation.support.lock import Busy, locked
 from fastfilm.segmentation.trial.cost import cost_of, said
 from fastfilm.segmentation.trial.design import runs, selected
 from fastfilm.segmentation.trial.folder import open_trial

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Config
-from ..decisions import Plan
-from ..errors import UserError
-from ..plan import PlanFolder
-from ..sections import NetworkConfig
+from ..config.schema import Config
+from ..config.sections import NetworkConfig
+from ..data.decisions import Plan
+from ..data.plan import PlanFolder
+from ..support.errors import UserError
 from .design import Run
 
 Fed = dict[str, dict[str, Any]]

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..devices import choose
-from ..files import read_json
-from ..inference import Options
-from ..losses import KnownLoss
-from ..network import call
-from ..optimisation import make_optimizer
-from ..plan import PlanFolder
-from ..trainer import MOST_STEPS
-from ..training import Start, describe
+from ..data.plan import PlanFolder
+from ..models.network import call
+from ..prediction.one_case import Options
+from ..support.devices import choose
+from ..support.files import read_json
+from ..training.fold import Start, describe
+from ..training.loop import MOST_STEPS
+from ..training.losses import KnownLoss
+from ..training.optimisation import make_optimizer
 from .arms import arm_plan
 from .design import Run
 from .nnunet_data import ARMS

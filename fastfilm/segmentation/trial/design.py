@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, decisive
-from ..errors import Problems, UserError
-from ..files import read_json, write_json
-from ..hints import did_you_mean
-from ..plan import PlanFolder
-from ..sections import Arm
+from ..config.schema import Config, decisive
+from ..config.sections import Arm
+from ..data.plan import PlanFolder
+from ..support.errors import Problems, UserError
+from ..support.files import read_json, write_json
+from ..support.hints import did_you_mean
 from . import nnunet_data
 from .scoring import cluster_of
 from .statistics import MINIMUM

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_case
-from ..config import Config, decisive
-from ..errors import Problems, UserError
-from ..files import read_json
-from ..plan import PlanFolder, make_plan, read_plan
+from ..config.schema import Config, decisive
+from ..data.checks import check_case
+from ..data.plan import (
+    PlanFolder,
+    make_plan,
+    read_plan,
+)
+from ..support.errors import Problems, UserError
+from ..support.files import read_json
 from . import nnunet_data
 from .design import check_config, check_plan, differences, fix_design
 

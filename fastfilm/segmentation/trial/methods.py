@@ -7,7 +7,7 @@ from typing import Any
 
 import fastfilm
 
-from ..layout import number
+from ..reports.layout import number
 from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED
 from .verdict import ends, p_text, signed
 

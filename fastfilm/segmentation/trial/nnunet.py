@@ -24,15 +24,19 @@ import torch
 
 import fastfilm
 
-from ..errors import Problems, UserError
-from ..files import read_json, write_json
-from ..labels import mask_of, whole_labels
-from ..lock import locked
-from ..metrics import case_metrics
-from ..plan import PlanFolder
-from ..sources import Case
-from ..stopping import Stop, Stopped, signals
-from ..volumes import read_volume
+from ..data.plan import PlanFolder
+from ..data.sources import Case
+from ..evaluation.metrics import case_metrics
+from ..images.labels import mask_of, whole_labels
+from ..images.nifti import read_volume
+from ..support.errors import Problems, UserError
+from ..support.files import read_json, write_json
+from ..support.lock import locked
+from ..support.stopping import (
+    Stop,
+    Stopped,
+    signals,
+)
 from .design import Run
 from .nnunet_data import DATASET, ENDING, FOLDER, configuration, names, splits, write_table
 from .scoring import METRICS, cluster_of, truths

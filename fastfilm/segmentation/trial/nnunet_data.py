@@ -20,15 +20,25 @@ from numpy.typing import NDArray
 
 from fastfilm.ops.settings import environment
 
-from ..config import Config
-from ..errors import Problems, UserError
-from ..files import atomic, write_json
-from ..lock import locked
-from ..metadata import KeyEncoder, MetadataEncoder, as_category, is_missing
-from ..names import file_name
-from ..plan import PlanFolder
-from ..sources import Case
-from ..volumes import ORTHOGONAL, NiftiVolume, read_volume, shear
+from ..config.schema import Config
+from ..data.plan import PlanFolder
+from ..data.sources import Case
+from ..images.nifti import (
+    ORTHOGONAL,
+    NiftiVolume,
+    read_volume,
+    shear,
+)
+from ..metadata.encoder import (
+    KeyEncoder,
+    MetadataEncoder,
+    as_category,
+    is_missing,
+)
+from ..support.errors import Problems, UserError
+from ..support.files import atomic, write_json
+from ..support.lock import locked
+from ..support.names import file_name
 from .scoring import truths
 
 ARMS = ("nnunet", "nnunet_conditioned")

@@ -9,10 +9,18 @@ from typing import Any
 
 import fastfilm
 
-from ..files import write_text
-from ..html_page import STYLE, Page, table
-from ..layout import NONE, number, p_value
-from ..metrics import METRICS
+from ..evaluation.metrics import METRICS
+from ..reports.html_page import (
+    STYLE,
+    Page,
+    table,
+)
+from ..reports.layout import (
+    NONE,
+    number,
+    p_value,
+)
+from ..support.files import write_text
 from . import pictures
 from .methods import MEANING, counted, methods, steps
 from .pictures import Row

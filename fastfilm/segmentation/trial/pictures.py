@@ -11,7 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..figures import COLOURS, TALLEST, text
+from ..reports.figures import (
+    COLOURS,
+    TALLEST,
+    text,
+)
 from .scores import CONDITIONED, UNCONDITIONED
 
 WIDTH = 5.6

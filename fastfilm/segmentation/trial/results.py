@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError
-from ..files import write_json
-from ..groups import MISSING, UNKNOWN, groupings, is_absent
-from ..hints import some
-from ..metadata import as_category
-from ..statistics import holm
+from ..evaluation.statistics import holm
+from ..metadata.encoder import as_category
+from ..metadata.groups import (
+    MISSING,
+    UNKNOWN,
+    groupings,
+    is_absent,
+)
+from ..support.errors import UserError
+from ..support.files import write_json
+from ..support.hints import some
 from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED, Array, Scores, read_scores
 from .statistics import MINIMUM, Difference, difference, needed
 

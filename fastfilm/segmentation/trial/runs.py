@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import NAME as STATE
-from ..console import quiet, say
-from ..distributed import Processes
-from ..errors import UserError
-from ..files import read_json, write_json
-from ..lock import Busy, locked
-from ..model_folder import load_model
-from ..plan import PlanFolder
-from ..record import read_log
-from ..stopping import Stopped
-from ..training import Start, train
+from ..data.plan import PlanFolder
+from ..models.folder import load_model
+from ..support.console import quiet, say
+from ..support.distributed import Processes
+from ..support.errors import UserError
+from ..support.files import read_json, write_json
+from ..support.lock import Busy, locked
+from ..support.stopping import Stopped
+from ..training.checkpoint import NAME as STATE
+from ..training.fold import Start, train
+from ..training.record import read_log
 from . import nnunet
 from .arms import arm_plan, fed_metadata
 from .design import Run

@@ -16,9 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from ..errors import Problems, UserError
-from ..hints import some
-from ..records import Measured, Plain, Record, read_record
+from ..support.errors import Problems, UserError
+from ..support.hints import some
+from ..support.records import (
+    Measured,
+    Plain,
+    Record,
+    read_record,
+)
 
 Array = NDArray[np.float64]
 

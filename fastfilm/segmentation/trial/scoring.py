@@ -9,21 +9,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import Problems, UserError
-from ..inference import Options, Predicted, predict
-from ..inputs import InputCase
-from ..labels import mask_of, whole_labels
-from ..metadata import KeyEncoder, as_category, is_missing
-from ..metrics import case_metrics
-from ..model_folder import LoadedModel
-from ..plan import PlanFolder
-from ..postprocessing import Mask
-from ..prediction import load_case, resolved
-from ..preprocessing import bounding_box
-from ..sections import MetadataKey
-from ..sources import Case
-from ..swap import shown
-from ..volumes import read_volume, same_grid
+from ..config.sections import MetadataKey
+from ..data.plan import PlanFolder
+from ..data.sources import Case
+from ..evaluation.metrics import case_metrics
+from ..images.labels import mask_of, whole_labels
+from ..images.nifti import read_volume, same_grid
+from ..images.preprocessing import bounding_box
+from ..metadata.encoder import (
+    KeyEncoder,
+    as_category,
+    is_missing,
+)
+from ..models.folder import LoadedModel
+from ..prediction.inputs import InputCase
+from ..prediction.many_cases import load_case, resolved
+from ..prediction.one_case import (
+    Options,
+    Predicted,
+    predict,
+)
+from ..prediction.postprocessing import Mask
+from ..prediction.swap import shown
+from ..support.errors import Problems, UserError
 
 METRICS = ("Dice", "HD95", "NSD", "volume_error")
 """Of ``metrics.METRICS``, those that a trial keeps."""

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..layout import NONE
+from ..reports.layout import NONE
 from .scores import CONDITIONED, SHUFFLED, UNCONDITIONED
 from .statistics import MINIMUM, Difference, Needed
 

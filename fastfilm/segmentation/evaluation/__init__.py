@@ -1,0 +1,1 @@
+"""Predictions against the truth: metrics, intervals, metadata groups, and comparisons of runs."""

@@ -1,0 +1,1 @@
+"""Networks by configuration, and the folder in which a trained one is kept."""

@@ -1,0 +1,1 @@
+"""Trained models on new cases: windows, whole volumes, folders of images, swapped metadata."""

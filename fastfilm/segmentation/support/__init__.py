@@ -1,0 +1,1 @@
+"""Files, messages, processes and devices: what every part of the system uses."""

@@ -1,0 +1,1 @@
+"""Training one fold of a plan: samples, losses, the loop, checkpoints."""

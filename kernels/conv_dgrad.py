@@ -1,4 +1,4 @@
-"""Gradient at a convolution's input, through the norm, FiLM and activation in front of it as well.
+"""The gradient at a convolution's input, taken back through the norm, FiLM and activation in front of it as well.
 
 It is dv = convᵀ(e, W) of the gradient e at the output, then the chain rule of the input's affine.
 

@@ -1,4 +1,4 @@
-"""Forward convolution of a feature map, with the norm, FiLM and activation before and behind it in the same pass.
+"""The forward convolution, with the norm, FiLM and activation in front of it and behind it in the same pass.
 
 Those before it are applied while the input is loaded. Of the output the mean and variance are taken while it is
 written, or, where its own coefficients are known already, it is written with them applied.

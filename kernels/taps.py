@@ -1,4 +1,4 @@
-"""Pooling, resizing and concatenation of a feature map in one pass, norm, FiLM and activation applied on the way.
+"""Pooling, resizing and concatenation of feature maps in one pass that also applies norm, FiLM and activation.
 
 The result is written into some channels of a wider map.
 

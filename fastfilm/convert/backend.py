@@ -1,4 +1,4 @@
-"""The backend ``fastfilm`` of ``torch.compile``: groups of a graph run as blocks, the rest as it is."""
+"""The backend ``fastfilm`` of ``torch.compile``: groups of calls run as fused blocks, all others as they were."""
 
 from __future__ import annotations
 

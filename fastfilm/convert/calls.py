@@ -1,4 +1,4 @@
-"""Calls of a rewritten graph: blocks and sums with all that is known beforehand, masks, checkpoints, layouts."""
+"""Functions that a rewritten graph calls: blocks and sums with fixed arguments, masks, checkpoints, layouts."""
 
 from __future__ import annotations
 

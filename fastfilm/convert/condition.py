@@ -1,4 +1,4 @@
-"""``condition``: FiLM in a model that has none."""
+"""``condition``: adds FiLM at chosen layers to a model that has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class of a conditioned model: its original's subclass with a forward that takes metadata."""
+"""The class of a conditioned model: a subclass of the original's class whose forward takes metadata."""
 
 from __future__ import annotations
 

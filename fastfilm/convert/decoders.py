@@ -1,4 +1,4 @@
-"""Layers of known networks behind the bottleneck: paths as regular expressions, by class name, as data."""
+"""Decoder layers of known networks: by class name, regular expressions of the paths behind the bottleneck."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""γ and β on their way: from the metadata of a call, through the generator, to the hooks that apply them."""
+"""The way of γ and β: from a call's metadata, through the generator, to the hooks that apply them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts in a rewritten graph: blocks give channels-last maps; what depends on a layout gets the original's."""
+"""Layouts in a rewritten graph: blocks return channels-last maps; calls that need the old layout get it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that TorchDynamo answers otherwise than eager PyTorch, or does not follow though it could."""
+"""Substitutes for functions that TorchDynamo answers otherwise than eager PyTorch does, or does not trace."""
 
 from __future__ import annotations
 

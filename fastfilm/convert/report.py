@@ -1,4 +1,4 @@
-"""The report of a conversion: what became of each convolution of a model."""
+"""The report of a conversion: for each convolution of a model, its block or the reason why it has none."""
 
 from __future__ import annotations
 

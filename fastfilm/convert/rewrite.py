@@ -1,4 +1,4 @@
-"""The rewriting of one graph: a block in place of each group, maps left unwritten where all readers take them."""
+"""The rewriting of one graph: a block replaces each group, and maps stay deferred where all readers take them."""
 
 from __future__ import annotations
 

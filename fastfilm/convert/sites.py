@@ -1,4 +1,4 @@
-"""Where FiLM can stand in a model: one site a norm, or a convolution without one, by how layers are registered."""
+"""Sites for FiLM in a model: behind each norm, or each convolution without one, in the order of registration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolution + norm + activation + dropout + FiLM as a module, and two of them in a row."""
+"""Fused blocks as modules: convolution, norm, activation, dropout and FiLM, once or twice in a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of ivadomed's FiLM networks: which tensor of ours stands under which of their names."""
+"""Weights of ivadomed's FiLM networks: the table of their names for the tensors of ours."""
 
 from __future__ import annotations
 

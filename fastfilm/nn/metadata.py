@@ -1,4 +1,4 @@
-"""Metadata as a user has them (lists, arrays, tensors) -> one float tensor on the network's device."""
+"""Conversion of a user's metadata (lists, arrays, tensors) to one float tensor on the network's device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper code's 3D network: strided residual encoder, two-scale heads, ten FiLM layers."""
+"""The 3D network of the paper's code: a strided residual encoder, heads at two scales, ten FiLM layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static facts of a candidate: compiled for the target without a launch, so that bad ones are never run.
+"""Static facts of a candidate: it is compiled for the target without a launch, so that unsuitable ones never run.
 
 The launcher itself says what it would launch: it is called with tensors that have no memory, and its kernel is
 replaced by something that notes the grid and the arguments.

@@ -1,4 +1,4 @@
-"""Is a candidate right, and how long does it take? A time counts only behind a right result."""
+"""Measurement of a candidate: its result is checked first, and only a correct one is timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search: shape by shape, family by family; what is right and fastest becomes an entry of the table."""
+"""The search for the fastest tiles: for each shape and kernel, the fastest correct candidate enters the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The convolutions that a network asks for, as shapes to tune."""
+"""The shapes to tune: the convolutions that a network calls."""
 
 from __future__ import annotations
 

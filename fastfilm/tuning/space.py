@@ -1,4 +1,4 @@
-"""Candidate tiles of a shape: all that make sense by their numbers, ranked by the cost model."""
+"""Candidate tiles of a shape: those that fit the GPU's limits, ranked by the cost model."""
 
 from __future__ import annotations
 

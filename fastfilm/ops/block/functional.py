@@ -1,4 +1,4 @@
-"""The op that users call: convolution, normalisation, activation, channel dropout and FiLM as one."""
+"""``conv_norm_film`` and ``norm_film``: convolution, norm, activation, channel dropout and FiLM in one call."""
 
 from __future__ import annotations
 

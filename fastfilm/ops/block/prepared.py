@@ -1,4 +1,4 @@
-"""A weight as its convolution wants it in inference: in autocast's type, and in the vendor's own layout."""
+"""Prepared weights for inference: copies in autocast's type and in the layout of PyTorch's fastest convolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a call will be served: every check, the output size, the block's kind and the plan, once for each form.
+"""Recipes: checks, output size, kind and plan of a call, found once for all calls with equal shapes and options.
 
 What is decided here depends on shapes, types, devices and options only, so a call of a form that came before
 finds its recipe by one dictionary lookup.

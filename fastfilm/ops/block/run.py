@@ -1,4 +1,4 @@
-"""One block, as the modules call it: from a recipe and tensors to the map, finished or pending.
+"""The call of one block: it finds the recipe, computes the map and returns it, finished or with a pending affine.
 
 ``functional`` holds the same behind keyword arguments.
 """

@@ -1,4 +1,4 @@
-"""What follows a convolution: its bias, what the norm sees, the coefficients, and the same in eager PyTorch."""
+"""The part of a block behind its convolution: bias, moments, coefficients, or all of it in eager PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of backends: what each supports, as data.
+"""The registry of backends: the devices, types and convolutions that each supports, as data.
 
 A *backend* supplies the kernels. A *route* says how a block is put together from them:
 

@@ -1,4 +1,4 @@
-"""What launchers of compiled kernels hand over beside checked tensors: addresses and codes."""
+"""Arguments of compiled kernels beside checked tensors: the addresses and codes that their launchers hand over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backends can run here, and why one cannot: what is installed, what was built, and for which GPU."""
+"""Backends that can run on this machine, and the reason where one cannot: not installed, not built, wrong GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's launchers, each with a way out: what fails to compile or to launch is PyTorch's work from then on.
+"""Launchers of the Triton kernels: where one fails to compile or to launch, PyTorch does its work from then on.
 
 A launcher that fails for the first time warns once, with the reason and the key of the call; calls with that key
 then take the composed route (convolutions) or the reference (everything else). Where a backend or a route is

@@ -1,4 +1,4 @@
-"""Registration of the ``fastfilm::`` operators with ``torch.library``, and the same as functions of eager mode."""
+"""Registration of the ``fastfilm::`` operators with ``torch.library``, and their direct calls in eager mode."""
 
 from __future__ import annotations
 

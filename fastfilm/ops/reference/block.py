@@ -1,4 +1,4 @@
-"""The definition of right: the whole op and each of its parts in eager, differentiable PyTorch.
+"""The reference of a block: the whole and each of its parts in eager, differentiable PyTorch.
 
 Works on any device, in any floating point type including float64, and to any order of derivative (behind
 PyTorch's own norms in ``normalise``: to the second; their third derivatives are wrong).

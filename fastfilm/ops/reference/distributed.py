@@ -1,4 +1,4 @@
-"""Statistics of a batch that is spread over processes: what ``torch.nn.SyncBatchNorm`` does, on moments."""
+"""Batch statistics over several processes, from the moments of each, as in ``torch.nn.SyncBatchNorm``."""
 
 from __future__ import annotations
 

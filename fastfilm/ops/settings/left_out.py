@@ -1,4 +1,4 @@
-"""Kernels that are left out by name, so that a faulty one costs its own work only.
+"""Kernels that FASTFILM_WITHOUT leaves out by name, so that of a faulty one nothing but its own work is affected.
 
     FASTFILM_WITHOUT="cuda:wgrad,triton:dgrad:bfloat16"
 

@@ -1,4 +1,4 @@
-"""Maps with several consumers: the kernel of the last gradient adds it to what has come in before.
+"""Maps with several consumers: the kernel that computes the last gradient adds it to those that came before.
 
 Autograd adds the gradients of a tensor's consumers with a pass of its own (two maps read, one written). A skip
 of a U-Net has two consumers, and the one that was called first gets its gradient last: its kernel can read what

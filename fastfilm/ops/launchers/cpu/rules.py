@@ -1,4 +1,4 @@
-"""Which convolutions the C++ kernels take rather than PyTorch's, as measured for time and rounding."""
+"""Rules that choose between the C++ kernels' convolutions and PyTorch's, from measured times and rounding."""
 
 from __future__ import annotations
 

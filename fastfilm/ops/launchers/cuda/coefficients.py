@@ -1,4 +1,4 @@
-"""A block's coefficients in the launches of its convolution; they agree with ``reference.of_block``."""
+"""Coefficients of a block, computed by the launches of its convolution; they agree with ``reference.of_block``."""
 
 from __future__ import annotations
 

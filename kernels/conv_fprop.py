@@ -126,7 +126,7 @@ def constants(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> dict[str, Any]:
-    """What the three kernels of a convolution are specialised on, tile aside, and the padding."""
+    """The constants that the three kernels of a convolution are specialised on, tile aside, and the padding."""
     kd, _, k = as_3d(weight.shape[2:])
     stride_d, _, stride_hw = as_3d(stride)
     pd, ph, pw = as_3d(padding, flat=0)

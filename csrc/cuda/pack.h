@@ -18,7 +18,7 @@ struct Packing {
   unsigned* counters;  // are set to 0 for the convolution
 };
 
-// What else a launch that packs may do.
+// Further work of a launch that packs.
 struct Beside {
   WeightSums left;  // takes the sums that are left of a gradient at a weight
   Block block;  // computes coefficients, of a map with n samples and c channels

@@ -77,7 +77,7 @@ def condition(
     generator = spec.choice("generator", generator, PRESETS)
     compiled = model._modules.get("_orig_mod")
     if compiled is not None:
-        # what torch.compile made of a module
+        # a module that torch.compile has wrapped
         condition(
             compiled,
             metadata_size,

@@ -91,7 +91,7 @@ class Group:
 
     @property
     def last(self) -> fx.Node:
-        """The node whose value the block gives."""
+        """The last of its nodes: the result of the block takes its place."""
         return self.members[-1]
 
     @property
@@ -245,7 +245,7 @@ class Finder:
         return False
 
     def _step(self, group: Group, node: fx.Node, user: fx.Node) -> str | None:
-        """What the next step is, its arguments being put into the group; "" for nothing at all."""
+        """The name of the next step, after its arguments were put into the group; "" if there is none."""
         if functions.idle_dropout(user) is node or self._is_idle_cast(group, node, user):
             return ""
         if user.target in functions.NORMS and "n" not in group.letters:

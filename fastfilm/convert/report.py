@@ -42,7 +42,7 @@ class Convolution:
 
 @dataclass
 class Report:
-    """What ``fastfilm.convert`` does with a model, as far as the calls so far have shown.
+    """The result of ``fastfilm.convert`` for a model, as far as the calls so far have shown it.
 
     Attributes:
         convolutions: all of the model, in its order.

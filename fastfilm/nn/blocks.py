@@ -380,7 +380,7 @@ class DoubleConv(nn.Module):
 
 
 def former_names(model: nn.Module, prefix: str = "") -> dict[str, str]:
-    """Names in older state_dicts, whose norms' tensors were the blocks' own -> names in today's."""
+    """Names of the norms' tensors in older state_dicts, where they were the blocks' own -> names of today."""
     names: dict[str, str] = {}
     for path, module in model.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(module, ConvNormFiLM):

@@ -32,7 +32,7 @@ def as_metadata(
     Raises:
         TypeError: None, or something that is not numbers.
         ValueError: wrong shape, or NaN/infinity. Values that are already on a GPU are not looked at, since
-            that would stall the GPU, and in a compiled or exported model there is nobody to look; NaN then
+            that would stall the GPU, and a compiled or exported model cannot look; NaN then
             shows in the output.
     """
     if metadata is None:

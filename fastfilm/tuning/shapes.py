@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """What ``tables.measured`` takes."""
+        """The arguments of ``tables.measured``."""
         ones = (1,) * self.dims
         kernel, stride = (tuple(k * o for o in ones) for k in (self.kernel, self.stride))
         return self.dtype, self.batch, self.channels, kernel, stride, self.output

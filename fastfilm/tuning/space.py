@@ -103,7 +103,7 @@ def _wgrad(shape: Shape, arch: int) -> Iterator[tuple[int, ...]]:
 
 
 def _variants() -> list[tuple[int, int]]:
-    # what most tiles ship with first, then deeper pipelines
+    # first the depth of most tiles that ship, then deeper pipelines
     return [(8, 2), (4, 2), (8, 3), (4, 3), (8, 4), (4, 4)]
 
 

@@ -179,7 +179,7 @@ def _finishes(work: Work, kernels: Any, sources: Sequence[Source]) -> bool:
 
 
 class _Saved(NamedTuple):
-    """What backward reads, and which gradients it is asked for.
+    """The tensors that backward reads, and the gradients that it is asked for.
 
     Attributes:
         needs: at each of ``tensors``.

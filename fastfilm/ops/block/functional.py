@@ -181,7 +181,7 @@ def norm_film(
     deferred: bool = False,
     sync_group: distributed.Group = None,
 ) -> Tensor | DeferredMap:
-    """What ``conv_norm_film`` does behind its convolution, on a map that exists already.
+    """``conv_norm_film`` without its convolution, on a map that exists already.
 
     Args:
         x: feature map [N, C, H, W] or [N, C, D, H, W], any layout.

@@ -20,7 +20,7 @@ from ..spec import Geometry, Kind, Options, Plan, TailTensors, accumulate_dtype
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """What is known of a call before its numbers.
+    """The facts of a call that its numbers do not change.
 
     Attributes:
         kind: the block behind the convolution.

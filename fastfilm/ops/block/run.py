@@ -61,7 +61,7 @@ def run(x: Map, call: Call) -> Tensor | DeferredMap:
             again: Tensor | DeferredMap = subclasses.through(run, origin, x, call)
             return again
         x = readable(x)
-    # what is neither tensor nor map is refused by the recipe's checks
+    # the recipe's checks refuse an argument that is neither tensor nor map
     sources = _sources(x, ordinary) if isinstance(x, (DeferredMap, Joined)) else [Source(x)]
     dtype = None if call.weight is None else _autocast_dtype(sources[0].raw)
     if dtype is not None and call.weight is not None:
@@ -78,7 +78,7 @@ def run(x: Map, call: Call) -> Tensor | DeferredMap:
 
 
 def _sources(x: DeferredMap | Joined, ordinary: bool) -> list[Source]:
-    """What the block reads: more than a raw map and what is pending on it in eager mode alone."""
+    """The block's sources; more than one raw map with its pending affine in eager mode alone."""
     if isinstance(x, DeferredMap) and x.view is None:
         # no branch: a consumer of the map itself is its only one as a rule
         return [Source(x.raw, x.coef, x.act)]

@@ -57,7 +57,7 @@ def widened(kind: Kind, tensors: TailTensors) -> TailTensors:
 def _split(
     kind: Kind, plan: Plan, bias: Tensor | None, raw: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What of a bias [Co] is added before the map is rounded, and what the coefficients add."""
+    """The part of a bias [Co] that is added before the map is rounded, and the part that the coefficients add."""
     if bias is None:
         return None, None
     sees_bias = kind.activation_first and kind.uses_input
@@ -79,7 +79,7 @@ def _split(
 def norm_input(
     kind: Kind, tensors: TailTensors, like: Tensor, biased: bool = False
 ) -> NormInput | None:
-    """What the norm's moments see of a raw map; None where it takes none.
+    """The input of the norm's moments, from a raw map; None where the norm takes none.
 
     Args:
         tensors: ``bias`` is what the map lacks of the convolution's.

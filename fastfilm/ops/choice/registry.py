@@ -48,7 +48,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for: everything that decides whether a kernel can serve it."""
+    """A call, as far as it decides whether a kernel can serve it."""
 
     device: str
     dtype: torch.dtype

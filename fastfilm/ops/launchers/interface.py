@@ -190,4 +190,4 @@ class FusedKernels(Kernels, Protocol):
         geometry: Geometry,
         sums: bool = False,
     ) -> tuple[Sequence[SourceGradient], Tensor | None, Tensor | None]:
-        """What ``dgrad`` gives for the ``outputs`` and ``wgrad`` for the ``sources``."""
+        """The results of ``dgrad`` for the ``outputs`` and of ``wgrad`` for the ``sources``."""

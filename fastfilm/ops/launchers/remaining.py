@@ -1,4 +1,4 @@
-"""A backend without the kernels that FASTFILM_WITHOUT leaves out, whose work PyTorch or Triton does instead."""
+"""A backend without the kernels that FASTFILM_WITHOUT leaves out: PyTorch or Triton does their work instead."""
 
 from __future__ import annotations
 

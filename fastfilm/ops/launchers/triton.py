@@ -42,7 +42,7 @@ Key = tuple[object, ...]
 STRICT = environment.read("FASTFILM_STRICT") == "1"
 
 failures: dict[Key, str] = {}
-"""What failed so far, and why: launcher, device, types, channels and options of the call -> reason."""
+"""Failures so far: launcher, device, types, channels and options of the call -> reason."""
 
 _KERNELS = "fastfilm.kernels"
 _NEVER = (TypeError, ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError)
@@ -73,7 +73,7 @@ def covers_block(kind: Kind) -> bool:
 
 
 def _key(name: str, arguments: dict[str, Any]) -> Key:
-    """What decides how a kernel is compiled, sizes of maps left out."""
+    """The arguments that decide how a kernel is compiled, sizes of maps left out."""
     parts = [(k, _part(k, v)) for k, v in arguments.items() if k != "momentum" and v is not None]
     return (name, *parts)
 

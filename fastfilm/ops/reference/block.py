@@ -191,7 +191,7 @@ def normalise(u: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0
 
 
 def block_tail(y: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0) -> Tensor:
-    """All of a block that follows its convolution, whose bias ``y`` has, one eager step after another."""
+    """A block behind its convolution, one eager step after another; ``y`` has the convolution's bias."""
     gamma, beta, mask = films(tensors)
     slope: Tensor | float = kind.slope
     if tensors.slope is not None:

@@ -13,7 +13,7 @@ Group: TypeAlias = "dist.ProcessGroup | bool | None"
 
 
 def active(group: Group) -> dist.ProcessGroup | None:
-    """The process group to synchronise with; None where there is nobody to synchronise with.
+    """The process group to synchronise with; None without another process.
 
     Raises:
         TypeError: something that is no process group.

@@ -80,7 +80,7 @@ def _wrong(part: str, reason: str) -> ValueError:
 
 
 entries = parse(environment.read("FASTFILM_WITHOUT") or "")
-"""What is left out now."""
+"""The kernels that are left out now."""
 
 
 @contextlib.contextmanager

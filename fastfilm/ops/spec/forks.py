@@ -23,7 +23,7 @@ def _task() -> int:
 
 
 class Ledger:
-    """What one branching knows of the gradients that come together in it, in one backward pass."""
+    """The gradients that come together in one branching, during one backward pass."""
 
     def __init__(self, above: Ledger | None) -> None:
         self._above = above

@@ -1,4 +1,4 @@
-"""Operands of a convolution beside its weight: the maps that it reads, and the gradients at its result and inputs."""
+"""Operands of a convolution beside its weight: the maps that it reads, and gradients at its result and inputs."""
 
 from __future__ import annotations
 

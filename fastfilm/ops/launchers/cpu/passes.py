@@ -95,7 +95,7 @@ def residual_backward(
 
 
 def _addends(addends: Addends) -> tuple[list[Any], tuple[Any, ...], tuple[bool, tuple[Any, ...]]]:
-    """What the kernels read, in their order; y and the numbers; what ``_side`` says."""
+    """The kernels' arguments in their order; y and the numbers; the result of ``_side``."""
     y = feature_map("y", addends.y)
     other = map_like("other", addends.other, y)
     n, c = y.shape[:2]

@@ -8,7 +8,7 @@
 
 namespace fastfilm::cuda {
 
-// A weight to pack for a plan's convolution. With `backward` rows are the layer's input channels and columns its output
+// A weight to pack for the convolution of a layout. With `backward` rows are the layer's input channels and columns its output
 // channels.
 struct Packing {
   const ConvPlan* plan;  // null: there is nothing to pack
@@ -25,7 +25,7 @@ struct Beside {
   int64_t n, c;
 };
 
-// Packs a weight and does what stands beside it, in one launch.
+// Packs a weight and does the further work, in one launch.
 std::string prepare(const Packing& packing, const Beside& beside, int storage, Stream stream);
 
 // A counter of the blocks of threads that are done for each sample and block of channels of the result (`last_block`),

@@ -107,12 +107,12 @@ def condition(
         {s.name: s.channels for s in chosen}, size, encoder, generator, tuple(hidden)
     )
     take_metadata(model, {name: path for name, (path, _) in places.items()})
-    # kept, because a handle that is pickled keeps its hook's number from being given away again
+    # the handle is kept: a pickled handle reserves its hook's number
     handles = model.__dict__["_film_handles"] = []
     for name, (path, before) in places.items():
         layer = model.get_submodule(path)
         hook = FiLMHook(name, before)
-        # in front of the hooks that are there, which see what the layer gives from now on
+        # in front of existing hooks, which see the layer's new output
         if before:
             handles.append(layer.register_forward_pre_hook(hook))
         else:

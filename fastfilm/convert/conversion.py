@@ -36,7 +36,7 @@ For all sizes at once it would take minutes.
 """
 
 _SETTINGS: dict[str, Any] = {
-    # a hook that is registered later has to be noticed
+    # a hook may be registered later
     "skip_nnmodule_hook_guards": False,
     # momentum=None of a batch norm reads its counter
     "capture_scalar_outputs": True,
@@ -252,7 +252,7 @@ class Conversion:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.renew()
-        # ``nn.Module`` leaves what it is called through out of its copies
+        # copies by ``nn.Module`` lack the compiled call
         self.install()
 
 

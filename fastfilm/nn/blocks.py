@@ -177,7 +177,7 @@ class ConvNormFiLM(nn.Module):
         elif self.norm_layer is not None:
             setattr(self.norm_layer, _OF_NORM[name], value)
         elif name in _TENSORS and value is not None:
-            # momentum and eps of no norm change nothing
+            # without a norm, momentum and eps have no effect
             raise AttributeError(f"a block without a norm has no {name}")
 
     def _load_from_state_dict(
@@ -294,7 +294,7 @@ class ConvNormFiLM(nn.Module):
         return weight, bias, slope
 
     def extra_repr(self) -> str:
-        """Shapes and what the block consists of."""
+        """Shapes and parts of the block."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         parts += [f"stride={self.stride}", f"norm={self.norm!r}", f"activation={self.activation!r}"]
         if self.dropout:

@@ -217,7 +217,7 @@ class Search:
                 try:
                     reason = subject.why_wrong_plan(plan)
                     seconds = None if reason else self._timed(subject.plan_call(plan))
-                except Exception as error:  # the same: one plan less
+                except Exception as error:  # a plan that fails is left out likewise
                     reason, seconds = f"{type(error).__name__}: {error}"[:200], None
             self._note(
                 Outcome(shape, plan, WRONG if seconds is None else TIMED, reason or "", seconds)

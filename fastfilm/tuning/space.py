@@ -48,7 +48,7 @@ def candidates(shape: Shape, family: str, arch: int, most: int = 16) -> list[Can
     by_tile: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for fields in made:
         by_tile.setdefault(fields[:-2], []).append(fields)
-    # of equal ones the longer inner product
+    # of equal candidates the one with the longer inner product
     ranked = sorted(by_tile, key=lambda tile: (estimated(shape, family, tile), -tile[-1]))
     order = sorted(
         (rank + 2 * variant, rank, fields)

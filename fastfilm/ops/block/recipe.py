@@ -51,7 +51,7 @@ def of_call(
     options: Options,
     tensors: TailTensors,
 ) -> Recipe:
-    """How a call is served; the checks run once for each form of call.
+    """The recipe of a call; its checks run once for each form of call.
 
     Args:
         known: all tensors are ``direct``, so that their forms decide.
@@ -68,7 +68,7 @@ def of_call(
     try:
         found = _recipes.get(key)
     except TypeError:
-        # a list among the options: nothing to remember it by
+        # a list among the options cannot be a key
         return _made(like, weight, geometry, options, tensors)
     if found is None:
         if len(_recipes) >= _KEPT:

@@ -13,7 +13,7 @@ from ..spec import Kind, NormInput, Plan, TailTensors, accumulate_dtype
 
 
 class Moving(NamedTuple):
-    """How running statistics move: ``momentum``, and the processes over which a batch norm's batch is spread."""
+    """The update of running statistics: ``momentum``, and the processes that a batch norm's batch is spread over."""
 
     momentum: float = 0.0
     group: dist.ProcessGroup | None = None
@@ -67,9 +67,9 @@ def _split(
     added = bias.to(raw.dtype)
     exact = added.dtype == bias.dtype
     if sees_bias:
-        # the operator gives its gradient; only what rounding took from it is left for the coefficients
+        # the operator gives the bias its gradient; the coefficients add the part that rounding took
         return added, None if exact else (bias.to(accumulate_dtype(raw)) - added).detach()
-    # its gradient comes with the coefficients'
+    # the bias gets its gradient with the coefficients
     added = added.detach()
     if exact and not torch.is_grad_enabled():
         return added, None

@@ -89,7 +89,7 @@ def _part(argument: str, value: Any) -> object:
     if isinstance(value, Kind):
         return value.norm, value.order, value.dropout_position, value.channels, value.uses_input
     if isinstance(value, Source):
-        value = value[:4]  # the ledger says nothing of a kernel
+        value = value[:4]  # the ledger does not change the kernel
     if isinstance(value, (tuple, list)):
         return tuple(_part("", v) for v in value)
     return value

@@ -131,7 +131,7 @@ class DeferredMap(Lazy):
     ) -> None:
         self.raw, self.coef, self.act, self.plan, self.view = raw, coef, act, plan, view
         self._like = raw
-        # of consumers that read the map beside others, where their kernels can add up its gradient
+        # the branches of consumers that can add up the map's gradient in their kernels
         self._fork = fork
         if fork is None and plan is not None and launchers.reads_sources(plan):
             self._fork = Fork(raw)

@@ -62,7 +62,7 @@ def combined(
     row = torch.cat([own.new_full((1,), n * count), own, m2])
     ranks = torch.arange(dist.get_world_size(group), device=mean.device)
     mine = (ranks == dist.get_rank(group)).unsqueeze(1)
-    # every process writes its own row of zeros, so that the sum is a gathering
+    # every process fills its own row of zeros, so that the sum gathers all rows
     rows = _Sum.apply(torch.where(mine, row, torch.zeros_like(row)), group.group_name)
     counts, means, m2s = rows.split([1, channels, channels], 1)
     counts = counts.detach()

@@ -32,7 +32,7 @@ def _faults(
     stride, padding, dilation, transposed, *_ = geometry
     out = tuple(geometry.output_size(size, kernel))
     if transposed:
-        size, out = out, size  # those of the convolution whose gradient this one is
+        size, out = out, size  # the sizes of the convolution that this one is the gradient of
     thin = any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True))
     stands = thin or (any(padding) and has_idle_taps(size, kernel, stride, padding, dilation))
     each = zip(size, kernel, padding, dilation, strict=True)

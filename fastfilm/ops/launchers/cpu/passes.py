@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...spec import Addends
 
-# after torch: the extension then finds torch's own OpenMP runtime loaded and asks it, not another, for its places
+# imported after torch, the extension finds torch's OpenMP runtime loaded and asks it for its places
 from ..arguments import addresses
 from . import _C
 from .arguments import FORMATS, call_of, feature_map, map_like, numbers_of

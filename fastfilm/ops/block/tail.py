@@ -13,7 +13,7 @@ from ..spec import Kind, NormInput, Plan, TailTensors, accumulate_dtype
 
 
 class Moving(NamedTuple):
-    """The update of running statistics: ``momentum``, and the processes that a batch norm's batch is spread over."""
+    """The update of running statistics: ``momentum``, and the processes that share a batch norm's batch."""
 
     momentum: float = 0.0
     group: dist.ProcessGroup | None = None

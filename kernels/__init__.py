@@ -1,4 +1,4 @@
-"""Triton kernels: one file a family, with kernel, launcher and its tiles together."""
+"""Triton kernels: each file has one family of kernels with their launchers and tiles."""
 
 from .coefficients import block_coefficients, block_coefficients_backward, covers_block
 from .conv_dgrad import dgrad

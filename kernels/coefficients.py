@@ -357,7 +357,7 @@ def block_coefficients(
             if ours.data_ptr() != theirs.data_ptr():
                 theirs.copy_(ours)
             elif not theirs.is_inference():
-                # written behind PyTorch's back
+                # the kernel wrote without PyTorch's knowledge
                 torch.autograd.graph.increment_version(theirs)
     return coef
 

@@ -68,7 +68,7 @@ def precision(dtype: torch.dtype) -> str:
     try:
         allowed = torch.backends.cudnn.allow_tf32
     except RuntimeError:
-        # a caller has set PyTorch's newer, finer flags, and this one no longer tells
+        # after a caller has set PyTorch's newer, finer flags, this one cannot be read
         allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
@@ -434,7 +434,7 @@ def tile_moments(u, valid, count):
     u = tl.where(valid[:, None], u, 0.0)
     mean = row_sum(u) / count
     d = tl.where(valid[:, None], u - mean[None, :], 0.0)
-    # the deviations' own mean is what rounding took from the first sum
+    # the mean of the deviations is the part that rounding took from the first sum
     rest = row_sum(d) / count
     return mean + rest, row_sum(d * d) - count * rest * rest
 

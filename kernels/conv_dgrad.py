@@ -1,4 +1,4 @@
-"""Gradient at a convolution's input, through the norm, FiLM and activation in front of it as well.
+"""The gradient at a convolution's input, taken back through the norm, FiLM and activation in front of it as well.
 
 It is dv = convᵀ(e, W) of the gradient e at the output, then the chain rule of the input's affine.
 
@@ -130,7 +130,7 @@ def dgrad_kernel(
     ci = tl.program_id(1) * BN + tl.arange(0, BN)
     cimask = ci < CI
     acc = tl.zeros((BM, BN), tl.float32)
-    # the taps of this parity alone, and in depth those that meet a plane: no load stands behind a condition
+    # only the taps of this parity, and in depth those that meet a plane, so that no load is conditional
     last = (d + PD) // STRIDE_D
     low = tl.maximum(last - OD + 1, 0)
     first_d, first_h, first_w = (d + PD) % STRIDE_D, (rh + PH) % STRIDE, (rw + PW) % STRIDE

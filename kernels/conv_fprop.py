@@ -1,4 +1,4 @@
-"""Forward convolution of a feature map, with the norm, FiLM and activation before and behind it in the same pass.
+"""The forward convolution, with the norm, FiLM and activation in front of it and behind it in the same pass.
 
 Those before it are applied while the input is loaded. Of the output the mean and variance are taken while it is
 written, or, where its own coefficients are known already, it is written with them applied.
@@ -126,7 +126,7 @@ def constants(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> dict[str, Any]:
-    """What the three kernels of a convolution are specialised on, tile aside, and the padding."""
+    """The constants that the three kernels of a convolution are specialised on, tile aside, and the padding."""
     kd, _, k = as_3d(weight.shape[2:])
     stride_d, _, stride_hw = as_3d(stride)
     pd, ph, pw = as_3d(padding, flat=0)

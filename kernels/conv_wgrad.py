@@ -1,4 +1,4 @@
-"""Gradient at a convolution's weight, with the norm, FiLM and activation in front of it computed anew.
+"""The gradient at a convolution's weight; norm, FiLM and activation in front of it are recomputed on the way.
 
 It is dW = Σ e ⊗ v of the gradient e at the output, with v recomputed from the raw input.
 

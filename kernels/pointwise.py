@@ -106,7 +106,7 @@ def apply_backward_kernel(
     pivot = coefs[4]
     none = tl.zeros((BS, BC), tl.float32)
     sums = (none, none, none, none, none)
-    for i in loop(0, iters, num_stages=3):  # the next blocks on their way
+    for i in loop(0, iters, num_stages=3):  # the next blocks are loading meanwhile
         at, mask = block_of_map(n, t.to(tl.int64) * iters + i, channel, cmask, S, C, BS)
         # a masked element has dv = 0 and y = p, so it adds nothing to any sum
         y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)

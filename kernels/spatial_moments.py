@@ -68,7 +68,7 @@ def moments_kernel(
     near = row_sum(u) / tl.maximum(tl.sum(valid.to(tl.float32), axis=0), 1.0)
     total = tl.zeros((BS, BC), tl.float32)
     squares = tl.zeros((BS, BC), tl.float32)
-    for i in loop(0, iters, num_stages=3):  # the next blocks on their way
+    for i in loop(0, iters, num_stages=3):  # the next blocks are loading meanwhile
         u, valid = _block(y_ptr, n, first + i * BS, channel, cmask, shift, slope, S, C, ACT, BS)
         d = tl.where(valid[:, None], u - near[None, :], 0.0)
         total += d
@@ -76,7 +76,7 @@ def moments_kernel(
     seen = (tl.minimum(first + iters * BS, S) - tl.minimum(first, S)).to(tl.float32)
     rest = row_sum(total) / tl.maximum(seen, 1.0)
     m2 = row_sum(squares) - seen * rest * rest
-    m2 = tl.where(m2 < 0.0, 0.0, m2)  # NaN stays
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # a NaN stays NaN
     slot = n * tl.num_programs(0) + t
     store_moments(part_ptr, count_ptr, slot, channel, cmask, C, near + rest, m2, seen)
 
@@ -110,7 +110,7 @@ def moments_backward_kernel(
     mean = tl.load(stats_ptr + at_nc, mask=cmask, other=0.0)
     dshift = tl.zeros((BS, BC), tl.float32)
     dslope = dshift
-    for i in loop(0, iters, num_stages=3):  # the next blocks on their way
+    for i in loop(0, iters, num_stages=3):  # the next blocks are loading meanwhile
         # as ``block_of_map`` does, in the order of statements that takes ten registers less here
         voxel = (t.to(tl.int64) * iters + i) * BS + tl.arange(0, BS)
         mask = (voxel < S)[:, None] & cmask[None, :]

@@ -1,4 +1,4 @@
-"""Pooling, resizing and concatenation of a feature map in one pass, norm, FiLM and activation applied on the way.
+"""Pooling, resizing and concatenation of feature maps in one pass that also applies norm, FiLM and activation.
 
 The result is written into some channels of a wider map.
 
@@ -320,7 +320,7 @@ class Form(NamedTuple):
 FORMS = {
     "gather": Form(2048, 8, NUM_WARPS),
     "gather_backward": Form(2048, 8, 2 * NUM_WARPS),
-    # the elements of a window want registers too
+    # the elements of a window need registers, too
     "maximum_backward": Form(1024, 4, NUM_WARPS),
 }
 
@@ -403,7 +403,7 @@ def gather_taps_backward(
     n, c = y.shape[:2]
     dy = channels_last(y.shape, y)
     if maximum:
-        dy.zero_()  # a window does not reach everywhere
+        dy.zero_()  # windows need not cover every position
     size = dout.shape[2:] if maximum else y.shape[2:]
     bs, bc, iters, programs = blocks(size, c, n, form.elements)
     given, constants = _arguments(form, y, coef, act, taps, dout, (bs, bc))

@@ -109,7 +109,7 @@ void py_moments_backward(Address dy, Address dstats, Address y, Address stats, A
                          pre ? pointer<float>("dpre", dpre) : nullptr, pointer<float>("workspace", workspace)));
 }
 
-// A block behind its convolution: what does not change from call to call.
+// A block behind its convolution, as far as it does not change from call to call.
 class BlockOf {
  public:
   BlockOf(int norm, int order, int position, bool use_input, bool update, double eps, double unbiased, double slope) {

@@ -55,7 +55,7 @@ FF_DEVICE void put_voxels(T* to, int channels, int valid, bool aligned, const in
 }
 
 // The kernel. Its parts:
-//   Operand    what a slab holds; see operands.h
+//   Operand    the contents of a slab; see operands.h
 //   Epilogue   `Params`; `State`, kept over the tiles of a block, and `Running`, that of one tile; `load`, which starts to
 //              copy the rest of what a half's voxels need to places beside their staged products, kBeside bytes each;
 //              a constructor, which loads the constants of a chunk from where `load_constants` left them; `write`, which
@@ -251,7 +251,7 @@ struct Convolve {
   }
 };
 
-// Launches the variant of a plan; kernels are compiled for the variants of plan.cpp.
+// Launches the kernel of a layout; kernels are compiled for the layouts of plan.cpp.
 template <class T, template <class, int> class Operand, template <class> class Epilogue>
 std::string launch_conv(const char* name, const ConvPlan& plan, const typename Operand<T, 16>::Params& in,
                         const void* weights, const typename Epilogue<T>::Params& epilogue, Stream stream) {

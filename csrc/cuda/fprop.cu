@@ -21,7 +21,7 @@ struct ForwardEpilogue {
     float *partials, *counts;  // [N, groups, 2, co] and [blocks_n, N, groups]; partials null: no moments
     float* stats;
     unsigned* counters;
-    Block block;  // whose coefficients follow the moments, if it has `coef`
+    Block block;  // its coefficients follow the moments, if it has `coef`
   };
   using State = Moments<kV>;
   struct Running : Deviations<kV> {

@@ -10,9 +10,9 @@ constexpr int kMergeThreads = 256;
 constexpr int kMergeColumns = 32;  // channels at a time
 constexpr int kMergeScratch = kMergeThreads * static_cast<int>(sizeof(double));
 
-// True in all threads of the last of `blocks` blocks that call it with this counter, which is 0 before the first: what
-// the others wrote in front of it may be read behind it. Which block that is differs from run to run; what it computes
-// must not. It uses the first bytes of shared memory.
+// True in all threads of the last of `blocks` blocks that call it with this counter, which is 0 before the first: results
+// that the others wrote before may be read after it. In each run another block may be the last; its result must be
+// the same. It uses the first bytes of shared memory.
 FF_DEVICE bool last_block(unsigned* counter, int blocks) {
   fence();
   barrier();

@@ -8,7 +8,7 @@
 
 namespace fastfilm::cuda {
 
-// A weight to pack for a plan's convolution. With `backward` rows are the layer's input channels and columns its output
+// A weight to pack for the convolution of a layout. With `backward` rows are the layer's input channels and columns its output
 // channels.
 struct Packing {
   const ConvPlan* plan;  // null: there is nothing to pack
@@ -18,14 +18,14 @@ struct Packing {
   unsigned* counters;  // are set to 0 for the convolution
 };
 
-// What else a launch that packs may do.
+// Further work of a launch that packs.
 struct Beside {
   WeightSums left;  // takes the sums that are left of a gradient at a weight
   Block block;  // computes coefficients, of a map with n samples and c channels
   int64_t n, c;
 };
 
-// Packs a weight and does what stands beside it, in one launch.
+// Packs a weight and does the further work, in one launch.
 std::string prepare(const Packing& packing, const Beside& beside, int storage, Stream stream);
 
 // A counter of the blocks of threads that are done for each sample and block of channels of the result (`last_block`),

@@ -52,8 +52,8 @@ struct ConvShape {
 // input voxel (j * slab_step + t) * load_step + base with the kernel's weights at kernel_first + t * kernel_step.
 struct Taps {
   Extent count, base, out_first, kernel_first;
-  int64_t weights;  // where its packed weights begin, in elements
-  SlabShape slab;   // what the taps of a tile read
+  int64_t weights;  // the place where its packed weights begin, in elements
+  SlabShape slab;   // the voxels that the taps of a tile read
 };
 
 struct ConvPlan {
@@ -79,7 +79,7 @@ struct ConvPlan {
 // The results of a kernel: kForward the convolution, kBackward the gradient at the input.
 enum class Direction { kForward, kBackward };
 
-// Fills in `plan`; returns an empty string, or the reason why there is no plan.
+// Fills in `plan`; returns an empty string, or the reason why there is no layout.
 std::string plan_conv(const ConvShape& shape, Direction direction, const Device& device, ConvPlan& plan);
 
 // The layout of the gradient at the weight. A block holds the gradient of a tile beside the slab of the input, and
@@ -100,7 +100,7 @@ struct WgradPlan {
 
 std::string plan_wgrad(const ConvShape& shape, const Device& device, WgradPlan& plan);
 
-// Bytes that a plan moves between L2 and the multiprocessors for each output element.
+// Bytes that a layout moves between L2 and the multiprocessors for each output element.
 double bytes_an_output(const ConvPlan& plan, int element);
 
 }  // namespace fastfilm::cuda

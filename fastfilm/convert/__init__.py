@@ -1,4 +1,4 @@
-"""Existing models made faster (``convert``) and metadata-conditioned (``condition``)."""
+"""``convert`` makes an existing model faster; ``condition`` adds FiLM to it."""
 
 from .condition import condition, generator_parameters, parameter_groups
 from .conversion import conversion_report, convert, restore

@@ -1,4 +1,4 @@
-"""The backend ``fastfilm`` of ``torch.compile``: groups of a graph run as blocks, the rest as it is."""
+"""The backend ``fastfilm`` of ``torch.compile``: groups of calls run as fused blocks, all others as they were."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _keep_checkpoints(graph: fx.GraphModule) -> None:
         if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
             continue
         body, *given = node.args
-        # what the function closes over: parameters, and what has no gradient
+        # the function closes over parameters, and over tensors without a gradient
         inputs = [_is_input(value(n)) for n in given]
         options = dict(node.kwargs)
         context = getattr(graph, body.target).meta.get("_checkpoint_context_fn")

@@ -1,4 +1,4 @@
-"""Calls of a rewritten graph: blocks and sums with all that is known beforehand, masks, checkpoints, layouts."""
+"""Functions that a rewritten graph calls: blocks and sums with fixed arguments, masks, checkpoints, layouts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Block:
     ) -> None:
         self.geometry, self.options = geometry, options
         self.deferred, self.prepares = deferred, prepares
-        # one graph may serve several modules, each with its own weight; what is kept compares its bytes
+        # one graph may serve several modules, each with its own weight; a prepared weight compares the bytes
         self.prepared: dict[int, PreparedWeight] = {}
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Models whose own code asks nothing about the class of a tensor, and may be given plain tensors for others."""
+"""A test for models that never ask for a tensor's class, so that plain tensors may take a subclass's place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``condition``: FiLM in a model that has none."""
+"""``condition``: adds FiLM at chosen layers to a model that has none."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def condition(
     generator = spec.choice("generator", generator, PRESETS)
     compiled = model._modules.get("_orig_mod")
     if compiled is not None:
-        # what torch.compile made of a module
+        # a module that torch.compile has wrapped
         condition(
             compiled,
             metadata_size,
@@ -107,12 +107,12 @@ def condition(
         {s.name: s.channels for s in chosen}, size, encoder, generator, tuple(hidden)
     )
     take_metadata(model, {name: path for name, (path, _) in places.items()})
-    # kept, because a handle that is pickled keeps its hook's number from being given away again
+    # the handle is kept: a pickled handle reserves its hook's number
     handles = model.__dict__["_film_handles"] = []
     for name, (path, before) in places.items():
         layer = model.get_submodule(path)
         hook = FiLMHook(name, before)
-        # in front of the hooks that are there, which see what the layer gives from now on
+        # in front of existing hooks, which see the layer's new output
         if before:
             handles.append(layer.register_forward_pre_hook(hook))
         else:

@@ -1,4 +1,4 @@
-"""The class of a conditioned model: its original's subclass with a forward that takes metadata."""
+"""The class of a conditioned model: a subclass of the original's class whose forward takes metadata."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def class_of(original: type[nn.Module]) -> type[nn.Module]:
                 with film.applied(self._modules[NAME](rows, batch)):
                     return own(self, *args, **kwargs)
 
-            # exporters and others who ask for the arguments
+            # for exporters and other callers that ask for the arguments
             forward.__signature__ = _signature(original)  # type: ignore[attr-defined]
             parameters = list(inspect.signature(own).parameters.values())[1:]
             names = {
@@ -117,7 +117,7 @@ def take_metadata(module: nn.Module, paths: dict[str, str]) -> None:
 
 
 def _check(model: nn.Module, site: str, path: str) -> None:
-    """RuntimeError where somebody replaced the layer that a site's FiLM follows."""
+    """RuntimeError where the layer that a site's FiLM follows was replaced."""
     found: Any = model
     for name in path.split("."):
         found = None if found is None else found._modules.get(name)

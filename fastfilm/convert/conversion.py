@@ -36,7 +36,7 @@ For all sizes at once it would take minutes.
 """
 
 _SETTINGS: dict[str, Any] = {
-    # a hook that is registered later has to be noticed
+    # a hook may be registered later
     "skip_nnmodule_hook_guards": False,
     # momentum=None of a batch norm reads its counter
     "capture_scalar_outputs": True,
@@ -49,7 +49,7 @@ _SIMPLE = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 """Types of arguments in which there is no tensor of a class of its own."""
 
 _ATTRIBUTES = (KEY, "_compiled_call_impl", "_replicate_for_data_parallel")
-"""What a converted module has of a conversion, and a restored one does not."""
+"""Attributes of a converted module that a restored one does not have."""
 
 _numbers = itertools.count()
 
@@ -113,7 +113,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def conversion_report(model: nn.Module, *example: Any) -> Report:
-    """What ``convert`` did with every convolution of ``model``, or would do.
+    """The report on every convolution of ``model``: the block that ``convert`` made of it, or would make.
 
     Args:
         example: arguments of a call, which a copy of the model is given; without any, the calls of a converted
@@ -141,7 +141,7 @@ def conversion_of(module: nn.Module) -> Conversion | None:
 
 
 class Conversion:
-    """What a converted module runs when it is called; kept in ``module.__dict__``.
+    """The call of a converted module; kept in ``module.__dict__``.
 
     Copies and pickles of the module come with a conversion of their own, which compiles anew.
 
@@ -252,7 +252,7 @@ class Conversion:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.renew()
-        # ``nn.Module`` leaves what it is called through out of its copies
+        # copies by ``nn.Module`` lack the compiled call
         self.install()
 
 

@@ -1,4 +1,4 @@
-"""Layers of known networks behind the bottleneck: paths as regular expressions, by class name, as data."""
+"""Decoder layers of known networks: by class name, regular expressions of the paths behind the bottleneck."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Layout:
 _NESTED = r"model(\.1\.submodule)*"
 """MONAI's UNet and AttentionUnet: each level is the second of three layers of the level above."""
 
-# the decoder of nnU-Net holds the encoder once more
+# nnU-Net's decoder has the encoder as a child, too
 _NNUNET = Layout(r"decoder\.(?!encoder\.)")
 _HEADS = Layout(r"(aux_)?classifier\.", r"backbone\.")
 _IVADOMED = Layout(r"decoder\.", r"encoder\.")
@@ -85,7 +85,7 @@ PARTS: tuple[tuple[tuple[str, ...], Layout], ...] = (
 
 
 def layout_of(model: nn.Module) -> Layout | None:
-    """Which paths of a model are its decoder's, if a table says so."""
+    """The layout of a model, by which its decoder's paths are known; None where no table has it."""
     for kind in type(model).__mro__:
         found = LAYOUTS.get(kind.__module__.partition(".")[0], {}).get(kind.__name__)
         if found is not None:

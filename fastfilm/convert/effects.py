@@ -129,7 +129,7 @@ def is_written_by_a_reader(node: fx.Node) -> bool:
 
 
 class Effects:
-    """What a graph's calls do besides giving a value, as the graph was when this was made.
+    """Side effects of a graph's calls, as the graph was when this was made.
 
     Attributes:
         order: place of each node.

@@ -1,4 +1,4 @@
-"""γ and β on their way: from the metadata of a call, through the generator, to the hooks that apply them."""
+"""The way of γ and β: from a call's metadata, through the generator, to the hooks that apply them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Modulations = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class _Thread(threading.local):
-    """What holds in this thread. (torch.compile cannot follow context variables.)"""
+    """Modulations and metadata of this thread. (torch.compile cannot follow context variables.)"""
 
     def __init__(self) -> None:
         self.modulations: Modulations | None = None
@@ -94,7 +94,7 @@ class FiLMHook:
     """γ·x + β behind a layer, or in front of it, in plain PyTorch and x's dtype; bit for bit x for γ = 1, β = 0.
 
     Args:
-        site: whose γ and β.
+        site: the one that γ and β are for.
         before: it is a hook of what the layer is given.
     """
 

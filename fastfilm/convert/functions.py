@@ -1,4 +1,4 @@
-"""PyTorch's functions as the conversion sees them: convolutions, norms, activations, readers of maps, as data.
+"""Tables of the PyTorch functions that a conversion knows: convolutions, norms, activations, readers of maps.
 
 ``bind`` names the arguments of one call in a graph; everything else here is a table.
 """

@@ -91,7 +91,7 @@ class Group:
 
     @property
     def last(self) -> fx.Node:
-        """The node whose value the block gives."""
+        """The last of its nodes: the result of the block takes its place."""
         return self.members[-1]
 
     @property
@@ -182,7 +182,7 @@ class Finder:
         found = functions.activation_of(node)
         if found is None:
             return None
-        # it is worth a block only where convolutions apply it while they load
+        # a block pays only where convolutions apply the norm while they load
         users = list(node.users)
         if any(u.target not in functions.CONVOLUTIONS or u.args[0] is not node for u in users):
             return None
@@ -245,7 +245,7 @@ class Finder:
         return False
 
     def _step(self, group: Group, node: fx.Node, user: fx.Node) -> str | None:
-        """What the next step is, its arguments being put into the group; "" for nothing at all."""
+        """The name of the next step, after its arguments were put into the group; "" if there is none."""
         if functions.idle_dropout(user) is node or self._is_idle_cast(group, node, user):
             return ""
         if user.target in functions.NORMS and "n" not in group.letters:
@@ -310,7 +310,7 @@ class Finder:
         *batch, channels = size[: len(size) - group.dims]
         alone = all(same(n, 1) for n in size[len(size) - group.dims :])
         if all(same(n, 1) for n in shape(group.x)[2:]):
-            # maps of one voxel: this is the sum or the product of two of them
+            # with maps of one voxel the node may be the sum or the product of two maps
             return False
         fits = not batch or same(batch[0], 1) or same(batch[0], shape(group.x)[0])
         return alone and fits and same(channels, group.channels)
@@ -344,7 +344,7 @@ class Finder:
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
         if not torch.is_grad_enabled():
-            # here ours keep the weight in oneDNN's layout
+            # in these cases a block keeps its weight in oneDNN's layout
             return False
         weight = value(group.conv["weight"])
         return weight.shape[1] >= vendor.WIDE and weight.is_contiguous()

@@ -1,4 +1,4 @@
-"""Layouts in a rewritten graph: blocks give channels-last maps; what depends on a layout gets the original's."""
+"""Layouts in a rewritten graph: blocks return channels-last maps; calls that need the old layout get it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _put_back(
             else:
                 new = graph.call_function(calls.in_layout, (source, order))
         new.meta["example_value"] = found
-        # otherwise a copy made now may differ from one made for a later reader
+        # after a write, a copy for a later reader may differ from one made now
         if not is_written_by_a_reader(source):
             kept[source] = new
     if reader is source:

@@ -1,4 +1,4 @@
-"""Functions that TorchDynamo answers otherwise than eager PyTorch, or does not follow though it could."""
+"""Substitutes for functions that TorchDynamo answers otherwise than eager PyTorch does, or does not trace."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _unless_unnoticed(handler: Callable[..., Any]) -> Callable[..., Any]:
     from torch._dynamo import external_utils
     from torch._dynamo.variables import ConstantVariable
 
-    # older forms of the question, which models have and PyTorch's own layers have not
+    # older forms of the question, which models use and PyTorch's own layers do not
     forms = torch._utils.__file__, external_utils.__file__
 
     @functools.wraps(handler)

@@ -1,4 +1,4 @@
-"""The report of a conversion: what became of each convolution of a model."""
+"""The report of a conversion: for each convolution of a model, its block or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Convolution:
 
 @dataclass
 class Report:
-    """What ``fastfilm.convert`` does with a model, as far as the calls so far have shown.
+    """The result of ``fastfilm.convert`` for a model, as far as the calls so far have shown it.
 
     Attributes:
         convolutions: all of the model, in its order.

@@ -1,4 +1,4 @@
-"""The rewriting of one graph: a block in place of each group, maps left unwritten where all readers take them."""
+"""The rewriting of one graph: a block replaces each group, and maps stay deferred where all readers take them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Rewriter:
             elif node in sums:
                 new = self._replace_sum(sums[node])
             else:
-                # views of maps stay: maps answer to PyTorch's functions themselves
+                # calls on views of maps stay: deferred maps implement PyTorch's functions
                 continue
             new.meta["example_value"] = value(node)
             node.replace_all_uses_with(new)
@@ -145,11 +145,11 @@ class Rewriter:
         if not any(n in groups and groups[n].letters for n in (x, residual)):
             return None
         if x in writes(node) and (x not in groups or len(x.users) != 1):
-            # something else sees the map that the sum is written to
+            # another call reads the map that the sum is written to
             return None
         return x, residual
 
-    # what is never written
+    # the maps that stay deferred
 
     def _lazy(self, groups: dict[fx.Node, Group], sums: dict[fx.Node, _Sum]) -> set[fx.Node]:
         """Nodes whose value may stay unwritten, because everything that uses it takes it so."""
@@ -176,7 +176,7 @@ class Rewriter:
             if node in groups:
                 group = groups[node]
                 still = group.conv is not None or not self.effects.written_after(group.x, node)
-                # a convolution alone has nothing to hand on but its bias, to a sum that is taken anyway
+                # a convolution alone has only its bias pending, and the sum is written in any case
                 return still and (bool(group.letters) or all(u in added for u in node.users))
             given = node.args[0] if node.target in functions.JOINS else node.args[:1]
             parts: list[fx.Node] = list(given)  # type: ignore[arg-type]
@@ -278,7 +278,7 @@ class Rewriter:
             return None
         node, p = group.drop
         first = group.members[0]
-        # drawn where it was drawn: what else draws numbers keeps its turn
+        # the mask is drawn in its old place, so that other calls draw the same random numbers
         with self.graph.inserting_before(node):
             args = (first.args[0], group.channels, p, value(node).dtype)
             return self.graph.call_function(calls.draw_channel_mask, args)

@@ -1,4 +1,4 @@
-"""Where FiLM can stand in a model: one site a norm, or a convolution without one, by how layers are registered."""
+"""Sites for FiLM in a model: behind each norm, or each convolution without one, in the order of registration."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def find(model: nn.Module) -> dict[str, Site]:
 
 
 def _inside(path: str, norm: nn.Module) -> tuple[str, bool]:
-    """Where FiLM follows a norm: behind it, or in front of the activation that timm's norms hold themselves."""
+    """The place of FiLM at a norm: behind it, or in front of the activation inside one of timm's norms."""
     act = norm._modules.get("act")
     own = act is not None and not isinstance(act, nn.Identity)
     return (f"{path}.act", True) if own else (path, False)
@@ -124,7 +124,7 @@ def _convolution_of(modules: dict[str, nn.Module], path: str, taken: set[str]) -
     before = names[: names.index(name)]
     own = next((n for n in numbered if convs[n]), None)
     if own is not None and own not in before:
-        # norm, activation, convolution: the norm reads what the convolution of the number before gives
+        # norm, activation, convolution: the norm reads the output of the convolution before
         assert number is not None
         candidates = [n for n in names if convs[n] and _numbered(n, str(int(number[0]) - 1))]
     elif own is not None:
@@ -252,7 +252,7 @@ def _named(model: nn.Module, sites: dict[str, Site], names: list[str]) -> list[S
         inside = [s for s in sites.values() if _is_in(s.name, name) or _is_in(s.path, name)]
         layer = modules.get(name)
         if not inside and layer is not None and is_convolution(layer):
-            # a convolution of which it cannot be seen whether an activation follows
+            # no registered layer shows whether an activation follows this convolution
             every[name] = Site(name, _channels(layer), layer, name)
         elif not inside:
             raise ValueError(f"where has no layer {name!r}; there are {_listed(sites)}")

@@ -1,4 +1,4 @@
-"""Convolution + norm + activation + dropout + FiLM as a module, and two of them in a row."""
+"""Fused blocks as modules: convolution, norm, activation, dropout and FiLM, once or twice in a row."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class ConvNormFiLM(nn.Module):
         elif self.norm_layer is not None:
             setattr(self.norm_layer, _OF_NORM[name], value)
         elif name in _TENSORS and value is not None:
-            # momentum and eps of no norm change nothing
+            # without a norm, momentum and eps have no effect
             raise AttributeError(f"a block without a norm has no {name}")
 
     def _load_from_state_dict(
@@ -294,7 +294,7 @@ class ConvNormFiLM(nn.Module):
         return weight, bias, slope
 
     def extra_repr(self) -> str:
-        """Shapes and what the block consists of."""
+        """Shapes and parts of the block."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         parts += [f"stride={self.stride}", f"norm={self.norm!r}", f"activation={self.activation!r}"]
         if self.dropout:
@@ -380,7 +380,7 @@ class DoubleConv(nn.Module):
 
 
 def former_names(model: nn.Module, prefix: str = "") -> dict[str, str]:
-    """Names in older state_dicts, whose norms' tensors were the blocks' own -> names in today's."""
+    """Names of the norms' tensors in older state_dicts, where they were the blocks' own -> names of today."""
     names: dict[str, str] = {}
     for path, module in model.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(module, ConvNormFiLM):

@@ -1,4 +1,4 @@
-"""Weights of ivadomed's FiLM networks: which tensor of ours stands under which of their names."""
+"""Weights of ivadomed's FiLM networks: the table of their names for the tensors of ours."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def read_unet(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def read_film(state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[list[int], int]:
-    """Which FiLM layers a state_dict has, and the width of its metadata."""
+    """The FiLM layers of a state_dict, and the width of its metadata."""
     keys = [f"{name}.generator.linear1.weight" for name in names]
     size = next((state[k].shape[1] for k in keys if k in state), 0)
     return [int(k in state) for k in keys], size

@@ -1,4 +1,4 @@
-"""Metadata as a user has them (lists, arrays, tensors) -> one float tensor on the network's device."""
+"""Conversion of a user's metadata (lists, arrays, tensors) to one float tensor on the network's device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def as_metadata(
     Raises:
         TypeError: None, or something that is not numbers.
         ValueError: wrong shape, or NaN/infinity. Values that are already on a GPU are not looked at, since
-            that would stall the GPU, and in a compiled or exported model there is nobody to look; NaN then
+            that would stall the GPU, and a compiled or exported model cannot look; NaN then
             shows in the output.
     """
     if metadata is None:

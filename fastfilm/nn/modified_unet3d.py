@@ -1,4 +1,4 @@
-"""The paper code's 3D network: strided residual encoder, two-scale heads, ten FiLM layers."""
+"""The 3D network of the paper's code: a strided residual encoder, heads at two scales, ten FiLM layers."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class Modified3DUNet(Conditioned):
             twice = inner(_pending_norm_act(residual), deferred=True)
             x = maps.plain(conv_norm_film(twice, inner.weight, padding=inner.padding)) + residual
         if self.gating is not None and self.gates is not None:
-            # the paper code takes the signal behind norm and activation, and normalises once more below
+            # the paper's code takes the signal behind norm and activation, and normalises it again below
             x = maps.plain(_norm_act(x, lazy, None, None))
             signal = self.gating(x)
             gated = zip(self.gates, found[1:], strict=True)

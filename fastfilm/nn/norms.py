@@ -111,7 +111,7 @@ def make(
 
 
 def read(layer: Any, sync_group: distributed.Group = None) -> Norm | None:
-    """What PyTorch's own forward of ``layer`` would do now; counts the batch as it does.
+    """The call that PyTorch's own forward of ``layer`` would make now; counts the batch as it does.
 
     None where the layer has hooks or computes something of its own: it is to be called as the module that it is.
 

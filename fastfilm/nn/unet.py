@@ -72,7 +72,7 @@ class Modulation:
 
 
 class Conditioned(nn.Module):
-    """What a network with FiLM layers shares: metadata in, (γ, β) per layer out."""
+    """The base of networks with FiLM layers: metadata in, (γ, β) of each layer out."""
 
     film: nn.ModuleList
     metadata_size: int

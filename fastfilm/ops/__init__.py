@@ -1,4 +1,4 @@
-"""The operators behind fastfilm's modules: what a user calls, and what each room below is for.
+"""The operators behind fastfilm's modules: the functions that users call, and a sentence on each folder below.
 
 Each room imports from those before it: ``spec`` (names and structs), ``settings`` (what is set before a call),
 ``vendor`` (PyTorch's convolutions), ``reference`` (the definition of right), ``launchers`` (the kernels of each

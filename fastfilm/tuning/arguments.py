@@ -1,4 +1,4 @@
-"""Arguments of ``fastfilm tune``; nothing but the standard library is imported for them."""
+"""Arguments of ``fastfilm tune``, defined with the standard library alone, so that ``--help`` is fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel needs of a multiprocessor, read from its binary without a GPU."""
+"""Registers, spills and matrix instructions of a compiled kernel, read from its binary without a GPU."""
 
 from __future__ import annotations
 

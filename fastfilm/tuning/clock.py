@@ -1,4 +1,4 @@
-"""Time of a call: between CUDA events behind an overwritten L2 cache, or by the clock of the host."""
+"""Measured time of a call: by CUDA events after the L2 cache was overwritten, or by the host's clock."""
 
 from __future__ import annotations
 

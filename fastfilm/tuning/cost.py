@@ -62,7 +62,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at most.
+    """The ceilings of a device: rates and bandwidths that it reaches at most.
 
     Attributes:
         bandwidth: bytes/s of a large copy, read plus written.
@@ -238,7 +238,7 @@ class Terms:
 
     @property
     def limiter(self) -> str:
-        """What the time goes to: the largest of the terms."""
+        """The largest of the terms, which most of the time goes to."""
         return max(LIMITERS, key=lambda name: getattr(self, name))
 
 

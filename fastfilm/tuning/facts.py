@@ -1,4 +1,4 @@
-"""Static facts of a candidate: compiled for the target without a launch, so that bad ones are never run.
+"""Static facts of a candidate: it is compiled for the target without a launch, so that unsuitable ones never run.
 
 The launcher itself says what it would launch: it is called with tensors that have no memory, and its kernel is
 replaced by something that notes the grid and the arguments.
@@ -42,7 +42,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a candidate before it runs.
+    """Facts of a candidate that are known before it runs.
 
     Attributes:
         stack: bytes of local memory, that is spills.
@@ -175,7 +175,7 @@ def call(
 
 
 class Source(NamedTuple):
-    """What Triton compiles: types, constants, attributes (divisibility) and options of a launch."""
+    """The input of Triton's compiler: types, constants, attributes (divisibility) and options of a launch."""
 
     types: dict[str, str]
     constants: dict[Any, Any]

@@ -1,4 +1,4 @@
-"""Is a candidate right, and how long does it take? A time counts only behind a right result."""
+"""Measurement of a candidate: its result is checked first, and only a correct one is timed."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Subject:
         return None
 
     def why_wrong(self, candidate: Candidate) -> str | None:
-        """What is wrong with a candidate's results, on the reduced map and on the whole one; None if nothing."""
+        """The error in a candidate's results, on the reduced map or the whole one; None if they are right."""
         names = NAMES[candidate.family]
         with poisoned():
             results = facts.call(self.kernels, self.small, candidate, self.small_tensors)
@@ -178,7 +178,7 @@ class Subject:
         return convolution.conv_backward(*head, *tail)
 
     def why_wrong_plan(self, plan: str) -> str | None:
-        """What is wrong with a whole plan's results on the reduced map; None if nothing."""
+        """The error in a whole plan's results on the reduced map; None if they are right."""
         # the vendor's convolutions need not have deterministic forms, which poisoning asks for
         with poisoned() if plan.endswith("/fused") else contextlib.nullcontext():
             y, stats = self._forward(plan, self.small_tensors)
@@ -195,7 +195,7 @@ class Subject:
         return lambda: facts.call(self.kernels, self.shape, candidate, given, family=family)
 
     def plan_call(self, plan: str) -> Callable[[], object]:
-        """What a training step does for this layer by a plan: forward, then backward with moments' gradients."""
+        """A training step of this layer by a plan: forward, then backward with the moments' gradients."""
         assert self.tensors is not None
         given = self.tensors
         e = given.e

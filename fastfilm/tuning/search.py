@@ -1,4 +1,4 @@
-"""The search: shape by shape, family by family; what is right and fastest becomes an entry of the table."""
+"""The search for the fastest tiles: for each shape and kernel, the fastest correct candidate enters the table."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class Search:
                 try:
                     reason = subject.why_wrong_plan(plan)
                     seconds = None if reason else self._timed(subject.plan_call(plan))
-                except Exception as error:  # the same: one plan less
+                except Exception as error:  # a plan that fails is left out likewise
                     reason, seconds = f"{type(error).__name__}: {error}"[:200], None
             self._note(
                 Outcome(shape, plan, WRONG if seconds is None else TIMED, reason or "", seconds)

@@ -1,4 +1,4 @@
-"""The convolutions that a network asks for, as shapes to tune."""
+"""The shapes to tune: the convolutions that a network calls."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """What ``tables.measured`` takes."""
+        """The arguments of ``tables.measured``."""
         ones = (1,) * self.dims
         kernel, stride = (tuple(k * o for o in ones) for k in (self.kernel, self.stride))
         return self.dtype, self.batch, self.channels, kernel, stride, self.output

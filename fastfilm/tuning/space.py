@@ -1,4 +1,4 @@
-"""Candidate tiles of a shape: all that make sense by their numbers, ranked by the cost model."""
+"""Candidate tiles of a shape: those that fit the GPU's limits, ranked by the cost model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def candidates(shape: Shape, family: str, arch: int, most: int = 16) -> list[Can
     by_tile: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for fields in made:
         by_tile.setdefault(fields[:-2], []).append(fields)
-    # of equal ones the longer inner product
+    # of equal candidates the one with the longer inner product
     ranked = sorted(by_tile, key=lambda tile: (estimated(shape, family, tile), -tile[-1]))
     order = sorted(
         (rank + 2 * variant, rank, fields)
@@ -103,7 +103,7 @@ def _wgrad(shape: Shape, arch: int) -> Iterator[tuple[int, ...]]:
 
 
 def _variants() -> list[tuple[int, int]]:
-    # what most tiles ship with first, then deeper pipelines
+    # first the depth of most tiles that ship, then deeper pipelines
     return [(8, 2), (4, 2), (8, 3), (4, 3), (8, 4), (4, 4)]
 
 

@@ -157,7 +157,7 @@ def _coefficients(
     if needs is None:
         return reference.of_block(kind, tensors, device, *moving), None
     if tensors.bias is None and needs[_BIAS] and not _sees_bias(work):
-        # y has all of it, and its gradient comes with the coefficients' nevertheless
+        # y has the whole bias; its gradient comes with that of the coefficients all the same
         dtype = torch.float64 if kind.wide else torch.float32
         tensors = tensors._replace(bias=torch.zeros(kind.channels, dtype=dtype, device=device))
     with torch.enable_grad():
@@ -179,7 +179,7 @@ def _finishes(work: Work, kernels: Any, sources: Sequence[Source]) -> bool:
 
 
 class _Saved(NamedTuple):
-    """What backward reads, and which gradients it is asked for.
+    """The tensors that backward reads, and the gradients that it is asked for.
 
     Attributes:
         needs: at each of ``tensors``.
@@ -306,7 +306,7 @@ def _defined(
     if work.how.geometry is not None and weight is not None:
         added = bias.to(y.dtype) if early and bias is not None else None
         if added is not None and bias is not None and not _sees_bias(work):
-            # as in forward: its gradient comes with the coefficients'
+            # as in forward, the bias gets its gradient with the coefficients
             added = added.detach()
             rest = bias.to(accumulate_dtype(y)) - added
         y = derivatives.convolution(y, weight, added, work.how.geometry)
@@ -333,7 +333,7 @@ class _Block(torch.autograd.Function):
         needs = ctx.needs_input_grad[3 : 3 + _COUNT]
         y, v, coef, stats, seen, ctx.local = values(work, sources, weight, tensors, needs)
         if work.how.kind.update:
-            # the moments say what backward needs, and the running statistics have moved on by then
+            # backward reads the moments: the running statistics have moved by then
             tensors = tensors._replace(running_mean=None, running_var=None)
         pre = None if seen is None else seen.pre
         # a bare convolution's gradient does not need its result, which callers may write to

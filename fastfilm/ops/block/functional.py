@@ -1,4 +1,4 @@
-"""The op that users call: convolution, normalisation, activation, channel dropout and FiLM as one."""
+"""``conv_norm_film`` and ``norm_film``: convolution, norm, activation, channel dropout and FiLM in one call."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def norm_film(
     deferred: bool = False,
     sync_group: distributed.Group = None,
 ) -> Tensor | DeferredMap:
-    """What ``conv_norm_film`` does behind its convolution, on a map that exists already.
+    """``conv_norm_film`` without its convolution, on a map that exists already.
 
     Args:
         x: feature map [N, C, H, W] or [N, C, D, H, W], any layout.

@@ -1,4 +1,4 @@
-"""A weight as its convolution wants it in inference: in autocast's type, and in the vendor's own layout."""
+"""Prepared weights for inference: copies in autocast's type and in the layout of PyTorch's fastest convolution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..spec import dense as dense_operands
 
 
 class PreparedWeight:
-    """What was made of a block's weight in inference, for as long as no byte of the weight changes.
+    """Copies of a block's weight for inference, kept for as long as no byte of the weight changes.
 
     Each call compares the weight with a copy, from which everything here was made: whatever writes to the weight,
     or exchanges it, is noticed. Comparing takes less time than casting, which starts threads. Copies and pickles
@@ -43,7 +43,7 @@ class PreparedWeight:
     def pack(
         self, weight: Tensor, form: tuple[Any, ...], make: Callable[[Tensor], Tensor]
     ) -> Tensor | None:
-        """What ``make`` makes of a weight, once for each ``form``; None where nothing can be kept.
+        """The result of ``make`` for a weight, once for each ``form``; None where nothing can be kept.
 
         Args:
             make: called with the copy that later weights are compared with: another process may write to the
@@ -53,7 +53,7 @@ class PreparedWeight:
         if not own and not dense(weight):
             return None
         kept = self._packed
-        # nobody writes to what came from ``cast``
+        # no caller writes to a result of ``cast``
         if kept and kept[1] == form and (kept[0] is weight if own else _same(kept[0], weight)):
             return kept[2]
         copy = weight if own else weight.detach().clone()

@@ -1,4 +1,4 @@
-"""How a call will be served: every check, the output size, the block's kind and the plan, once for each form.
+"""Recipes: checks, output size, kind and plan of a call, found once for all calls with equal shapes and options.
 
 What is decided here depends on shapes, types, devices and options only, so a call of a form that came before
 finds its recipe by one dictionary lookup.
@@ -20,7 +20,7 @@ from ..spec import Geometry, Kind, Options, Plan, TailTensors, accumulate_dtype
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """What is known of a call before its numbers.
+    """The facts of a call that its numbers do not change.
 
     Attributes:
         kind: the block behind the convolution.
@@ -51,7 +51,7 @@ def of_call(
     options: Options,
     tensors: TailTensors,
 ) -> Recipe:
-    """How a call is served; the checks run once for each form of call.
+    """The recipe of a call; its checks run once for each form of call.
 
     Args:
         known: all tensors are ``direct``, so that their forms decide.
@@ -68,7 +68,7 @@ def of_call(
     try:
         found = _recipes.get(key)
     except TypeError:
-        # a list among the options: nothing to remember it by
+        # a list among the options cannot be a key
         return _made(like, weight, geometry, options, tensors)
     if found is None:
         if len(_recipes) >= _KEPT:

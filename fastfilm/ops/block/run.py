@@ -1,4 +1,4 @@
-"""One block, as the modules call it: from a recipe and tensors to the map, finished or pending.
+"""The call of one block: it finds the recipe, computes the map and returns it, finished or with a pending affine.
 
 ``functional`` holds the same behind keyword arguments.
 """
@@ -61,7 +61,7 @@ def run(x: Map, call: Call) -> Tensor | DeferredMap:
             again: Tensor | DeferredMap = subclasses.through(run, origin, x, call)
             return again
         x = readable(x)
-    # what is neither tensor nor map is refused by the recipe's checks
+    # the recipe's checks refuse an argument that is neither tensor nor map
     sources = _sources(x, ordinary) if isinstance(x, (DeferredMap, Joined)) else [Source(x)]
     dtype = None if call.weight is None else _autocast_dtype(sources[0].raw)
     if dtype is not None and call.weight is not None:
@@ -78,9 +78,9 @@ def run(x: Map, call: Call) -> Tensor | DeferredMap:
 
 
 def _sources(x: DeferredMap | Joined, ordinary: bool) -> list[Source]:
-    """What the block reads: more than a raw map and what is pending on it in eager mode alone."""
+    """The block's sources; more than one raw map with its pending affine in eager mode alone."""
     if isinstance(x, DeferredMap) and x.view is None:
-        # no branch: a consumer of the map itself is its only one as a rule
+        # no branch: the map itself has one consumer as a rule
         return [Source(x.raw, x.coef, x.act)]
     sources = x.sources()
     if x._tensor is None and ordinary and direct(sources[0].raw):
@@ -133,13 +133,13 @@ def _direct(x: Map, sources: list[Source], call: Call, how: Recipe) -> Tensor | 
     finish = not recorded and _finishes(call, how)
     result = "raw" if how.bare else "pending" if deferred and not finish else "written"
     if finish and isinstance(x, DeferredMap) and x.view is None:
-        # written once for all its consumers, where it would be written for each
+        # the map is written once for all consumers, instead of once for each
         sources = [Source(x.tensor().to(sources[0].raw.dtype))]
     work = Work(how, moving, result)
     if recorded:
         s = sources[0]
         maps = (s.raw, s.coef) if len(sources) == 1 else flat(sources)
-        # without the moments of y nothing but the weight may need gradients: of frozen networks nothing does
+        # without moments of y the weight alone may need a gradient; in a frozen network nothing does
         graded = how.kind.uses_input or _needs_grad(weight, *tensors, *maps)
     if graded:
         found = function.apply(work, sources, weight, *tensors, *maps)

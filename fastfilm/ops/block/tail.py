@@ -1,4 +1,4 @@
-"""What follows a convolution: its bias, what the norm sees, the coefficients, and the same in eager PyTorch."""
+"""The part of a block behind its convolution: bias, moments, coefficients, or all of it in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..spec import Kind, NormInput, Plan, TailTensors, accumulate_dtype
 
 
 class Moving(NamedTuple):
-    """How running statistics move: ``momentum``, and the processes over which a batch norm's batch is spread."""
+    """The update of running statistics: ``momentum``, and the processes that share a batch norm's batch."""
 
     momentum: float = 0.0
     group: dist.ProcessGroup | None = None
@@ -57,7 +57,7 @@ def widened(kind: Kind, tensors: TailTensors) -> TailTensors:
 def _split(
     kind: Kind, plan: Plan, bias: Tensor | None, raw: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What of a bias [Co] is added before the map is rounded, and what the coefficients add."""
+    """The part of a bias [Co] that is added before the map is rounded, and the part that the coefficients add."""
     if bias is None:
         return None, None
     sees_bias = kind.activation_first and kind.uses_input
@@ -67,9 +67,9 @@ def _split(
     added = bias.to(raw.dtype)
     exact = added.dtype == bias.dtype
     if sees_bias:
-        # the operator gives its gradient; only what rounding took from it is left for the coefficients
+        # the operator gives the bias its gradient; the coefficients add the part that rounding took
         return added, None if exact else (bias.to(accumulate_dtype(raw)) - added).detach()
-    # its gradient comes with the coefficients'
+    # the bias gets its gradient with the coefficients
     added = added.detach()
     if exact and not torch.is_grad_enabled():
         return added, None
@@ -79,7 +79,7 @@ def _split(
 def norm_input(
     kind: Kind, tensors: TailTensors, like: Tensor, biased: bool = False
 ) -> NormInput | None:
-    """What the norm's moments see of a raw map; None where it takes none.
+    """The input of the norm's moments, from a raw map; None where the norm takes none.
 
     Args:
         tensors: ``bias`` is what the map lacks of the convolution's.

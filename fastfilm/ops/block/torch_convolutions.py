@@ -1,4 +1,4 @@
-"""PyTorch's convolutions of maps that were never written: they read them as our own blocks do.
+"""``torch.nn.functional.conv2d`` and its kin on deferred maps: they read raw maps and pending affines like blocks.
 
 ``torch.nn.Conv2d``, ``ConvTranspose3d`` and the like then keep the raw map for the backward pass and not the
 written one.

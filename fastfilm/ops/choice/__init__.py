@@ -1,4 +1,4 @@
-"""Which backend and route serve a call, and why another one does not."""
+"""The choice of the backend and the route that serve a call, with the reason where one cannot."""
 
 from ..launchers.available import interpreting, why_not_architecture
 from .choosing import (

@@ -119,7 +119,7 @@ def automatic(device: str) -> str:
 
 
 def why_not_plan(plan: Plan, request: Request) -> str | None:
-    """Why a plan cannot serve ``request``; None if it can."""
+    """The reason why a plan cannot serve ``request``; None if it can."""
     name, route = plan
     b = BACKENDS.get(name)
     if b is None:

@@ -1,4 +1,4 @@
-"""The registry of backends: what each supports, as data.
+"""The registry of backends: the devices, types and convolutions that each supports, as data.
 
 A *backend* supplies the kernels. A *route* says how a block is put together from them:
 
@@ -37,7 +37,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Backend:
-    """One set of kernels: where it runs, on what, and which convolutions it has of its own."""
+    """One set of kernels: its devices and types, and the convolutions that it has of its own."""
 
     name: str
     devices: tuple[str, ...]
@@ -48,7 +48,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for: everything that decides whether a kernel can serve it."""
+    """A call, as far as it decides whether a kernel can serve it."""
 
     device: str
     dtype: torch.dtype
@@ -73,7 +73,7 @@ def _cuda_why_not(request: Request) -> str | None:
 
 @constant_when_compiled
 def _cuda_fits(*shape: Any) -> str | None:
-    # there only where the CUDA kernels were built
+    # the module exists only where the CUDA kernels were built
     from ..launchers.cuda import plans
 
     return plans.why_not(*shape)
@@ -105,7 +105,7 @@ ROUTES = ("fused", "composed", "eager")
 
 
 def why_not_backend(b: Backend, request: Request) -> str | None:
-    """Why backend ``b`` cannot serve ``request`` by any route; None if it can."""
+    """The reason why backend ``b`` cannot serve ``request`` by any route; None if it can."""
     reason = b.unavailable() or left_out.why_not(b.name, None, None)
     if reason is not None:
         return reason
@@ -122,7 +122,7 @@ def why_not_backend(b: Backend, request: Request) -> str | None:
 
 
 def why_not_fused(b: Backend, request: Request) -> str | None:
-    """Why backend ``b`` has no fused convolution for ``request``; None if it has."""
+    """The reason why backend ``b`` has no fused convolution for ``request``; None if it has."""
     f = b.fused
     if f is None:
         return "it has no convolution of its own"

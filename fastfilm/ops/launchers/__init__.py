@@ -43,7 +43,7 @@ def reads_sources(plan: Plan) -> bool:
 
 @contextlib.contextmanager
 def replaced(kernels: Mapping[str, Any]) -> Iterator[None]:
-    """Other kernels in the place of backends' own, for an instrument that watches them."""
+    """Replaces backends' kernels inside the block, for an instrument that watches them."""
     before = dict(_replaced)
     _replaced.update(kernels)
     try:

@@ -1,4 +1,4 @@
-"""What launchers of compiled kernels hand over beside checked tensors: addresses and codes."""
+"""Arguments of compiled kernels beside checked tensors: the addresses and codes that their launchers hand over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def activation_code(act: str) -> int:
 
 
 def address(t: Tensor | None) -> int:
-    """Where a tensor's first element lies; 0 for None."""
+    """The address of a tensor's first element; 0 for None."""
     return 0 if t is None else t.data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""Which backends can run here, and why one cannot: what is installed, what was built, and for which GPU."""
+"""Backends that can run on this machine, and the reason where one cannot: not installed, not built, wrong GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _is_built(name: str) -> bool:
     return any((folder / f"{name}{end}").exists() for end in EXTENSION_SUFFIXES)
 
 
-# found once: a compiler that follows the choice of a backend cannot follow a search of modules
+# searched once: a compiler that traces the choice of a backend cannot trace a search of modules
 _FOUND = {
     "triton": importlib.util.find_spec("triton") is not None,
     "cpu": _is_built("cpu/_C"),
@@ -34,7 +34,7 @@ _FOUND = {
 
 
 def triton() -> str | None:
-    """Why Triton's kernels cannot run here; None if they can."""
+    """The reason why Triton's kernels cannot run here; None if they can."""
     if not _FOUND["triton"]:
         return "the package triton is not installed"
     if interpreting() or torch.cuda.is_available():
@@ -43,7 +43,7 @@ def triton() -> str | None:
 
 
 def cpu() -> str | None:
-    """Why the C++ kernels cannot run here; None if they can."""
+    """The reason why the C++ kernels cannot run here; None if they can."""
     if not _FOUND["cpu"]:
         return "the C++ extension was not built (needs a C++17 compiler at install time)"
     return None
@@ -52,7 +52,7 @@ def cpu() -> str | None:
 @functools.cache
 @constant_when_compiled
 def cuda() -> str | None:
-    """Why the CUDA kernels cannot run here; None if they can."""
+    """The reason why the CUDA kernels cannot run here; None if they can."""
     if not _FOUND["cuda"]:
         return "the CUDA kernels were not built (needs nvcc at install time; `fastfilm info` tells why)"
     if not torch.cuda.is_available():
@@ -64,7 +64,7 @@ def cuda() -> str | None:
 
 
 def why_not_architecture(built: str, capability: int) -> str | None:
-    """Why kernels for the targets ``built`` ("80;90a") do not run on a GPU of a compute capability (90)."""
+    """The reason why kernels for ``built`` ("80;90a") do not run on a GPU of a compute capability (90)."""
     if capability < 80:
         return f"needs a GPU from sm_80 on, this one is sm_{capability}"
     for target in built.split(";"):

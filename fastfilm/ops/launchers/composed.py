@@ -1,4 +1,4 @@
-"""The composed route over any backend's passes: a written map, the vendor's convolution, a pass for the moments.
+"""The composed route: the input is written, PyTorch's convolution reads it, and a pass sums the output's moments.
 
     v[:, c0:c1] = view(g * (act(a * (y - p) + b) - q) + s)       for each source y, one channel range after another
 

@@ -78,7 +78,7 @@ def backward(
     dpre = None
     needless = wanted.weight or pre is None or not wanted.sums
     if y is not None and not (kernels.reads_sources and needless):
-        # otherwise the weight's kernel sums what dpre needs
+        # otherwise the kernel of the weight's gradient sums dpre
         e, dpre = kernels.moments_backward(dy, dstats, y, stats, pre, act)
         gradient = Gradient(e)
     read, written = _readable(kernels, sources)
@@ -117,7 +117,7 @@ def _readable(kernels: Any, sources: Sequence[Source]) -> tuple[list[Source], li
     views = [s.view is not None for s in sources]
     if not kernels.covers_sources([s._replace(view=None) for s in sources]):
         return [Source(composed.write(kernels, sources, passing=True))], [True]
-    alone = len(sources) == 1  # memory that the thread keeps holds one map
+    alone = len(sources) == 1  # the memory that the thread keeps has room for one map
     read = [
         Source(composed.write(kernels, [s], passing=alone))
         if s.view is not None

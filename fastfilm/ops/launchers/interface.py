@@ -1,4 +1,4 @@
-"""What a backend's kernels must offer: the protocol ``Kernels``, and flags for what only some of them have.
+"""The interface of a backend: the protocol ``Kernels``, with flags for the functions that only some backends have.
 
 Feature maps are [N, C, *S] with two or three spatial dimensions, channels-last, in one of the backend's dtypes;
 [N, C]-sized numbers and statistics are float32 (float64 beside a float64 map). A launcher returns memory of its
@@ -190,4 +190,4 @@ class FusedKernels(Kernels, Protocol):
         geometry: Geometry,
         sums: bool = False,
     ) -> tuple[Sequence[SourceGradient], Tensor | None, Tensor | None]:
-        """What ``dgrad`` gives for the ``outputs`` and ``wgrad`` for the ``sources``."""
+        """The results of ``dgrad`` for the ``outputs`` and of ``wgrad`` for the ``sources``."""

@@ -1,4 +1,4 @@
-"""The convolutions that take over where one of Triton's fails or is left out: the composed route."""
+"""The convolutions of the composed route that take over where one of Triton's fails or is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend's kernels without those that FASTFILM_WITHOUT leaves out, and what does their work instead."""
+"""A backend without the kernels that FASTFILM_WITHOUT leaves out: PyTorch or Triton does their work instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's launchers, each with a way out: what fails to compile or to launch is PyTorch's work from then on.
+"""Launchers of the Triton kernels: where one fails to compile or to launch, PyTorch does its work from then on.
 
 A launcher that fails for the first time warns once, with the reason and the key of the call; calls with that key
 then take the composed route (convolutions) or the reference (everything else). Where a backend or a route is
@@ -42,7 +42,7 @@ Key = tuple[object, ...]
 STRICT = environment.read("FASTFILM_STRICT") == "1"
 
 failures: dict[Key, str] = {}
-"""What failed so far, and why: launcher, device, types, channels and options of the call -> reason."""
+"""Failures so far: launcher, device, types, channels and options of the call -> reason."""
 
 _KERNELS = "fastfilm.kernels"
 _NEVER = (TypeError, ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError)
@@ -73,7 +73,7 @@ def covers_block(kind: Kind) -> bool:
 
 
 def _key(name: str, arguments: dict[str, Any]) -> Key:
-    """What decides how a kernel is compiled, sizes of maps left out."""
+    """The arguments that decide how a kernel is compiled, sizes of maps left out."""
     parts = [(k, _part(k, v)) for k, v in arguments.items() if k != "momentum" and v is not None]
     return (name, *parts)
 
@@ -89,7 +89,7 @@ def _part(argument: str, value: Any) -> object:
     if isinstance(value, Kind):
         return value.norm, value.order, value.dropout_position, value.channels, value.uses_input
     if isinstance(value, Source):
-        value = value[:4]  # the ledger says nothing of a kernel
+        value = value[:4]  # the ledger does not change the kernel
     if isinstance(value, (tuple, list)):
         return tuple(_part("", v) for v in value)
     return value

@@ -21,7 +21,7 @@ from .assembled import assembled
 
 
 class Lazy:
-    """What both kinds of map share: the tensor on demand."""
+    """The base of both kinds of deferred map: it gives the tensor on demand."""
 
     _tensor: Tensor | None = None
     _like: Any
@@ -131,7 +131,7 @@ class DeferredMap(Lazy):
     ) -> None:
         self.raw, self.coef, self.act, self.plan, self.view = raw, coef, act, plan, view
         self._like = raw
-        # of consumers that read the map beside others, where their kernels can add up its gradient
+        # the branches of consumers that can add up the map's gradient in their kernels
         self._fork = fork
         if fork is None and plan is not None and launchers.reads_sources(plan):
             self._fork = Fork(raw)
@@ -144,7 +144,7 @@ class DeferredMap(Lazy):
         return torch.Size((*self.raw.shape[:2], *self.view.size))
 
     def sources(self) -> list[Source]:
-        """What a consumer reads; a consumer of its own each time."""
+        """The sources that a consumer reads; each call is a consumer of its own."""
         raw, ledger = (self.raw, None) if self._fork is None else self._fork.branch()
         return [Source(raw, self.coef, self.act, self.view, ledger)]
 
@@ -190,7 +190,7 @@ class Joined(Lazy):
         return torch.Size((first[0], sum(p.shape[1] for p in self.parts), *first[2:]))
 
     def sources(self) -> list[Source]:
-        """What a consumer reads."""
+        """The sources that a consumer reads."""
         found: list[Source] = []
         for part in self.parts:
             found += part.sources() if isinstance(part, DeferredMap) else [Source(part)]
@@ -207,7 +207,7 @@ class Joined(Lazy):
 
 
 Map = Tensor | DeferredMap | Joined
-"""What modules hand to each other."""
+"""The types that modules hand to each other."""
 
 
 def deferrable(raw: Tensor, plan: Plan | None, *others: Tensor) -> bool:

@@ -92,7 +92,7 @@ def add_act(
 
 
 def _summand(x: Map) -> DeferredMap:
-    """A map whose values are those of ``x`` at its own positions; a tensor has nothing pending."""
+    """``x`` as a map without a view; nothing is pending on a tensor."""
     if isinstance(x, DeferredMap) and x.view is None and x._tensor is None:
         return x
     return DeferredMap(plain(x), None, "none", None)

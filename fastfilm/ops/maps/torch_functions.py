@@ -68,7 +68,7 @@ def _join(tensors: Sequence[Any], dim: int = 0) -> Joined | None:
     written = [subclasses.stripped(p) for p in parts if isinstance(p, Tensor)]
     if plan is None or not deferrable(first.raw, plan, *written):
         return None
-    # a map that was written for somebody else is read as it is
+    # a map that was written for another consumer is read as it is
     return Joined(
         [p._tensor if isinstance(p, DeferredMap) and p._tensor is not None else p for p in parts],
         plan,

@@ -154,7 +154,7 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
     x, weight, coef, pre, y, stats = ctx.saved_tensors
     act, pre_act = ctx.acts
     at_x, at_weight, at_bias, at_coef, _, at_pre, *others = ctx.needs_input_grad
-    # with create_graph the operator is the one that has a second derivative
+    # with create_graph the operator runs: it has a second derivative
     short = direct(dy) and not torch.is_grad_enabled()
     operator = conv_backward if short else torch.ops.fastfilm.conv_backward
     dx, dweight, dcoef, dpre = operator(

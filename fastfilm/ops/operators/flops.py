@@ -19,7 +19,7 @@ import torch
 _COUNTER = "torch.utils.flop_counter"
 
 
-# positions are those of the schemas in ``conv.py``
+# positions are those of the schemas in ``convolution.py``
 def _conv(x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
     return _count(x, weight, out_shape[0], rest[8])
 

@@ -1,4 +1,4 @@
-"""Registration of the ``fastfilm::`` operators with ``torch.library``, and the same as functions of eager mode."""
+"""Registration of the ``fastfilm::`` operators with ``torch.library``, and their direct calls in eager mode."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def applied(
     function: type[torch.autograd.Function], plain: Callable[..., Any]
 ) -> Callable[..., Any]:
     """``function.apply`` where gradients may be asked for, else ``plain``; for tensors that are ``direct``."""
-    # what ``Function.apply`` does beside this is for functorch, which ``direct`` has ruled out
+    # the rest of ``Function.apply`` is for functorch, which ``direct`` has ruled out
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*inputs: Any) -> Any:

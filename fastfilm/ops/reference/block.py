@@ -1,4 +1,4 @@
-"""The definition of right: the whole op and each of its parts in eager, differentiable PyTorch.
+"""The reference of a block: the whole and each of its parts in eager, differentiable PyTorch.
 
 Works on any device, in any floating point type including float64, and to any order of derivative (behind
 PyTorch's own norms in ``normalise``: to the second; their third derivatives are wrong).
@@ -160,12 +160,12 @@ def normalise(u: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0
         if u.device.type == "cuda":
             given = [t.dtype for t in (weight, bias) if t is not None]
             wide = functools.reduce(torch.promote_types, given, u.dtype)
-            if {*given, u.dtype} != {wide}:  # PyTorch's kernel takes one type alone
+            if {*given, u.dtype} != {wide}:  # PyTorch's kernel takes tensors of one type
                 cast = (None if t is None else t.to(wide) for t in (weight, bias))
                 return normalise(u.to(wide), kind, TailTensors(None, None, None, *cast)).to(u.dtype)
     held = (running_mean, running_var, weight, bias)
     if not _mixes(u, held) or _negated(running_mean, running_var):
-        # PyTorch refuses these types together, and does not move statistics that it negates when it reads them
+        # PyTorch refuses these types together, and does not move statistics that are negated views
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
         mean, var, *affine = (None if t is None else t.to(wide).resolve_neg() for t in held)
         v = normalise(u, kind, TailTensors(mean, var, None, *affine), momentum)
@@ -191,7 +191,7 @@ def normalise(u: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0
 
 
 def block_tail(y: Tensor, kind: Kind, tensors: TailTensors, momentum: float = 0.0) -> Tensor:
-    """All of a block that follows its convolution, whose bias ``y`` has, one eager step after another."""
+    """A block behind its convolution, one eager step after another; ``y`` has the convolution's bias."""
     gamma, beta, mask = films(tensors)
     slope: Tensor | float = kind.slope
     if tensors.slope is not None:

@@ -21,7 +21,7 @@ from .block import films
 
 
 class Statistics(NamedTuple):
-    """What a norm subtracts and divides by.
+    """Mean and variance of a norm, with the pivot of its map.
 
     Attributes:
         mean, var: [N or 1, C], of what the norm sees; without ``mean`` it is the pivot, to the last bit.

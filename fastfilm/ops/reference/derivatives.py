@@ -50,7 +50,7 @@ def convolution(v: Tensor, weight: Tensor, bias: Maybe, geometry: Geometry) -> T
 
 
 def written(sources: Sequence[Source]) -> Tensor:
-    """What a convolution sees of its sources, [N, ΣC, *S]."""
+    """The map [N, ΣC, *S] that a convolution sees of its sources."""
     parts = [
         views.seen(s.raw if s.coef is None else materialise(s.raw, s.coef, s.act), s.view)
         for s in sources
@@ -61,7 +61,7 @@ def written(sources: Sequence[Source]) -> Tensor:
 def after_moments(
     dy: Tensor, dstats: Tensor, y: Tensor, norm_input: NormInput
 ) -> tuple[Tensor, Maybe]:
-    """e = dy + what the moments of ``y`` add to it, and dpre, whose first row is the sum of e."""
+    """e, the sum of dy and the gradient of the moments of ``y``, and dpre with the sum of e in its first row."""
     pre, act = norm_input
     added, dpre = pull(lambda y, pre: moments(y, pre, act), (y, pre), dstats)
     assert added is not None

@@ -1,4 +1,4 @@
-"""Statistics of a batch that is spread over processes: what ``torch.nn.SyncBatchNorm`` does, on moments."""
+"""Batch statistics over several processes, from the moments of each, as in ``torch.nn.SyncBatchNorm``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Group: TypeAlias = "dist.ProcessGroup | bool | None"
 
 
 def active(group: Group) -> dist.ProcessGroup | None:
-    """The process group to synchronise with; None where there is nobody to synchronise with.
+    """The process group to synchronise with; None without another process.
 
     Raises:
         TypeError: something that is no process group.
@@ -62,7 +62,7 @@ def combined(
     row = torch.cat([own.new_full((1,), n * count), own, m2])
     ranks = torch.arange(dist.get_world_size(group), device=mean.device)
     mine = (ranks == dist.get_rank(group)).unsqueeze(1)
-    # every process writes its own row of zeros, so that the sum is a gathering
+    # every process fills its own row of zeros, so that the sum gathers all rows
     rows = _Sum.apply(torch.where(mine, row, torch.zeros_like(row)), group.group_name)
     counts, means, m2s = rows.split([1, channels, channels], 1)
     counts = counts.detach()

@@ -1,3 +1,3 @@
-"""What is set before a call: environment variables, a forced backend, kernels left out, tables of fast plans."""
+"""Settings before a call: environment variables, a forced backend, kernels left out, tables of measured plans."""
 
 from .forced import force, forced

@@ -1,4 +1,4 @@
-"""Environment variables: which there are, what they may hold, and the check when the operators are imported."""
+"""The environment variables, their values, and the check of both when the operators are imported."""
 
 from __future__ import annotations
 

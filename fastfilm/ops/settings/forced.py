@@ -18,7 +18,7 @@ class _Forced(threading.local):
 
 
 thread = _Forced()
-"""What is forced in the thread that looks."""
+"""The backend and route that are forced, for each thread by itself."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Kernels that are left out by name, so that a faulty one costs its own work only.
+"""Kernels that FASTFILM_WITHOUT leaves out by name, so that of a faulty one nothing but its own work is affected.
 
     FASTFILM_WITHOUT="cuda:wgrad,triton:dgrad:bfloat16"
 
@@ -80,7 +80,7 @@ def _wrong(part: str, reason: str) -> ValueError:
 
 
 entries = parse(environment.read("FASTFILM_WITHOUT") or "")
-"""What is left out now."""
+"""The kernels that are left out now."""
 
 
 @contextlib.contextmanager

@@ -190,7 +190,7 @@ def architecture() -> str | None:
 
 
 def about() -> dict[str, str]:
-    """What a measurement on this machine depends on."""
+    """The facts that a measurement on this machine depends on."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     triton = environment.installed("triton")
     return {"device": name, "torch": torch.__version__, "triton": triton}
@@ -275,7 +275,7 @@ def measured(
     stride: Sequence[int],
     output: Sequence[int],
 ) -> Entry | None:
-    """What was the fastest on this machine's kind of GPU; None where nothing was measured."""
+    """The entry that was the fastest on this kind of GPU; None where nothing was measured."""
     if not output:
         return None
     return find(key(dtype, batch, channels, kernel, stride, output))

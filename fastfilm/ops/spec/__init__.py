@@ -1,4 +1,4 @@
-"""What every other room speaks of: names, checks, layouts, and the small structs of a call."""
+"""The vocabulary of all other rooms: names, checks, layouts, and the small structs of a call."""
 
 from .checks import (
     as_tuple,

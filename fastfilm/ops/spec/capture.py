@@ -1,4 +1,4 @@
-"""CUDA graphs: whether one is being captured, and what a captured graph must find again when it is replayed.
+"""CUDA graphs: whether one is being captured, and the memory that must stay for its replays.
 
 A captured launch holds raw addresses, so the memory behind them must outlive the graph. And nothing runs during a
 capture: a tensor that is made there has no values before the first replay, and is not to be kept for later calls.

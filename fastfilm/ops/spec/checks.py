@@ -1,4 +1,4 @@
-"""Checks of what a caller passes in: errors name the argument, what was expected and what came.
+"""Checks of a caller's arguments: errors name the argument, the value expected and the value received.
 
 They look at shapes, types and strings alone, so they run before any kernel is chosen.
 """

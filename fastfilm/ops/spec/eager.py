@@ -1,4 +1,4 @@
-"""Whether a call runs in plain eager mode, where functions are called directly instead of through the dispatcher.
+"""A test for plain eager mode, in which functions are called directly instead of through PyTorch's dispatcher.
 
 The dispatcher's way through a Python operator costs tens of microseconds. It is needed only where something
 watches: a compiler, a tracer, a dispatch mode, a functional transform or a tensor subclass.

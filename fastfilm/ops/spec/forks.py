@@ -1,4 +1,4 @@
-"""Maps with several consumers: the kernel of the last gradient adds it to what has come in before.
+"""Maps with several consumers: the kernel that computes the last gradient adds it to those that came before.
 
 Autograd adds the gradients of a tensor's consumers with a pass of its own (two maps read, one written). A skip
 of a U-Net has two consumers, and the one that was called first gets its gradient last: its kernel can read what
@@ -23,7 +23,7 @@ def _task() -> int:
 
 
 class Ledger:
-    """What one branching knows of the gradients that come together in it, in one backward pass."""
+    """The gradients that come together in one branching, during one backward pass."""
 
     def __init__(self, above: Ledger | None) -> None:
         self._above = above

@@ -28,7 +28,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Geometry:
-        """From an operator's arguments, whose sizes are lists."""
+        """The geometry in an operator's arguments, where sizes are lists."""
         stride, padding, dilation, transposed, output_padding, groups = values
         lists = tuple(stride), tuple(padding), tuple(dilation)
         return cls(*lists, transposed, tuple(output_padding), groups)
@@ -50,14 +50,14 @@ GEOMETRY = (
 
 
 class Pending(NamedTuple):
-    """What a raw map still needs: coefficients [7, N, C] (None: nothing is pending) and an activation."""
+    """The pending affine of a raw map: coefficients [7, N, C] (None: nothing is pending) and an activation."""
 
     coef: Tensor | None = None
     act: str = "none"
 
 
 class NormInput(NamedTuple):
-    """What a norm sees of a raw map y: act(y + shift; slope), both in ``pre`` [2, C]; y itself without ``pre``."""
+    """The input of a norm, act(y + shift; slope) of a raw map y: ``pre`` [2, C] has both; without it y itself."""
 
     pre: Tensor | None = None
     act: str = "none"

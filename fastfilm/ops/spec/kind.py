@@ -24,7 +24,7 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """What a block consists of behind its convolution, in its one checked form.
+    """The parts of a block behind its convolution, in their one checked form.
 
     Attributes:
         norm, activation, order, dropout_position: members of the lists in ``spec.names``.

@@ -65,7 +65,7 @@ def layout_of(x: Tensor, v: Tensor) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` runs: tensors may be batches, whose layout cannot be asked for."""
+    """Whether a transform of ``torch.func`` runs: tensors may be batches that have no layout to ask for."""
     running = not torch.compiler.is_compiling()
     return running and torch._C._functorch.peek_interpreter_stack() is not None
 

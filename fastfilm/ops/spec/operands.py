@@ -1,5 +1,4 @@
-"""Operands of a convolution beside its weight: the maps that it reads, the gradient at its result, and where
-the gradients at the maps go."""
+"""Operands of a convolution beside its weight: the maps that it reads, and gradients at its result and inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a consumer sees a feature map without writing it: pooled or resized, separably along the axes.
+"""Views of a feature map: pooling and resizing as taps along each axis, which a consumer applies while it reads.
 
 A view of a map is, along each axis, a list of taps for every position: an index into the map and a weight. The
 result at a position is the weighted sum (resizing, average pooling) or the maximum over all combinations of

@@ -76,7 +76,7 @@ class _Route(NamedTuple):
 
 _KEPT = 4096
 _routes: dict[Any, Any] = {}
-"""What was decided for each form of call, since to decide takes as long as a small convolution."""
+"""Decisions by form of call: to decide takes as long as a small convolution."""
 
 
 def _remember(form: Any, decided: Any) -> Any:

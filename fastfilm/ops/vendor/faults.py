@@ -32,7 +32,7 @@ def _faults(
     stride, padding, dilation, transposed, *_ = geometry
     out = tuple(geometry.output_size(size, kernel))
     if transposed:
-        size, out = out, size  # those of the convolution whose gradient this one is
+        size, out = out, size  # the sizes of the convolution that this one is the gradient of
     thin = any(n == 1 and p > 0 for n, p in zip(size, padding, strict=True))
     stands = thin or (any(padding) and has_idle_taps(size, kernel, stride, padding, dilation))
     each = zip(size, kernel, padding, dilation, strict=True)
@@ -46,11 +46,11 @@ def precautions(
     """Whether a convolution and its gradients are computed in float32, and whether its map is padded before.
 
     On a CPU, in any layout, oneDNN (PyTorch 2.13) crashes now and then at padded maps one voxel thick and where
-    taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that nobody wrote,
+    taps of the kernel meet nothing but padding. With AMX its bfloat16 kernels use memory there that is unwritten,
     and also at a stride where the last axis of the result has one position. With AVX-512 the weight gradient
     goes wrong where the kernel (with its dilation) is deeper than a 3D map that is padded in depth, as 3×3×3 is
     on two planes: the loop over the depth takes a kernel to reach over one end of the map at a time. In bfloat16
-    it reads other planes, some of which nobody wrote; in float32 it writes behind its buffers at a stride.
+    it reads other planes, some of them never written; in float32 it writes behind its buffers at a stride.
     No form was found for which height and width do the same; such maps are too small to trust that for time.
     A graph for all sizes, which are not known then, computes 16-bit types in float32.
 

@@ -1,4 +1,4 @@
-"""Kernels of the C++ extension: addresses and sizes in; null, alignment and range are checked.
+"""Types of the C++ extension: its kernels take addresses and sizes, and check them for null, alignment and range.
 
 ``dtype``: 0 float32, 1 float64, 2 bfloat16, 3 float16. ``act``: 0 none, 1 relu, 2 leaky_relu and
 prelu, 3 elu, 4 silu, 5 gelu, 6 gelu_tanh. Maps are dense [n, s, c]; an address of 0 stands for an

@@ -1,4 +1,4 @@
-"""What the launchers of the C++ kernels hand over: checked, dense tensors as addresses and codes."""
+"""Arguments of the C++ kernels: checked, dense tensors as addresses and codes."""
 
 from __future__ import annotations
 

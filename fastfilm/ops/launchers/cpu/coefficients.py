@@ -72,7 +72,7 @@ def block_coefficients(
             if ours is not theirs:
                 theirs.copy_(ours)
             elif not theirs.is_inference():
-                written.append(theirs)  # behind PyTorch's back
+                written.append(theirs)  # the extension wrote without PyTorch's knowledge
         torch.autograd.graph.increment_version(written)
     return coef
 
@@ -87,7 +87,7 @@ def block_coefficients_backward(
     ]
     dcoef = dense.contiguous(dcoef.to(torch.float64 if kind.wide else torch.float32))
     addresses = [0 if t is None else t.data_ptr() for t in grads]
-    # held by name: the call gets addresses only
+    # the name keeps the tensors alive: the call gets addresses only
     _readable, arguments = _arguments(tensors)
     _algebra(kind).backward(*arguments, dcoef.data_ptr(), addresses)
     return grads

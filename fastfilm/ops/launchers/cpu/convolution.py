@@ -1,4 +1,4 @@
-"""Convolutions by the C++ kernels, and their gradients; where PyTorch's are faster, by those."""
+"""Convolutions and their gradients on a CPU, by the C++ kernels or, where they are faster, by PyTorch's."""
 
 from __future__ import annotations
 

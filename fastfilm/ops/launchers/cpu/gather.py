@@ -52,7 +52,7 @@ def workspace(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(0, dtype=like.dtype).set_(kept, 0, made.shape, made.stride())
 
 
-# arrays whose addresses are out: never freed, a few kilobytes a size
+# arrays that were handed out by address: never freed, a few kilobytes a size
 _axes_held: list[tuple[views.Axis, ...]] = []
 
 

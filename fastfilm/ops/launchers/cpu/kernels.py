@@ -1,4 +1,4 @@
-"""The C++ kernels as a backend: what ``launchers.interface.Kernels`` asks for, gathered from the files beside."""
+"""The C++ kernels as a backend: the functions of ``launchers.interface.Kernels``, gathered from its folder."""
 
 from .coefficients import block_coefficients, block_coefficients_backward, covers_block
 from .convolution import (

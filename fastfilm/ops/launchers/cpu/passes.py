@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...spec import Addends
 
-# after torch: the extension then finds torch's own OpenMP runtime loaded and asks it, not another, for its places
+# imported after torch, the extension finds torch's OpenMP runtime loaded and asks it for its places
 from ..arguments import addresses
 from . import _C
 from .arguments import FORMATS, call_of, feature_map, map_like, numbers_of
@@ -95,7 +95,7 @@ def residual_backward(
 
 
 def _addends(addends: Addends) -> tuple[list[Any], tuple[Any, ...], tuple[bool, tuple[Any, ...]]]:
-    """What the kernels read, in their order; y and the numbers; what ``_side`` says."""
+    """The kernels' arguments in their order; y and the numbers; the result of ``_side``."""
     y = feature_map("y", addends.y)
     other = map_like("other", addends.other, y)
     n, c = y.shape[:2]

@@ -1,4 +1,4 @@
-"""Which convolutions the C++ kernels take rather than PyTorch's, as measured for time and rounding."""
+"""Rules that choose between the C++ kernels' convolutions and PyTorch's, from measured times and rounding."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def covers_gradients(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[boo
 
 
 def _form(x: Tensor, weight: Tensor, geometry: Geometry) -> _Form | None:
-    """What decides who convolves; None where the kernels do not."""
+    """The facts that decide between the kernels and PyTorch; None where the kernels do not cover the call."""
     stride, padding, dilation, _, _, groups = geometry
     if groups != 1 or weight.dtype != x.dtype or x.dtype not in _DTYPES:
         return None

@@ -1,4 +1,4 @@
-"""CUDA kernels: addresses, sizes and a stream in; null, alignment and range are checked.
+"""Types of the CUDA extension: its kernels take addresses, sizes and a stream, and check them before a launch.
 
 ``dtype``: 0 float32, 2 bfloat16, 3 float16. ``act``: as in ``_C``. Maps are dense [n, s, c]; an address of 0
 stands for an absent argument. A launch that the runtime refuses raises RuntimeError naming the kernel.

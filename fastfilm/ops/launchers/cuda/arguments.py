@@ -1,4 +1,4 @@
-"""What the launchers of the CUDA kernels share: checks of maps and numbers, codes, addresses, streams."""
+"""Arguments of the CUDA kernels: checks of maps and numbers, codes, addresses, streams."""
 
 from __future__ import annotations
 

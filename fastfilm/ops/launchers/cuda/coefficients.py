@@ -1,4 +1,4 @@
-"""A block's coefficients in the launches of its convolution; they agree with ``reference.of_block``."""
+"""Coefficients of a block, computed by the launches of its convolution; they agree with ``reference.of_block``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def covers_behind(behind: Behind, raw: Tensor) -> bool:
     if kind.norm not in _NORMS or kind.wide or raw.dtype not in DTYPES:
         return False
     if kind.dropout_position == "norm" and tensors.dropout_mask is None:
-        return False  # those who have the gradients do not agree on the pivot
+        return False  # the backends that compute the gradients use another pivot
     for t in tensors:  # noqa: SIM110 (a generator is a Python call for each)
         if t is not None and t.dtype not in DTYPES:
             return False

@@ -70,7 +70,7 @@ def _strides(weight: Tensor) -> tuple[int, ...]:
 
 
 def _sources(sources: Sequence[Source]) -> tuple[list[Any], list[tuple[int, ...]]]:
-    """What must stay alive, and what the extension takes."""
+    """The tensors to hold during the call, and the arguments of the extension."""
     kept: list[Any] = []
     given: list[tuple[int, ...]] = []
     size, batch = sources[0].size, sources[0].raw.shape[0]
@@ -93,7 +93,7 @@ def _sources(sources: Sequence[Source]) -> tuple[list[Any], list[tuple[int, ...]
 
 
 def _gradient(given: Gradient, n: int, co: int) -> tuple[list[Tensor | None], tuple[int, ...]]:
-    """What must stay alive, and what the extension takes."""
+    """The tensors to hold during the call, and the arguments of the extension."""
     dy = feature_map("dy", given.dy)
     scale = None if given.scale is None else numbers("scale", given.scale, n, co)
     if given.y is None:
@@ -143,7 +143,7 @@ def fprop(
     Args:
         weight: [Co, ΣCi, *K], K 1 or 3 in every dimension, in any layout.
         bias: [Co], added before the output is rounded and its moments are taken.
-        norm_input: whose moments are taken; None: none are.
+        norm_input: the input of the norm, for its moments; None: no moments are taken.
         finish: coefficients [7, N, Co] and activation with which the output is finished.
         raw: the unfinished output is wanted too.
         behind: coefficients that are written too; ``finish`` may take them where they need no moments.

@@ -16,7 +16,7 @@ Sizes = tuple[int, ...]
 
 
 class Shape(NamedTuple):
-    """What the layout of a convolution depends on, beside the GPU.
+    """The facts that the layout of a convolution depends on, beside the GPU.
 
     Attributes:
         channels: of the input and of the output.

@@ -1,18 +1,14 @@
-"""Faults in the package: its public names, fastfilm/ops, fastfilm/nn and fastfilm/convert."""
+"""Faults in the package above its operators: public names, fastfilm/nn, fastfilm/convert, fastfilm/tuning, the build."""
 
 from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-MAPS = "tests/ops/test_maps.py -k 'not triton and not network'"
-SECOND = "tests/ops/test_double_backward.py"
 CONVERT = "tests/convert/test_convert.py -k 'originals'"
 CONDITION = "tests/convert/test_condition.py"
 UNET = "tests/nn/test_unet.py tests/nn/test_golden.py"
-REFERENCE = "tests/ops/test_reference.py"
 
 FAULTS = (
-    # public names
     Fault(
         "package-a-room-takes-the-name-of-its-function",
         "fastfilm/__init__.py",
@@ -27,7 +23,6 @@ FAULTS = (
         "if True:",
         "tests/package/test_lazy_import.py -k nothing_heavy",
     ),
-    # the build
     Fault(
         "build-objects-serve-whatever-the-flags",
         "setup.py",
@@ -41,281 +36,6 @@ FAULTS = (
         "Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)",
         "pass",
         "tests/package/test_setup.py -k left_with_it",
-    ),
-    # ops
-    Fault(
-        "ops-dropout-before-the-norm-misses-its-square",
-        "fastfilm/ops/reference/coefficients.py",
-        "var = var * (scale * scale)",
-        "var = var * scale",
-        REFERENCE,
-    ),
-    Fault(
-        "ops-running-var-of-an-instance-norm-biased",
-        "fastfilm/ops/reference/coefficients.py",
-        "move(mean.mean(0), var.mean(0), kind.count / max(kind.count - 1, 1))",
-        "move(mean.mean(0), var.mean(0), 1.0)",
-        REFERENCE,
-    ),
-    Fault(
-        "ops-dropout-at-the-end-misses-the-offset",
-        "fastfilm/ops/reference/coefficients.py",
-        "s = None if s is None else s * mask",
-        "s = None if s is None else s",
-        REFERENCE,
-    ),
-    Fault(
-        "ops-variance-between-the-channels-of-a-group-left-out",
-        "fastfilm/ops/reference/coefficients.py",
-        " + (grouped_mean - centre).square())",
-        ")",
-        REFERENCE,
-    ),
-    Fault(
-        "ops-second-derivative-misses-the-moments",
-        "fastfilm/ops/block/function.py",
-        "stats=reference.moments(y, *seen)",
-        "stats=reference.moments(y.detach(), *seen)",
-        f"{SECOND} -k 'of_a_block and batch'",
-    ),
-    Fault(
-        "ops-second-derivative-of-the-moments-operator",
-        "fastfilm/ops/reference/derivatives.py",
-        "e = dy + added.to(dy.dtype)",
-        "e = dy + added.to(dy.dtype).detach()",
-        f"{SECOND} -k materialise_and_moments",
-    ),
-    Fault(
-        "ops-result-of-a-bare-convolution-kept",
-        "fastfilm/ops/block/function.py",
-        'own = None if weight is None or work.result == "raw" else y',
-        "own = None if weight is None else y",
-        "tests/ops/test_ops.py -k written_to",
-    ),
-    Fault(
-        "ops-second-derivative-misses-the-coefficients",
-        "fastfilm/ops/reference/derivatives.py",
-        "materialise(s.raw, s.coef, s.act)",
-        "materialise(s.raw, s.coef.detach(), s.act)",
-        f"{SECOND} -k 'pending or penalty'",
-    ),
-    Fault(
-        "ops-second-derivative-of-a-sum-misses-the-slope",
-        "fastfilm/ops/reference/derivatives.py",
-        "return residual(Addends(y, coef, act, other, other_coef, slope, outer))",
-        "return residual(Addends(y, coef, act, other, other_coef, slope.detach(), outer))",
-        "tests/ops/test_residual.py -k second_derivative",
-    ),
-    Fault(
-        "ops-gradient-of-the-weight-in-another-layout",
-        "fastfilm/ops/spec/layout.py",
-        "return grad if grad.stride() == like.stride() else like.copy_(grad)",
-        "return grad",
-        "tests/ops/test_operators.py",
-    ),
-    Fault(
-        "ops-dilation-of-the-gradient-ignored",
-        "fastfilm/ops/launchers/composed.py",
-        "gradients(e, v, weight, geometry, needs)",
-        "gradients(e, v, weight, geometry._replace(dilation=(1, 1, 1)[: e.dim() - 2]), needs)",
-        "tests/ops/test_ops.py -k composed_covers",
-    ),
-    Fault(
-        "ops-autocast-casts-float64",
-        "fastfilm/ops/operators/library.py",
-        "isinstance(t, Tensor) and t.dtype != torch.float64",
-        "isinstance(t, Tensor)",
-        "tests/ops/test_operators.py -k autocast",
-    ),
-    Fault(
-        "ops-output-padding-ignored",
-        "fastfilm/ops/spec/layout.py",
-        "(i - 1) * s - 2 * p + d * (k - 1) + o + 1",
-        "(i - 1) * s - 2 * p + d * (k - 1) + 1",
-        "tests/ops/test_operators.py tests/ops/test_ops.py",
-    ),
-    Fault(
-        "ops-film-of-another-batch-accepted",
-        "fastfilm/ops/spec/checks.py",
-        "t.shape[0] in (batch, 1)",
-        "t.shape[0] >= 1",
-        "tests/ops/test_ops.py -k bad_input",
-    ),
-    Fault(
-        "ops-paddings-of-the-mirrored-convolution-reversed",
-        "fastfilm/ops/launchers/cpu/convolution.py",
-        "zip(kernel, padding, strict=True))\n    turned = (strides[1]",
-        "zip(kernel, padding[::-1], strict=True))\n    turned = (strides[1]",
-        "tests/cpu/test_convolution.py -k test_the_gradients_are",
-    ),
-    Fault(
-        "ops-eps-of-the-norm-ignored",
-        "fastfilm/ops/launchers/cpu/coefficients.py",
-        "eps=kind.eps,",
-        "eps=1e-5,",
-        "tests/ops/test_coefficients.py -k 'test_parts and cpu'",
-    ),
-    Fault(
-        "ops-groups-of-the-norm-ignored",
-        "fastfilm/ops/launchers/cpu/coefficients.py",
-        "groups=kind.groups,",
-        "groups=1,",
-        CONVERT,
-    ),
-    Fault(
-        "ops-slope-of-a-sum-of-the-first-sample",
-        "fastfilm/ops/launchers/cpu/passes.py",
-        "dslope.sum(0)",
-        "dslope[0]",
-        "tests/ops/test_residual.py -k 'as_good_as_eagers and dtype0 and cpu'",
-    ),
-    Fault(
-        "ops-gradient-of-a-map-from-the-first-channel",
-        "fastfilm/ops/launchers/cpu/gather.py",
-        "_C.gather(_element(dv, first)",
-        "_C.gather(_element(dv, 0)",
-        MAPS,
-    ),
-    Fault(
-        "ops-average-always-over-the-padding",
-        "fastfilm/ops/spec/views.py",
-        "count = kernel if view.count_include_pad else len(inside)",
-        "count = kernel",
-        MAPS,
-    ),
-    Fault(
-        "ops-nearest-position-in-float64",
-        "fastfilm/ops/spec/views.py",
-        "(np.float32(x) + shift) * np.float32(step)",
-        "(x + float(shift)) * step",
-        MAPS,
-    ),
-    Fault(
-        "ops-scale-factor-replaced-by-the-ratio-of-sizes",
-        "fastfilm/ops/spec/views.py",
-        "length / out if view.scales is None else 1.0 / view.scales[d]",
-        "length / out",
-        MAPS,
-    ),
-    Fault(
-        "ops-ceil-mode-of-an-average-ignored",
-        "fastfilm/ops/maps/torch_functions.py",
-        "if ceil_mode or divisor_override is not None:",
-        "if divisor_override is not None:",
-        MAPS,
-    ),
-    Fault(
-        "ops-dilation-of-a-maximum-ignored",
-        "fastfilm/ops/maps/torch_functions.py",
-        "if ceil_mode or return_indices or _tuple(dilation, dims) != (1,) * dims:",
-        "if ceil_mode or return_indices:",
-        MAPS,
-    ),
-    Fault(
-        "ops-antialias-ignored",
-        "fastfilm/ops/maps/torch_functions.py",
-        "or recompute_scale_factor or antialias:",
-        "or recompute_scale_factor:",
-        MAPS,
-    ),
-    Fault(
-        "ops-maps-joined-in-another-order",
-        "fastfilm/ops/maps/deferred.py",
-        "for part in self.parts:\n            found +=",
-        "for part in self.parts[::-1]:\n            found +=",
-        "tests/ops/test_maps.py -k 'deferred_and_not and plain'",
-    ),
-    Fault(
-        "ops-variance-between-processes-left-out",
-        "fastfilm/ops/reference/distributed.py",
-        "(m2s + counts * (means - centre).square())",
-        "m2s",
-        "tests/nn/test_distributed.py -k 'sync or batch'",
-    ),
-    # values, operands, classes, the vendor's faults
-    Fault(
-        "ops-prepared-weight-not-compared",
-        "fastfilm/ops/block/prepared.py",
-        "and _C.same_bytes(copy.data_ptr(), weight.data_ptr(), copy.nbytes)",
-        "and copy.data_ptr() != weight.data_ptr()",
-        "tests/ops/test_fresh_values.py -k made_of_a_weight",
-    ),
-    Fault(
-        "ops-prepared-weight-of-other-strides",
-        "fastfilm/ops/block/prepared.py",
-        "and copy.stride() == weight.stride()",
-        "and copy.dim() == weight.dim()",
-        "tests/ops/test_fresh_values.py -k other_strides",
-    ),
-    Fault(
-        "ops-negated-values-read-as-they-lie",
-        "fastfilm/ops/spec/dense.py",
-        "return t.resolve_neg() if t.is_neg() else t",
-        "return t",
-        "tests/ops/test_operands.py -k 'count_as_their_values and not triton'",
-    ),
-    Fault(
-        "ops-zeros-without-memory-read",
-        "fastfilm/ops/spec/dense.py",
-        "return torch.zeros(t.shape, dtype=t.dtype, device=t.device)",
-        "return torch.ones(t.shape, dtype=t.dtype, device=t.device)",
-        "tests/ops/test_operands.py -k 'zeros_without_memory and not triton'",
-    ),
-    Fault(
-        "ops-any-strides-of-axes-of-one-element",
-        "fastfilm/ops/spec/dense.py",
-        "return t if t.stride() in usual else t.as_strided(t.shape, usual[not plain])",
-        "return t",
-        "tests/ops/test_operands.py -k axes_of_one_element",
-    ),
-    Fault(
-        "ops-copies-of-the-running-statistics-moved",
-        "fastfilm/ops/launchers/cpu/coefficients.py",
-        "                theirs.copy_(ours)\n",
-        "                pass\n",
-        "tests/ops/test_operands.py -k 'not triton'",
-    ),
-    Fault(
-        "ops-a-class-loses-its-result",
-        "fastfilm/ops/spec/subclasses.py",
-        "return fastfilm_result(*origin) if origin and not _thread.inside else result",
-        "return result",
-        "tests/ops/test_subclasses.py -k 'converted or operand'",
-    ),
-    Fault(
-        "ops-a-class-that-dispatches-is-passed-by",
-        "fastfilm/ops/block/run.py",
-        "eager = ordinary and direct(first.raw, first.coef)",
-        "eager = direct(first.raw, first.coef)",
-        "tests/ops/test_subclasses.py -k dispatches",
-    ),
-    Fault(
-        "ops-kernel-longer-than-the-map-unguarded",
-        "fastfilm/ops/vendor/faults.py",
-        "longer = any(p > 0 and n < (k - 1) * d + 1",
-        "longer = any(p > 0 and n < k - 1",
-        "tests/ops/test_vendor.py -k 'longer_than_the_map or reaches_over'",
-    ),
-    Fault(
-        "ops-groups-summed-channels-last",
-        "fastfilm/ops/vendor/convolutions.py",
-        "plain = plain or _sums_by_groups(v, weight, groups, True)",
-        "plain = plain or _sums_by_groups(v, weight, 1, True)",
-        "tests/ops/test_vendor.py -k grouped",
-    ),
-    Fault(
-        "ops-route-of-another-gradient",
-        "fastfilm/ops/vendor/convolutions.py",
-        'form = _form(v, weight, geometry, "backward", needs)',
-        'form = _form(v, weight, geometry, "backward")',
-        "tests/ops/test_vendor.py -k remembered",
-    ),
-    Fault(
-        "ops-slope-cast-twice",
-        "fastfilm/ops/block/tail.py",
-        "return tensors._replace(slope=slope.to(torch.float64 if kind.wide else torch.float32))",
-        "return tensors",
-        "tests/ops/test_ops.py -k gradients_of_a_slope",
     ),
     Fault(
         "nn-cumulative-average-counts-one-batch-less",
@@ -366,14 +86,6 @@ FAULTS = (
         "kind = kind_of(layer)",
         "tests/nn/test_batch_norm_tools.py tests/ops/test_fresh_values.py",
     ),
-    Fault(
-        "ops-gradient-kept-while-those-at-sources-are-made",
-        "fastfilm/ops/launchers/composed.py",
-        "    del v, e\n",
-        "    del v\n",
-        "tests/ops/test_maps.py",
-    ),
-    # nn
     Fault(
         "nn-kept-channels-not-scaled",
         "fastfilm/nn/blocks.py",
@@ -430,7 +142,6 @@ FAULTS = (
         "self.heads[i](x)",
         UNET,
     ),
-    # convert
     Fault(
         "convert-dropout-keeps-what-it-should-drop",
         "fastfilm/convert/calls.py",

@@ -28,6 +28,7 @@ from tests.planted import (  # noqa: E402
     cpu,
     cuda,
     kernels,
+    ops,
     package,
     segmentation,
 )
@@ -38,6 +39,7 @@ FAULTS: tuple[Fault, ...] = (
     *cpu.FAULTS,
     *cuda.FAULTS,
     *kernels.FAULTS,
+    *ops.FAULTS,
     *package.FAULTS,
     *segmentation.FAULTS,
 )

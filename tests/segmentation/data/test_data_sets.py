@@ -470,6 +470,19 @@ def test_a_plan_of_files_that_were_not_written_together_is_refused(
         read_plan(tmp_path / "plan")
 
 
+def test_a_case_has_the_labels_that_its_row_names(tmp_path: Path) -> None:
+    root = write_bids(tmp_path / "bids", count=3)
+    rows = ["participant_id\tannotated", "sub-00\ta", "sub-01\tb; a", "sub-02\tn/a"]
+    (root / "participants.tsv").write_text("\n".join(rows))
+    data = {"labels": {"a": 1, "b": 2}, "annotated_column": "annotated"}
+    found = find_cases(parse(settings(root, data=data, metadata={}), "test"))
+    assert {c.id: sorted(c.labels) for c in found.cases} == {
+        "sub-00": ["a"],
+        "sub-01": ["a", "b"],
+    }
+    assert found.unlabelled == ["sub-02"] and not found.problems
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [([{}], "0.id: missing"), (3, "valid list"), ([3], "0: .* got 3"), ({"a": 1}, "valid list")],

@@ -271,7 +271,7 @@ class BuildExt(build_ext):
         self._record: dict[str, Any] = {}
         super().run()
         left_out = {p: r["reason"] for p, r in self._record.items() if not r["built"]}
-        told = {p: why for p, why in left_out.items() if not why.startswith("FASTFILM_")}
+        told = {p: why for p, why in left_out.items() if why != f"FASTFILM_{p}=0"}
         if told:
             built = [part for part in PARTS.values() if part not in left_out] or ["Python"]
             say(f"only the {built[0]} part is built: {'; '.join(dict.fromkeys(told.values()))}")
@@ -310,7 +310,7 @@ class BuildExt(build_ext):
         compiler, flags = self._host(part)
         if part.name == "CUDA":
             flags = [*flags, *self._plan_kernels(part)]
-        identity = output(compiler[0], "--version").partition("\n")[0]
+        identity = output(*compiler, "--version").partition("\n")[0]
         part.record["compiler"] = identity or Path(compiler[0]).name
         include = [
             f"-I{folder}" for folder in (pybind11.get_include(), *self.compiler.include_dirs)

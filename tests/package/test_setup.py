@@ -157,6 +157,14 @@ def test_nothing_is_said_where_nothing_is_left_out(tools: Path, tmp_path: Path) 
     assert record(tmp_path)["CUDA"]["reason"] == "FASTFILM_CUDA=0"
 
 
+def test_targets_that_no_kernel_supports_are_named(tools: Path, tmp_path: Path) -> None:
+    add_toolkit(tmp_path / "toolkit")
+    environment = {"CUDA_HOME": str(tmp_path / "toolkit"), **add_compiler(tools)}
+    done, lines = build(tools, tmp_path, FASTFILM_CUDA_ARCHS="70", **environment)
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 1 and "only the CPU part is built: FASTFILM_CUDA_ARCHS must" in lines[0]
+
+
 def test_a_toolkit_in_cuda_home_builds_both_parts_and_a_second_build_compiles_nothing(
     tools: Path, tmp_path: Path
 ) -> None:

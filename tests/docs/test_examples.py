@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -106,12 +107,24 @@ def test_a_block_that_is_not_run_says_why() -> None:
             assert len(reason.split()) >= 3
 
 
+def parts(line: str) -> Iterator[list[str]]:
+    """The words of each command of a line, which ``&&``, ``|`` and ``;`` part, without its comment."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    for operator, words in itertools.groupby(lexer, lambda word: set(word) <= set("&|;<>")):
+        if not operator:
+            yield list(words)
+
+
 def wrong(line: str) -> str | None:
-    """The reason why ``fastfilm …`` is no command line, by the commands' own arguments."""
-    words = shlex.split(line.split("|")[0], comments=True)[1:]
-    if not words or words[0].startswith("-"):
+    """The reason why a ``fastfilm …`` in a line is no command line, by the commands' own arguments."""
+    reasons = (_wrong(*words[1:]) for words in parts(line) if words[0] == "fastfilm")
+    return next((r for r in reasons if r), None)
+
+
+def _wrong(name: str = "--help", *rest: str) -> str | None:
+    if name.startswith("-"):
         return None
-    name, *rest = words
     if name not in cli_page.commands():
         return f"no command {name}"
     options = {n: a for a in cli_page.arguments(name) for n in a.names}
@@ -129,7 +142,7 @@ def wrong(line: str) -> str | None:
             positional += 1
     known = [a for a in cli_page.arguments(name) if a.positional]
     needed = sum(a.needed for a in known)
-    if rest != ["--help"] and not needed <= positional <= len(known):
+    if rest != ("--help",) and not needed <= positional <= len(known):
         return f"fastfilm {name} takes {needed} to {len(known)} arguments, got {positional}"
     return "a value is missing" if waiting else None
 
@@ -138,7 +151,7 @@ def wrong(line: str) -> str | None:
 def test_commands_of_a_page_exist(page: Path) -> None:
     pytest.importorskip("typer")
     for line in commands_of(page):
-        if line.startswith("fastfilm "):
+        if "fastfilm " in line:
             reason = wrong(line)
             assert reason is None, f"{line}: {reason}"
         for script in re.findall(r"python ([\w/.-]+\.py)", line):
@@ -156,6 +169,7 @@ def test_commands_of_a_page_exist(page: Path) -> None:
         ("fastfilm train PLAN MODEL --fold", "a value is missing"),
         ("fastfilm predict MODEL IN", "takes 3 to 3"),
         ("fastfilm plan A B C", "takes 2 to 2"),
+        ("pip install x && fastfilm info && fastfilm chek  # both", "no command chek"),
     ],
 )
 def test_a_wrong_command_is_found(line: str, reason: str) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from .ops import DeferredMap, backend, conv_norm_film, materialise, moments, norm_film
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ConvNormFiLM2d",
     "ConvNormFiLM3d",

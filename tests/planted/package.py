@@ -1,4 +1,4 @@
-"""Faults in the package above its operators: public names, fastfilm/nn, fastfilm/convert, fastfilm/tuning, the build."""
+"""Faults in the package above its operators: public names, networks, conversion, tuning, the build."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from fastfilm.segmentation.commands.options import Device, Set, Threads
+from fastfilm.segmentation.commands.options import Device, Threads
 from fastfilm.segmentation.config.schema import (
     Config,
     override,
@@ -39,7 +39,10 @@ def command(
     ] = None,
     device: Device = None,
     threads: Threads = None,
-    set_: Set = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of training or augmentation"),
+    ] = None,
 ) -> None:
     """Trains one fold of a plan, on one or (under torchrun) several processes.
 

@@ -17,23 +17,6 @@ COMMANDS_FIRST = 8
 """Weight of the page of the command line in the search; that of other pages is 1."""
 
 
-def on_config(config: MkDocsConfig, **_: Any) -> MkDocsConfig:
-    """Leaves those entries of the navigation out that may be missing, and are."""
-    config.nav = _present(config.nav or [])
-    return config
-
-
-def _present(entries: list[Any]) -> list[Any]:
-    found = []
-    for entry in entries:
-        value = next(iter(entry.values())) if isinstance(entry, dict) else entry
-        if isinstance(value, list):
-            found.append({next(iter(entry)): _present(value)})
-        elif value not in pages.MAY_BE_MISSING or pages.exists(value):
-            found.append(entry)
-    return found
-
-
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     """Adds the pages that are made here."""
     for name, text in pages.generated().items():

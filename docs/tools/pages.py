@@ -22,9 +22,6 @@ ELSEWHERE = {
 }
 """Page -> the file of the repository that it shows."""
 
-MAY_BE_MISSING = ("install.md", "contributing.md")
-"""Pages that the navigation lists and a checkout may lack; any other page that is missing is an error."""
-
 LONGEST_OUTPUT = 40
 """Lines of a cell's output that the page shows."""
 
@@ -33,11 +30,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 def generated() -> dict[str, str]:
     """Page -> its Markdown, of all pages that are made when the site is built."""
-    pages = {
-        page: (ROOT / file).read_text(encoding="utf-8")
-        for page, file in ELSEWHERE.items()
-        if exists(page)
-    }
+    pages = {page: (ROOT / file).read_text(encoding="utf-8") for page, file in ELSEWHERE.items()}
     for file in sorted((DOCS / "notebooks").glob("*.ipynb")):
         pages[f"notebooks/{file.stem}.md"] = of_notebook(file)
     return pages
@@ -74,11 +67,6 @@ def source_of(page: str) -> str:
     return ELSEWHERE.get(page, f"docs/{page}")
 
 
-def exists(page: str) -> bool:
-    """Whether the repository has the file that ``page`` shows."""
-    return (ROOT / source_of(page)).is_file()
-
-
 def relinked(markdown: str, page: str) -> str:
     """``markdown`` of ``page``, in which links to files of the repository lead to their pages or become paths.
 
@@ -86,7 +74,7 @@ def relinked(markdown: str, page: str) -> str:
         ValueError: a link to a file that the repository does not have.
     """
     base = posixpath.dirname(source_of(page))
-    shown = {file: name for name, file in ELSEWHERE.items() if exists(name)}
+    shown = {file: name for name, file in ELSEWHERE.items()}
 
     def led(match: re.Match[str]) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""

@@ -79,8 +79,12 @@ def command(
         list[str] | None,
         typer.Option(help="average: KEY=VALUE:WEIGHT,VALUE:WEIGHT; none: as often as in training"),
     ] = None,
-    keep_largest: Annotated[bool, typer.Option("--keep-largest")] = False,
-    fill_holes: Annotated[bool, typer.Option("--fill-holes")] = False,
+    keep_largest: Annotated[
+        bool, typer.Option("--keep-largest", help="the largest component of each label alone")
+    ] = False,
+    fill_holes: Annotated[
+        bool, typer.Option("--fill-holes", help="of each label, holes are filled")
+    ] = False,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="write them as well")
     ] = False,

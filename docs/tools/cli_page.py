@@ -7,7 +7,6 @@ import importlib
 import inspect
 import keyword
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,4 +147,6 @@ def _table(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(markdown(), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("page", type=Path)
+    parser.parse_args().page.write_text(markdown(), encoding="utf-8")

@@ -130,8 +130,8 @@ class Trainer:
     def _next(self, batches: Iterator[Batch]) -> Batch:
         try:
             return next(batches)
-        except RuntimeError:
-            # a signal to the whole process group ends the loading processes, too
+        except (RuntimeError, OSError, EOFError):
+            # a signal to the whole process group ends the loading processes, too, even in the middle of a batch
             self._stop_if_asked()
             raise
 

@@ -76,6 +76,27 @@ def test_a_signal_while_validating_keeps_the_epochs_steps(
     assert_same_files(tmp_path / "whole", tmp_path / "model")
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError, FileNotFoundError, EOFError])
+def test_loading_processes_that_a_signal_ended_do_not_hide_it(
+    plan: PlanFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    class Ended:
+        """A loader whose processes the signal ends, too."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __iter__(self) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+            raise error("ended")
+            yield
+
+    monkeypatch.setattr(trainer, "DataLoader", Ended)
+    with pytest.raises(Stopped) as stopped:
+        train(Start(plan, 0, tmp_path / "model"), ONE)
+    assert stopped.value.status == 143 and saved_step(tmp_path / "model") == 0
+
+
 def test_a_second_signal_ends_training_at_once(
     plan: PlanFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ def test_the_recipes_are_found() -> None:
 
 @pytest.mark.parametrize("path", sorted(set(paths(TEXT))))
 def test_a_path_that_is_named_exists(path: str) -> None:
-    assert (ROOT / path).exists()
+    assert any(ROOT.glob(path)) if "*" in path else (ROOT / path).exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

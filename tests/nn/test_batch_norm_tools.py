@@ -306,7 +306,7 @@ def test_a_state_dict_with_the_norms_former_names_loads(norm: str) -> None:
 def test_training_resumes_from_a_state_with_the_norms_former_names(tmp_path: Path) -> None:
     pytest.importorskip("pydantic", reason="the extra [segmentation] is not installed")
     from fastfilm.segmentation.support.files import read_tensors, write_tensors
-    from fastfilm.segmentation.training.checkpoint import NAME, State
+    from fastfilm.segmentation.training.checkpoint import NAME, Saved, State
     from fastfilm.segmentation.training.optimisation import Average, Progress
 
     def state(seed: int) -> State:
@@ -328,7 +328,7 @@ def test_training_resumes_from_a_state_with_the_norms_former_names(tmp_path: Pat
         former[name.replace("norm_layer.", "")] = value
     assert len(former) == len(tensors) and not any("norm_layer" in name for name in former)
     write_tensors(tmp_path / NAME, former, header)
-    new.load(tmp_path, "same")
+    new.restore(Saved.read(tmp_path))
     new.save(tmp_path, "same")
     for name, value in read_tensors(tmp_path / NAME)[0].items():
         assert torch.equal(value, tensors[name])

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from benchmarks import python_calls
+from benchmarks.counted import python_calls
 from tests.support.imports import ROOT, modules
 
 

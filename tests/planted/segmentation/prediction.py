@@ -13,7 +13,7 @@ AVERAGING = "tests/segmentation/prediction/test_averaging.py"
 WINDOWS = "tests/segmentation/prediction/test_windows.py"
 INFERENCE = (
     "tests/segmentation/prediction/test_one_case.py tests/segmentation/prediction/test_many_cases.py "
-    "-k 'test_inference.py or planes or mirrored or dropout'"
+    "-k 'test_one_case.py or planes or mirrored or dropout'"
 )
 
 FAULTS = (

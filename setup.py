@@ -179,25 +179,24 @@ def code_flags(archs: list[str]) -> list[str]:
     return flags
 
 
-def included(source: Path) -> set[Path]:
-    """The source and all files of ours that it includes, directly or through others."""
-    found: set[Path] = set()
+def included(source: Path) -> dict[Path, bytes]:
+    """The source and all files of ours that it includes, directly or through others, with their contents."""
+    found: dict[Path, bytes] = {}
     waiting = [source]
     while waiting:
         path = waiting.pop().resolve()
         if path not in found and path.exists():
-            found.add(path)
-            text = path.read_text(encoding="utf-8")
-            names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE)
-            waiting += [path.parent / name for name in names]
+            found[path] = path.read_bytes()
+            names = re.findall(rb'^\s*#\s*include\s+"([^"]+)"', found[path], re.MULTILINE)
+            waiting += [path.parent / name.decode() for name in names]
     return found
 
 
 def object_key(source: str, *others: object) -> str:
     """A hash of all that an object depends on: its source, what that includes, and ``others`` such as flags."""
     digest = hashlib.sha256(repr(others).encode())
-    for path in sorted(included(ROOT / source)):
-        digest.update(path.read_bytes())
+    for _, content in sorted(included(ROOT / source).items()):
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 

@@ -31,13 +31,7 @@ from ...support.bad_inputs import (
     replace,
     table,
     voxels,
-    write_world,
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,10 @@ from fastfilm.ops import choice, launchers
 from fastfilm.ops.block import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = tuple(sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu")))
+KERNELS = tuple(
+    sorted(p.relative_to(ROOT / "csrc/cuda").as_posix() for p in (ROOT / "csrc/cuda").rglob("*.cu"))
+)
+"""Of ``csrc/cuda`` and its folders; no two have the same stem."""
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-DFASTFILM_EMULATED", "-w")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 
@@ -57,18 +60,18 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     have = {o.stem: o for o in objects}
     sources = [csrc / "cuda" / k for k in kernels]
-    sources += [
-        csrc / "cuda/bindings.cpp",
-        csrc / "cuda/plan.cpp",
-        csrc / "emulation/emulation.cpp",
-    ]
+    sources += sorted((csrc / "cuda").rglob("*.cpp"))
+    sources += sorted((csrc / "emulation").glob("*.cpp"))
     sources = [s for s in sources if s.exists()]
 
     def compiled(source: Path) -> Path:
         if source.stem in have:
             return have[source.stem]
         out = folder / f"{source.stem}.o"
-        command = [str(compiler()), *FLAGS, *flags, *_includes(), "-x", "c++", "-c", str(source)]
+        # products are most of the time of the emulation
+        fast = ("-O3",) if source.parent.name == "emulation" else ()
+        kept = [*FLAGS, *flags, *fast, *_includes()]
+        command = [str(compiler()), *kept, "-x", "c++", "-c", str(source)]
         done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:2000]
         return out

@@ -1,9 +1,8 @@
 // The epilogue of the gradient at a convolution's input: the chain rule through the pending affine of each source.
 #pragma once
 
-#include "calls.h"
+#include "backward.h"
 #include "convolve.h"
-#include "merge.h"
 #include "operands.h"
 
 namespace fastfilm::cuda {
@@ -11,12 +10,7 @@ namespace fastfilm::cuda {
 // Writes the gradient at the raw map of each source, and sums the gradients at its coefficients.
 template <class T>
 struct BackwardEpilogue {
-  struct Params {
-    Output part[2];  // without a second source its channels are 0
-    bool aligned[2];
-    float* partials;  // [N, classes * groups, 5, C]
-    unsigned* counters;
-  };
+  using Params = BackwardTargets<T>;
   using State = Sums<kCoefSums, kPair>;
   struct Running : State {
     FF_DEVICE void merge_into(State& state) const { state.merge(*this); }
@@ -31,19 +25,9 @@ struct BackwardEpilogue {
   int packed;
   T* to;  // where the gradient at the chunk of the sample's first voxel goes
 
-  // The number of the source that `channel` belongs to, whose number in it `channel` becomes.
-  FF_DEVICE static int source_of(const Params& p, int& channel) {
-    const int second = channel >= p.part[0].channels;
-    channel -= second ? p.part[0].channels : 0;
-    return second;
-  }
-
   // The coefficients of a block's channels from `first` on.
   FF_DEVICE static void load_constants(const Params& p, const ConvPlan& plan, int64_t n, int first, int at) {
-    load_rows(plan.n, n, first, plan.bn, at, [&](int& channel) {
-      const Output& part = p.part[source_of(p, channel)];
-      return CoefSource{part.coef, part.channels};
-    });
+    load_backward_rows<kConvThreads>(p, plan, n, first, at);
   }
 
   // Starts to copy x of the warp's rows, the block's channels from `first` on, to places kPitch bytes apart. The voxel of a
@@ -54,7 +38,7 @@ struct BackwardEpilogue {
     constexpr int kV = kLanes<T>, kChunks = kN / kV;
     const int lane = thread_anew() % 32;
     int channel = first + lane % kChunks * kV;
-    const int second = source_of(p, channel);
+    const int second = p.source_of(channel);
     const Output& part = p.part[second];
     const int left = part.channels - channel;
     if (!part.coef || left <= 0) return;
@@ -76,7 +60,7 @@ struct BackwardEpilogue {
 
   FF_DEVICE BackwardEpilogue(const Params& p, const ConvPlan& plan, const Chunk& chunk, int at) {
     int channel = chunk.channel;
-    const int source = source_of(p, channel);
+    const int source = p.source_of(channel);
     const Output& part = p.part[source];
     const int left = part.channels - channel;
     packed = at | source | 2 * (left < 0 ? 0 : left < chunk.valid ? left : chunk.valid);
@@ -132,22 +116,7 @@ struct BackwardEpilogue {
     merge_rows<kConvThreads>(state, shared_memory(), columns);
     if (thread_index() < columns && chunk.valid > 0) write_partials(p, plan, chunk, state);
     state.clear();  // frees its registers
-    conclude(p, plan);
-  }
-
-  // Merges the gradients at the coefficients of a sample in the last block that has a part in them.
-  FF_APART static void conclude(const Params& p, const ConvPlan& plan) {
-    const Grid block = block_index();
-    const int block_n = block.y % plan.blocks_n, slots = plan.classes * plan.groups;
-    if (!last_block(p.counters + block.z * plan.blocks_n + block_n, slots)) return;
-    const CoefficientsMerge sums{p.partials, plan.n, slots, plan.co};
-    for (int i = 0; i < plan.bn; i += kMergeColumns) {
-      const int from = static_cast<int>(merge_channel(block_n * plan.bn + i));
-      const bool second = from >= p.part[0].channels;
-      const Output& part = p.part[second];
-      const int channel = from - (second ? p.part[0].channels : 0);
-      sums.run(block.z, from, {part.coef, part.dcoef, part.channels}, channel, from < plan.co && part.coef);
-    }
+    conclude_backward(p, plan);
   }
 
   FF_DEVICE static void write_partials(const Params& p, const ConvPlan& plan, const Chunk& chunk, const State& state) {
@@ -161,20 +130,5 @@ struct BackwardEpilogue {
         if (i < chunk.valid) partial[static_cast<int64_t>(r) * plan.co + i] = state.row[r][i];
   }
 };
-
-// The epilogue's parameters; a source whose gradient is not wanted needs no coefficients.
-template <class T>
-typename BackwardEpilogue<T>::Params backward_epilogue(const Output (&outputs)[2], float* partials,
-                                                       unsigned* counters) {
-  typename BackwardEpilogue<T>::Params epilogue{{outputs[0], outputs[1]}, {}, partials, counters};
-  for (int i = 0; i < 2; ++i) {
-    Output& part = epilogue.part[i];
-    if (!part.dx) part.coef = nullptr;
-    if (!part.coef) part.act = kNone;
-    if (!part.dx) part.add = false;
-    epilogue.aligned[i] = on_chunks<T>(part.dx, part.channels) && (!part.coef || on_chunks<T>(part.x, part.channels));
-  }
-  return epilogue;
-}
 
 }  // namespace fastfilm::cuda

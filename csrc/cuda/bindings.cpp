@@ -8,10 +8,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <variant>
 
 #include "calls.h"
 #include "pack.h"
 #include "pointwise.h"
+#include "sm90/calls.h"
 #ifdef FASTFILM_EMULATED
 #include "primitives.h"
 #endif
@@ -20,7 +22,14 @@ namespace py = pybind11;
 using namespace fastfilm::cuda;
 using fastfilm::kActivations;
 
+#ifndef FASTFILM_CUDA_ARCHS
+#define FASTFILM_CUDA_ARCHS "80;90a"
+#endif
+
 namespace {
+
+// Whether the kernels of sm90/ were compiled, which need a target of their own.
+const bool kBuiltForWarpgroups = std::string(FASTFILM_CUDA_ARCHS).find("90a") != std::string::npos;
 
 using Address = std::uintptr_t;
 
@@ -161,8 +170,11 @@ class Convolution {
   using Three = std::array<int, 3>;
 
   Convolution(int storage, int dims, int64_t n, int ci, int co, Three in, Three out, Three kernel, Three padding,
-              int stride, std::array<int, 3> device, bool tf32)
-      : device_{device[1], device[2], device[0]} {
+              int stride, std::array<int, 3> device, bool tf32, const std::string& wgmma)
+      : device_{device[1], device[2], device[0]}, wgmma_(wgmma) {
+    if (wgmma != "where faster" && wgmma != "always" && wgmma != "never") {
+      throw std::invalid_argument("wgmma must be 'where faster', 'always' or 'never', got '" + wgmma + "'");
+    }
     check_storage(storage);
     check_range("dims", dims, 2, 3);
     check_range("n", n, 1, 65535);
@@ -195,11 +207,18 @@ class Convolution {
               stride};
   }
 
-  int64_t forward_bytes() { return forward_workspace(plan(Direction::kForward), shape_.storage); }
+  int64_t forward_bytes() {
+    return std::visit([&](const auto& plan) { return forward_workspace(plan, shape_.storage); },
+                      plan(Direction::kForward));
+  }
   // Bytes of the workspace of `gradients` at the input, at the weight, or at both.
   int64_t gradients_bytes(bool at_input, bool at_weight) {
-    return (at_weight ? beside_weight() : 0) +
-           (at_input ? backward_workspace(plan(Direction::kBackward), shape_.storage) : 0);
+    int64_t bytes = at_weight ? beside_weight() : 0;
+    if (at_input) {
+      bytes += std::visit([&](const auto& plan) { return backward_workspace(plan, shape_.storage); },
+                          plan(Direction::kBackward));
+    }
+    return bytes;
   }
 
   // Throws if one of the three kernels has no layout on the device.
@@ -234,8 +253,10 @@ class Convolution {
     call.stats = pointer_or_null<float>("stats", stats);
     if (block) call.block = block->call(tensors, momentum, coef);
     if (call.block.uses_input && !call.stats) throw std::invalid_argument("stats is null");
-    check(fastfilm::cuda::forward(plan(Direction::kForward), shape_.storage, call, work(workspace),
-                                  reinterpret_cast<Stream>(stream)));
+    using fastfilm::cuda::forward;
+    check(std::visit([&](const auto& plan) {
+      return forward(plan, shape_.storage, call, work(workspace), reinterpret_cast<Stream>(stream));
+    }, plan(Direction::kForward)));
   }
 
   // The gradients at the sources, if there are outputs, and at the weight, if there are sources.
@@ -256,25 +277,43 @@ class Convolution {
                           weight_strides(dstrides),
                           pointer_or_null<float>("dpre", dpre)};
       inputs(sources, call.inputs);
-      check(weight_gradient(wgrad(), shape_.storage, call, memory, left, stream));
+      check(std::visit([&](const auto& plan) {
+        return weight_gradient(plan, shape_.storage, call, memory, left, stream);
+      }, wgrad()));
       memory += beside_weight();
     }
-    check(outputs.empty() ? prepare({}, {left}, shape_.storage, stream)
-                          : backward(plan(Direction::kBackward), shape_.storage, at_input, left, memory, stream));
+    if (outputs.empty()) {
+      check(prepare(Packing<ConvPlan>{}, {left}, shape_.storage, stream));
+    } else {
+      check(std::visit([&](const auto& plan) {
+        return backward(plan, shape_.storage, at_input, left, memory, stream);
+      }, plan(Direction::kBackward)));
+    }
   }
 
   // How the kernel "forward", "backward" or "weight" is laid out.
   py::dict facts(const std::string& kernel) {
     py::dict facts;
     if (kernel == "weight") {
-      const WgradPlan& p = wgrad();
+      if (const auto* layout = std::get_if<sm90::WeightLayout>(&wgrad())) {
+        describe_warpgroups(facts, *layout);
+        return facts;
+      }
+      const WgradPlan& p = std::get<WgradPlan>(wgrad());
+      facts["instruction"] = "mma";
       describe(facts, p, p.bm, p.bn);
       return facts;
     }
     if (kernel != "forward" && kernel != "backward") {
       throw std::invalid_argument("kernel must be forward, backward or weight, got '" + kernel + "'");
     }
-    const ConvPlan& p = plan(kernel == "backward" ? Direction::kBackward : Direction::kForward);
+    const Plan& plan = this->plan(kernel == "backward" ? Direction::kBackward : Direction::kForward);
+    if (const auto* p = std::get_if<sm90::Layout>(&plan)) {
+      describe_warpgroups(facts, *p);
+      return facts;
+    }
+    const ConvPlan& p = std::get<ConvPlan>(plan);
+    facts["instruction"] = "mma";
     describe(facts, p, p.bn, p.bk);
     facts["resident"] = p.resident;
     facts["part"] = p.part;
@@ -292,7 +331,10 @@ class Convolution {
     check_channels(channels, call.outputs[0].channels, outputs.size() == 2);
   }
   // The part of a workspace that the gradient at the weight uses.
-  int64_t beside_weight() { return (weight_gradient_workspace(wgrad()) + 255) / 256 * 256; }
+  int64_t beside_weight() {
+    const int64_t bytes = std::visit([](const auto& plan) { return weight_gradient_workspace(plan); }, wgrad());
+    return (bytes + 255) / 256 * 256;
+  }
 
   template <class Plan>
   static void describe(py::dict& facts, const Plan& p, int rows, int columns) {
@@ -303,24 +345,65 @@ class Convolution {
     facts["tiles_a_block"] = p.tiles_a_group;
     facts["groups"] = p.groups;
   }
+  static void describe_warpgroups(py::dict& facts, const sm90::Layout& p) {
+    facts["instruction"] = "wgmma";
+    facts["tile"] = py::make_tuple(1 + p.pair.d, sm90::kLines * p.shifts + p.half.h + p.pair.h, 8 + p.half.w + p.pair.w);
+    facts["channels"] = py::make_tuple(p.bn, p.bk);
+    facts["shared_bytes"] = p.shared_bytes;
+    facts["blocks"] = 1;
+    facts["tiles_a_block"] = p.units_a_group;
+    facts["groups"] = p.groups;
+    facts["resident"] = p.resident;
+    facts["part"] = p.stage_slices;
+    facts["shifts"] = p.shifts;
+    facts["useful"] = sm90::useful(p);
+  }
+  static void describe_warpgroups(py::dict& facts, const sm90::WeightLayout& p) {
+    facts["instruction"] = "wgmma";
+    facts["tile"] = py::make_tuple(p.tile.d, p.tile.h, p.tile.w);
+    facts["channels"] = py::make_tuple(sm90::kRows, p.bn);
+    facts["shared_bytes"] = p.shared_bytes;
+    facts["blocks"] = 1;
+    facts["tiles_a_block"] = p.tiles_a_group;
+    facts["groups"] = p.groups;
+  }
   static Extent extent(const Three& e) { return {e[0], e[1], e[2]}; }
   size_t element() const { return bytes_of(shape_.storage); }
   void* work(Address workspace) const { return pointer("workspace", workspace, 16); }
 
-  const ConvPlan& plan(Direction direction) {
-    std::optional<ConvPlan>& slot = direction == Direction::kForward ? forward_ : backward_;
+  // Whether the kernels of sm90/ may be chosen.
+  bool warpgroups() const { return device_.capability == 90 && kBuiltForWarpgroups && wgmma_ != "never"; }
+
+  using Plan = std::variant<ConvPlan, sm90::Layout>;
+
+  const Plan& plan(Direction direction) {
+    std::optional<Plan>& slot = direction == Direction::kForward ? forward_ : backward_;
     if (!slot) {
-      ConvPlan made;
-      check(plan_conv(shape_, direction, device_, made));
-      slot = made;
+      sm90::Layout layout;
+      if (warpgroups() && sm90::lay_out(shape_, direction, device_, layout).empty() &&
+          (wgmma_ == "always" || sm90::wins(layout))) {
+        slot = layout;
+      } else {
+        ConvPlan made;
+        check(plan_conv(shape_, direction, device_, made));
+        slot = made;
+      }
     }
     return *slot;
   }
-  const WgradPlan& wgrad() {
+  using WeightPlan = std::variant<WgradPlan, sm90::WeightLayout>;
+
+  const WeightPlan& wgrad() {
     if (!wgrad_) {
-      WgradPlan made;
-      check(plan_wgrad(shape_, device_, made));
-      wgrad_ = made;
+      sm90::WeightLayout layout;
+      if (warpgroups() && sm90::lay_out(shape_, device_, layout).empty() &&
+          (wgmma_ == "always" || sm90::wins(layout))) {
+        wgrad_ = layout;
+      } else {
+        WgradPlan made;
+        check(plan_wgrad(shape_, device_, made));
+        wgrad_ = made;
+      }
     }
     return *wgrad_;
   }
@@ -385,18 +468,15 @@ class Convolution {
 
   ConvShape shape_{};
   Device device_;
-  std::optional<ConvPlan> forward_, backward_;
-  std::optional<WgradPlan> wgrad_;
+  std::string wgmma_;
+  std::optional<Plan> forward_, backward_;
+  std::optional<WeightPlan> wgrad_;
 };
 
 py::tuple py_device() {
   const Device d = device();
   return py::make_tuple(d.capability, d.multiprocessors, d.shared_bytes);
 }
-
-#ifndef FASTFILM_CUDA_ARCHS
-#define FASTFILM_CUDA_ARCHS "80"
-#endif
 
 }  // namespace
 
@@ -421,10 +501,10 @@ PYBIND11_MODULE(_CUDA, m) {
             py::arg("slope"));
   py::class_<Convolution> convolution(m, "Convolution");
   convolution.def(py::init<int, int, int64_t, int, int, Convolution::Three, Convolution::Three, Convolution::Three,
-                           Convolution::Three, int, Convolution::Three, bool>(),
+                           Convolution::Three, int, Convolution::Three, bool, const std::string&>(),
                   py::arg("dtype"), py::arg("dims"), py::arg("n"), py::arg("ci"), py::arg("co"), py::arg("in_size"),
                   py::arg("out_size"), py::arg("kernel"), py::arg("padding"), py::arg("stride"), py::arg("device"),
-                  py::arg("tf32") = false);
+                  py::arg("tf32") = false, py::arg("wgmma") = "where faster");
   def(convolution, "check", &Convolution::check_plans);
   def(convolution, "forward_workspace", &Convolution::forward_bytes);
   def(convolution, "gradients_workspace", &Convolution::gradients_bytes, "at_input", "at_weight");

@@ -1,30 +1,22 @@
 // The gradient at a convolution's input.
 #include "backward_epilogue.h"
-#include "pack.h"
 
 namespace fastfilm::cuda {
 namespace {
 
-// Partial sums that the blocks of threads write.
-int64_t sums_of(const ConvPlan& plan) { return plan.n * plan.classes * plan.groups * kCoefSums * plan.co; }
-
 template <class T>
 std::string backward_of(const ConvPlan& plan, const Backward& c, const WeightSums& left, void* workspace, Stream stream,
                         int storage) {
-  float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed_bytes(plan, storage));
-  unsigned* counters = reinterpret_cast<unsigned*>(partials + sums_of(plan));
-  const std::string failure = prepare({&plan, c.weight, true, workspace, counters}, {left}, storage, stream);
+  BackwardTargets<T> targets;
+  const std::string failure = begin_backward(plan, c, left, workspace, stream, storage, targets);
   if (!failure.empty()) return failure;
-  const auto epilogue = backward_epilogue<T>(c.outputs, partials, counters);
   const Gradients gradient = gradients_of<T>(c.gradient, plan.ci, plan.in);
-  return launch_conv<T, RawGradient, BackwardEpilogue>("dgrad", plan, gradient, workspace, epilogue, stream);
+  return launch_conv<T, RawGradient, BackwardEpilogue>("dgrad", plan, gradient, workspace, targets, stream);
 }
 
 }  // namespace
 
-int64_t backward_workspace(const ConvPlan& plan, int storage) {
-  return packed_bytes(plan, storage) + (sums_of(plan) + counters_of(plan)) * 4;
-}
+int64_t backward_workspace(const ConvPlan& plan, int storage) { return backward_bytes(plan, storage); }
 
 std::string backward(const ConvPlan& plan, int storage, const Backward& call, const WeightSums& left, void* workspace,
                      Stream stream) {

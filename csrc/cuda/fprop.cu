@@ -1,7 +1,7 @@
 // The forward pass of a convolution: its epilogue, and the function that launches it.
 #include "calls.h"
-#include "coefficients.h"
 #include "convolve.h"
+#include "forward.h"
 #include "merge.h"
 #include "operands.h"
 #include "pack.h"
@@ -13,16 +13,7 @@ namespace {
 template <class T>
 struct ForwardEpilogue {
   static constexpr int kV = kPair;
-  struct Params {
-    const float *bias, *pre, *out_coef;
-    int pre_act, out_act;
-    T *y, *raw;
-    bool aligned;
-    float *partials, *counts;  // [N, groups, 2, co] and [blocks_n, N, groups]; partials null: no moments
-    float* stats;
-    unsigned* counters;
-    Block block;  // its coefficients follow the moments, if it has `coef`
-  };
+  using Params = ForwardTargets<T>;
   using State = Moments<kV>;
   struct Running : Deviations<kV> {
     FF_DEVICE void merge_into(State& state) const { state.merge(this->moments()); }
@@ -31,23 +22,11 @@ struct ForwardEpilogue {
   template <int kN>
   static constexpr int kBeside = 0;
 
-  // Rows of constants behind the coefficients of the finished output.
-  enum Constant { kBias = kCoefRows, kShift, kActSlope };
-
   int constants;  // place of this chunk's constants in shared memory, rows [bn]
   int64_t begin;
 
   FF_DEVICE static void load_constants(const Params& p, const ConvPlan& plan, int64_t n, int first, int at) {
-    if (p.out_coef) load_rows(plan.n, n, first, plan.bn, at, [&](int&) { return CoefSource{p.out_coef, plan.co}; });
-    float* out = reinterpret_cast<float*>(shared_memory() + at);
-#pragma unroll 1
-    for (int i = thread_index(); i < plan.bn; i += kConvThreads) {
-      const int channel = first + i;
-      const bool present = channel < plan.co;
-      out[kBias * plan.bn + i] = p.bias && present ? p.bias[channel] : 0.0f;
-      out[kShift * plan.bn + i] = p.pre && present ? p.pre[channel] : 0.0f;
-      out[kActSlope * plan.bn + i] = p.pre && present ? p.pre[plan.co + channel] : 0.0f;
-    }
+    load_forward_rows<kConvThreads>(p, plan, n, first, at);
   }
 
   // The products are all that this epilogue needs.
@@ -62,15 +41,15 @@ struct ForwardEpilogue {
   FF_DEVICE void write(const Params& p, const ConvPlan& plan, const int (&number)[kFew], const Chunk& chunk, int row,
                        int, int pitch, Running& running) const {
     float bias[kV], v[kFew * kV];
-    load_row(constants + kBias * plan.bn * 4, bias);
+    load_row(constants + kBiasRow * plan.bn * 4, bias);
 #pragma unroll
     for (int i = 0; i < kFew; ++i) load_row<kV>(row + i * pitch, &v[i * kV]);
 #pragma unroll
     for (int i = 0; i < kFew * kV; ++i) v[i] += bias[i % kV];
     if (p.pre) {
       float u[kFew * kV], slopes[kFew * kV], shift[kV], slope[kV];
-      load_row(constants + kShift * plan.bn * 4, shift);
-      load_row(constants + kActSlope * plan.bn * 4, slope);
+      load_row(constants + kShiftRow * plan.bn * 4, shift);
+      load_row(constants + kActSlopeRow * plan.bn * 4, slope);
 #pragma unroll
       for (int i = 0; i < kFew * kV; ++i) {
         u[i] = v[i] + shift[i % kV];
@@ -96,24 +75,7 @@ struct ForwardEpilogue {
     merge_rows<kConvThreads>(state, shared_memory(), columns);
     if (thread_index() < columns && chunk.valid > 0) write_partials(p, plan, chunk, state);
     state.clear();  // frees its registers
-    conclude(p, plan);
-  }
-
-  // Merges the moments of a sample, and writes the coefficients, in the last block that has a part in them.
-  FF_APART static void conclude(const Params& p, const ConvPlan& plan) {
-    const Grid block = block_index();
-    if (!last_block(p.counters + block.z * plan.blocks_n + block.y, plan.groups)) return;
-    const MomentsMerge moments{p.partials, counts_of(p, plan), plan.n, plan.groups, plan.co, p.stats};
-    for (int i = 0; i < plan.bn; i += kMergeColumns) moments.run(block.z, block.y * plan.bn + i);
-    if (!p.block.coef || !last_block(p.counters + plan.n * plan.blocks_n + block.y, plan.n)) return;
-    for (int i = 0; i < plan.bn; i += kMergeColumns) {
-      write_coefficients(p.block, plan.n, plan.co, block.y * plan.bn + i);
-    }
-  }
-
-  // A block of channels has counts of its own: those of the others may not be there yet.
-  FF_DEVICE static float* counts_of(const Params& p, const ConvPlan& plan) {
-    return p.counts + block_index().y * plan.n * plan.groups;
+    conclude_forward(p, plan);
   }
 
   FF_DEVICE static void write_partials(const Params& p, const ConvPlan& plan, const Chunk& chunk, const State& state) {
@@ -126,44 +88,22 @@ struct ForwardEpilogue {
         partial[plan.co + i] = state.m2[i];
       }
     }
-    if (chunk.channel % plan.bn == 0) counts_of(p, plan)[slot] = state.count;
+    if (chunk.channel % plan.bn == 0) counts_of(p, plan, block_index().y)[slot] = state.count;
   }
 };
 
 template <class T>
 std::string forward_of(const ConvPlan& plan, const Forward& c, void* workspace, Stream stream, int storage) {
-  float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed_bytes(plan, storage));
-  float* counts = partials + plan.n * plan.groups * 2 * plan.co;
-  unsigned* counters = reinterpret_cast<unsigned*>(counts + plan.blocks_n * plan.n * plan.groups);
-  Block block = c.block;
-  if (block.uses_input) block.stats = c.stats;
-  Beside beside{{}, block, plan.n, plan.co};
-  if (block.uses_input) beside.block.coef = nullptr;
-  else block.coef = nullptr;
-  const std::string failure = prepare({&plan, c.weight, false, workspace, counters}, beside, storage, stream);
+  ForwardTargets<T> targets;
+  const std::string failure = begin_forward(plan, c, workspace, stream, storage, targets);
   if (!failure.empty()) return failure;
   const Sources in = sources_of<T>(c.inputs);
-  const typename ForwardEpilogue<T>::Params epilogue{c.bias,
-                                                     c.pre,
-                                                     c.out_coef,
-                                                     c.pre ? c.pre_act : kNone,
-                                                     c.out_act,
-                                                     static_cast<T*>(c.y),
-                                                     static_cast<T*>(c.raw),
-                                                     on_chunks<T>(c.y, plan.co) && on_chunks<T>(c.raw, plan.co),
-                                                     c.stats ? partials : nullptr,
-                                                     counts,
-                                                     c.stats,
-                                                     counters,
-                                                     block};
-  return launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, epilogue, stream);
+  return launch_conv<T, Activated, ForwardEpilogue>("fprop", plan, in, workspace, targets, stream);
 }
 
 }  // namespace
 
-int64_t forward_workspace(const ConvPlan& plan, int storage) {
-  return packed_bytes(plan, storage) + plan.n * plan.groups * (2 * plan.co + plan.blocks_n) * 4 + counters_of(plan) * 4;
-}
+int64_t forward_workspace(const ConvPlan& plan, int storage) { return forward_bytes(plan, storage); }
 
 std::string forward(const ConvPlan& plan, int storage, const Forward& call, void* workspace, Stream stream) {
   switch (storage) {

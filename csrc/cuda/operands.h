@@ -89,14 +89,74 @@ Gradients gradients_of(const Gradient& given, int channels, const Extent& size) 
   return {given, channels, 1.0f / (static_cast<float>(size.d) * size.h * size.w), aligned};
 }
 
+// Rows of constants of a gradient in shared memory.
+enum GradientRow { kShift, kActSlope, kMean, kDMean, kDVariance, kScale };
+
+// Those of kW channels. With y: shift, slope, m, dm / |S| and 2 dv / |S|; without: the scale, in place of the shift.
+template <int kW>
+struct GradientRows {
+  float shift[kW], slope[kW], mean[kW], dmean[kW], dvariance[kW];
+
+  FF_DEVICE void load(int from, int count, bool with_y) {
+    load_row(from + (with_y ? kShift : kScale) * count * 4, shift);
+    load_row(from + kActSlope * count * 4, slope);
+    load_row(from + kMean * count * 4, mean);
+    load_row(from + kDMean * count * 4, dmean);
+    load_row(from + kDVariance * count * 4, dvariance);
+  }
+};
+
+  // The constants of `count` channels from `first` on, rows [count]; kThreads threads do it.
+  template <int kThreads>
+  FF_DEVICE void load_gradient_rows(const Gradients& in, int64_t n, int64_t batch, int first, int count, int at) {
+    float* out = reinterpret_cast<float*>(shared_memory() + at);
+    const Gradient& from = in.given;
+#pragma unroll 1
+    for (int i = crew_thread<kThreads>(); i < count; i += kThreads) {
+      const int channel = first + i;
+      const bool present = channel < in.channels, moments = present && from.y;
+      const int64_t mean = n * in.channels + channel, variance = mean + batch * in.channels;
+      out[kShift * count + i] = present && from.pre ? from.pre[channel] : 0.0f;
+      out[kActSlope * count + i] = present && from.pre ? from.pre[in.channels + channel] : 0.0f;
+      out[kMean * count + i] = moments ? from.stats[mean] : 0.0f;
+      out[kDMean * count + i] = moments ? from.dstats[mean] * in.share : 0.0f;
+      out[kDVariance * count + i] = moments ? from.dstats[variance] * (2 * in.share) : 0.0f;
+      out[kScale * count + i] = present && from.scale ? from.scale[mean] : 1.0f;
+    }
+  }
+
+// e of kFew voxels, from dy in `e` and y; zero for voxels outside of the map, whose number is negative.
+template <int kW, int kFew>
+FF_DEVICE void through_moments(const GradientRows<kW>& rows, int act, const int (&number)[kFew], float (&y)[kFew * kW],
+                               float (&e)[kFew * kW], float (&at_slope)[kFew * kW]) {
+  float slopes[kFew * kW], slope_z[kFew * kW];
+#pragma unroll
+  for (int i = 0; i < kFew * kW; ++i) {
+    y[i] += rows.shift[i % kW];
+    slopes[i] = rows.slope[i % kW];
+  }
+  activate(y, slopes, act, slope_z, [&](int i, float derivative) { at_slope[i] = derivative; });
+#pragma unroll
+  for (int i = 0; i < kFew * kW; ++i) {
+    const bool present = number[i / kW] >= 0;
+    const float du = rows.dmean[i % kW] + (y[i] - rows.mean[i % kW]) * rows.dvariance[i % kW];
+    e[i] += du * slope_z[i];
+    e[i] = present ? e[i] : 0.0f;
+    at_slope[i] = present ? at_slope[i] * du : 0.0f;
+  }
+}
+template <int kW, int kFew>
+FF_DEVICE void scaled(const GradientRows<kW>& rows, const int (&number)[kFew], float (&e)[kFew * kW]) {
+#pragma unroll
+  for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] * rows.shift[i % kW] : 0.0f;
+}
+
 template <class T, int kBlock>
 struct RawGradient {
   using Params = Gradients;
   using Box = Slab<T, kBlock>;
   static constexpr int kW = Box::kPiece;
   using State = Sums<2, kW>;  // of e, and of the gradient at the slope
-
-  enum Constant { kShift, kActSlope, kMean, kDMean, kDVariance, kScale };
 
   FF_DEVICE static bool pending(const Gradients& in) { return in.given.y || in.given.scale; }
 
@@ -108,20 +168,7 @@ struct RawGradient {
   }
 
   FF_DEVICE static void load_constants(const Gradients& in, int64_t n, int64_t batch, int block, int at) {
-    float* out = reinterpret_cast<float*>(shared_memory() + at);
-    const Gradient& from = in.given;
-#pragma unroll 1
-    for (int i = thread_index(); i < kBlock; i += kConvThreads) {
-      const int channel = block * kBlock + i;
-      const bool present = channel < in.channels, moments = present && from.y;
-      const int64_t mean = n * in.channels + channel, variance = mean + batch * in.channels;
-      out[kShift * kBlock + i] = present && from.pre ? from.pre[channel] : 0.0f;
-      out[kActSlope * kBlock + i] = present && from.pre ? from.pre[in.channels + channel] : 0.0f;
-      out[kMean * kBlock + i] = moments ? from.stats[mean] : 0.0f;
-      out[kDMean * kBlock + i] = moments ? from.dstats[mean] * in.share : 0.0f;
-      out[kDVariance * kBlock + i] = moments ? from.dstats[variance] * (2 * in.share) : 0.0f;
-      out[kScale * kBlock + i] = present && from.scale ? from.scale[mean] : 1.0f;
-    }
+    load_gradient_rows<kConvThreads>(in, n, batch, block * kBlock, kBlock, at);
   }
 
   FF_DEVICE static void transform(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside,
@@ -138,37 +185,18 @@ struct RawGradient {
     if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;
     const int from = constants + thread_anew() % Box::kPieces * kW * 4;
-    // with y: shift, slope, m, dm / |S| and 2 dv / |S|; without: the scale, in place of the shift
-    float shift[kW], slope[kW], mean[kW], dmean[kW], dvariance[kW];
-    load_row(from + (in.given.y ? kShift : kScale) * kBlock * 4, shift);
-    load_row(from + kActSlope * kBlock * 4, slope);
-    load_row(from + kMean * kBlock * 4, mean);
-    load_row(from + kDMean * kBlock * 4, dmean);
-    load_row(from + kDVariance * kBlock * 4, dvariance);
+    GradientRows<kW> rows;
+    rows.load(from, kBlock, in.given.y);
     const int64_t begin = n * box.map.volume() * in.channels + channel;
     box.template each<Box::kPieces, kFew>([&](const int (&number)[kFew], int offset) {
       float e[kFew * kW], at_slope[kFew * kW] = {};
       Box::load_pieces(at + offset, number, e);
       if (in.given.y) {
-        float y[kFew * kW], slopes[kFew * kW], slope_z[kFew * kW];
+        float y[kFew * kW];
         Box::load_pieces(beside + offset, number, y);
-#pragma unroll
-        for (int i = 0; i < kFew * kW; ++i) {
-          y[i] += shift[i % kW];
-          slopes[i] = slope[i % kW];
-        }
-        activate(y, slopes, act, slope_z, [&](int i, float derivative) { at_slope[i] = derivative; });
-#pragma unroll
-        for (int i = 0; i < kFew * kW; ++i) {
-          const bool present = number[i / kW] >= 0;
-          const float du = dmean[i % kW] + (y[i] - mean[i % kW]) * dvariance[i % kW];
-          e[i] += du * slope_z[i];
-          e[i] = present ? e[i] : 0.0f;
-          at_slope[i] = present ? at_slope[i] * du : 0.0f;
-        }
+        through_moments(rows, act, number, y, e, at_slope);
       } else if (in.given.scale) {
-#pragma unroll
-        for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] * shift[i % kW] : 0.0f;
+        scaled(rows, number, e);
       }
       add(e, at_slope);
       if (!pending(in)) return;

@@ -10,8 +10,9 @@ namespace fastfilm::cuda {
 
 // A weight to pack for the convolution of a layout. With `backward` rows are the layer's input channels and columns its output
 // channels.
+template <class Plan>
 struct Packing {
-  const ConvPlan* plan;  // null: there is nothing to pack
+  const Plan* plan;  // null: there is nothing to pack
   Weight weight;
   bool backward;
   void* packed;
@@ -26,13 +27,16 @@ struct Beside {
 };
 
 // Packs a weight and does the further work, in one launch.
-std::string prepare(const Packing& packing, const Beside& beside, int storage, Stream stream);
+template <class Plan>
+std::string prepare(const Packing<Plan>& packing, const Beside& beside, int storage, Stream stream);
 
 // A counter of the blocks of threads that are done for each sample and block of channels of the result (`last_block`),
 // and one of the samples that are done for each block of channels.
-inline int counters_of(const ConvPlan& plan) { return static_cast<int>(plan.n + 1) * plan.blocks_n; }
+template <class Plan>
+int counters_of(const Plan& plan) { return static_cast<int>(plan.n + 1) * plan.blocks_n; }
 
-inline int64_t packed_bytes(const ConvPlan& plan, int storage) {
+template <class Plan>
+int64_t packed_bytes(const Plan& plan, int storage) {
   return (plan.packed * bytes_of(storage) + 255) / 256 * 256;
 }
 

@@ -1,5 +1,5 @@
 // The choice of a convolution's layout: the tile, the blocks of channels and the blocks of threads.
-#include "plan.h"
+#include "extents.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -28,33 +28,6 @@ constexpr Variant kWgradFloat[] = {{32, 16}};
 constexpr int kMoments = 5, kSums = 10;
 constexpr int kCoefficients = 7, kConstants = 10;  // of a channel of the input, and of the output of a forward pass
 constexpr int kPartBytes = 12 * 1024;            // weights that come at a time, at most, where a tap has less
-
-int up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-int align(int bytes) { return up(bytes, 128) * 128; }
-int axis(const Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
-int& axis(Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
-
-Extent map(const Extent& a, const Extent& b, int (*f)(int, int)) { return {f(a.d, b.d), f(a.h, b.h), f(a.w, b.w)}; }
-
-// The class of output voxels whose coordinates have the remainders r, and its taps; none where one axis has none.
-Taps backward_taps(const ConvShape& s, const Extent& r) {
-  Taps t{{1, 1, 1}, {0, 0, 0}, r, {0, 0, 0}, 0};
-  for (int i = 0; i < 3; ++i) {
-    const int step = i == 0 && s.dims == 2 ? 1 : s.stride;
-    int count = 0, first = 0;
-    for (int k = 0; k < axis(s.kernel, i); ++k) {
-      if ((axis(r, i) + axis(s.padding, i) - k) % step == 0) {
-        ++count;
-        first = k;
-      }
-    }
-    axis(t.count, i) = count;
-    axis(t.kernel_first, i) = first;
-    axis(t.base, i) = (axis(r, i) + axis(s.padding, i) - first) / step;
-  }
-  if (t.count.volume() == 0) t.count = {0, 0, 0};
-  return t;
-}
 
 // The slab of a tile whose voxels are `step` apart in it.
 Extent slab_of(const Extent& tile_log2, const Extent& count, int step) {
@@ -136,8 +109,6 @@ bool fits(ConvPlan& p, const Variant& v, const Extent& tile, int element, bool r
   return false;
 }
 
-int64_t voxels_of(const Extent& e) { return static_cast<int64_t>(e.d) * e.h * e.w; }
-
 template <class Plan, class Fits>
 bool best_tile(Plan& plan, const Extent& size, int dims, const Extent& count, Fits fits_in) {
   double least = std::numeric_limits<double>::max();
@@ -175,7 +146,7 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
   if (forward) {
     p.classes = 1;
     p.kernel_step = 1;
-    p.taps[0] = {s.kernel, {-s.padding.d, -s.padding.h, -s.padding.w}, {0, 0, 0}, {0, 0, 0}, 0};
+    p.taps[0] = {{s.kernel, {-s.padding.d, -s.padding.h, -s.padding.w}, {0, 0, 0}, {0, 0, 0}}};
     const bool one = s.kernel.volume() == 1;
     p.slab_step = one ? 1 : s.stride;
     p.load_step = one ? s.stride : 1;
@@ -187,7 +158,7 @@ std::string plan_conv(const ConvShape& s, Direction direction, const Device& dev
     const int depths = s.dims == 3 ? s.stride : 1;
     for (int d = 0; d < depths; ++d)
       for (int h = 0; h < s.stride; ++h)
-        for (int w = 0; w < s.stride; ++w) p.taps[p.classes++] = backward_taps(s, {d, h, w});
+        for (int w = 0; w < s.stride; ++w) p.taps[p.classes++] = {backward_box(s, {d, h, w})};
     size = {up(p.out.d, depths), up(p.out.h, s.stride), up(p.out.w, s.stride)};
   }
   Extent count{1, 1, 1};

@@ -50,8 +50,10 @@ struct ConvShape {
 
 // A class of output voxels, out_first + out_step * j, and the box of `count` taps that each of them reads. Tap t reads
 // input voxel (j * slab_step + t) * load_step + base with the kernel's weights at kernel_first + t * kernel_step.
-struct Taps {
+struct Box {
   Extent count, base, out_first, kernel_first;
+};
+struct Taps : Box {
   int64_t weights;  // the place where its packed weights begin, in elements
   SlabShape slab;   // the voxels that the taps of a tile read
 };
@@ -74,6 +76,9 @@ struct ConvPlan {
   int shared_bytes, resident_blocks;   // of a block of threads; blocks that a multiprocessor has room for, 1 or 2
   int groups, tiles_a_group;           // blocks of one sample and class, and the tiles each takes
   int64_t packed;                      // elements of the packed weights
+
+  // Partial results of a sample and channel.
+  FF_CONSTEXPR_DEVICE int partial_slots() const { return classes * groups; }
 };
 
 // The results of a kernel: kForward the convolution, kBackward the gradient at the input.

@@ -114,7 +114,9 @@ struct Slab {
 // Loads one number for each of kV channels from shared memory.
 template <int kV>
 FF_DEVICE void load_row(int at, float* row) {
-  if constexpr (kV == 2) {
+  if constexpr (kV == 1) {
+    row[0] = *reinterpret_cast<const float*>(shared_memory() + at);
+  } else if constexpr (kV == 2) {
     const Word8 word = load8(shared_memory() + at);
     row[0] = bits_to_float(word.w[0]);
     row[1] = bits_to_float(word.w[1]);
@@ -139,14 +141,22 @@ struct CoefSource {
   int channels;
 };
 
+// The number of this thread among kThreads threads that work together: all of a block of kConvThreads, or some whose
+// first one has a number divisible by kThreads.
+template <int kThreads>
+FF_DEVICE int crew_thread() {
+  return kThreads == kConvThreads ? thread_index() : thread_index() % kThreads;
+}
+
 // Brings the coefficients of sample n and `count` channels from `first` on into shared memory, rows [count].
 // `source(channel)` returns the source of a channel, whose number in it `channel` becomes. Where nothing is pending they
-// are the identity, and for channels that do not exist zeros, under which v = 0.
-template <class F>
+// are the identity, and for channels that do not exist zeros, under which v = 0. kThreads threads do it, all of a block or
+// some that lie together.
+template <int kThreads = kConvThreads, class F>
 FF_DEVICE void load_rows(int64_t batch, int64_t n, int first, int count, int at, F source) {
   float* out = reinterpret_cast<float*>(shared_memory() + at);
 #pragma unroll 1
-  for (int i = thread_index(); i < kCoefRows * count; i += kConvThreads) {
+  for (int i = crew_thread<kThreads>(); i < kCoefRows * count; i += kThreads) {
     const int row = i / count;
     int channel = first + i % count;
     const CoefSource from = source(channel);

@@ -1,18 +1,8 @@
 // The emulation of a GPU on the host: fibers, barriers, copies and matrix instructions; emulation.h has the interface.
-#include "../cuda/primitives.h"
-
-#include <setjmp.h>
-#include <ucontext.h>
+#include "state.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <deque>
-#include <memory>
-#include <random>
-#include <stdexcept>
-#include <string>
 #include <utility>
-#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -21,69 +11,16 @@
 #endif
 
 namespace fastfilm::cuda::emulated {
-namespace {
-
-constexpr int kWarp = 32;
-constexpr size_t kStack = 256 * 1024;
-
-struct Copy {
-  void* shared;
-  const void* global;
-  int bytes;
-};
-
-struct Fiber {
-  ucontext_t context;
-  jmp_buf state;
-  bool started = false;
-  std::unique_ptr<char[]> stack{new char[kStack]};
-  void* fake_stack = nullptr;
-  const uint64_t* watched = nullptr;  // the fiber runs again once this counter differs from `seen`
-  uint64_t seen = 0;
-  bool done = false;
-  std::vector<Copy> issued;
-  std::deque<std::vector<Copy>> groups;
-  int64_t fenced = -1;  // arrivals of the block at this thread's last fence
-  std::string error;
-};
-
-// A meeting of a warp's lanes: each leaves its operands, and the last to arrive computes the results of all.
-struct Rendezvous {
-  int arrived = 0;
-  uint64_t generation = 0;
-  uint32_t in[kWarp][6];
-  const void* rows[kWarp];
-  uint32_t out[kWarp][4];
-  float sums[kWarp][4];
-};
-
-struct Block {
-  explicit Block(std::vector<Fiber>& pool) : fibers(pool) {}
-
-  std::vector<Fiber>& fibers;
-  Request request;
-  Grid index;
-  std::vector<Rendezvous> warps;
-  std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
-  int at_barrier = 0;
-  uint64_t barrier_generation = 0;
-  int64_t arrivals = 0;
-  int current = 0;
-  jmp_buf scheduler_state;
-  void* scheduler_fake = nullptr;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_size = 0;
-};
 
 Block* block = nullptr;
 uint64_t seed = 0;
+
+namespace {
+
 int64_t block_limit = 0;
+Device the_device{2, 163 * 1024, 80};
 std::string reason;
 std::vector<std::string> launched_kernels;
-
-struct Stop : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 void to_scheduler(bool last) {
   Fiber& f = block->fibers[block->current];
@@ -97,13 +34,6 @@ void to_scheduler(bool last) {
 #endif
 }
 
-void wait_for(const uint64_t* counter, uint64_t seen) {
-  Fiber& f = block->fibers[block->current];
-  f.watched = counter;
-  f.seen = seen;
-  to_scheduler(false);
-}
-
 void fiber_main() {
 #ifdef FF_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_size);
@@ -113,11 +43,16 @@ void fiber_main() {
     try {
       block->request.body(block->request.params);
       if (!f.groups.empty() || !f.issued.empty()) f.error = "an asynchronous copy was never waited for";
-      if (block->arrivals && f.fenced != block->arrivals) f.error = "no fence follows an arrival";
+      if (f.fenced >= 0 && f.fenced != block->arrivals) f.error = "no fence follows an arrival";
+      end_products();
     } catch (const Stop& stop) {
       f.error = stop.what();
     }
     f.done = true;
+    ++block->events;
+    --block->running;
+    // the others may have waited for this thread alone
+    release_barrier_if_complete();
   }
   to_scheduler(true);
 }
@@ -126,6 +61,7 @@ void resume(int i) {
   block->current = i;
   Fiber& f = block->fibers[i];
   f.watched = nullptr;
+  f.waiting = Waiting::kNothing;
 #ifdef FF_ASAN
   __sanitizer_start_switch_fiber(&block->scheduler_fake, f.stack.get(), kStack);
 #endif
@@ -141,12 +77,64 @@ void resume(int i) {
   if (f.done && !f.error.empty()) throw Stop(f.error);
 }
 
-void run_block(std::mt19937_64& random) {
+// What a waiting thread waits for; `several` says whether the subject is more than one.
+std::string waiting_text(const Fiber& f, int thread, bool several) {
+  const std::string wait = several ? " wait for " : " waits for ";
+  switch (f.waiting) {
+    case Waiting::kBarrier:
+      return wait + "the barrier of all threads (" + std::to_string(block->running - block->at_barrier) + " missing)";
+    case Waiting::kWarp:
+      return wait + "the rest of the warp";
+    case Waiting::kNamed: {
+      const NamedBarrier& b = block->named[f.waits_at];
+      return wait + "barrier " + std::to_string(f.waits_at) + " (" + std::to_string(b.threads - b.arrived) + " of " +
+             std::to_string(b.threads) + " threads missing)";
+    }
+    case Waiting::kMbarrier:
+      return wait + mbarrier_text(f.waits_at, f.waits_parity);
+    case Waiting::kPoll:
+      return (several ? " poll " : " polls ") + mbarrier_text(f.waits_at, f.waits_parity);
+    case Waiting::kRegisters:
+      return wait + registers_text(thread / kWarp);
+    case Waiting::kRound:
+    case Waiting::kNothing:
+      break;
+  }
+  return several ? " run" : " runs";
+}
+
+// Who waits for what: runs of threads that wait for the same, as warps where they are whole ones.
+std::string deadlock_text() {
+  std::string text;
+  const int count = block->request.threads;
+  const auto alike = [](const Fiber& f, const Fiber& other) {
+    return f.done == other.done && f.waiting == other.waiting && f.waits_at == other.waits_at &&
+           f.waits_parity == other.waits_parity;
+  };
+  for (int first = 0, last = 0; first < count; first = last) {
+    const Fiber& f = block->fibers[first];
+    while (last < count && alike(f, block->fibers[last])) ++last;
+    if (first % kWarp == 0 && last - first > kWarp) last -= last % kWarp;
+    if (f.done) continue;
+    const int unit = first % kWarp || last % kWarp ? 1 : kWarp;
+    const int from = first / unit, to = last / unit - 1;
+    std::string who = unit == kWarp ? "warp" : "thread";
+    who += (from == to ? " " : "s ") + std::to_string(from);
+    if (from != to) who += "-" + std::to_string(to);
+    text += (text.empty() ? "deadlock: " : "; ") + who + waiting_text(f, first, from != to);
+  }
+  return text;
+}
+
+void run_block() {
+  std::mt19937_64& random = block->random;
   const int count = block->request.threads;
   for (int i = 0; i < count; ++i) {
     Fiber& f = block->fibers[i];
     f.done = f.started = false;
     f.watched = nullptr;
+    f.waiting = Waiting::kNothing;
+    f.began = false;
     f.issued.clear();
     f.groups.clear();
     f.fenced = -1;
@@ -166,49 +154,78 @@ void run_block(std::mt19937_64& random) {
   if (block->shared) std::memset(block->shared.get(), 0xff, block->request.shared_bytes);
   for (Rendezvous& w : block->warps) w.arrived = 0;
   block->at_barrier = 0;
+  block->running = count;
+  block->late = 0;
   block->arrivals = 0;
+  begin_sm90();
   std::vector<int> warps(count / kWarp), lanes(kWarp);
   for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
   for (int i = 0; i < kWarp; ++i) lanes[i] = i;
-  for (int left = count; left > 0;) {
-    bool moved = false;
+  // Runs one thread; false if all it did was to ask again and be told no.
+  const auto moves = [](int thread) {
+    const Fiber& f = block->fibers[thread];
+    const bool polled = f.waiting == Waiting::kPoll;
+    const uint64_t events = block->events;
+    resume(thread);
+    return f.done || !polled || f.waiting != Waiting::kPoll || events != block->events;
+  };
+  // a warp that asks in one of so many rounds does nothing but ask; if the others only wait, it is asked no longer
+  constexpr uint64_t kAsks = 16, kPatience = 1000;
+  std::vector<uint64_t> asked(warps.size(), 0);
+  uint64_t progress = block->rounds += kAsks;
+  while (block->running > 0) {
+    const uint64_t events = block->events, round = ++block->rounds;
+    bool moved = complete_copies(false) || block->late > 0;
     if (seed) std::shuffle(warps.begin(), warps.end(), random);
     for (int w : warps) {
       // with a seed a warp runs as far as it can, so that warps are as far apart as barriers allow
       for (bool again = true; again;) {
         again = false;
+        bool polls = false;
         if (seed) std::shuffle(lanes.begin(), lanes.end(), random);
         for (int lane : lanes) {
           Fiber& f = block->fibers[w * kWarp + lane];
           if (f.done || (f.watched && *f.watched == f.seen)) continue;
-          moved = true;
-          again = seed != 0;
-          resume(w * kWarp + lane);
-          left -= f.done;
+          if (moves(w * kWarp + lane)) moved = again = true;
+          polls |= f.waiting == Waiting::kPoll;
         }
+        if (polls) asked[w] = round;
+        if (again && asked[w] + kAsks < round) progress = round;
+        again = again && seed && !polls;
       }
     }
-    if (!moved) throw Stop("deadlock: a barrier or a warp collective that not every thread reaches");
+    if (events != block->events) progress = round;
+    const bool stuck = !moved || progress + kPatience < round;
+    if (stuck && block->running && !complete_copies(true)) throw Stop(deadlock_text());
   }
-}
-
-Rendezvous& warp() { return block->warps[block->current / kWarp]; }
-
-// Calls `compute` in the lane that arrives last; returns in every lane after that.
-template <class Compute>
-void meet(Compute compute) {
-  Rendezvous& w = warp();
-  const uint64_t generation = w.generation;
-  if (++w.arrived == kWarp) {
-    compute(w);
-    w.arrived = 0;
-    ++w.generation;
-  } else {
-    wait_for(&w.generation, generation);
-  }
+  end_block_sm90();
 }
 
 }  // namespace
+
+void wait_for(const uint64_t* counter, uint64_t seen, Waiting what, int at, int parity) {
+  Fiber& f = fiber();
+  f.watched = counter;
+  f.seen = seen;
+  f.waiting = what;
+  f.waits_at = at;
+  f.waits_parity = parity;
+  to_scheduler(false);
+}
+
+void poll(int at, int parity) {
+  Fiber& f = fiber();
+  f.waiting = Waiting::kPoll;
+  f.waits_at = at;
+  f.waits_parity = parity;
+  to_scheduler(false);
+}
+
+void wait_for_round() {
+  ++block->late;
+  wait_for(&block->rounds, block->rounds, Waiting::kRound);
+  --block->late;
+}
 
 void note(const char* kernel) { launched_kernels.push_back(kernel); }
 std::vector<std::string> launches() { return std::exchange(launched_kernels, {}); }
@@ -221,12 +238,13 @@ const char* run(const Request& request) {
   Block b(pool);
   b.request = request;
   b.warps.resize(request.threads / kWarp);
+  b.products.resize(request.threads / kWarp);
   // of the exact size, so that a sanitizer sees accesses behind the end
   void* shared = nullptr;
   if (request.shared_bytes && posix_memalign(&shared, 1024, request.shared_bytes)) return "out of memory";
   b.shared.reset(static_cast<unsigned char*>(shared));
   block = &b;
-  std::mt19937_64 random(seed);
+  b.random.seed(seed);
   const char* result = nullptr;
   const int64_t blocks = int64_t{1} * request.grid.x * request.grid.y * request.grid.z;
   const Grid first = block_limit && blocks > block_limit
@@ -236,11 +254,11 @@ const char* run(const Request& request) {
   for (int z = first.z; z < request.grid.z; ++z)
     for (int y = first.y; y < request.grid.y; ++y)
       for (int x = first.x; x < request.grid.x; ++x) order.push_back({x, y, z});
-  if (seed) std::shuffle(order.begin(), order.end(), random);
+  if (seed) std::shuffle(order.begin(), order.end(), b.random);
   try {
     for (const Grid& index : order) {
       b.index = index;
-      run_block(random);
+      run_block();
     }
   } catch (const Stop& stop) {
     reason = stop.what();
@@ -252,30 +270,44 @@ const char* run(const Request& request) {
 
 void set_seed(uint64_t value) { seed = value; }
 void set_block_limit(int64_t value) { block_limit = value; }
+void set_device(int capability, int shared_bytes, int multiprocessors) {
+  the_device = {multiprocessors, shared_bytes, capability};
+}
+Device current_device() { return the_device; }
 int thread_index() { return block->current; }
 Grid block_index() { return block->index; }
 Grid grid_size() { return block->request.grid; }
 unsigned char* shared_memory() { return block->shared.get(); }
 
+void release_barrier_if_complete() {
+  if (block->at_barrier == 0 || block->at_barrier < block->running) return;
+  block->at_barrier = 0;
+  ++block->barrier_generation;
+  ++block->events;
+}
+
 void barrier() {
   const uint64_t generation = block->barrier_generation;
-  if (++block->at_barrier == block->request.threads) {
-    block->at_barrier = 0;
-    ++block->barrier_generation;
-  } else {
-    wait_for(&block->barrier_generation, generation);
-  }
+  ++block->at_barrier;
+  release_barrier_if_complete();
+  if (block->barrier_generation == generation) wait_for(&block->barrier_generation, generation, Waiting::kBarrier);
 }
 
 void warp_barrier() {
   meet([](Rendezvous&) {});
 }
 
-void fence() { block->fibers[block->current].fenced = block->arrivals; }
+void fence() {
+  Fiber& f = fiber();
+  if (f.fenced < 0 && block->arrivals) fail("a thread comes to its first fence behind an arrival");
+  f.fenced = block->arrivals;
+}
 
 unsigned arrive(unsigned* counter) {
+  if (fiber().fenced != block->arrivals) fail("arrive: the thread has not come to a fence");
   for (int i = 0; i < block->request.threads; ++i) {
-    if (block->fibers[i].fenced != block->arrivals) fail("arrive: not every thread has come to a fence");
+    const Fiber& f = block->fibers[i];
+    if (!f.done && f.fenced >= 0 && f.fenced != block->arrivals) fail("arrive: not every thread has come to a fence");
   }
   ++block->arrivals;
   return (*counter)++;
@@ -293,32 +325,51 @@ float shuffle_xor(float value, int mask) {
   return other;
 }
 
-unsigned char* shared16(const char* who, int at) {
-  if (at % 16 || at < 0 || at + 16 > block->request.shared_bytes) {
-    throw Stop(std::string(who) + ": shared memory has no 16 bytes at " + std::to_string(at));
+namespace {
+
+unsigned char* place(const char* who, int at, int bytes) {
+  if (at % bytes || at < 0 || at + bytes > block->request.shared_bytes) {
+    throw Stop(std::string(who) + ": shared memory has no " + std::to_string(bytes) + " bytes at " +
+               std::to_string(at));
   }
   return block->shared.get() + at;
 }
 
+}  // namespace
+
+unsigned char* shared16(const char* who, int at) { return place(who, at, 16); }
+unsigned char* shared8(const char* who, int at) { return place(who, at, 8); }
+unsigned char* write16(const char* who, int at) {
+  unsigned char* shared = place(who, at, 16);
+  note_write(block->current, at, 16);
+  return shared;
+}
+unsigned char* write8(const char* who, int at) {
+  unsigned char* shared = place(who, at, 8);
+  note_write(block->current, at, 8);
+  return shared;
+}
+
 void copy_async16(int at, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async16: misaligned address");
-  void* shared = shared16("copy_async16", at);
-  std::memset(shared, 0xff, 16);
-  block->fibers[block->current].issued.push_back({shared, global, bytes});
+  std::memset(shared16("copy_async16", at), 0xff, 16);
+  note_write(block->current, at, 16, true);
+  fiber().issued.push_back({at, global, bytes});
 }
 
 void commit_copies() {
-  Fiber& f = block->fibers[block->current];
+  Fiber& f = fiber();
   f.groups.push_back(std::move(f.issued));
   f.issued.clear();
 }
 
 void wait_copies(int pending) {
-  Fiber& f = block->fibers[block->current];
+  Fiber& f = fiber();
   while (static_cast<int>(f.groups.size()) > pending) {
     for (const Copy& c : f.groups.front()) {
-      std::memset(c.shared, 0, 16);
-      if (c.bytes) std::memcpy(c.shared, c.global, c.bytes);
+      unsigned char* shared = write16("copy_async16", c.at);
+      std::memset(shared, 0, 16);
+      if (c.bytes) std::memcpy(shared, c.global, c.bytes);
     }
     f.groups.pop_front();
   }

@@ -39,23 +39,33 @@ void set_seed(uint64_t seed);
 // Sets a limit: of a launch of more blocks only the last one runs, for maps too large to run whole. 0: no limit.
 void set_block_limit(int64_t value);
 
+// Sets what query_device returns.
+void set_device(int capability, int shared_bytes, int multiprocessors);
+Device current_device();
+
 // Notes the name of a kernel that was launched; `launches` gives the names since its last call.
 void note(const char* kernel);
 std::vector<std::string> launches();
 
 void fail(const char* reason);
 
-// The address of 16 bytes of shared memory; an error if they are misaligned or not inside.
+// The address of 16 (8) bytes of shared memory; an error if they are misaligned or not inside. `write16` notes that the
+// current thread writes them.
 unsigned char* shared16(const char* who, int at);
+unsigned char* shared8(const char* who, int at);
+unsigned char* write16(const char* who, int at);
+unsigned char* write8(const char* who, int at);
 
 int thread_index();
 Grid block_index();
 Grid grid_size();
 unsigned char* shared_memory();
+// A barrier of all threads that have not ended.
 void barrier();
 void warp_barrier();
 void fence();
-// An error unless every thread of the block has come to a fence, which must follow in each of them too.
+// An error unless every thread of the block has come to a fence, which must follow in each of them too. Threads that
+// have ended, and those that never come to one, are exempt.
 unsigned arrive(unsigned* counter);
 float shuffle_xor(float value, int mask);
 void copy_async16(int shared, const void* global, int bytes);
@@ -166,7 +176,7 @@ inline void store8(void* at, const Word8& v) {
 }
 
 inline Word16 load_shared16(int at) { return load16(emulated::shared16("load_shared16", at)); }
-inline void store_shared16(int at, const Word16& v) { store16(emulated::shared16("store_shared16", at), v); }
+inline void store_shared16(int at, const Word16& v) { store16(emulated::write16("store_shared16", at), v); }
 
 template <class Kernel>
 const char* launch(Grid grid, int shared_bytes, Stream, const typename Kernel::Params& params) {
@@ -174,6 +184,6 @@ const char* launch(Grid grid, int shared_bytes, Stream, const typename Kernel::P
   return emulated::run({grid, Kernel::kThreads, shared_bytes, body, &params});
 }
 
-inline Device query_device() { return {2, 163 * 1024, 80}; }
+inline Device query_device() { return emulated::current_device(); }
 
 }  // namespace fastfilm::cuda

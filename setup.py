@@ -47,12 +47,17 @@ CUDA_KERNELS = [  # those that take longest to compile first
         "dgrad",
         "fprop",
         "wgrad",
+        "sm90/weight",
+        "sm90/forward",
+        "sm90/backward",
         "pointwise",
         "merge_partials",
         "pack",
     )
 ]
-CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp"]
+CUDA_SOURCES = [
+    f"csrc/cuda/{name}.cpp" for name in ("bindings", "plan", "sm90/layout", "sm90/weight_layout")
+]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90a"
 """Targets where FASTFILM_CUDA_ARCHS is not set and no GPU is there."""

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
@@ -285,9 +286,8 @@ class Convolution {
     if (outputs.empty()) {
       check(prepare(Packing<ConvPlan>{}, {left}, shape_.storage, stream));
     } else {
-      check(std::visit([&](const auto& plan) {
-        return backward(plan, shape_.storage, at_input, left, memory, stream);
-      }, plan(Direction::kBackward)));
+      check(std::visit([&](const auto& plan) { return backward(plan, shape_.storage, at_input, left, memory, stream); },
+                       plan(Direction::kBackward)));
     }
   }
 
@@ -347,7 +347,8 @@ class Convolution {
   }
   static void describe_warpgroups(py::dict& facts, const sm90::Layout& p) {
     facts["instruction"] = "wgmma";
-    facts["tile"] = py::make_tuple(1 + p.pair.d, sm90::kLines * p.shifts + p.half.h + p.pair.h, 8 + p.half.w + p.pair.w);
+    facts["tile"] = py::make_tuple(1 + p.pair.d, sm90::kLines * p.shifts + p.half.h + p.pair.h,
+                                   8 + p.half.w + p.pair.w);
     facts["channels"] = py::make_tuple(p.bn, p.bk);
     facts["shared_bytes"] = p.shared_bytes;
     facts["blocks"] = 1;
@@ -357,11 +358,20 @@ class Convolution {
     facts["part"] = p.stage_slices;
     facts["shifts"] = p.shifts;
     facts["useful"] = sm90::useful(p);
+    int height = 0, width = 0;
+    for (const sm90::Reads& reads : p.reads) {
+      height = std::max(height, reads.slab.size.h);
+      width = std::max(width, reads.slab.size.w);
+    }
+    facts["plane"] = py::make_tuple(height, width);
+    facts["slots"] = p.slots;
+    facts["stages"] = p.stages;
   }
   static void describe_warpgroups(py::dict& facts, const sm90::WeightLayout& p) {
     facts["instruction"] = "wgmma";
     facts["tile"] = py::make_tuple(p.tile.d, p.tile.h, p.tile.w);
     facts["channels"] = py::make_tuple(sm90::kRows, p.bn);
+    facts["slots"] = p.slots;
     facts["shared_bytes"] = p.shared_bytes;
     facts["blocks"] = 1;
     facts["tiles_a_block"] = p.tiles_a_group;

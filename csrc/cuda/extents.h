@@ -12,7 +12,9 @@ inline int align(int bytes) { return up(bytes, 128) * 128; }
 inline int axis(const Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
 inline int& axis(Extent& e, int i) { return i == 0 ? e.d : i == 1 ? e.h : e.w; }
 
-inline Extent map(const Extent& a, const Extent& b, int (*f)(int, int)) { return {f(a.d, b.d), f(a.h, b.h), f(a.w, b.w)}; }
+inline Extent map(const Extent& a, const Extent& b, int (*f)(int, int)) {
+  return {f(a.d, b.d), f(a.h, b.h), f(a.w, b.w)};
+}
 
 // The class of output voxels whose coordinates have the remainders r, and its taps; none where one axis has none.
 inline Box backward_box(const ConvShape& s, const Extent& r) {

@@ -106,24 +106,24 @@ struct GradientRows {
   }
 };
 
-  // The constants of `count` channels from `first` on, rows [count]; kThreads threads do it.
-  template <int kThreads>
-  FF_DEVICE void load_gradient_rows(const Gradients& in, int64_t n, int64_t batch, int first, int count, int at) {
-    float* out = reinterpret_cast<float*>(shared_memory() + at);
-    const Gradient& from = in.given;
+// The constants of `count` channels from `first` on, rows [count]; kThreads threads do it.
+template <int kThreads>
+FF_DEVICE void load_gradient_rows(const Gradients& in, int64_t n, int64_t batch, int first, int count, int at) {
+  float* out = reinterpret_cast<float*>(shared_memory() + at);
+  const Gradient& from = in.given;
 #pragma unroll 1
-    for (int i = crew_thread<kThreads>(); i < count; i += kThreads) {
-      const int channel = first + i;
-      const bool present = channel < in.channels, moments = present && from.y;
-      const int64_t mean = n * in.channels + channel, variance = mean + batch * in.channels;
-      out[kShift * count + i] = present && from.pre ? from.pre[channel] : 0.0f;
-      out[kActSlope * count + i] = present && from.pre ? from.pre[in.channels + channel] : 0.0f;
-      out[kMean * count + i] = moments ? from.stats[mean] : 0.0f;
-      out[kDMean * count + i] = moments ? from.dstats[mean] * in.share : 0.0f;
-      out[kDVariance * count + i] = moments ? from.dstats[variance] * (2 * in.share) : 0.0f;
-      out[kScale * count + i] = present && from.scale ? from.scale[mean] : 1.0f;
-    }
+  for (int i = crew_thread<kThreads>(); i < count; i += kThreads) {
+    const int channel = first + i;
+    const bool present = channel < in.channels, moments = present && from.y;
+    const int64_t mean = n * in.channels + channel, variance = mean + batch * in.channels;
+    out[kShift * count + i] = present && from.pre ? from.pre[channel] : 0.0f;
+    out[kActSlope * count + i] = present && from.pre ? from.pre[in.channels + channel] : 0.0f;
+    out[kMean * count + i] = moments ? from.stats[mean] : 0.0f;
+    out[kDMean * count + i] = moments ? from.dstats[mean] * in.share : 0.0f;
+    out[kDVariance * count + i] = moments ? from.dstats[variance] * (2 * in.share) : 0.0f;
+    out[kScale * count + i] = present && from.scale ? from.scale[mean] : 1.0f;
   }
+}
 
 // e of kFew voxels, from dy in `e` and y; zero for voxels outside of the map, whose number is negative.
 template <int kW, int kFew>

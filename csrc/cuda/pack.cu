@@ -37,8 +37,7 @@ FF_DEVICE Factor factor_of(const ConvPlan& plan, int64_t& i) {
   i += swizzle(inside * size) / size - inside;
   return {static_cast<int>(rest % plan.blocks_k) * plan.bk + column,
           static_cast<int>(rest / plan.blocks_k) * plan.bn + row,
-          {taps.kernel_first.d + depth * plan.kernel_step,
-           taps.kernel_first.h + tap / taps.count.w * plan.kernel_step,
+          {taps.kernel_first.d + depth * plan.kernel_step, taps.kernel_first.h + tap / taps.count.w * plan.kernel_step,
            taps.kernel_first.w + tap % taps.count.w * plan.kernel_step}};
 }
 

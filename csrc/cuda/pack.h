@@ -33,7 +33,9 @@ std::string prepare(const Packing<Plan>& packing, const Beside& beside, int stor
 // A counter of the blocks of threads that are done for each sample and block of channels of the result (`last_block`),
 // and one of the samples that are done for each block of channels.
 template <class Plan>
-int counters_of(const Plan& plan) { return static_cast<int>(plan.n + 1) * plan.blocks_n; }
+int counters_of(const Plan& plan) {
+  return static_cast<int>(plan.n + 1) * plan.blocks_n;
+}
 
 template <class Plan>
 int64_t packed_bytes(const Plan& plan, int storage) {

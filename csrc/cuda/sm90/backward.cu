@@ -18,6 +18,7 @@ struct CoefficientsAt {
 template <class T>
 struct BackwardEpilogue {
   using Params = BackwardTargets<T>;
+  static constexpr int kValues = 4;  // of a thread's row in two lines
 
   int64_t n;
   int block_n;
@@ -32,109 +33,108 @@ struct BackwardEpilogue {
     state[1].clear();
   }
 
+  // The groups of both halves take turns in the stagings.
   FF_DEVICE static Staging staging(const Layout& layout, int group) {
-    return {layout.staging_at + thread_index() / 32 * layout.staging_bytes + group % kAhead * kStagingBytes};
+    return {layout.staging_at + thread_anew() / 32 * layout.staging_bytes + group % kAhead * kStagingBytes};
   }
 
   // Starts to copy x of a group, where something is pending on it.
-  FF_DEVICE void bring(const Params& p, const Layout& layout, const Result& result, const Extent& first, int g) const {
-    const Group group(layout, result, first, g);
-    const Piece piece(layout, block_n);
+  FF_DEVICE void bring(const Params& p, const Layout& layout, const Half& half, int group) const {
+    const Piece piece(half, block_n);
     int channel = piece.channel;
     const int source = p.source_of(channel), valid = p.part[source].channels - channel;
     const Output& part = p.part[source];
     if (part.coef && valid > 0) {
       const T* base = static_cast<const T*>(part.x);
       const T* sample = base + (n * layout.out.volume() * part.channels + channel);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int voxel = piece.voxel + 16 * i, number = group.number(piece.shift, voxel / 8, voxel % 8);
-        const int to = staging(layout, g).place(voxel, piece.chunk);
-        const T* from = number < 0 ? base : sample + static_cast<int64_t>(number) * part.channels;
-        if (p.aligned[source]) {
-          copy_async16(to, from, number < 0 ? 0 : 16);
-        } else {
-          store_shared16(to, number < 0 ? Word16{} : load_chunk(from, valid < 8 ? valid : 8, false));
-        }
-      }
+      const Staging to = staging(layout, group);
+      piece.each(group, [&](int voxel, int number) {
+        const T* from = sample + static_cast<int64_t>(number) * part.channels;
+        if (p.aligned[source]) copy_async16(to.place(voxel, piece.chunk), from, 16);
+        else store_shared16(to.place(voxel, piece.chunk), load_chunk(from, valid < 8 ? valid : 8, false));
+      }, [&](int voxel) { store_shared16(to.place(voxel, piece.chunk), Word16{}); });
     }
     commit_copies();
   }
 
+  static_assert(kAhead == kGroups, "a half's groups are in the stagings");
   FF_DEVICE void begin(const Params& p, const Layout& layout, const Result& result, const Extent& first) {
+    const Half half(layout, result, first, 0);
 #pragma unroll 1
-    for (int g = 0; g < kAhead; ++g) bring(p, layout, result, first, g);
+    for (int g = 0; g < kGroups; ++g) bring(p, layout, half, g);
   }
 
   FF_DEVICE void write(const Params& p, const Layout& layout, const Result& result, const Extent& first,
                        Accumulators& sums) {
 #pragma unroll 1
-    for (int g = 0; g < kGroups; ++g) {
-      const Group group(layout, result, first, g);
-      const Staging at = staging(layout, g);
-      wait_copies<kAhead - 1>();
-      warp_barrier();
-      uint32_t x[kGroupLines / 2][4];
+    for (int h = 0; h < kHalves; ++h) {
+      const Half half(layout, result, first, h);
+#pragma unroll 1
+      for (int g = 0; g < kGroups; ++g) {
+        const Staging at = staging(layout, g);
+        wait_copies<kAhead - 1>();
+        warp_barrier();
 #pragma unroll
-      for (int i = 0; i < kGroupLines / 2; ++i) load_matrix4_transposed(x[i], at.row(2 * i));
+        for (int line = 0; line < kGroupLines; line += 2) {
+          uint32_t x[4];
+          load_matrix4_transposed(x, at.row(line));
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = product_row(r), columns = result.size.w - group.origin.w;
-        int channel = block_n * layout.bn + row % layout.bn;
-        const Output& part = p.part[p.source_of(channel)];
-        const int lines = channel < part.channels ? group.lines(row / layout.bn) : 0;
-        float v[2 * kGroupLines];
+          for (int r = 0; r < 2; ++r) {
+            const int row = product_row(r) & (layout.bn - 1);
+            // a voxel that is not in the map adds nothing to the sums
+            const int lines = half.lines(product_row(r) >> (6 - layout.shifts_log2)) - g * kGroupLines - line;
+            int channel = block_n * layout.bn + row;
+            const Output& part = p.part[p.source_of(channel)];
+            if (!part.coef) continue;
+            const auto number = [&](int i) -> float& { return sums[0][(line + i / 2) * 4 + 2 * r + i % 2]; };
+            const auto products = [&](float (&v)[kValues]) {
 #pragma unroll
-        for (int i = 0; i < 2 * kGroupLines; ++i) {
-          const bool present = i / 2 < lines && product_voxel(i % 2) < columns;
-          v[i] = present ? sums[0][i / 2 * 4 + 2 * r + i % 2] : 0.0f;
-        }
-        if (part.coef) {
-          float y[2 * kGroupLines], dv[2 * kGroupLines];
-#pragma unroll
-          for (int i = 0; i < 2 * kGroupLines; ++i) {
-            dv[i] = v[i];
-            const uint32_t pair = x[i / 4][i / 2 % 2 * 2 + r];
-            // what lies in the place of a voxel or channel that does not exist may be anything
-            const bool present = i / 2 < lines && product_voxel(i % 2) < columns;
-            y[i] = present ? to_float(T{static_cast<uint16_t>(pair >> i % 2 * 16)}) : 0.0f;
-          }
-          const auto given = [](const float (&from)[2 * kGroupLines]) {
-            return [&from](float (&to)[2 * kGroupLines]) {
-#pragma unroll
-              for (int i = 0; i < 2 * kGroupLines; ++i) to[i] = from[i];
+              for (int i = 0; i < kValues; ++i) {
+                v[i] = i / 2 < lines && product_voxel(i % 2) < half.columns() ? number(i) : 0.0f;
+              }
             };
-          };
-          const CoefficientsAt coef{layout.outputs_at + row % layout.bn * 4, layout.bn};
-          affine_backward<1>(coef, given(y), part.act, given(dv), v, state[r]);
-        }
+            const auto inputs = [&](float (&y)[kValues]) {
 #pragma unroll
-        for (int i = 0; i < 2 * kGroupLines; ++i) sums[0][i / 2 * 4 + 2 * r + i % 2] = v[i];
+              for (int i = 0; i < kValues; ++i)
+                y[i] = to_float(T{static_cast<uint16_t>(x[i / 2 * 2 + r] >> i % 2 * 16)});
+            };
+            float v[kValues];
+            affine_backward<1>(CoefficientsAt{layout.outputs_at + row * 4, layout.bn}, inputs, part.act, products, v,
+                               state[r]);
+#pragma unroll
+            for (int i = 0; i < kValues; ++i) number(i) = v[i];
+          }
+        }
+        warp_barrier();
+        at.store<T>(sums, 0);
+        warp_barrier();
+        put(p, layout, half, g);
+        warp_barrier();
+        if (h == 0) bring(p, layout, Half(layout, result, first, 1), g);
+        else commit_copies();
+        next_group(sums);
       }
-      warp_barrier();
-      at.store<T>(sums);
-      warp_barrier();
-      put(p, layout, group, at);
-      warp_barrier();
-      if (g + kAhead < kGroups) bring(p, layout, result, first, g + kAhead);
-      else commit_copies();
-      next_group(sums);
+      if (h == 0) next_half(sums);
     }
   }
 
+  // Puts the numbers of the next four lines in the place of the first four.
+  FF_DEVICE static void next_group(Accumulators& sums) {
+#pragma unroll
+    for (int i = 0; i < 64 - 4 * kGroupLines; ++i) sums[0][i] = sums[0][i + 4 * kGroupLines];
+  }
+
   // Writes a group from its staging to the gradients of the sources.
-  FF_DEVICE void put(const Params& p, const Layout& layout, const Group& group, const Staging& staging) const {
-    const Piece piece(layout, block_n);
+  FF_DEVICE void put(const Params& p, const Layout& layout, const Half& half, int group) const {
+    const Piece piece(half, block_n);
     int channel = piece.channel;
     const int source = p.source_of(channel), valid = p.part[source].channels - channel;
     const Output& part = p.part[source];
     if (!part.dx || valid <= 0) return;
     T* sample = static_cast<T*>(part.dx) + (n * layout.out.volume() * part.channels + channel);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int voxel = piece.voxel + 16 * i, number = group.number(piece.shift, voxel / 8, voxel % 8);
-      if (number < 0) continue;
-      Word16 word = load_shared16(staging.place(voxel, piece.chunk));
+    const Staging from = staging(layout, group);
+    piece.each(group, [&](int voxel, int number) {
+      const Word16 word = load_shared16(from.place(voxel, piece.chunk));
       T* at = sample + static_cast<int64_t>(number) * part.channels;
       if (part.add || !p.aligned[source]) {
         float v[8], old[8];
@@ -148,7 +148,7 @@ struct BackwardEpilogue {
       } else {
         store16(at, word);
       }
-    }
+    }, [](int) {});
   }
 
   FF_DEVICE void finish(const Params& p, const Layout& layout, const Result& result, int consumer) {

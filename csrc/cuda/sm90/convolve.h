@@ -26,85 +26,108 @@
 
 namespace fastfilm::cuda::sm90 {
 
-// Registers of a thread that brings, and of one that multiplies. A block has 168 for each thread.
-constexpr int kBringRegisters = 88, kMultiplyRegisters = 208;
-static_assert(kBringRegisters + 2 * kMultiplyRegisters <= 3 * (65536 / kThreads / 8 * 8), "beyond the registers of a block");
-
 // Numbers of the products of both halves in a thread.
 using Accumulators = float[2][64];
 
 // A thread has two rows of the products, r = 0 and 1: number 4 * line + 2 * r + b of sums[half] is row product_row(r) and voxel
 // product_voxel(b) of a line of the half.
-FF_DEVICE int product_row(int r) { return thread_index() / 32 % 4 * 16 + thread_index() % 32 / 4 + 8 * r; }
-FF_DEVICE int product_voxel(int b) { return thread_index() % 4 * 2 + b; }
+// They are computed anew each time, as are the places that follow from the thread's number: kept, they would occupy
+// registers beside the products.
+FF_DEVICE int product_row(int r) {
+  const int thread = thread_anew();
+  return thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r;
+}
+FF_DEVICE int product_voxel(int b) { return thread_anew() % 4 * 2 + b; }
 
-// Products leave the registers a group after another: 4 lines, 32 voxels. The numbers of the first group are
-// sums[0][0..15]; `next_group` puts those of the next one in their place, so that one piece of code serves all.
-constexpr int kGroups = 8, kGroupLines = 4;
-FF_DEVICE void next_group(Accumulators& sums) {
+// Products leave the registers half after half: the second one takes the place of the first one, so that one piece of
+// code serves both.
+constexpr int kHalves = 2, kGroupLines = 4, kGroups = kLines / kGroupLines;  // lines that are in a staging at a time
+FF_DEVICE void next_half(Accumulators& sums) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) sums[0][i] = i < 48 ? sums[0][i + 16] : sums[1][i - 48];
-#pragma unroll
-  for (int i = 0; i < 48; ++i) sums[1][i] = sums[1][i + 16];
+  for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i];
 }
 
-// The voxels of a group, in the voxels of the class: those of line `line` of output row `shift` are
+// The voxels of a half, in the voxels of the class: those of line `line` of output row `shift` are
 // {d, h + line * shifts + shift, w ...}.
-struct Group {
+struct Half {
   Extent origin;
   const Layout& p;
   const Result& result;
 
-  FF_DEVICE Group(const Layout& p, const Result& result, const Extent& first, int group) : p(p), result(result) {
-    const int half = group / (kGroups / 2), line = group % (kGroups / 2) * kGroupLines;
-    origin = {first.d, first.h + half * p.half.h + line * p.shifts, first.w + half * p.half.w};
+  FF_DEVICE Half(const Layout& p, const Result& result, const Extent& first, int half) : p(p), result(result) {
+    origin = {first.d, first.h + half * p.half.h, first.w + half * p.half.w};
+  }
+  // Whether all of its voxels are in the map.
+  FF_DEVICE bool full() const {
+    return origin.d < result.size.d && origin.h + kLines * p.shifts <= result.size.h && origin.w + 8 <= result.size.w;
   }
   // Lines of an output row that are in the map.
   FF_DEVICE int lines(int shift) const {
-    const int left = result.size.h - origin.h - shift;
-    return origin.d < result.size.d && left > 0 ? (left + p.shifts - 1) / p.shifts : 0;
+    const int left = result.size.h - origin.h - shift + p.shifts - 1;
+    return origin.d < result.size.d && left > 0 ? left >> p.shifts_log2 : 0;
   }
-  // The number in its sample of a voxel of a line; -1 outside of the map.
-  FF_DEVICE int number(int shift, int line, int v) const {
-    const int h = origin.h + line * p.shifts + shift, w = origin.w + v;
-    if (origin.d >= result.size.d || h >= result.size.h || w >= result.size.w) return -1;
-    return ((result.first.d + origin.d * p.out_step.d) * p.out.h + result.first.h + h * p.out_step.h) * p.out.w +
-           result.first.w + w * p.out_step.w;
-  }
+  FF_DEVICE int columns() const { return result.size.w - origin.w; }
 };
 
-// A warp's staging: the 16 channels of its rows of a group's voxels, 32 bytes each. The two chunks of every other four
-// voxels are exchanged, so that eight voxels' chunks lie in different banks.
+// A warp's staging: the 16 channels of its rows of the voxels of four lines, 32 bytes each. The two chunks of every other
+// four voxels are exchanged, so that eight voxels' chunks lie in different banks.
 struct Staging {
   int at;
   FF_DEVICE int place(int voxel, int chunk) const { return at + voxel * 32 + (chunk ^ (voxel / 4 & 1)) * 16; }
   // Where this lane's row of the matrices of two lines is (load_matrix4_transposed, store_matrix4_transposed).
   FF_DEVICE int row(int line) const {
-    const int lane = thread_index() % 32;
+    const int lane = thread_anew() % 32;
     return place((line + lane / 16) * 8 + lane % 8, lane / 8 % 2);
   }
-  // Stores the group's numbers.
+  // Stores the numbers of lines kGroupLines * group on.
   template <class T>
-  FF_DEVICE void store(const Accumulators& sums) const {
+  FF_DEVICE void store(const Accumulators& sums, int group) const {
 #pragma unroll
     for (int line = 0; line < kGroupLines; line += 2) {
       uint32_t r[4];
 #pragma unroll
-      for (int m = 0; m < 4; ++m) r[m] = pack(sums[0][4 * line + 2 * m], sums[0][4 * line + 2 * m + 1], T{});
+      for (int m = 0; m < 4; ++m) {
+        const int i = 4 * (group * kGroupLines + line) + 2 * m;
+        r[m] = pack(sums[0][i], sums[0][i + 1], T{});
+      }
       store_matrix4_transposed(row(line), r);
     }
   }
 };
 
-// The 8 channels of a warp's rows that this lane writes, of voxels lane / 2 + 16 i of a group.
+// The 8 channels of a warp's rows that this lane moves between memory and a staging, and the two voxels of each group: the
+// first is of line kGroupLines * group + line, the second two lines further on.
 struct Piece {
-  int chunk, voxel, channel, shift;
-  FF_DEVICE Piece(const Layout& p, int block_n) {
-    const int lane = thread_index() % 32, row = thread_index() / 32 % 4 * 16 + lane % 2 * 8;
+  int chunk, channel;
+  int line, voxel;  // in the staging
+  int number, step;  // in the sample: of line 0, and from line to line
+  int lines;  // that are in the map; 0 if the column is not
+
+  FF_DEVICE Piece(const Half& half, int block_n) {
+    const Layout& p = half.p;
+    const Result& result = half.result;
+    const int thread = thread_anew(), lane = thread % 32, row = thread / 32 % 4 * 16 + lane % 2 * 8;
     chunk = lane % 2;
     voxel = lane / 2;
-    channel = block_n * p.bn + row % p.bn;
-    shift = row / p.bn;
+    line = lane / 16;
+    channel = block_n * p.bn + (row & (p.bn - 1));
+    const int shift = row / 8 * 8 >> (6 - p.shifts_log2), column = voxel % 8;
+    lines = column < half.columns() ? half.lines(shift) : 0;
+    const Extent& at = half.origin;
+    number = ((result.first.d + at.d * p.out_step.d) * p.out.h + result.first.h + (at.h + shift) * p.out_step.h) *
+                 p.out.w +
+             result.first.w + (at.w + column) * p.out_step.w;
+    step = p.shifts * p.out_step.h * p.out.w;
+  }
+  // Calls f(voxel in the staging, number in the sample) for those of a group that are in the map; else absent(voxel).
+  template <class F, class G>
+  FF_DEVICE void each(int group, F f, G absent) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int here = group * kGroupLines + line + 2 * i;
+      if (here < lines) f(voxel + 16 * i, number + here * step);
+      else absent(voxel + 16 * i);
+    }
   }
 };
 
@@ -123,6 +146,9 @@ struct Convolve {
     typename Epilogue::Params epilogue;
   };
   static constexpr int kThreads = sm90::kThreads, kMinBlocks = 1;
+  // Registers of a thread that brings, and of one that multiplies. A block has 168 for each thread.
+  static constexpr int kBlockRegisters = 3 * (65536 / kThreads / 8 * 8), kBringRegisters = Planes::kRegisters,
+                       kMultiplyRegisters = (kBlockRegisters - kBringRegisters) / 2 / 8 * 8;
 
   // The places of the mbarriers.
   FF_DEVICE static int plane_full(const Layout& p, int slot) { return p.barriers_at + slot * 8; }
@@ -137,10 +163,11 @@ struct Convolve {
     const Result& result;
     int64_t n;
     int block_n, first, last;  // units
-    FF_DEVICE explicit Share(const Layout& p)
-        : result(p.result[block_index().y / p.blocks_n]), n(block_index().z), block_n(block_index().y % p.blocks_n) {
+    FF_DEVICE explicit Share(const Layout& p) : Share(p, block_anew()) {}
+    FF_DEVICE Share(const Layout& p, const Grid& block)
+        : result(p.result[block.y / p.blocks_n]), n(block.z), block_n(block.y % p.blocks_n) {
       const int units = result.units.volume();
-      first = block_index().x * p.units_a_group < units ? block_index().x * p.units_a_group : units;
+      first = block.x * p.units_a_group < units ? block.x * p.units_a_group : units;
       last = first + p.units_a_group < units ? first + p.units_a_group : units;
     }
     // The first voxel of a unit, in the voxels of the class. Neighbouring units lie behind each other.
@@ -190,50 +217,59 @@ struct Convolve {
 #endif
   }
 
-  // The slices of a block's weights, in the order in which they are used. One thread starts their copies.
+  // The slices of a block's weights, in the order in which they are used. One thread starts their copies; what it knows of
+  // them lies in shared memory, since in registers it would cost all threads some.
   struct Weights {
+    struct State {
+      int unit, k, read, depth, plane_slice, slice, stage, parity,
+          started;  // slice: of the unit, plane_slice: of a plane
+    };
     const Layout& p;
-    const Share& share;
-    const unsigned char* from;  // of the unit's first slice
-    int64_t slice = 0;          // of the unit
-    int unit, k = 0, read, plane_slice = 0, depth = 0;
-    Room room;
-    int started = 0;
+    const T* weights;
 
-    FF_DEVICE Weights(const Layout& p, const Share& share, const T* weights)
-        : p(p), share(share), unit(share.first), read(share.result.begin) {
-      const Result& result = share.result;
-      const int64_t block = static_cast<int64_t>(result.taps) * ((p.blocks_k - 1) * (p.bk / 16) + p.last_slices);
-      from = reinterpret_cast<const unsigned char*>(weights) + (result.weights + share.block_n * block) * kSliceBytes;
-      if (result.taps == 0) unit = share.last;
+    FF_DEVICE State& state() const { return *reinterpret_cast<State*>(shared_memory() + p.pump_at); }
+    FF_DEVICE void begin() const {
+      const Share share(p);
+      state() = {share.result.taps ? share.first : share.last, 0, share.result.begin, 0, 0, 0, 0, 0, 0};
     }
-    FF_DEVICE bool more() const { return unit < share.last; }
+    FF_DEVICE bool more() const { return state().unit < Share(p).last; }
 
     // Starts the copies for which there is room.
-    FF_DEVICE void pump() {
+    FF_DEVICE void pump() const {
+      const Share share(p);
+      const Result& result = share.result;
+      const int64_t of_block = static_cast<int64_t>(result.taps) * ((p.blocks_k - 1) * (p.bk / 16) + p.last_slices);
+      const auto* from = reinterpret_cast<const unsigned char*>(weights) +
+                         (result.weights + share.block_n * of_block) * kSliceBytes;
+      State s = state();
 #pragma unroll 1
-      while (more()) {
-        if (started >= p.stages && !mbarrier_test(stage_empty(p, room.index), room.parity ^ 1)) return;
-        const Reads& reads = p.reads[read];
-        const int all = p.plane_taps(reads) * p.slices_of(k), left = all - plane_slice;
-        const int count = left < p.stage_slices ? left : p.stage_slices, full = stage_full(p, room.index);
+      while (s.unit < share.last) {
+        if (s.started == p.stages && !mbarrier_test(stage_empty(p, s.stage), s.parity ^ 1)) break;
+        const Reads& reads = p.reads[s.read];
+        const int all = p.plane_taps(reads) * p.slices_of(s.k), left = all - s.plane_slice;
+        const int count = left < p.stage_slices ? left : p.stage_slices, full = stage_full(p, s.stage);
         mbarrier_expect(full, count * kSliceBytes);
-        copy_bulk(room.index * p.stage_slices * kSliceBytes, from + slice * kSliceBytes, count * kSliceBytes, full);
-        if (started < p.stages) ++started;
-        room.next(p.stages);
-        slice += count;
-        plane_slice += count;
-        if (plane_slice < all) continue;
-        plane_slice = 0;
-        if (++depth < reads.count.d) continue;
-        depth = 0;
-        if (++read < share.result.end) continue;
-        read = share.result.begin;
-        if (++k < p.blocks_k) continue;
-        k = 0;
-        slice = 0;
-        unit = p.resident ? share.last : unit + 1;
+        copy_bulk(s.stage * p.stage_slices * kSliceBytes, from + static_cast<int64_t>(s.slice) * kSliceBytes,
+                  count * kSliceBytes, full);
+        if (s.started < p.stages) ++s.started;
+        if (++s.stage == p.stages) {
+          s.stage = 0;
+          s.parity ^= 1;
+        }
+        s.slice += count;
+        s.plane_slice += count;
+        if (s.plane_slice < all) continue;
+        s.plane_slice = 0;
+        if (++s.depth < reads.count.d) continue;
+        s.depth = 0;
+        if (++s.read < result.end) continue;
+        s.read = result.begin;
+        if (++s.k < p.blocks_k) continue;
+        s.k = 0;
+        s.slice = 0;
+        s.unit = p.resident ? share.last : s.unit + 1;
       }
+      state() = s;
     }
   };
 
@@ -241,44 +277,42 @@ struct Convolve {
     const Layout& layout = p.layout;
     const Share share(layout);
     const bool leads = crew() == 0, pending = Planes::pending(p.in);
-    const int64_t voxel = share.n * layout.in.volume();
     const int count = layout.blocks_k * layout.bk;
-    Weights weights(layout, share, p.weights);
-    if (leads) weights.pump();
+    const Weights weights{layout, p.weights};
+    const auto voxel = [&]() { return static_cast<int64_t>(block_anew().z) * layout.in.volume(); };
+    if (leads) {
+      weights.begin();
+      weights.pump();
+    }
     if (pending) Planes::load_constants(p.in, share.n, layout.n, 0, count, layout.inputs_at);
 
-    // a plane on its way, and the one before it
-    struct Way {
-      Plane plane;
-      int k, slot, beside;
+    const auto plane = [&](int r, int table) {
+      return Plane{layout.reads[r].slab, layout.chunk_bytes, layout.tables_at + table * layout.numbers * 4, layout.bk};
     };
     const auto place = [&](int slot) { return layout.slabs_at + slot * layout.slab_bytes; };
-    const auto deliver = [&](const Way& w) {
+    const auto beside = [&](int number) { return layout.beside_at + (number & 1) * layout.slab_bytes; };
+    // the plane before the one whose copies start now: its block of channels, box and room in one register
+    int before = 0, table = 0, number = 0;
+    const auto deliver = [&]() {
+      const int slot = before & 0xff;
       if (pending) {
-        Planes::transform(w.plane, p.in, voxel, w.k * layout.bk, place(w.slot), w.beside,
-                          layout.inputs_at + w.k * layout.bk * 4, count);
+        const int k = before >> 12, r = before >> 8 & 0xf;
+        Planes::transform(plane(r, table == 0 ? 2 : table - 1), p.in, voxel(), k * layout.bk, place(slot),
+                          beside(number - 1), layout.inputs_at + k * layout.bk * 4, count);
       }
       fence_async();
-      mbarrier_arrive(plane_full(layout, w.slot));
+      mbarrier_arrive(plane_full(layout, slot));
     };
-    Way before{};
     Room room;
-    int planes = 0, table = 0;
 #pragma unroll 1
     for (int unit = share.first; unit < share.last; ++unit) {
-      const Extent origin = share.origin(layout, unit);
 #pragma unroll 1
       for (int k = 0; k < layout.blocks_k; ++k) {
 #pragma unroll 1
         for (int r = share.result.begin; r < share.result.end; ++r) {
-          const Reads& reads = layout.reads[r];
 #pragma unroll 1
-          for (int j = 0; j <= reads.count.d; ++j) {
-            Way now{{reads.slab, layout.chunk_bytes, layout.tables_at + table * layout.numbers * 4, layout.bk},
-                    k,
-                    room.index,
-                    layout.beside_at + (planes & 1) * layout.slab_bytes};
-            if (planes >= layout.slots) {
+          for (int j = 0; j <= layout.reads[r].count.d; ++j) {
+            if (number >= layout.slots) {
               if (crew() < 32) {
                 while (!mbarrier_test(plane_empty(layout, room.index), room.parity ^ 1)) {
                   if (leads) weights.pump();
@@ -287,30 +321,31 @@ struct Convolve {
                 mbarrier_wait(plane_empty(layout, room.index), room.parity ^ 1);
               }
             }
-            const Extent& step = layout.load_step;
-            now.plane.find({(origin.d + layout.pair.d * j) * step.d + reads.base.d,
-                            (origin.h + layout.pair.h * j) * step.h + reads.base.h,
-                            (origin.w + layout.pair.w * j) * step.w + reads.base.w},
-                           step, layout.in);
+            const Plane now = plane(r, table);
+            const Extent &step = layout.load_step, &base = layout.reads[r].base, origin = share.origin(layout, unit);
+            now.find(
+                {(origin.d + layout.pair.d * j) * step.d + base.d, (origin.h + layout.pair.h * j) * step.h + base.h,
+                 (origin.w + layout.pair.w * j) * step.w + base.w},
+                step, layout.in);
             // the copies of the plane before it have arrived, in all threads behind the barrier
             wait_copies<0>();
             barrier_of<1, kWarpgroup>();
-            Planes::load(now.plane, p.in, voxel, k * layout.bk, place(now.slot), now.beside);
+            Planes::load(now, p.in, voxel(), k * layout.bk, place(room.index), beside(number));
             commit_copies();
             if (leads) weights.pump();
-            if (planes > 0) deliver(before);
-            before = now;
+            if (number > 0) deliver();
+            before = k << 12 | r << 8 | room.index;
             room.next(layout.slots);
             table = table == 2 ? 0 : table + 1;
-            ++planes;
+            ++number;
           }
         }
       }
     }
-    if (planes > 0) {
+    if (number > 0) {
       wait_copies<0>();
       barrier_of<1, kWarpgroup>();
-      deliver(before);
+      deliver();
     }
     if (leads) {
       while (weights.more()) weights.pump();
@@ -422,12 +457,12 @@ struct Convolve {
 
 // Launches the kernel of a layout.
 template <class T, template <class> class Planes, template <class> class Epilogue>
-std::string launch_conv(const char* name, const Layout& layout, const typename Planes<T>::Params& in, const void* weights,
-                        const typename Epilogue<T>::Params& epilogue, Stream stream) {
+std::string launch_conv(const char* name, const Layout& layout, const typename Planes<T>::Params& in,
+                        const void* weights, const typename Epilogue<T>::Params& epilogue, Stream stream) {
   using Kernel = Convolve<T, Planes, Epilogue>;
   const Grid grid{layout.groups, layout.blocks_n * layout.classes, static_cast<int>(layout.n)};
-  return launched(name, launch<Kernel>(grid, layout.shared_bytes, stream,
-                                       {layout, in, static_cast<const T*>(weights), epilogue}));
+  return launched(
+      name, launch<Kernel>(grid, layout.shared_bytes, stream, {layout, in, static_cast<const T*>(weights), epilogue}));
 }
 
 }  // namespace fastfilm::cuda::sm90

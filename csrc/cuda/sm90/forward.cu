@@ -29,102 +29,103 @@ struct ForwardEpilogue {
 
   FF_DEVICE void write(const Params& p, const Layout& layout, const Result& result, const Extent& first,
                        Accumulators& sums) {
-    const int staging = layout.staging_at + thread_index() / 32 * layout.staging_bytes;
 #pragma unroll 1
-    for (int g = 0; g < kGroups; ++g) {
-      const Group group(layout, result, first, g);
-      const int constants = layout.outputs_at;
+    for (int h = 0; h < kHalves; ++h) {
+      const Half half(layout, result, first, h);
       const auto constant = [&](int row, int r) {
         float v[1];
-        load_row(constants + (row * layout.bn + product_row(r) % layout.bn) * 4, v);
+        load_row(layout.outputs_at + (row * layout.bn + (product_row(r) & (layout.bn - 1))) * 4, v);
         return v[0];
       };
+      const float bias[2] = {constant(kBiasRow, 0), constant(kBiasRow, 1)};
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float bias = constant(kBiasRow, r);
-#pragma unroll
-        for (int line = 0; line < kGroupLines; ++line)
-#pragma unroll
-          for (int b = 0; b < 2; ++b) sums[0][4 * line + 2 * r + b] += bias;
-      }
-      if (!p.out_coef) put(p, layout, group, {staging}, sums, p.y);
-      else if (p.raw) put(p, layout, group, {staging}, sums, p.raw);
+      for (int i = 0; i < 64; ++i) sums[0][i] += bias[i / 2 % 2];
+      if (!p.out_coef) put(p, layout, half, sums, p.y);
+      else if (p.raw) put(p, layout, half, sums, p.raw);
       if (p.out_coef || p.pre) {
         // act(v + shift) is an affine without its other parts
-        float v[16], slope[16], g_[2], q[2], s[2];
+        const bool whole = p.out_coef;
+        float a[2], pivot[2], shift[2], slope[64];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const bool whole = p.out_coef;
-          const float a = whole ? constant(kA, r) : 1.0f, pivot = whole ? constant(kP, r) : 0.0f;
-          const float shift = constant(whole ? static_cast<int>(kB) : kShiftRow, r);
+          a[r] = whole ? constant(kA, r) : 1.0f;
+          pivot[r] = whole ? constant(kP, r) : 0.0f;
+          shift[r] = constant(whole ? static_cast<int>(kB) : kShiftRow, r);
           const float of_act = constant(whole ? static_cast<int>(kSlope) : kActSlopeRow, r);
-          g_[r] = whole ? constant(kG, r) : 1.0f;
-          q[r] = whole ? constant(kQ, r) : 0.0f;
-          s[r] = whole ? constant(kS, r) : 0.0f;
 #pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            if (i / 2 % 2 != r) continue;
-            v[i] = a * (sums[0][i] - pivot) + shift;
-            slope[i] = of_act;
-          }
+          for (int i = 0; i < 64; ++i) slope[i] = i / 2 % 2 == r ? of_act : slope[i];
         }
-        activate(v, slope, p.out_coef ? p.out_act : p.pre_act);
 #pragma unroll
-        for (int i = 0; i < 16; ++i) sums[0][i] = g_[i / 2 % 2] * (v[i] - q[i / 2 % 2]) + s[i / 2 % 2];
-        if (p.out_coef) put(p, layout, group, {staging}, sums, p.y);
+        for (int i = 0; i < 64; ++i) sums[0][i] = a[i / 2 % 2] * (sums[0][i] - pivot[i / 2 % 2]) + shift[i / 2 % 2];
+        activate(sums[0], slope, whole ? p.out_act : p.pre_act);
+        if (whole) {
+          const float g[2] = {constant(kG, 0), constant(kG, 1)}, q[2] = {constant(kQ, 0), constant(kQ, 1)};
+          const float s[2] = {constant(kS, 0), constant(kS, 1)};
+#pragma unroll
+          for (int i = 0; i < 64; ++i) sums[0][i] = g[i / 2 % 2] * (sums[0][i] - q[i / 2 % 2]) + s[i / 2 % 2];
+          put(p, layout, half, sums, p.y);
+        }
       }
-      if (p.partials) add_moments(layout, group, sums);
-      next_group(sums);
+      if (p.partials) {
+        if (half.full()) add_moments<true>(half, sums);
+        else add_moments<false>(half, sums);
+      }
+      if (h == 0) next_half(sums);
     }
   }
 
-  // Writes a group to a map.
-  FF_DEVICE void put(const Params& p, const Layout& layout, const Group& group, const Staging& staging,
-                     const Accumulators& sums, T* to) const {
-    staging.store<T>(sums);
-    warp_barrier();
-    const Piece piece(layout, block_n);
+  // Writes a half to a map.
+  FF_DEVICE void put(const Params& p, const Layout& layout, const Half& half, const Accumulators& sums, T* to) const {
+    const Staging staging{layout.staging_at + thread_anew() / 32 * layout.staging_bytes};
+    const Piece piece(half, block_n);
     const int valid = layout.co - piece.channel;
     T* sample = to + (n * layout.out.volume() * layout.co + piece.channel);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int voxel = piece.voxel + 16 * i, number = group.number(piece.shift, voxel / 8, voxel % 8);
-      if (number < 0 || valid <= 0) continue;
-      const Word16 word = load_shared16(staging.place(voxel, piece.chunk));
-      T* at = sample + static_cast<int64_t>(number) * layout.co;
-      if (p.aligned) {
-        store16(at, word);
-      } else {
-        float v[8];
-        unpack16<T>(word, v);
-        store_chunk(at, valid < 8 ? valid : 8, false, v);
-      }
+    for (int group = 0; group < kGroups; ++group) {
+      staging.store<T>(sums, group);
+      warp_barrier();
+      piece.each(group, [&](int voxel, int number) {
+        if (valid <= 0) return;
+        const Word16 word = load_shared16(staging.place(voxel, piece.chunk));
+        T* at = sample + static_cast<int64_t>(number) * layout.co;
+        if (p.aligned) {
+          store16(at, word);
+        } else {
+          float v[8];
+          unpack16<T>(word, v);
+          store_chunk(at, valid < 8 ? valid : 8, false, v);
+        }
+      }, [](int) {});
+      warp_barrier();
     }
-    warp_barrier();
   }
 
-  // Adds a group's values: their mean, then their deviations from it, then both to the state.
-  FF_DEVICE void add_moments(const Layout& layout, const Group& group, const Accumulators& sums) {
+  // Adds a half's values: their mean, then their deviations from it, then both to the state. kFull: all are in the map.
+  template <bool kFull>
+  FF_DEVICE void add_moments(const Half& half, const Accumulators& sums) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int lines = group.lines(product_row(r) / layout.bn), columns = group.result.size.w - group.origin.w;
+      const int lines = kFull ? kLines : half.lines(product_row(r) >> (6 - half.p.shifts_log2));
+      const auto present = [&](int line, int b) {
+        return kFull || (line < lines && product_voxel(b) < half.columns());
+      };
+      const auto value = [&](int line, int b) { return sums[0][4 * line + 2 * r + b]; };
       Moments<1> found;
       found.clear();
+      float total = 0;
 #pragma unroll
-      for (int line = 0; line < kGroupLines; ++line)
+      for (int line = 0; line < kLines; ++line)
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
-          const bool present = line < lines && product_voxel(b) < columns;
-          found.count += present ? 1.0f : 0.0f;
-          found.mean[0] += present ? sums[0][4 * line + 2 * r + b] : 0.0f;
+          found.count += present(line, b) ? 1.0f : 0.0f;
+          total += present(line, b) ? value(line, b) : 0.0f;
         }
-      found.mean[0] /= found.count > 0 ? found.count : 1.0f;
+      found.mean[0] = total / (found.count > 0 ? found.count : 1.0f);
 #pragma unroll
-      for (int line = 0; line < kGroupLines; ++line)
+      for (int line = 0; line < kLines; ++line)
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
-          const bool present = line < lines && product_voxel(b) < columns;
-          const float d = present ? sums[0][4 * line + 2 * r + b] - found.mean[0] : 0.0f;
+          const float d = present(line, b) ? value(line, b) - found.mean[0] : 0.0f;
           found.m2[0] += d * d;
         }
       state[r].merge(found);
@@ -157,12 +158,15 @@ struct ForwardEpilogue {
 };
 
 template <class T>
+using Activated = ActivatedPlanes<T>;
+
+template <class T>
 std::string forward_of(const Layout& layout, const Forward& c, void* workspace, Stream stream, int storage) {
   ForwardTargets<T> targets;
   const std::string failure = begin_forward(layout, c, workspace, stream, storage, targets);
   if (!failure.empty()) return failure;
   const Sources in = sources_of<T>(c.inputs);
-  return launch_conv<T, ActivatedPlanes, ForwardEpilogue>("sm90_fprop", layout, in, workspace, targets, stream);
+  return launch_conv<T, Activated, ForwardEpilogue>("sm90_fprop", layout, in, workspace, targets, stream);
 }
 
 }  // namespace

@@ -10,14 +10,20 @@ namespace fastfilm::cuda::sm90 {
 namespace {
 
 constexpr int kWarps = kConsumers / 32;
-// Clocks of the tensor cores for one slice and both halves; and what it takes to bring a voxel of a plane, 8 channels of it.
-constexpr double kSliceClocks = 128, kChunkClocks = 0.85, kUnitClocks = 2500;
+// Clocks, read off the machine code where they are not those of the tensor cores (benchmarks/counted/machine_code): the
+// products of a slice with both halves; what a plane takes to be brought, beside its voxels; a voxel's 8 channels; an epilogue.
+struct Clocks {
+  double plane, chunk, epilogue;
+};
+constexpr double kSliceClocks = 128;
+constexpr Clocks kForwardClocks{300, 1.3, 1500}, kBackwardClocks{350, 2.6, 4500};
 
 // What the planner may choose.
 struct Choice {
   int shifts, bk;
   Extent half, pair;
   bool resident;
+  int slices;  // that come at a time
 };
 
 Extent plane_of(const Layout& p, const Reads& r) {
@@ -36,23 +42,10 @@ int stages_of(const Layout& p, const Result& result, int slices) {
   return stages;
 }
 
-// Slices at a time: few are left over at the end of a plane, and a stage is not small.
-int stage_slices(const Layout& p) {
-  int best = 1, least = std::numeric_limits<int>::max();
-  for (int slices = kMostSlices; slices > 0; --slices) {
-    int rooms = 0;
-    for (int c = 0; c < p.classes; ++c) rooms = std::max(rooms, (stages_of(p, p.result[c], slices) * (slices + 1)));
-    if (rooms < least) {
-      least = rooms;
-      best = slices;
-    }
-  }
-  return best;
-}
-
 // Lays out shared memory; false if it does not fit.
 bool fits(Layout& p, const Choice& choice, bool backward, int most) {
   p.shifts = choice.shifts;
+  p.shifts_log2 = p.shifts == 1 ? 0 : p.shifts == 2 ? 1 : p.shifts == 4 ? 2 : 3;
   p.bn = kRows / p.shifts;
   p.bk = choice.bk;
   p.half = choice.half;
@@ -82,18 +75,18 @@ bool fits(Layout& p, const Choice& choice, bool backward, int most) {
   }
   p.packed *= kSliceBytes / 2;
   if (voxels > 4096) return false;
-  p.stage_slices = stage_slices(p);
+  p.stage_slices = choice.slices;
   const int stage = p.stage_slices * kSliceBytes;
   int all = 0;
   for (int c = 0; c < p.classes; ++c) all = std::max(all, stages_of(p, p.result[c], p.stage_slices));
   p.slots = planes + 2;
   p.chunk_bytes = (voxels | 1) * 16;  // an odd number of 16 bytes keeps the chunks of a voxel in different banks
   p.slab_bytes = p.bk / 8 * p.chunk_bytes;
-  p.numbers = up(voxels, 64) * 64;
+  p.numbers = up(voxels, 128) * 128;  // threads read up to 128 numbers at a time
   for (Reads& r : p.reads) r.slab.numbers = p.numbers;
   p.staging_bytes = (backward ? kAhead : 1) * kStagingBytes;
   const int rest = align(p.slots * p.slab_bytes) + (backward ? 2 : 0) * p.slab_bytes + kWarps * p.staging_bytes +
-                   3 * p.numbers * 4 + 7 * p.blocks_k * p.bk * 4 + 10 * kRows * 4 + 128;
+                   3 * p.numbers * 4 + 7 * p.blocks_k * p.bk * 4 + 10 * kRows * 4 + kPumpBytes + 128;
   const int left = (most - rest - 16 * p.slots) / (stage + 16);
   if (p.resident ? left < all : left < 3) return false;
   p.stages = p.resident ? all : std::min({left, all, 4});
@@ -104,23 +97,30 @@ bool fits(Layout& p, const Choice& choice, bool backward, int most) {
   p.inputs_at = p.tables_at + 3 * p.numbers * 4;
   p.outputs_at = p.inputs_at + 7 * p.blocks_k * p.bk * 4;
   p.barriers_at = p.outputs_at + 10 * kRows * 4;
-  p.shared_bytes = p.barriers_at + 16 * (p.slots + p.stages);
+  p.pump_at = p.barriers_at + 16 * (p.slots + p.stages);
+  p.shared_bytes = p.pump_at + kPumpBytes;
   return p.shared_bytes <= most;
 }
 
-// Clocks of all units of a sample, about: products and transform overlap in part.
-double clocks(const Layout& p) {
+// Clocks of all units of a sample, about: the slowest of products, of what is brought and of the epilogues. With all weights
+// in shared memory an epilogue hides behind the products of the other warpgroup; else in part.
+double clocks(const Layout& p, const Clocks& of) {
   double sum = 0;
   for (int c = 0; c < p.classes; ++c) {
     const Result& result = p.result[c];
-    double unit = kUnitClocks;
+    double products = 0, bring = 0;
     for (int r = result.begin; r < result.end; ++r) {
       const Reads& reads = p.reads[r];
       const double slices = (p.blocks_k - 1) * (p.bk / 16) + p.last_slices;
-      unit += 2 * kSliceClocks * slices * taps_of(p, reads);
-      unit += kChunkClocks * (reads.count.d + 1) * reads.slab.voxels * p.blocks_k * p.bk / 8;
+      products += 2 * kSliceClocks * slices * taps_of(p, reads);
+      bring += (of.plane + of.chunk * reads.slab.voxels * p.bk / 8) * (reads.count.d + 1) * p.blocks_k;
     }
-    sum += unit * static_cast<double>(voxels_of(result.units)) * p.blocks_n;
+    // stages that are not full cost a wait each
+    products += 60.0 * stages_of(p, result, p.stage_slices);
+    const double shared = p.resident ? products : products + of.epilogue / 2;
+    const double multiply = std::max(shared, products / 2 + of.epilogue);
+    sum += (std::max(multiply, bring) + 0.2 * std::min(multiply, bring)) *
+           static_cast<double>(voxels_of(result.units)) * p.blocks_n;
   }
   return sum;
 }
@@ -190,20 +190,21 @@ std::string lay_out(const ConvShape& s, Direction direction, const Device& devic
     for (const int bk : {64, 32, 16})
       for (const Extent& half : {Extent{0, 0, 8}, Extent{0, wide * shifts, 0}})
         for (const bool resident : {true, false})
-          for (const bool below : {false, true}) {
-            if (bk > 16 && bk / 2 >= p.ci) continue;
-            if (below && s.dims == 3) continue;
-            const Extent pair = s.dims == 3 ? Extent{1, 0, 0}
-                                : below     ? Extent{0, wide * shifts + half.h, 0}
-                                            : Extent{0, 0, 8 + half.w};
-            Layout q = p;
-            if (!fits(q, {shifts, bk, half, pair, resident}, backward, device.shared_bytes)) continue;
-            const double cost = clocks(q) * (resident ? 1.0 : 1.02);
-            if (cost < least) {
-              least = cost;
-              layout = q;
+          for (const int slices : {6, 4, 3})
+            for (const bool below : {false, true}) {
+              if (bk > 16 && bk / 2 >= p.ci) continue;
+              if (below && s.dims == 3) continue;
+              const Extent pair = s.dims == 3 ? Extent{1, 0, 0}
+                                  : below     ? Extent{0, wide * shifts + half.h, 0}
+                                              : Extent{0, 0, 8 + half.w};
+              Layout q = p;
+              if (!fits(q, {shifts, bk, half, pair, resident, slices}, backward, device.shared_bytes)) continue;
+              const double cost = clocks(q, backward ? kBackwardClocks : kForwardClocks);
+              if (cost < least) {
+                least = cost;
+                layout = q;
+              }
             }
-          }
   }
   if (least == std::numeric_limits<double>::max()) {
     return "no plane fits into " + std::to_string(device.shared_bytes) + " bytes of shared memory";

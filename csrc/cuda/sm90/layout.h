@@ -15,28 +15,29 @@
 
 namespace fastfilm::cuda::sm90 {
 
-constexpr int kRows = 64;          // of a product: output channels times output rows
-constexpr int kLines = 16;         // rows of eight voxels that a product's columns are
+constexpr int kRows = 64;  // of a product: output channels times output rows
+constexpr int kLines = 16;  // rows of eight voxels that a product's columns are
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;  // two warpgroups that multiply, and one that brings
 constexpr int kConsumers = 2 * kWarpgroup;
 constexpr int kSliceBytes = kRows * 16 * 2;  // weights of one tap and 16 input channels
-constexpr int kMostSlices = 6;               // that come at a time
-constexpr int kStagingBytes = 32 * 32;       // of a warp: 32 voxels by 16 channels
-constexpr int kAhead = 4;                    // stagings of a backward pass, which bring x ahead
+constexpr int kMostSlices = 6;  // that come at a time
+constexpr int kStagingBytes = 32 * 32;  // of a warp: 32 voxels by 16 channels
+constexpr int kPumpBytes = 48;  // what the thread that brings weights knows of them
+constexpr int kAhead = 4;  // stagings of a backward pass, which bring x ahead
 
 // A box of taps on one class of input voxels (with stride 2 those of a parity), which a result reads: tap t reads input
 // voxel (j + t) * load_step + base for voxel j of the result's class.
 struct Reads : Box {
-  int first_tap;   // taps of the boxes in front of it, those that rows share included
+  int first_tap;  // taps of the boxes in front of it, those that rows share included
   SlabShape slab;  // of a plane
 };
 
 // A class of output voxels, first + out_step * j.
 struct Result {
   Extent first, size, units;  // size: its voxels along each axis
-  int begin, end;   // its boxes of taps
-  int taps;         // of all of them, those that rows share included
+  int begin, end;  // its boxes of taps
+  int taps;  // of all of them, those that rows share included
   int64_t weights;  // where its packed weights begin, in slices
 };
 
@@ -49,18 +50,19 @@ struct Layout {
   Reads reads[kMaxClasses];
   Extent load_step, out_step;
   int kernel_step;
-  int shifts, bn;          // output rows in a product, and output channels: 64 together
-  int bk;                  // input channels at a time
+  int shifts, shifts_log2, bn;  // output rows in a product, and output channels: 64 together
+  int bk;  // input channels at a time
   int blocks_n, blocks_k;
-  int last_slices;         // slices of the last block of input channels; of the others bk / 16
-  Extent half, pair;       // from one half of a warpgroup to the other, and from one warpgroup to the other, in voxels
-  bool resident;           // all weights stay in shared memory
+  int last_slices;  // slices of the last block of input channels; of the others bk / 16
+  Extent half, pair;  // from one half of a warpgroup to the other, and from one warpgroup to the other, in voxels
+  bool resident;  // all weights stay in shared memory
   int stages, stage_slices;  // rooms for weights, and slices in each
   int slots, chunk_bytes, slab_bytes;  // rooms for planes, bytes of 8 channels of a plane, and of a plane
-  int numbers;                         // of the table of a plane's voxels
-  int slabs_at, beside_at, staging_at, staging_bytes, tables_at, inputs_at, outputs_at, barriers_at, shared_bytes;
+  int numbers;  // of the table of a plane's voxels
+  int slabs_at, beside_at, staging_at, staging_bytes, tables_at, inputs_at, outputs_at, barriers_at, pump_at,
+      shared_bytes;
   int groups, units_a_group;  // blocks of one sample, class and block of output channels, and the units each takes
-  int64_t packed;             // elements of the packed weights
+  int64_t packed;  // elements of the packed weights
 
   // Partial results of a sample and channel.
   FF_CONSTEXPR_DEVICE int partial_slots() const { return classes * groups * 2 * shifts; }
@@ -77,9 +79,9 @@ struct WeightLayout {
   int64_t n;
   int ci, co;
   Extent in, out, kernel, base;
-  Extent step;                 // from one output voxel to the next one, in input voxels
+  Extent step;  // from one output voxel to the next one, in input voxels
   int bn, blocks_m, blocks_n;  // input channels, 64, 32 or 16; blocks of 64 output channels, and of bn input channels
-  Extent tile, tiles;          // output voxels, of depth 1
+  Extent tile, tiles;  // output voxels, of depth 1
   SlabShape voxels, gradient;  // planes of the input and of the gradient
   int slots, chunk_bytes, gradient_chunk_bytes, plane_bytes, gradient_bytes;
   int slabs_at, beside_at, tables_at, table_numbers, constants_at, constant_bytes, sums_at, barriers_at, shared_bytes;

@@ -16,7 +16,7 @@ FF_DEVICE int crew() { return thread_index() % kWarpgroup; }
 
 // A plane: its voxels, and where its table is.
 struct Plane {
-  SlabShape shape;
+  const SlabShape& shape;
   int chunk_bytes, table, bk;
 
   // Writes the table: the number in its sample of each voxel, or -1 outside of the map. The plane begins at voxel `first` of
@@ -47,7 +47,8 @@ struct Plane {
   FF_DEVICE void copy(int at, int first, Of of) const {
     const int chunks = bk / 8, chunk = crew() % chunks, rows = kWarpgroup / chunks;
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
-    const auto from = of(first + chunk * 8);  // {sample's first voxel at the channel, channels of the map, valid, aligned}
+    const auto from = of(first +
+                         chunk * 8);  // {sample's first voxel at the channel, channels of the map, valid, aligned}
     int to = at + chunk * chunk_bytes + crew() / chunks * 16;
 #pragma unroll 4
     for (int v = crew() / chunks; v < shape.voxels; v += rows, to += rows * 16) {
@@ -62,27 +63,33 @@ struct Plane {
     }
   }
 
-  // Calls f(numbers, places) for all voxels, two at a time, with this thread's piece of four channels of each: `places` are
-  // distances from the plane's beginning.
-  template <class F>
+  // Calls f(numbers, places) for all voxels, kFew at a time, whose latencies overlap, with this thread's piece of four
+  // channels of each: `places` are distances from the plane's beginning.
+  template <int kFew, class F>
   FF_DEVICE void each(F f) const {
     const int pieces = bk / 4, piece = crew() % pieces, rows = kWarpgroup / pieces;
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
     int place = piece / 2 * chunk_bytes + piece % 2 * 8 + crew() / pieces * 16;
 #pragma unroll 1
-    for (int v = crew() / pieces; v < shape.voxels; v += 2 * rows, place += 2 * rows * 16) {
-      const int number[2] = {numbers[v], numbers[v + rows]}, places[2] = {place, place + rows * 16};
+    for (int v = crew() / pieces; v < shape.voxels; v += kFew * rows, place += kFew * rows * 16) {
+      int number[kFew], places[kFew];
+#pragma unroll
+      for (int i = 0; i < kFew; ++i) {
+        number[i] = numbers[v + i * rows];
+        places[i] = place + i * rows * 16;
+      }
       f(number, places);
     }
   }
 };
 
-constexpr int kPieceChannels = 4, kPieceValues = 2 * kPieceChannels;
+constexpr int kPieceChannels = 4;
 
-template <class T>
-FF_DEVICE void load_pieces(int at, const int (&number)[2], const int (&place)[2], float (&v)[kPieceValues]) {
+template <class T, int kFew>
+FF_DEVICE void load_pieces(int at, const int (&number)[kFew], const int (&place)[kFew],
+                           float (&v)[kFew * kPieceChannels]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kFew; ++i) {
     Few<T, kPieceChannels> few{};
     if (number[i] >= 0) {
       const Word8 word = load_shared8(at + place[i]);
@@ -92,10 +99,11 @@ FF_DEVICE void load_pieces(int at, const int (&number)[2], const int (&place)[2]
     unpack_few<T>(few, &v[i * kPieceChannels]);
   }
 }
-template <class T>
-FF_DEVICE void store_pieces(int at, const int (&number)[2], const int (&place)[2], const float (&v)[kPieceValues]) {
+template <class T, int kFew>
+FF_DEVICE void store_pieces(int at, const int (&number)[kFew], const int (&place)[kFew],
+                            const float (&v)[kFew * kPieceChannels]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kFew; ++i) {
     if (number[i] < 0) continue;
     Few<T, kPieceChannels> few;
     pack_few<T, kPieceChannels>(&v[i * kPieceChannels], few);
@@ -119,10 +127,11 @@ FF_DEVICE Origin<T> origin_of(const void* map, int channels, int channel, bool a
 // The contents of planes, of the channels from `first` on: `load` starts the copies, `load_constants` brings the constants of
 // `count` channels, rows [count], and `transform` computes the values in place with them, as those of operands.h do.
 // `voxel` is the number of the sample's first voxel in the batch.
-template <class T>
+//   kRegisters   of a thread that brings them to a convolution
+template <class T, int kFew = 4>
 struct ActivatedPlanes {
   using Params = Sources;
-  static constexpr bool kBeside = false;
+  static constexpr int kRegisters = 128;
 
   FF_DEVICE static bool pending(const Sources& in) { return in.part[0].coef || in.part[1].coef; }
 
@@ -154,8 +163,8 @@ struct ActivatedPlanes {
     if (!part.coef) return;
     Coefficients<kPieceChannels> coef;
     load_coefficients(constants + mine * 4, count, coef);
-    plane.each([&](const int (&number)[2], const int (&place)[2]) {
-      float v[kPieceValues];
+    plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
+      float v[kFew * kPieceChannels];
       load_pieces<T>(at, number, place, v);
       coef.apply(v, part.act);
       store_pieces<T>(at, number, place, v);
@@ -166,7 +175,7 @@ struct ActivatedPlanes {
 template <class T>
 struct GradientPlanes {
   using Params = Gradients;
-  static constexpr bool kBeside = true;
+  static constexpr int kRegisters = 120, kFew = 2, kValues = kFew * kPieceChannels;
 
   FF_DEVICE static bool pending(const Gradients& in) { return in.given.y || in.given.scale; }
 
@@ -185,10 +194,10 @@ struct GradientPlanes {
   FF_DEVICE static void transform(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
                                   int constants, int count) {
     run(plane, in, voxel, first, at, beside, constants, count,
-        [](const float (&)[kPieceValues], const float (&)[kPieceValues]) {});
+        [](const float (&)[kValues], const float (&)[kValues]) {});
   }
 
-  // The transform, with a call of add(e, gradient at the slopes) for two voxels at a time.
+  // The transform, with a call of add(e, gradient at the slopes) for a few voxels at a time.
   template <class F>
   FF_DEVICE static void run(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
                             int constants, int count, F add) {
@@ -198,11 +207,11 @@ struct GradientPlanes {
     GradientRows<kPieceChannels> rows;
     rows.load(constants + mine * 4, count, in.given.y);
     const int64_t begin = voxel * in.channels + channel;
-    plane.each([&](const int (&number)[2], const int (&place)[2]) {
-      float e[kPieceValues], at_slope[kPieceValues] = {};
+    plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
+      float e[kValues], at_slope[kValues] = {};
       load_pieces<T>(at, number, place, e);
       if (in.given.y) {
-        float y[kPieceValues];
+        float y[kValues];
         load_pieces<T>(beside, number, place, y);
         through_moments(rows, act, number, y, e, at_slope);
       } else if (in.given.scale) {
@@ -212,9 +221,9 @@ struct GradientPlanes {
       if (!pending(in)) return;
       if (in.given.y) {
 #pragma unroll
-        for (int i = 0; i < kPieceValues; ++i) {
-          e[i] = dithered<T>(e[i], begin + static_cast<int64_t>(number[i / kPieceChannels]) * in.channels +
-                                       i % kPieceChannels);
+        for (int i = 0; i < kValues; ++i) {
+          e[i] = dithered<T>(
+              e[i], begin + static_cast<int64_t>(number[i / kPieceChannels]) * in.channels + i % kPieceChannels);
         }
       }
       store_pieces<T>(at, number, place, e);

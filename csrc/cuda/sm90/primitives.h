@@ -59,16 +59,16 @@ FF_DEVICE void mbarrier_arrive(int at) {
 }
 // Arrives, and announces that `bytes` come by bulk copies in this phase.
 FF_DEVICE void mbarrier_expect(int at, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes)
+               : "memory");
 }
 // Whether the phase of this parity, 0 for the first one, has ended.
 FF_DEVICE bool mbarrier_test(int at, int parity) {
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(shared_address(at)), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(done)
+               : "r"(shared_address(at)), "r"(parity)
+               : "memory");
   return done;
 }
 // Waits until it has.
@@ -108,12 +108,8 @@ FF_DEVICE void give_registers() {
 // Products of a warpgroup run asynchronously. `products_begin` stands in front of the first one of a group and behind every
 // other access to its registers; `products_commit` closes the group; behind `products_wait<n>` all groups but the last n
 // are done. Registers and shared memory of a product that is not done must not be touched.
-FF_DEVICE void products_begin() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-FF_DEVICE void products_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+FF_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FF_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
 FF_DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -126,9 +122,10 @@ FF_DEVICE void products_wait() {
 #define FF_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define FF_R16 FF_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define FF_R32 FF_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define FF_R64                                                                                        \
-  FF_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54" \
-         ",%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FF_R64                                                                                       \
+  FF_R32                                                                                             \
+      ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54" \
+      ",%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 #define FF_PRODUCT(type, name)                                                                                        \
   FF_DEVICE void multiply_async(float (&d)[64], Descriptor a, Descriptor b, type) {                                   \
@@ -137,12 +134,12 @@ FF_DEVICE void products_wait() {
                  : FF_F32(0), FF_F32(32)                                                                              \
                  : "l"(a.bits), "l"(b.bits));                                                                         \
   }
-#define FF_PRODUCT_REGISTERS(type, name, n, count, registers, outputs, r0, r1, r2, r3, r4)                             \
-  FF_DEVICE void multiply_async(float (&d)[count], const uint32_t (&a)[4], Descriptor b, type) {                        \
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name \
-                 " {" registers "}, {" r0 "," r1 "," r2 "," r3 "}, " r4 ", p, 1, 1, 1;\n}\n"                            \
-                 : outputs                                                                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits));                                           \
+#define FF_PRODUCT_REGISTERS(type, name, n, count, registers, outputs, r0, r1, r2, r3, r4)                      \
+  FF_DEVICE void multiply_async(float (&d)[count], const uint32_t (&a)[4], Descriptor b, type) {                \
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name \
+                 "." name " {" registers "}, {" r0 "," r1 "," r2 "," r3 "}, " r4 ", p, 1, 1, 1;\n}\n"           \
+                 : outputs                                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits));                                    \
   }
 
 // d += a b, 64 rows by 128 columns and 16 k, both operands K-major in shared memory. Number i of thread t of the warpgroup

@@ -14,10 +14,6 @@
 namespace fastfilm::cuda::sm90 {
 namespace {
 
-// Registers of a thread that brings, and of one that multiplies. A block has 128 for each thread.
-constexpr int kBringRegisters = 104, kMultiplyRegisters = 136;
-static_assert(kBringRegisters + 3 * kMultiplyRegisters <= 4 * 65536 / kWeightThreads, "beyond the registers of a block");
-
 constexpr int kRowTaps = 3, kConsumerWarps = 12;
 
 template <class T, int kN>
@@ -27,10 +23,13 @@ struct Wgrad {
     Sources in;
     Gradients e;
     float* partials;  // [slots, co, taps, ci]
-    float* sums;      // [groups, 2, co] of the gradient; null: not wanted
+    float* sums;  // [groups, 2, co] of the gradient; null: not wanted
   };
   static constexpr int kThreads = kWeightThreads, kMinBlocks = 1;
-  using Input = ActivatedPlanes<T>;
+  // Registers of a thread that brings, and of one that multiplies. A block has 128 for each thread.
+  static constexpr int kBringRegisters = kN == 64 ? 104 : 112, kMultiplyRegisters = kN == 64 ? 136 : 128;
+  static_assert(kBringRegisters + 3 * kMultiplyRegisters <= 4 * 65536 / kWeightThreads, "beyond a block's registers");
+  using Input = ActivatedPlanes<T, 2>;
   using Output = GradientPlanes<T>;
 
   FF_DEVICE static int full(const WeightLayout& p, int slot) { return p.barriers_at + slot * 8; }
@@ -91,9 +90,9 @@ struct Wgrad {
       if (summing) {
         float sums[2 * kPieceChannels] = {};
         Output::run(gradient(w), p.e, w.n * out_volume, first_out, e, w.beside, of_gradient, kRows,
-                    [&](const float (&v)[kPieceValues], const float (&slope)[kPieceValues]) {
+                    [&](const float (&v)[Output::kValues], const float (&slope)[Output::kValues]) {
 #pragma unroll
-          for (int i = 0; i < kPieceValues; ++i) {
+          for (int i = 0; i < Output::kValues; ++i) {
             sums[i % kPieceChannels] += v[i];
             sums[kPieceChannels + i % kPieceChannels] += slope[i];
           }
@@ -125,8 +124,9 @@ struct Wgrad {
         sample = n;
       }
       const Extent& step = layout.step;
-      input(now).find({at.d * step.d + layout.base.d + depth, at.h * step.h + layout.base.h, at.w * step.w + layout.base.w},
-                      step, layout.in);
+      input(now).find(
+          {at.d * step.d + layout.base.d + depth, at.h * step.h + layout.base.h, at.w * step.w + layout.base.w}, step,
+          layout.in);
       gradient(now).find(at, {1, 1, 1}, layout.out);
       // the copies of the tile before it have arrived, in all threads behind the barrier
       wait_copies<0>();
@@ -177,7 +177,8 @@ struct Wgrad {
     for (int t = 0; t < kRowTaps; ++t)
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) sums[t][i] = 0;
-    const int columns = layout.tile.w / 8, steps = layout.tile.volume() / 16;
+    // two steps are beside each other in a tile 16 wide
+    const int beside = layout.tile.w / 16, steps = layout.tile.volume() / 16;
     int slot = 0, parity = 0;
 #pragma unroll 1
     for (int tile = first; tile < last; ++tile) {
@@ -186,17 +187,18 @@ struct Wgrad {
       const int at = slab(layout, slot), e = at + layout.plane_bytes + mine;
       const Descriptor voxels = descriptor(at, pitch * 16, layout.chunk_bytes);
       // step s has eight voxels of each of two lines
-      const auto line = [&](int s) { return s / columns * 2; };
+      const auto line = [&](int s) { return s >> beside << 1; };
       const auto load = [&](int s, uint32_t (&a)[4]) {
-        load_matrix4_transposed(a, e + (line(s) * layout.tile.w + s % columns * 8) * 16);
+        load_matrix4_transposed(a, e + (line(s) * layout.tile.w + (s & beside) * 8) * 16);
       };
       const auto multiply_step = [&](int s, const uint32_t (&a)[4]) {
-        const Descriptor here = voxels + (line(s) * pitch + s % columns * 8);
-        products_begin();
+        const Descriptor here = voxels + (line(s) * pitch + (s & beside) * 8);
         if (one) {
+          products_begin();
           multiply_async(sums[0], a, here, T{});
           products_commit();
         } else {
+          products_begin();
           multiply_async(sums[0], a, here + shifts[0], T{});
           multiply_async(sums[1], a, here + shifts[1], T{});
           multiply_async(sums[2], a, here + shifts[2], T{});
@@ -230,7 +232,8 @@ struct Wgrad {
       const int tap = depth * plane + (one ? 0 : consumer * kRowTaps + t);
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
-        const int co = first_out + warp * 16 + lane / 4 + i / 2 % 2 * 8, ci = first_in + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const int co = first_out + warp * 16 + lane / 4 + i / 2 % 2 * 8,
+                  ci = first_in + i / 4 * 8 + lane % 4 * 2 + i % 2;
         if (co < layout.co && ci < layout.ci) {
           partials[(static_cast<int64_t>(co) * taps + tap) * layout.ci + ci] = sums[t][i];
         }
@@ -249,14 +252,12 @@ std::string weight_gradient_of(const WeightLayout& layout, const WeightGradient&
   const Gradients e = gradients_of<T>(c.gradient, layout.co, layout.out);
   const Grid grid{layout.groups, layout.blocks_m * layout.blocks_n, layout.kernel.d};
   const auto start = [&](auto kernel) {
-    return launched("sm90_wgrad", launch<decltype(kernel)>(grid, layout.shared_bytes, stream,
-                                                           {layout, in, e, partials, sums}));
+    return launched("sm90_wgrad",
+                    launch<decltype(kernel)>(grid, layout.shared_bytes, stream, {layout, in, e, partials, sums}));
   };
-  left = {partials, layout.partial_slots(), layout.co, layout.ci, layout.kernel, c.dweight, c.strides, sums,
-          layout.groups, c.dpre};
-  return layout.bn == 64   ? start(Wgrad<T, 64>{})
-         : layout.bn == 32 ? start(Wgrad<T, 32>{})
-                           : start(Wgrad<T, 16>{});
+  left = {partials, layout.partial_slots(), layout.co, layout.ci, layout.kernel, c.dweight, c.strides,
+          sums,     layout.groups,          c.dpre};
+  return layout.bn == 64 ? start(Wgrad<T, 64>{}) : layout.bn == 32 ? start(Wgrad<T, 32>{}) : start(Wgrad<T, 16>{});
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ constexpr int kSlots = 3;  // one is multiplied, one is transformed, one is copi
 
 SlabShape shape_of(const Extent& size) {
   const auto inverse = [](int d) { return ((1u << 22) + d - 1) / d; };
-  return {size, size.volume(), up(size.volume(), 64) * 64, inverse(size.w), inverse(size.w * size.h)};
+  return {size, size.volume(), up(size.volume(), 128) * 128, inverse(size.w), inverse(size.w * size.h)};
 }
 
 bool fits(WeightLayout& p, const ConvShape& s, int bn, const Extent& tile, int most) {
@@ -69,7 +69,8 @@ std::string lay_out(const ConvShape& s, const Device& device, WeightLayout& layo
   double least = std::numeric_limits<double>::max();
   for (const int bn : {64, 32, 16}) {
     if (bn > 16 && bn / 2 >= s.ci) continue;
-    for (const Extent& tile : {Extent{1, 16, 16}, Extent{1, 8, 16}, Extent{1, 16, 8}, Extent{1, 8, 8}, Extent{1, 32, 8}}) {
+    for (const Extent& tile :
+         {Extent{1, 16, 16}, Extent{1, 8, 16}, Extent{1, 16, 8}, Extent{1, 8, 8}, Extent{1, 32, 8}}) {
       WeightLayout q = p;
       if (!fits(q, s, bn, tile, device.shared_bytes)) continue;
       const double cost = clocks(q, s.n);
@@ -84,7 +85,8 @@ std::string lay_out(const ConvShape& s, const Device& device, WeightLayout& layo
   }
   const int64_t tiles = s.n * voxels_of(layout.tiles);
   if (tiles > std::numeric_limits<int>::max()) return "the map has too many tiles";
-  if (std::max(voxels_of(s.in), voxels_of(s.out)) > std::numeric_limits<int>::max()) return "a sample has too many voxels";
+  if (std::max(voxels_of(s.in), voxels_of(s.out)) > std::numeric_limits<int>::max())
+    return "a sample has too many voxels";
   const int64_t others = static_cast<int64_t>(layout.blocks_m) * layout.blocks_n * s.kernel.d;
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(tiles, device.multiprocessors / others));
   layout.tiles_a_group = up(tiles, wanted);
@@ -93,8 +95,10 @@ std::string lay_out(const ConvShape& s, const Device& device, WeightLayout& layo
 }
 
 bool wins(const WeightLayout& p) {
-  const double channels = static_cast<double>(p.ci) * p.co / (static_cast<double>(p.blocks_m) * kRows * p.blocks_n * p.bn);
-  const double voxels = static_cast<double>(voxels_of(p.out)) / (static_cast<double>(voxels_of(p.tiles)) * p.tile.volume());
+  const double channels = static_cast<double>(p.ci) * p.co /
+                          (static_cast<double>(p.blocks_m) * kRows * p.blocks_n * p.bn);
+  const double voxels = static_cast<double>(voxels_of(p.out)) /
+                        (static_cast<double>(voxels_of(p.tiles)) * p.tile.volume());
   return channels * voxels >= 0.2;
 }
 

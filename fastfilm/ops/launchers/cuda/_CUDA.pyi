@@ -103,7 +103,8 @@ class Convolution:
     ``device`` is what ``device()`` returns. A source is (address, its coefficients' or 0, channels, act). A
     gradient is (dy, y, stats, dstats, pre, scale, pre_act); an output is (x, coef, channels, act, dx, dcoef,
     add). ``strides`` are the weight's, in elements, over [co, ci, kd, kh, kw]. Workspaces are counted in bytes.
-    ``tf32``: products of float32 are rounded, on tensor cores. A shape that has no layout on the device raises
+    ``tf32``: products of float32 are rounded, on tensor cores. ``wgmma``: whether a GPU of sm_90 gets the kernels
+    of warpgroups, "where faster", "always" or "never". A shape that has no layout on the device raises
     RuntimeError when it is first used.
     """
 
@@ -121,6 +122,7 @@ class Convolution:
         stride: int,
         device: tuple[int, int, int],
         tf32: bool = False,
+        wgmma: str = "where faster",
     ) -> None: ...
     def check(self) -> None:
         """RuntimeError if one of the three kernels has no layout on the device."""

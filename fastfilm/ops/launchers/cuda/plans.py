@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,23 @@ def three(values: Sequence[int], depth: int) -> tuple[int, int, int]:
     return (depth, values[0], values[1]) if len(values) == 2 else (*values,)  # type: ignore[return-value]
 
 
+_wgmma = "where faster"
+
+
+@contextlib.contextmanager
+def wgmma(choice: str) -> Iterator[None]:
+    """Which kernels of sm_90 measurements and tests get: of warpgroups "where faster", "always" or "never".
+
+    It holds for all threads. Elsewhere, and for float32, there is one kind only.
+    """
+    global _wgmma
+    before, _wgmma = _wgmma, choice
+    try:
+        yield
+    finally:
+        _wgmma = before
+
+
 def why_not(
     dtype: torch.dtype, channels: tuple[int, int], kernel: Sizes, stride: Sizes
 ) -> str | None:
@@ -46,7 +64,8 @@ def why_not(
     size = tuple(n * s for n, s in zip(out, stride, strict=True))
     padding = tuple(k // 2 for k in kernel)
     try:
-        _plan(Shape(dtype, 1, channels, size, out, kernel, stride, padding), _device(None)).check()
+        shape = Shape(dtype, 1, channels, size, out, kernel, stride, padding)
+        _plan(shape, _device(None), False, _wgmma).check()
     except RuntimeError as error:
         return str(error)
     return None
@@ -55,7 +74,7 @@ def why_not(
 def plan(shape: Shape, on: Tensor) -> _CUDA.Convolution:
     """The kernels of one shape, with the layout that suits the GPU of ``on`` (the current one)."""
     tf32 = shape.dtype == torch.float32 and on.is_cuda and precision.tf32()
-    return _plan(shape, _device(on.device.index), tf32)
+    return _plan(shape, _device(on.device.index), tf32, _wgmma)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,7 +83,9 @@ def _device(index: int | None) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(shape: Shape, device: tuple[int, int, int], tf32: bool = False) -> _CUDA.Convolution:
+def _plan(
+    shape: Shape, device: tuple[int, int, int], tf32: bool = False, wgmma: str = "where faster"
+) -> _CUDA.Convolution:
     if len(set(shape.stride)) != 1:
         raise ValueError(f"stride must be the same in every dimension, got {shape.stride}")
     return _CUDA.Convolution(
@@ -80,4 +101,5 @@ def _plan(shape: Shape, device: tuple[int, int, int], tf32: bool = False) -> _CU
         stride=shape.stride[0],
         device=device,
         tf32=tf32,
+        wgmma=wgmma,
     )

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -301,6 +302,7 @@ class Convolution {
       }
       const WgradPlan& p = std::get<WgradPlan>(wgrad());
       facts["instruction"] = "mma";
+      facts["why_not_wgmma"] = why_not_wgmma_[kernel];
       describe(facts, p, p.bm, p.bn);
       return facts;
     }
@@ -314,6 +316,7 @@ class Convolution {
     }
     const ConvPlan& p = std::get<ConvPlan>(plan);
     facts["instruction"] = "mma";
+    facts["why_not_wgmma"] = why_not_wgmma_[kernel];
     describe(facts, p, p.bn, p.bk);
     facts["resident"] = p.resident;
     facts["part"] = p.part;
@@ -381,8 +384,17 @@ class Convolution {
   size_t element() const { return bytes_of(shape_.storage); }
   void* work(Address workspace) const { return pointer("workspace", workspace, 16); }
 
-  // Whether the kernels of sm90/ may be chosen.
-  bool warpgroups() const { return device_.capability == 90 && kBuiltForWarpgroups && wgmma_ != "never"; }
+  // Why not the kernels of sm90/, whose layout `lay_out` makes; empty: they are chosen.
+  template <class Layout, class F>
+  std::string why_not(Layout& layout, F lay_out) const {
+    if (wgmma_ == "never") return "wgmma is 'never'";
+    if (device_.capability != 90) return "the GPU is sm_" + std::to_string(device_.capability) + ", not sm_90";
+    if (!kBuiltForWarpgroups) return "built without the target 90a";
+    const std::string reason = lay_out(layout);
+    if (!reason.empty() || wgmma_ == "always" || sm90::wins(layout)) return reason;
+    return "only " + std::to_string(static_cast<int>(100 * sm90::useful(layout))) +
+           " % of their products would be of use";
+  }
 
   using Plan = std::variant<ConvPlan, sm90::Layout>;
 
@@ -390,8 +402,10 @@ class Convolution {
     std::optional<Plan>& slot = direction == Direction::kForward ? forward_ : backward_;
     if (!slot) {
       sm90::Layout layout;
-      if (warpgroups() && sm90::lay_out(shape_, direction, device_, layout).empty() &&
-          (wgmma_ == "always" || sm90::wins(layout))) {
+      const std::string reason = why_not(
+          layout, [&](sm90::Layout& to) { return sm90::lay_out(shape_, direction, device_, to); });
+      why_not_wgmma_[direction == Direction::kForward ? "forward" : "backward"] = reason;
+      if (reason.empty()) {
         slot = layout;
       } else {
         ConvPlan made;
@@ -406,8 +420,10 @@ class Convolution {
   const WeightPlan& wgrad() {
     if (!wgrad_) {
       sm90::WeightLayout layout;
-      if (warpgroups() && sm90::lay_out(shape_, device_, layout).empty() &&
-          (wgmma_ == "always" || sm90::wins(layout))) {
+      const std::string reason = why_not(layout,
+                                         [&](sm90::WeightLayout& to) { return sm90::lay_out(shape_, device_, to); });
+      why_not_wgmma_["weight"] = reason;
+      if (reason.empty()) {
         wgrad_ = layout;
       } else {
         WgradPlan made;
@@ -479,6 +495,7 @@ class Convolution {
   ConvShape shape_{};
   Device device_;
   std::string wgmma_;
+  std::map<std::string, std::string> why_not_wgmma_;  // of each kernel that has a layout
   std::optional<Plan> forward_, backward_;
   std::optional<WeightPlan> wgrad_;
 };

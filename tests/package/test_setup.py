@@ -172,7 +172,7 @@ def test_a_toolkit_in_cuda_home_builds_both_parts_and_a_second_build_compiles_no
     add_toolkit(tmp_path / "toolkit")
     done, lines = build(tools, tmp_path, **environment)
     assert done.returncode == 0, done.stderr
-    assert len(lines) == 1 and "compiling 6 CUDA files for sm_80, sm_90a on" in lines[0]
+    assert len(lines) == 1 and "compiling 9 CUDA files for sm_80, sm_90a on" in lines[0]
     assert extensions(tmp_path) == ["cpu/_C", "cuda/_CUDA"]
     made = record(tmp_path)["CUDA"]
     assert made["archs"] == ["80", "90a"] and made["nvcc"] == "99.1"
@@ -186,7 +186,7 @@ def test_a_toolkit_in_cuda_home_builds_both_parts_and_a_second_build_compiles_no
     assert again["CUDA"]["reused"] == files
 
     done, lines = build(tools, tmp_path, FASTFILM_CUDA_ARCHS="80", **environment)
-    assert "compiling 6 CUDA files for sm_80 on" in lines[0]
+    assert "compiling 9 CUDA files for sm_80 on" in lines[0]
     assert record(tmp_path)["CPU"]["compiled"] == 0
 
 

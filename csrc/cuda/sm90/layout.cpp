@@ -45,7 +45,7 @@ int stages_of(const Layout& p, const Result& result, int slices) {
 // Lays out shared memory; false if it does not fit.
 bool fits(Layout& p, const Choice& choice, bool backward, int most) {
   p.shifts = choice.shifts;
-  p.shifts_log2 = p.shifts == 1 ? 0 : p.shifts == 2 ? 1 : p.shifts == 4 ? 2 : 3;
+  p.shifts_log2 = p.shifts / 2;
   p.bn = kRows / p.shifts;
   p.bk = choice.bk;
   p.half = choice.half;
@@ -185,7 +185,7 @@ std::string lay_out(const ConvShape& s, Direction direction, const Device& devic
 
   const int wide = kLines;  // rows of a half
   double least = std::numeric_limits<double>::max();
-  for (const int shifts : {1, 2, 4, 8}) {
+  for (const int shifts : {1, 2, 4}) {
     if (shifts > 1 && kRows / shifts < std::min(p.co, kRows)) continue;
     for (const int bk : {64, 32, 16})
       for (const Extent& half : {Extent{0, 0, 8}, Extent{0, wide * shifts, 0}})

@@ -80,7 +80,7 @@ struct WeightLayout {
   int ci, co;
   Extent in, out, kernel, base;
   Extent step;  // from one output voxel to the next one, in input voxels
-  int bn, blocks_m, blocks_n;  // input channels, 64, 32 or 16; blocks of 64 output channels, and of bn input channels
+  int bn, blocks_m, blocks_n;  // input channels, 64 or 32; blocks of 64 output channels, and of bn input channels
   Extent tile, tiles;  // output voxels, of depth 1
   SlabShape voxels, gradient;  // planes of the input and of the gradient
   int slots, chunk_bytes, gradient_chunk_bytes, plane_bytes, gradient_bytes;
@@ -92,6 +92,7 @@ struct WeightLayout {
 constexpr int kWeightThreads = 4 * kWarpgroup;
 
 std::string lay_out(const ConvShape& shape, const Device& device, WeightLayout& layout);
+double useful(const WeightLayout& layout);
 bool wins(const WeightLayout& layout);
 
 // Fills in `layout`; returns an empty string, or the reason why these kernels do not take the convolution.

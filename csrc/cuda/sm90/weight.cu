@@ -257,7 +257,7 @@ std::string weight_gradient_of(const WeightLayout& layout, const WeightGradient&
   };
   left = {partials, layout.partial_slots(), layout.co, layout.ci, layout.kernel, c.dweight, c.strides,
           sums,     layout.groups,          c.dpre};
-  return layout.bn == 64 ? start(Wgrad<T, 64>{}) : layout.bn == 32 ? start(Wgrad<T, 32>{}) : start(Wgrad<T, 16>{});
+  return layout.bn == 64 ? start(Wgrad<T, 64>{}) : start(Wgrad<T, 32>{});
 }
 
 }  // namespace

@@ -67,8 +67,8 @@ std::string lay_out(const ConvShape& s, const Device& device, WeightLayout& layo
   p.step = {s.dims == 3 ? s.stride : 1, s.stride, s.stride};
   p.slots_a_group = s.kernel.w == 1 ? 3 : 1;
   double least = std::numeric_limits<double>::max();
-  for (const int bn : {64, 32, 16}) {
-    if (bn > 16 && bn / 2 >= s.ci) continue;
+  for (const int bn : {64, 32}) {
+    if (bn == 64 && s.ci <= 32) continue;
     for (const Extent& tile :
          {Extent{1, 16, 16}, Extent{1, 8, 16}, Extent{1, 16, 8}, Extent{1, 8, 8}, Extent{1, 32, 8}}) {
       WeightLayout q = p;
@@ -94,12 +94,14 @@ std::string lay_out(const ConvShape& s, const Device& device, WeightLayout& layo
   return "";
 }
 
-bool wins(const WeightLayout& p) {
+double useful(const WeightLayout& p) {
   const double channels = static_cast<double>(p.ci) * p.co /
                           (static_cast<double>(p.blocks_m) * kRows * p.blocks_n * p.bn);
   const double voxels = static_cast<double>(voxels_of(p.out)) /
                         (static_cast<double>(voxels_of(p.tiles)) * p.tile.volume());
-  return channels * voxels >= 0.2;
+  return channels * voxels;
 }
+
+bool wins(const WeightLayout& p) { return useful(p) >= 0.2; }
 
 }  // namespace fastfilm::cuda::sm90

@@ -47,6 +47,8 @@ inline Descriptor descriptor(int at, int leading, int stride) {
   return {emulated::descriptor_bits(at, leading, stride)};
 }
 
+inline uint32_t unknown(uint32_t value) { return value; }
+
 template <int kId, int kThreads>
 void barrier_of() {
   emulated::barrier_of(kId, kThreads);

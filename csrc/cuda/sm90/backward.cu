@@ -7,10 +7,15 @@
 namespace fastfilm::cuda::sm90 {
 namespace {
 
-// The coefficients of one channel in shared memory, rows [bn], as affine_backward takes them.
+// The coefficients of a thread's two channels in shared memory, rows [bn], as affine_backward takes them. The second one is 8
+// channels behind the first one.
 struct CoefficientsAt {
   int at, bn;
-  FF_DEVICE void get(CoefRow r, float (&v)[1]) const { load_row(at + r * bn * 4, v); }
+  FF_DEVICE void get(CoefRow row, float (&v)[2]) const {
+    const float* from = reinterpret_cast<const float*>(shared_memory() + at) + row * bn;
+    v[0] = from[0];
+    v[1] = from[8];
+  }
 };
 
 // Applies the chain rule through the pending affine of each source. x of a group comes to one of kAhead stagings, long
@@ -18,19 +23,18 @@ struct CoefficientsAt {
 template <class T>
 struct BackwardEpilogue {
   using Params = BackwardTargets<T>;
-  static constexpr int kValues = 4;  // of a thread's row in two lines
+  static constexpr int kValues = 8;  // of a thread in two lines: voxel after voxel, both rows of each
 
   int64_t n;
   int block_n;
-  Sums<kCoefSums, 1> state[2];  // of the thread's rows; complete once the four lanes that have a row add them
+  Sums<kCoefSums, 2> state;     // of the thread's rows; complete once the four lanes that have a row add them
 
   FF_DEVICE static void load_constants(const Params& p, const Layout& layout, int64_t n, int first, int at) {
     load_backward_rows<kConsumers>(p, layout, n, first, at);
   }
 
   FF_DEVICE BackwardEpilogue(const Params&, const Layout&, int64_t n, int block_n) : n(n), block_n(block_n) {
-    state[0].clear();
-    state[1].clear();
+    state.clear();
   }
 
   // The groups of both halves take turns in the stagings.
@@ -66,43 +70,55 @@ struct BackwardEpilogue {
 
   FF_DEVICE void write(const Params& p, const Layout& layout, const Result& result, const Extent& first,
                        Accumulators& sums) {
+    // the activations of the thread's rows, mostly the same
+    const int row = product_row(0) & (layout.bn - 1);
+    int acts = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int channel = block_n * layout.bn + row + 8 * r;
+      acts |= p.part[p.source_of(channel)].act << 8 * r;
+    }
+    const CoefficientsAt coef{layout.outputs_at + row * 4, layout.bn};
 #pragma unroll 1
     for (int h = 0; h < kHalves; ++h) {
       const Half half(layout, result, first, h);
+      int lines = half.lines(product_row(0) >> (6 - layout.shifts_log2));  // of both rows
+      const int columns = half.columns() - product_voxel(0);  // from this thread's first one on
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
         const Staging at = staging(layout, g);
         wait_copies<kAhead - 1>();
         warp_barrier();
+        if (p.part[0].coef || p.part[1].coef) {
 #pragma unroll
-        for (int line = 0; line < kGroupLines; line += 2) {
-          uint32_t x[4];
-          load_matrix4_transposed(x, at.row(line));
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int row = product_row(r) & (layout.bn - 1);
-            // a voxel that is not in the map adds nothing to the sums
-            const int lines = half.lines(product_row(r) >> (6 - layout.shifts_log2)) - g * kGroupLines - line;
-            int channel = block_n * layout.bn + row;
-            const Output& part = p.part[p.source_of(channel)];
-            if (!part.coef) continue;
-            const auto number = [&](int i) -> float& { return sums[0][(line + i / 2) * 4 + 2 * r + i % 2]; };
-            const auto products = [&](float (&v)[kValues]) {
-#pragma unroll
-              for (int i = 0; i < kValues; ++i) {
-                v[i] = i / 2 < lines && product_voxel(i % 2) < half.columns() ? number(i) : 0.0f;
-              }
-            };
+          for (int line = 0; line < kGroupLines; line += 2) {
+            uint32_t x[4];
+            load_matrix4_transposed(x, at.row(line));
+            // number i: of row i % 2, voxel i / 2 % 2 of line i / 4
+            const auto number = [&](int i) -> float& { return sums[0][(line + i / 4) * 4 + i % 2 * 2 + i / 2 % 2]; };
             const auto inputs = [&](float (&y)[kValues]) {
 #pragma unroll
-              for (int i = 0; i < kValues; ++i)
-                y[i] = to_float(T{static_cast<uint16_t>(x[i / 2 * 2 + r] >> i % 2 * 16)});
+              for (int i = 0; i < kValues; ++i) {
+                y[i] = to_float(T{static_cast<uint16_t>(unknown(x[i / 4 * 2 + i % 2]) >> i / 2 % 2 * 16)});
+              }
             };
-            float v[kValues];
-            affine_backward<1>(CoefficientsAt{layout.outputs_at + row * 4, layout.bn}, inputs, part.act, products, v,
-                               state[r]);
+            // where the rows belong to sources with different activations, one after the other
+            const int turns = (acts & 0xff) == acts >> 8 ? 1 : 2;
+#pragma unroll 1
+            for (int turn = 0; turn < turns; ++turn) {
+              // a voxel that is not in the map adds nothing to the sums
+              const auto products = [&](float (&v)[kValues]) {
 #pragma unroll
-            for (int i = 0; i < kValues; ++i) number(i) = v[i];
+                for (int i = 0; i < kValues; ++i) {
+                  const bool present = line + i / 4 < lines && i / 2 % 2 < columns;
+                  v[i] = present && (turns == 1 || i % 2 == turn) ? number(i) : 0.0f;
+                }
+              };
+              float v[kValues];
+              affine_backward<2>(coef, inputs, turn == 0 ? acts & 0xff : acts >> 8, products, v, state);
+#pragma unroll
+              for (int i = 0; i < kValues; ++i) number(i) = turns == 1 || i % 2 == turn ? v[i] : number(i);
+            }
           }
         }
         warp_barrier();
@@ -113,6 +129,7 @@ struct BackwardEpilogue {
         if (h == 0) bring(p, layout, Half(layout, result, first, 1), g);
         else commit_copies();
         next_group(sums);
+        lines -= kGroupLines;
       }
       if (h == 0) next_half(sums);
     }
@@ -163,7 +180,7 @@ struct BackwardEpilogue {
       float* partial = p.partials + slot * kCoefSums * layout.co + channel;
 #pragma unroll
       for (int i = 0; i < kCoefSums; ++i) {
-        float sum = state[r].row[i][0];
+        float sum = state.row[i][r];
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
         if (thread_index() % 4 == 0 && channel < layout.co) partial[static_cast<int64_t>(i) * layout.co] = sum;

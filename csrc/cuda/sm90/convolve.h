@@ -306,6 +306,7 @@ struct Convolve {
     Room room;
 #pragma unroll 1
     for (int unit = share.first; unit < share.last; ++unit) {
+      const Extent origin = share.origin(layout, unit);
 #pragma unroll 1
       for (int k = 0; k < layout.blocks_k; ++k) {
 #pragma unroll 1
@@ -322,7 +323,7 @@ struct Convolve {
               }
             }
             const Plane now = plane(r, table);
-            const Extent &step = layout.load_step, &base = layout.reads[r].base, origin = share.origin(layout, unit);
+            const Extent &step = layout.load_step, &base = layout.reads[r].base;
             now.find(
                 {(origin.d + layout.pair.d * j) * step.d + base.d, (origin.h + layout.pair.h * j) * step.h + base.h,
                  (origin.w + layout.pair.w * j) * step.w + base.w},

@@ -16,7 +16,7 @@ struct Clocks {
   double plane, chunk, epilogue;
 };
 constexpr double kSliceClocks = 128;
-constexpr Clocks kForwardClocks{300, 1.3, 1500}, kBackwardClocks{350, 2.6, 4500};
+constexpr Clocks kForwardClocks{900, 1.8, 5500}, kBackwardClocks{900, 3.6, 15600};
 
 // What the planner may choose.
 struct Choice {
@@ -82,7 +82,8 @@ bool fits(Layout& p, const Choice& choice, bool backward, int most) {
   p.slots = planes + 2;
   p.chunk_bytes = (voxels | 1) * 16;  // an odd number of 16 bytes keeps the chunks of a voxel in different banks
   p.slab_bytes = p.bk / 8 * p.chunk_bytes;
-  p.numbers = up(voxels, 128) * 128;  // threads read up to 128 numbers at a time
+  const int few = 4096 / p.bk;  // numbers that the threads read at a time
+  p.numbers = up(voxels, few) * few;
   for (Reads& r : p.reads) r.slab.numbers = p.numbers;
   p.staging_bytes = (backward ? kAhead : 1) * kStagingBytes;
   const int rest = align(p.slots * p.slab_bytes) + (backward ? 2 : 0) * p.slab_bytes + kWarps * p.staging_bytes +

@@ -50,7 +50,7 @@ struct Layout {
   Reads reads[kMaxClasses];
   Extent load_step, out_step;
   int kernel_step;
-  int shifts, shifts_log2, bn;  // output rows in a product, and output channels: 64 together
+  int shifts, shifts_log2, bn;  // output rows in a product, and output channels: 64 together, at least 16
   int bk;  // input channels at a time
   int blocks_n, blocks_k;
   int last_slices;  // slices of the last block of input channels; of the others bk / 16

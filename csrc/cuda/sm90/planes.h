@@ -14,6 +14,15 @@ namespace fastfilm::cuda::sm90 {
 // The number of this thread in its warpgroup, and of its warp.
 FF_DEVICE int crew() { return thread_index() % kWarpgroup; }
 
+// One map or two as `Plane::copy` takes them: their places at the sample's first voxel and a channel, the channels that they
+// have, those that are left from that one on, and whether all chunks are whole and lie on 16 bytes.
+template <class T, int kMaps>
+struct Origin {
+  const T* map[kMaps];
+  int channels, valid;
+  bool aligned;
+};
+
 // A plane: its voxels, and where its table is.
 struct Plane {
   const SlabShape& shape;
@@ -41,24 +50,45 @@ struct Plane {
     }
   }
 
-  // Starts to copy the channels from `first` on of a map [N, *map, channels] to `at`; `end` of them exist in the map. Voxels
-  // outside of the map become zeros. The threads of a voxel have neighbouring chunks.
-  template <class T, class Of>
-  FF_DEVICE void copy(int at, int first, Of of) const {
+  // Starts to copy the channels from `first` on of a map to `at`, or of two alike maps; `of(channel)` is where they have a
+  // thread's channels (Origin). Voxels outside of the map become zeros. The threads of a voxel have neighbouring chunks.
+  template <class T, int kMaps, class Of>
+  FF_DEVICE void copy(const int (&at)[kMaps], int first, Of of) const {
+    constexpr int kFew = 4;
     const int chunks = bk / 8, chunk = crew() % chunks, rows = kWarpgroup / chunks;
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
-    const auto from = of(first +
-                         chunk * 8);  // {sample's first voxel at the channel, channels of the map, valid, aligned}
-    int to = at + chunk * chunk_bytes + crew() / chunks * 16;
-#pragma unroll 4
-    for (int v = crew() / chunks; v < shape.voxels; v += rows, to += rows * 16) {
-      const int number = numbers[v];
-      const bool present = number >= 0 && from.valid > 0;
-      const T* source = from.sample + (present ? static_cast<int64_t>(number) * from.channels : 0);
-      if (from.aligned) {
-        copy_async16(to, present ? source : from.base, present ? 16 : 0);
-      } else {
-        store_shared16(to, present ? load_chunk(source, from.valid < 8 ? from.valid : 8, false) : Word16{});
+    const Origin<T, kMaps> from = of(first + chunk * 8);
+    int to = chunk * chunk_bytes + crew() / chunks * 16;
+    if (from.aligned) {
+      const bool exists = from.valid > 0;
+#pragma unroll 1
+      for (int v = crew() / chunks; v < shape.voxels; v += kFew * rows, to += kFew * rows * 16) {
+        int number[kFew];
+#pragma unroll
+        for (int i = 0; i < kFew; ++i) number[i] = numbers[v + i * rows];
+#pragma unroll
+        for (int i = 0; i < kFew; ++i) {
+          // nothing is read of a voxel that is not present
+          const int bytes = number[i] >= 0 && exists ? 16 : 0;
+          const int64_t distance = static_cast<int64_t>(number[i]) * from.channels;
+          if (v + i * rows < shape.voxels) {
+#pragma unroll
+            for (int m = 0; m < kMaps; ++m) copy_async16(at[m] + to + i * rows * 16, from.map[m] + distance, bytes);
+          }
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int v = crew() / chunks; v < shape.voxels; v += rows, to += rows * 16) {
+        const int number = numbers[v];
+        const bool present = number >= 0 && from.valid > 0;
+        const int64_t distance = static_cast<int64_t>(number) * from.channels;
+#pragma unroll
+        for (int m = 0; m < kMaps; ++m) {
+          store_shared16(at[m] + to, present
+                                         ? load_chunk(from.map[m] + distance, from.valid < 8 ? from.valid : 8, false)
+                                         : Word16{});
+        }
       }
     }
   }
@@ -85,20 +115,16 @@ struct Plane {
 
 constexpr int kPieceChannels = 4;
 
+// Loads pieces, of voxels that do not exist too: these may be anything. Waiting for their numbers would take longer.
 template <class T, int kFew>
-FF_DEVICE void load_pieces(int at, const int (&number)[kFew], const int (&place)[kFew],
-                           float (&v)[kFew * kPieceChannels]) {
+FF_DEVICE void load_pieces(int at, const int (&place)[kFew], float (&v)[kFew * kPieceChannels]) {
 #pragma unroll
   for (int i = 0; i < kFew; ++i) {
-    Few<T, kPieceChannels> few{};
-    if (number[i] >= 0) {
-      const Word8 word = load_shared8(at + place[i]);
-      few.w[0] = word.w[0];
-      few.w[1] = word.w[1];
-    }
-    unpack_few<T>(few, &v[i * kPieceChannels]);
+    const Word8 word = load_shared8(at + place[i]);
+    unpack_few<T>(Few<T, kPieceChannels>{{word.w[0], word.w[1]}}, &v[i * kPieceChannels]);
   }
 }
+// Stores those of voxels that exist.
 template <class T, int kFew>
 FF_DEVICE void store_pieces(int at, const int (&number)[kFew], const int (&place)[kFew],
                             const float (&v)[kFew * kPieceChannels]) {
@@ -109,19 +135,6 @@ FF_DEVICE void store_pieces(int at, const int (&number)[kFew], const int (&place
     pack_few<T, kPieceChannels>(&v[i * kPieceChannels], few);
     store_shared8(at + place[i], {{few.w[0], few.w[1]}});
   }
-}
-
-// A map as `Plane::copy` takes it.
-template <class T>
-struct Origin {
-  const T *base, *sample;
-  int channels, valid;
-  bool aligned;
-};
-template <class T>
-FF_DEVICE Origin<T> origin_of(const void* map, int channels, int channel, bool aligned, int64_t first_voxel) {
-  const T* base = static_cast<const T*>(map);
-  return {base, base + first_voxel * channels + channel, channels, channels - channel, aligned};
 }
 
 // The contents of planes, of the channels from `first` on: `load` starts the copies, `load_constants` brings the constants of
@@ -149,9 +162,10 @@ struct ActivatedPlanes {
   }
 
   FF_DEVICE static void load(const Plane& plane, const Sources& in, int64_t voxel, int first, int at, int) {
-    plane.template copy<T>(at, first, [&](int channel) {
+    plane.template copy<T, 1>({at}, first, [&](int channel) -> Origin<T, 1> {
       const Input& part = source(in, channel);
-      return origin_of<T>(part.x, part.channels, channel, in.aligned, voxel);
+      const T* map = static_cast<const T*>(part.x) + voxel * part.channels + channel;
+      return {{map}, part.channels, part.channels - channel, in.aligned};
     });
   }
 
@@ -165,7 +179,7 @@ struct ActivatedPlanes {
     load_coefficients(constants + mine * 4, count, coef);
     plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
       float v[kFew * kPieceChannels];
-      load_pieces<T>(at, number, place, v);
+      load_pieces<T>(at, place, v);
       coef.apply(v, part.act);
       store_pieces<T>(at, number, place, v);
     });
@@ -184,11 +198,18 @@ struct GradientPlanes {
   }
 
   FF_DEVICE static void load(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside) {
-    const auto of = [&](const void* map) {
-      return [&, map](int channel) { return origin_of<T>(map, in.channels, channel, in.aligned, voxel); };
+    const auto map = [&](const void* data, int channel) {
+      return static_cast<const T*>(data) + voxel * in.channels + channel;
     };
-    plane.template copy<T>(at, first, of(in.given.dy));
-    if (in.given.y) plane.template copy<T>(beside, first, of(in.given.y));
+    if (in.given.y) {
+      plane.template copy<T, 2>({at, beside}, first, [&](int channel) -> Origin<T, 2> {
+        return {{map(in.given.dy, channel), map(in.given.y, channel)}, in.channels, in.channels - channel, in.aligned};
+      });
+    } else {
+      plane.template copy<T, 1>({at}, first, [&](int channel) -> Origin<T, 1> {
+        return {{map(in.given.dy, channel)}, in.channels, in.channels - channel, in.aligned};
+      });
+    }
   }
 
   FF_DEVICE static void transform(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
@@ -209,12 +230,13 @@ struct GradientPlanes {
     const int64_t begin = voxel * in.channels + channel;
     plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
       float e[kValues], at_slope[kValues] = {};
-      load_pieces<T>(at, number, place, e);
+      load_pieces<T>(at, place, e);
       if (in.given.y) {
         float y[kValues];
-        load_pieces<T>(beside, number, place, y);
+        load_pieces<T>(beside, place, y);
         through_moments(rows, act, number, y, e, at_slope);
-      } else if (in.given.scale) {
+      } else {
+        // without a scale its row has ones
         scaled(rows, number, e);
       }
       add(e, at_slope);

@@ -46,6 +46,12 @@ FF_DEVICE Descriptor descriptor(int at, int leading, int stride) {
 // A number that all lanes of a warp have in common; the compiler sees that a branch on it does not part them.
 FF_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed anew, and not kept in registers.
+FF_DEVICE uint32_t unknown(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // What this thread wrote to shared memory is there for the asynchronous proxy, for threads that a barrier tells so.
 FF_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -120,7 +120,7 @@ struct Wgrad {
                     layout.constants_at + constants * layout.constant_bytes};
       if (n != sample) {
         if (pending) Input::load_constants(p.in, n, layout.n, first_in, kN, now.constants);
-        if (raw) Output::load_constants(p.e, n, layout.n, first_out, kRows, now.constants + 7 * kN * 4);
+        if (raw || summing) Output::load_constants(p.e, n, layout.n, first_out, kRows, now.constants + 7 * kN * 4);
         sample = n;
       }
       const Extent& step = layout.step;

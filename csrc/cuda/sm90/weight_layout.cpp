@@ -43,11 +43,11 @@ bool fits(WeightLayout& p, const ConvShape& s, int bn, const Extent& tile, int m
   return p.shared_bytes <= most;
 }
 
-// Clocks of all tiles and blocks, about: the slower of products and transform.
+// Clocks of all tiles and blocks, about: the slower of the products and of what is brought (read off the machine code).
 double clocks(const WeightLayout& p, int64_t n) {
   const double taps = p.kernel.h * p.kernel.w, steps = p.tile.volume() / 16.0;
   const double products = taps * steps * p.bn / 2;
-  const double bring = 0.85 * p.voxels.voxels * p.bn / 8 + 1.7 * p.gradient.voxels * kRows / 8;
+  const double bring = 1200 + 2.5 * p.voxels.voxels * p.bn / 8 + 3.7 * p.gradient.voxels * kRows / 8;
   return (std::max(products, bring) + 200) * static_cast<double>(voxels_of(p.tiles)) * n * p.blocks_m * p.blocks_n *
          p.kernel.d;
 }

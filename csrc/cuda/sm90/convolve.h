@@ -297,8 +297,12 @@ struct Convolve {
       const int slot = before & 0xff;
       if (pending) {
         const int k = before >> 12, r = before >> 8 & 0xf;
+        // the rooms for weights are filled in the meantime, too
+        int turn = 0;
         Planes::transform(plane(r, table == 0 ? 2 : table - 1), p.in, voxel(), k * layout.bk, place(slot),
-                          beside(number - 1), layout.inputs_at + k * layout.bk * 4, count);
+                          beside(number - 1), layout.inputs_at + k * layout.bk * 4, count, [&] {
+          if (leads && ++turn % 2 == 0) weights.pump();
+        });
       }
       fence_async();
       mbarrier_arrive(plane_full(layout, slot));

@@ -118,7 +118,7 @@ double clocks(const Layout& p, const Clocks& of) {
     }
     // stages that are not full cost a wait each
     products += 60.0 * stages_of(p, result, p.stage_slices);
-    const double shared = p.resident ? products : products + of.epilogue / 2;
+    const double shared = p.resident ? products : 1.1 * products + of.epilogue / 2;
     const double multiply = std::max(shared, products / 2 + of.epilogue);
     sum += (std::max(multiply, bring) + 0.2 * std::min(multiply, bring)) *
            static_cast<double>(voxels_of(result.units)) * p.blocks_n;

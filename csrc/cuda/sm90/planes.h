@@ -93,10 +93,10 @@ struct Plane {
     }
   }
 
-  // Calls f(numbers, places) for all voxels, kFew at a time, whose latencies overlap, with this thread's piece of four
+  // Calls f(numbers, places), and meanwhile(), for all voxels, kFew at a time, whose latencies overlap, with this thread's piece of four
   // channels of each: `places` are distances from the plane's beginning.
-  template <int kFew, class F>
-  FF_DEVICE void each(F f) const {
+  template <int kFew, class F, class G>
+  FF_DEVICE void each(F f, G meanwhile) const {
     const int pieces = bk / 4, piece = crew() % pieces, rows = kWarpgroup / pieces;
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
     int place = piece / 2 * chunk_bytes + piece % 2 * 8 + crew() / pieces * 16;
@@ -109,6 +109,7 @@ struct Plane {
         places[i] = place + i * rows * 16;
       }
       f(number, places);
+      meanwhile();
     }
   }
 };
@@ -139,7 +140,7 @@ FF_DEVICE void store_pieces(int at, const int (&number)[kFew], const int (&place
 
 // The contents of planes, of the channels from `first` on: `load` starts the copies, `load_constants` brings the constants of
 // `count` channels, rows [count], and `transform` computes the values in place with them, as those of operands.h do.
-// `voxel` is the number of the sample's first voxel in the batch.
+// `voxel` is the number of the sample's first voxel in the batch; `meanwhile` is called on the way.
 //   kRegisters   of a thread that brings them to a convolution
 template <class T, int kFew = 4>
 struct ActivatedPlanes {
@@ -169,8 +170,9 @@ struct ActivatedPlanes {
     });
   }
 
+  template <class G>
   FF_DEVICE static void transform(const Plane& plane, const Sources& in, int64_t, int first, int at, int, int constants,
-                                  int count) {
+                                  int count, G meanwhile) {
     const int mine = crew() % (plane.bk / kPieceChannels) * kPieceChannels;
     int channel = first + mine;
     const Input& part = source(in, channel);
@@ -182,7 +184,7 @@ struct ActivatedPlanes {
       load_pieces<T>(at, place, v);
       coef.apply(v, part.act);
       store_pieces<T>(at, number, place, v);
-    });
+    }, meanwhile);
   }
 };
 
@@ -212,22 +214,23 @@ struct GradientPlanes {
     }
   }
 
+  template <class G>
   FF_DEVICE static void transform(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
-                                  int constants, int count) {
+                                  int constants, int count, G meanwhile) {
     run(plane, in, voxel, first, at, beside, constants, count,
-        [](const float (&)[kValues], const float (&)[kValues]) {});
+        [](const float (&)[kValues], const float (&)[kValues]) {}, meanwhile);
   }
 
   // The transform, with a call of add(e, gradient at the slopes) for a few voxels at a time.
-  template <class F>
+  template <class F, class G>
   FF_DEVICE static void run(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
-                            int constants, int count, F add) {
+                            int constants, int count, F add, G meanwhile) {
     const int mine = crew() % (plane.bk / kPieceChannels) * kPieceChannels, channel = first + mine;
     if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;
     GradientRows<kPieceChannels> rows;
     rows.load(constants + mine * 4, count, in.given.y);
-    const int64_t begin = voxel * in.channels + channel;
+    const uint32_t begin = static_cast<uint32_t>(voxel * in.channels + channel);
     plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
       float e[kValues], at_slope[kValues] = {};
       load_pieces<T>(at, place, e);
@@ -243,13 +246,13 @@ struct GradientPlanes {
       if (!pending(in)) return;
       if (in.given.y) {
 #pragma unroll
-        for (int i = 0; i < kValues; ++i) {
-          e[i] = dithered<T>(
-              e[i], begin + static_cast<int64_t>(number[i / kPieceChannels]) * in.channels + i % kPieceChannels);
+        for (int i = 0; i < kValues; i += 2) {
+          const uint32_t here = static_cast<uint32_t>(number[i / kPieceChannels] * in.channels + i % kPieceChannels);
+          dither_pair<T>(e[i], e[i + 1], begin + here);
         }
       }
       store_pieces<T>(at, number, place, e);
-    });
+    }, meanwhile);
   }
 };
 

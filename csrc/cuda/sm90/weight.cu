@@ -86,7 +86,7 @@ struct Wgrad {
     const int64_t in_volume = layout.in.volume(), out_volume = layout.out.volume();
     const auto deliver = [&](const Way& w) {
       const int at = slab(layout, w.slot), e = at + layout.plane_bytes, of_gradient = w.constants + 7 * kN * 4;
-      if (pending) Input::transform(input(w), p.in, w.n * in_volume, first_in, at, 0, w.constants, kN);
+      if (pending) Input::transform(input(w), p.in, w.n * in_volume, first_in, at, 0, w.constants, kN, [] {});
       if (summing) {
         float sums[2 * kPieceChannels] = {};
         Output::run(gradient(w), p.e, w.n * out_volume, first_out, e, w.beside, of_gradient, kRows,
@@ -96,11 +96,11 @@ struct Wgrad {
             sums[i % kPieceChannels] += v[i];
             sums[kPieceChannels + i % kPieceChannels] += slope[i];
           }
-        });
+        }, [] {});
 #pragma unroll
         for (int i = 0; i < 2 * kPieceChannels; ++i) held[i * kWarpgroup] += sums[i];
       } else if (raw) {
-        Output::transform(gradient(w), p.e, w.n * out_volume, first_out, e, w.beside, of_gradient, kRows);
+        Output::transform(gradient(w), p.e, w.n * out_volume, first_out, e, w.beside, of_gradient, kRows, [] {});
       }
       fence_async();
       mbarrier_arrive(full(layout, w.slot));

@@ -14,6 +14,7 @@ DRY = (
     "**A dry run on a CPU.** It shows that every step, table and picture works. Its times are those of a CPU on"
     " tiny maps and say nothing about a GPU: no speed on a GPU is claimed."
 )
+CHECKS = ("memcheck", "racecheck", "synccheck", "tests", "check", "all-tests")
 PRINTED = 11_000
 """Characters of the report that a run prints at its end."""
 
@@ -25,7 +26,7 @@ def text(results: Results, pictures: Sequence[str]) -> str:
     rows = results["rows"]
     dry = [DRY, ""] if results["about"].get("device") == "cpu" else []
     parts = ["# Campaign", "", *dry, *(f"{i}. {a}" for i, a in enumerate(answers(results), 1)), ""]
-    parts += [*_steps(results), *_checks(results), *_tests(results), *_routes(rows)]
+    parts += [*_steps(results), *_checks(results), *_tests(results), *_kinds(rows), *_routes(rows)]
     measured = [] if dry else rows  # a CPU says nothing about the targets
     parts += [*_profiles(rows), *_probes(results), *_targets(measured), *_slower(measured)]
     parts += _speed(rows)
@@ -51,8 +52,7 @@ def answers(results: Results) -> list[str]:
         f"On: {m.get('device_name') or 'no rows yet'}; {versions}; commit {about.get('commit')}.",
         f"Built: {_became(steps, ('package', 'kernels', 'binaries'))}.",
         _right(results["checks"]),
-        f"Checks: {_became(steps, ('memcheck', 'racecheck', 'tests', 'check', 'all-tests'))}"
-        f"{_wrong_tests(results['tests'])}.",
+        f"Checks: {_became(steps, CHECKS)}{_wrong_tests(results['tests'])}.",
         _ceilings(m),
         _fast(rows),
         _networks(rows),
@@ -113,7 +113,21 @@ def _fast(rows: targets.Rows) -> str:
     return (
         f"Layers: the best route is faster than the vendor's convolution alone in {ahead} of {len(best)}, median"
         f" {median:.2f}×, worst {worst['ratio']:.2f}× ({worst['case']}, {worst['mode']}, {worst['provider']})."
+        f"{_by_wgmma(rows)}"
     )
+
+
+def _by_wgmma(rows: targets.Rows) -> str:
+    pairs = targets.pairs(rows)
+    said = []
+    for name, ratios in (
+        ("those by mma", [p.over(p.old) for p in pairs]),
+        ("the vendor's", [p.over(p.vendor) for p in pairs]),
+    ):
+        if found := [r for r in ratios if r is not None]:
+            ahead, median = sum(r >= 1 for r in found), statistics.median(found)
+            said.append(f"faster than {name} in {ahead} of {len(found)}, median {median:.2f}×")
+    return f" CUDA convolutions by wgmma: {'; '.join(said)}." if said else ""
 
 
 def _networks(rows: targets.Rows) -> str:
@@ -138,7 +152,7 @@ def _limits(rows: targets.Rows) -> str:
         said.append(f"{r['note']}: {top or 'no stall reasons'} ({rates})")
     reasons = [r["note"] for r in rows if r["suite"] == "profile" and r["status"] == "skipped"]
     return (
-        f"Limits, by hardware counters: {'; '.join(said[:4]) or (reasons or ['not read yet'])[0]}."
+        f"Limits, by hardware counters: {'; '.join(said[:6]) or (reasons or ['not read yet'])[0]}."
     )
 
 
@@ -183,6 +197,37 @@ def _checks(results: Results) -> list[str]:
     return ["## Kernels that are not right", "", *table(head, cells)] if cells else []
 
 
+def _kinds(rows: targets.Rows) -> list[str]:
+    """The CUDA convolutions by mma and by wgmma beside the vendor's, a line a layer and direction."""
+    cells = []
+    for p in targets.pairs(rows):
+        ratios = [p.over(peer) for peer in (p.old, p.vendor)]
+        times = [_plain(r) for r in (p.old, p.new, p.vendor)]
+        said = ["-" if r is None else f"{r:.2f}×" for r in ratios]
+        cells.append((p.case, p.mode, *times, *said, _taken(p)))
+    head = ("layer", "direction", "by mma", "by wgmma", "vendor", "mma / wgmma", "vendor / wgmma")
+    text = (
+        "ms and TFLOP/s, with everything around the convolution; the vendor's is the convolution alone. The last"
+        " column is what the extension takes by itself, bold where the other kind was faster."
+    )
+    title = "## CUDA convolutions by mma and by wgmma"
+    return [title, "", text, "", *table((*head, "taken"), cells)] if cells else []
+
+
+def _taken(p: targets.Pair) -> str:
+    if p.new.get("chosen") is None:
+        return "-"
+    kind, faster = "wgmma" if p.new["chosen"] else "mma", p.over(p.old)
+    wrong = faster is not None and (faster >= 1) != p.new["chosen"]
+    return f"**{kind}**" if wrong else kind
+
+
+def _plain(r: Results | None) -> str:
+    if r is None or not r["median_s"]:
+        return _route(r)
+    return f"{_ms(r['median_s'])} {number(r.get('tflops'))}"
+
+
 def _routes(rows: targets.Rows) -> list[str]:
     found = [r for r in rows if r["suite"] == "routes" and r["mode"] != "all" and not _untimed(r)]
     providers = list(dict.fromkeys(r["provider"] for r in found if r["median_s"]))
@@ -211,6 +256,8 @@ COUNTERS = {
     "DRAM %": "dram_percent",
     "L2 %": "l2_percent",
     "SM %": "sm_percent",
+    "issue %": "issue_percent",
+    "bank conflicts %": "conflict_percent",
 }
 
 

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..counted import verdicts
 from ..counted.processes import follow_parent
-from . import bundle, report, results, smoke
+from . import bundle, report, results
 from .steps import PREPARED, ROOT, Step, filled
 
 OK, FAILED, CUT, SKIPPED = "ok", "FAILED", "cut", "skipped"
@@ -152,8 +153,9 @@ class Campaign:
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
         checks = results.listed(self.work / "steps" / "smoke.json")
-        left_out = found.get("FASTFILM_WITHOUT"), smoke.without(checks)
+        left_out = found.get("FASTFILM_WITHOUT"), verdicts.without(checks, apart=step.kinds)
         found["FASTFILM_WITHOUT"] = ",".join(filter(None, left_out))
+        found[verdicts.APART] = verdicts.apart(checks)
         return found | {n: filled(text, self.values) for n, text in step.environment.items()}
 
     def run(self, step: Step, seconds: float) -> Done:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..counted.verdicts import SM90
+
 ROOT = Path(__file__).resolve().parents[2]
 BEFOREHAND = "build/prepared"
 PREPARED = ROOT / BEFOREHAND
@@ -47,6 +49,7 @@ class Step:
         tells: the last line that it prints belongs into the report.
         checks: its result holds for the sources that it saw, so that it is done again where they have changed.
         beside: it times nothing, so that those that follow one another run at the same time.
+        kinds: it takes one kind of CUDA convolutions or the other by itself, so that each is left out for itself.
         environment: variables of its own.
     """
 
@@ -61,6 +64,7 @@ class Step:
     tells: bool = False
     checks: bool = False
     beside: bool = False
+    kinds: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, values: Mapping[str, str]) -> list[str]:
@@ -111,13 +115,14 @@ def _package() -> Step:
 
 
 def _sanitizer(tool: str) -> Step:
-    checks = ",".join(f"cuda:{f}:bfloat16" for f in ("fprop", "dgrad", "wgrad"))
+    families = [f"{kind}{f}" for kind in ("", SM90) for f in ("fprop", "dgrad", "wgrad")]
+    checks = ",".join(f"cuda:{f}:bfloat16" for f in families)
     command = (
         f"compute-sanitizer --tool {tool} --error-exitcode 9 --target-processes all {{python}}"
     )
     command += f" -m benchmarks.counted.kernel_checks {checks} --few"
-    why = f"compute-sanitizer {tool} on the CUDA convolutions"
-    return Step(tool, why, command, 90, after=("kernels",), checks=True, beside=True)
+    why = f"compute-sanitizer {tool} on the CUDA convolutions, of both kinds"
+    return Step(tool, why, command, 80, after=("kernels",), checks=True, beside=True)
 
 
 def steps(device: str) -> list[Step]:
@@ -145,20 +150,22 @@ def _cuda() -> list[Step]:
              BUILD, 40, setup=True, environment=kernels),
         Step("binaries", "Triton's kernels, those compiled beforehand where their keys are this machine's",
              f"{{python}} -m benchmarks.campaign.binaries install {BEFOREHAND}/triton {{work}}/triton"
-             " --minutes {minutes} --only networks,layers", 40, setup=True, tells=True),
-        Step("smoke", "each kernel against float64, in a process of its own", f"{SMOKE} --seconds 45", 65, 15,
+             " --minutes {minutes} --only networks,layers", 30, setup=True, tells=True),
+        Step("probes", "what wgmma reads and at what rate", f"{PROBES} --folder {BEFOREHAND}", 20, after=()),
+        Step("smoke", "each kernel against float64, in a process of its own", f"{SMOKE} --seconds 40", 85, 15,
              checks=True),
         _suite("ceilings", "copy, L2, launch and matrix products", 15, "--device cuda"),
-        _suite("routes", "the layers that decide, by route and direction", 60, ON_GPU, least=20),
-        _suite("model", "whole networks, also from CUDA graphs, and compiled", 150, f"{default} --graphs",
+        _suite("routes", "the layers that decide, by route and direction", 65, ON_GPU, least=20, kinds=True),
+        _suite("model", "whole networks, also from CUDA graphs, and compiled", 130, f"{default} --graphs",
                least=25),
-        _suite("profile", "hardware counters of the CUDA convolutions", 40, ON_GPU, after=("kernels",)),
-        Step("probes", "what wgmma reads and at what rate", f"{PROBES} --folder {BEFOREHAND}", 20, after=()),
+        _suite("profile", "hardware counters of the CUDA convolutions", 55, ON_GPU, after=("kernels",),
+               kinds=True),
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
-        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 60), 90, 15, checks=True,
+        _sanitizer("synccheck"),
+        Step("tests", "the essential GPU tests", _tests(ESSENTIAL_TESTS, True, 60), 80, 15, checks=True,
              beside=True),
-        Step("check", "every backend and route against float64", "{python} -m fastfilm check --quick", 90,
+        Step("check", "every backend and route against float64", "{python} -m fastfilm check --quick", 80,
              checks=True, beside=True),
         Step("users-command", "python benchmarks/run.py, as in the README",
              f"{users} --plot {{work}}/steps/users-command.png", 180, 60, rows=True),
@@ -176,7 +183,7 @@ def _cuda() -> list[Step]:
 
 
 def _cpu() -> list[Step]:
-    quick = "--device cpu --quick --dtype float32"
+    quick, half = (f"--device cpu --quick --dtype {dtype}" for dtype in ("float32", "float16"))
     library = "{work}/emulated/_CUDA.so"
     emulated = {**INTERPRETER, "FASTFILM_EMULATED_LIBRARY": library}
     smoke = f"{SMOKE} --device cpu --library {library} --types bfloat16 --seconds 60"
@@ -188,14 +195,15 @@ def _cpu() -> list[Step]:
     return [
         _package(),
         Step("kernels", "the CUDA kernels on the host's emulation",
-             "{python} -m benchmarks.counted.emulation {work}/emulated", 150, setup=True),
+             "{python} -m benchmarks.counted.emulation {work}/emulated", 200, setup=True),
+        Step("probes", "what the probes of wgmma expect", f"{PROBES} --self-test", 90, after=nvcc),
         Step("smoke", "each kernel against float64, in processes that may die", smoke, 180, checks=True,
              environment=INTERPRETER),
         _suite("ceilings", "copy, cache, call and matrix product", 30, quick),
-        _suite("routes", "tiny layers, by route and direction", 90, quick, environment=emulated),
+        _suite("routes", "tiny layers, by route and direction", 150, f"{half} --minutes 1.2", kinds=True,
+               environment=emulated),
         _suite("model", "tiny networks", 60, f"{quick} --compile none --minutes 0.2"),
         _suite("profile", "why there are no hardware counters", 30, quick),
-        Step("probes", "what the probes of wgmma expect", f"{PROBES} --self-test", 90, after=nvcc),
         Step("tests", "an essential test in Triton's interpreter", _tests(ESSENTIAL_TESTS[:1], False, 60), 60,
              checks=True, environment=INTERPRETER),
         Step("users-command", "python benchmarks/run.py --quick",

@@ -149,6 +149,37 @@ def verdicts(rows: Rows) -> list[Verdict]:
     return [Verdict(t, t.measured(rows)) for t in TARGETS]
 
 
+OLD, NEW, VENDOR = "fastfilm-cuda-mma", "fastfilm-cuda-wgmma", "vendor"
+"""Providers of the suite ``routes``: CUDA convolutions by mma.sync and by wgmma, and the vendor's alone."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer and direction by both kinds of CUDA convolutions, beside the vendor's alone; None: not timed."""
+
+    case: str
+    mode: str
+    new: Mapping[str, Any]
+    old: Mapping[str, Any] | None
+    vendor: Mapping[str, Any] | None
+
+    def over(self, peer: Mapping[str, Any] | None) -> float | None:
+        """A peer's time over that of the new kernels."""
+        seconds = self.new.get("median_s"), None if peer is None else peer.get("median_s")
+        return None if not all(seconds) else float(seconds[1] / seconds[0])  # type: ignore[operator]
+
+
+def pairs(rows: Rows) -> list[Pair]:
+    """Every layer and direction that has a row by wgmma."""
+    routes = [r for r in rows if r["suite"] == "routes"]
+    of = {(r["case"], r["mode"], r["provider"]): r for r in routes}
+    return [
+        Pair(case, mode, row, of.get((case, mode, OLD)), of.get((case, mode, VENDOR)))
+        for (case, mode, provider), row in of.items()
+        if provider == NEW
+    ]
+
+
 def slower(
     rows: Rows, suites: Iterable[str] = ("model", "ops", "converted")
 ) -> list[tuple[str, str, float]]:

@@ -5,8 +5,12 @@ The room ``counted`` is the only one that imports ``fastfilm.ops``, ``fastfilm.k
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,6 +24,15 @@ from fastfilm.ops.spec.precision import float32_products as float32_products
 
 COEF_ROWS = spec.COEF_ROWS
 """Rows of the coefficients [COEF_ROWS, N, C] that are pending on a map."""
+
+INSTRUCTIONS = {"wgmma": "always", "mma": "never"}
+"""Instruction by which CUDA convolutions multiply -> when those of warpgroups are taken."""
+
+HOPPER = (90, 2, 232448)
+"""What the emulation stands in for where it multiplies by warpgroups: capability, multiprocessors, bytes."""
+
+KERNELS = {"fprop": "forward", "dgrad": "backward", "wgrad": "weight"}
+"""CUDA convolution -> its name in the extension."""
 
 
 def defined_convolution(
@@ -84,6 +97,63 @@ def why_not(route: str, device: str, dtype: torch.dtype) -> str | None:
     one = (1, 1)
     request = choice.Request(device, dtype, 2, one, one, one)
     return choice.why_not_plan(Plan.of(route), request)
+
+
+def _plans() -> ModuleType:
+    """The layouts of the CUDA convolutions, on the extension that is installed now."""
+    return importlib.import_module("fastfilm.ops.launchers.cuda.plans")
+
+
+def _emulated(plans: ModuleType) -> bool:
+    return hasattr(plans._CUDA, "set_seed")
+
+
+def instructions(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those by which CUDA convolutions of a type can multiply here; none where the extension is not built."""
+    try:
+        plans = _plans()
+    except ImportError:
+        return ()
+    hopper = _emulated(plans) or (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    )
+    built = "90a" in plans._CUDA.architectures.split(";")
+    return tuple(INSTRUCTIONS) if hopper and built and dtype.itemsize == 2 else ("mma",)
+
+
+@contextlib.contextmanager
+def multiplying(by: str) -> Iterator[None]:
+    """CUDA convolutions that multiply by "wgmma" wherever such kernels take them, or by "mma" throughout."""
+    plans = _plans()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(plans.wgmma(INSTRUCTIONS[by]))
+        if by == "wgmma" and _emulated(plans):
+            stack.enter_context(patch.object(plans, "_device", lambda index: HOPPER))
+        yield
+
+
+def instruction_of(
+    kernel: str,
+    dtype: torch.dtype,
+    batch: int,
+    channels: tuple[int, int],
+    size: tuple[int, ...],
+    taps: int,
+    stride: int = 1,
+    when: str = "always",
+) -> str:
+    """What a CUDA convolution multiplies by, where warpgroups are taken "always", "never" or "where faster".
+
+    Args:
+        kernel: of ``KERNELS``.
+        size: spatial size of the input; padding is (taps - 1) / 2.
+    """
+    plans, padding = _plans(), (taps - 1) // 2
+    out = tuple((s + 2 * padding - taps) // stride + 1 for s in size)
+    each = [(n,) * len(size) for n in (taps, stride, padding)]
+    shape = plans.Shape(dtype, batch, channels, size, out, *each)
+    device = HOPPER if _emulated(plans) else plans._device(None)
+    return str(plans._plan(shape, device, False, when).facts(KERNELS[kernel])["instruction"])
 
 
 def interpreting() -> bool:

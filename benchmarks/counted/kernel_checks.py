@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from fastfilm.ops.spec import (
 from fastfilm.tuning import facts, measure
 from fastfilm.tuning.shapes import Shape
 
-from . import verdicts
+from . import inside, verdicts
 from .processes import follow_parent
 
 Check = Callable[[Any, str, torch.dtype], float | None]
@@ -50,7 +50,26 @@ SIZES = (
 )
 """Channels, kernel, stride and output of the convolutions: whole tiles and parts of some, 2D and 3D."""
 
-FEW = 2
+SM90_SIZES = (
+    ((24, 40), 3, 1, (18, 13), 16),
+    ((48, 32), 3, 1, (3, 5, 9), 0),
+    ((16, 24), 3, 2, (9, 11), 0),
+    ((40, 72), 1, 1, (11, 19), 8),
+    ((48, 96), 3, 1, (2, 17, 10), 32),
+    ((16, 8), 3, 2, (2, 5, 6), 0),
+    ((8, 24), 1, 1, (3, 6, 7), 0),
+    ((33, 70), 3, 1, (11, 9), 0),
+    ((200, 130), 3, 1, (20, 9), 0),
+    ((32, 32), 3, 1, (288, 256), 0),
+    ((16, 16), 3, 1, (8, 128, 144), 0),
+)
+"""The same for warpgroup products, and the channels of the first of two sources, 0: there is one.
+
+Channels that do not lie on 16 bytes, weights that do not stay in shared memory, and maps of more units than an
+H200 has multiprocessors, so that blocks of threads have several.
+"""
+
+FEW = 3
 """So many of them are enough where kernels are emulated, interpreted or watched, which takes long."""
 
 
@@ -133,42 +152,86 @@ def _given(shape: Shape, device: str, seed: int) -> tuple[facts.Given, measure.R
 
 def _convolution(family: str) -> Check:
     def run(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
+        reads = getattr(kernels, "reads_sources", False)
         errors = []
         for size in SIZES[:_most]:
             shape = _shape(size, dtype)
             given, exact = _given(shape, device, seed=1)
-            reads = getattr(kernels, "reads_sources", False)
-            found = (
-                _by_sources(kernels, family, shape, given)
-                if reads
-                else facts.call(kernels, shape, None, given, family=family)
-            )
-            names = [n for n in measure.NAMES[family] if n in exact]
-            errors.append(_worst(found[: len(names)], [exact[n] for n in names]))
+            if reads:
+                with inside.multiplying("mma"):
+                    found = _by_sources(kernels, family, shape, given)
+            else:
+                found = facts.call(kernels, shape, None, given, family=family)
+            errors.append(_error(family, found, exact))
         return max(errors)
 
     return run
 
 
+def _by_warpgroups(family: str) -> Check:
+    """The same of the kernels of sm_90, which have to be the ones that run."""
+
+    def run(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
+        if "wgmma" not in inside.instructions(dtype):
+            return None
+        errors = []
+        for *size, first in SM90_SIZES[:_most]:
+            shape = _shape(tuple(size), dtype)
+            facts_of = dtype, shape.batch, shape.channels, shape.size, shape.kernel, shape.stride
+            by = inside.instruction_of(family, *facts_of)
+            if by != "wgmma":
+                raise RuntimeError(f"{family} of {shape} multiplies by {by}")
+            given, exact = _given(shape, device, seed=1)
+            with inside.multiplying("wgmma"):
+                found = _by_sources(kernels, family, shape, given, first)
+            errors.append(_error(family, found, exact))
+        return max(errors)
+
+    return run
+
+
+def _error(family: str, found: Sequence[Tensor | None], exact: Mapping[str, Tensor]) -> float:
+    names = [n for n in measure.NAMES[family] if n in exact]
+    return _worst(found[: len(names)], [exact[n] for n in names])
+
+
 def _by_sources(
-    kernels: Any, family: str, shape: Shape, given: facts.Given
+    kernels: Any, family: str, shape: Shape, given: facts.Given, first: int = 0
 ) -> tuple[Tensor | None, ...]:
-    """What ``facts.call`` gives, from launchers that take a convolution's operands as structs."""
+    """What ``facts.call`` gives, from launchers that take a convolution's operands as structs.
+
+    Args:
+        first: channels of the first of two sources; 0: there is one.
+    """
     x, weight, e, coef, bias, pre = given
     stride, padding = (shape.stride,) * shape.dims, (shape.padding,) * shape.dims
     geometry = Geometry.ordinary(stride, padding)
-    pending = (coef, facts.ACT) if shape.affine else (None, "none")
+    sources = [_source(shape, x, coef, part) for part in _parts(x.shape[1], first)]
     if family == "fprop":
         norm_input = NormInput(pre, facts.ACT)
         found: tuple[Tensor | None, ...] = kernels.fprop(
-            [Source(x, *pending)], weight, bias, geometry, norm_input
+            sources, weight, bias, geometry, norm_input
         )
         return found
     if family == "dgrad":
-        outputs = [Output(x.shape[1], x, *pending)]
-        ((dx, dcoef),) = kernels.dgrad(Gradient(e), weight, outputs, x.shape[2:], geometry)
-        return dx, dcoef
-    return kernels.wgrad(Gradient(e), [Source(x, *pending)], weight, geometry)[:1]
+        outputs = [Output(s.raw.shape[1], *s[:3]) for s in sources]
+        gradients = kernels.dgrad(Gradient(e), weight, outputs, x.shape[2:], geometry)
+        dx = torch.cat([dx for dx, _ in gradients], dim=1)
+        dcoef = [d for _, d in gradients if d is not None]
+        return dx, torch.cat(dcoef, dim=2) if dcoef else None
+    return kernels.wgrad(Gradient(e), sources, weight, geometry)[:1]
+
+
+def _parts(channels: int, first: int) -> list[slice]:
+    return [slice(first), slice(first, channels)] if first else [slice(channels)]
+
+
+def _source(shape: Shape, x: Tensor, coef: Tensor, channels: slice) -> Source:
+    """Some channels of a map, with what is pending on them."""
+    raw = x[:, channels].contiguous(memory_format=spec.channels_last_format(x.dim()))
+    if not shape.affine:
+        return Source(raw)
+    return Source(raw, coef[:, :, channels].contiguous(), facts.ACT)
 
 
 def _pack(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
@@ -184,7 +247,8 @@ def _pack(kernels: Any, device: str, dtype: torch.dtype) -> float | None:
         x = x.to(device)
         for layout in (weight.contiguous(), spec.channels_last(weight)):
             w = layout.to(device)
-            y, _ = kernels.fprop([Source(x)], w, None, Geometry.ordinary(stride, padding))
+            with inside.multiplying("mma"):
+                y, _ = kernels.fprop([Source(x)], w, None, Geometry.ordinary(stride, padding))
             errors.append(_worst([y], [true]))
     return max(errors)
 
@@ -327,7 +391,8 @@ def _coefficients(kernels: Any, device: str, dtype: torch.dtype) -> float | None
 
 
 CHECKS: dict[str, Check] = {
-    **{family: _convolution(family) for family in ("fprop", "dgrad", "wgrad")},
+    **{family: _convolution(family) for family in inside.KERNELS},
+    **{f"{verdicts.SM90}{family}": _by_warpgroups(family) for family in inside.KERNELS},
     "pack": _pack,
     "pointwise": _pointwise,
     "moments": _moments,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HUNG = 45.0
-"""Seconds after which a call that does not come back ends the process."""
+"""Seconds after which a call that does not come back ends the process, unless it says otherwise."""
 
 
 class DeviceLost(RuntimeError):
@@ -60,11 +60,15 @@ class Journal:
         return None
 
     @contextlib.contextmanager
-    def doing(self, case: str, provider: str) -> Iterator[None]:
-        """Notes what the block does; a DeviceLost that comes out of it leaves it without an end."""
+    def doing(self, case: str, provider: str, seconds: float | None = None) -> Iterator[None]:
+        """Notes what the block does; a DeviceLost that comes out of it leaves it without an end.
+
+        Args:
+            seconds: a block that takes longer ends the process; None: ``HUNG``.
+        """
         self._add(begin=(case, provider))
         if self._path is not None:
-            faulthandler.dump_traceback_later(HUNG, exit=True)
+            faulthandler.dump_traceback_later(seconds or HUNG, exit=True)
         try:
             yield
         except DeviceLost:

@@ -215,9 +215,9 @@ class Session:
             return None, self.row(case, name, status=failed, note=one_line(error))
 
     @contextlib.contextmanager
-    def noting(self, case: Case, name: str) -> Iterator[None]:
+    def noting(self, case: Case, name: str, seconds: float | None = None) -> Iterator[None]:
         """Journals the block; an error in it that costs the process its GPU becomes DeviceLost."""
-        with self.journal.doing(str(case), name):
+        with self.journal.doing(str(case), name, seconds):
             try:
                 yield
                 if self.device == "cuda":

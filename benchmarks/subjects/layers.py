@@ -64,6 +64,7 @@ class LayerStep:
     Args:
         block: layer, batch, norm, activation and order.
         scope: context in which every call runs (a forced backend).
+        backward: the same of the gradients alone, where that is another one.
         without: stages to leave out, of ``STAGES``: the difference to the whole layer is their time.
         resized: channels of the input that are a map of half the size, upsampled linearly and concatenated with
             the others, as in a U-Net's decoder.
@@ -80,6 +81,7 @@ class LayerStep:
         without: tuple[str, ...] = (),
         resized: int = 0,
         wanted: tuple[str, ...] = WANTED,
+        backward: Scope | None = None,
     ) -> None:
         unknown = set(without) - set(STAGES)
         if unknown:
@@ -90,6 +92,7 @@ class LayerStep:
             scope,
             without,
         )
+        self.backward = backward or scope
         storage = DTYPES[dtype]
         t = make(block, device, storage).to(storage, "channels-last", grad=False)
         self.t: Tensors = t
@@ -159,7 +162,7 @@ class LayerStep:
         """
         if self.upstream is None:
             self.upstream = tuple(torch.randn_like(o) for o in out)
-        with self.scope():
+        with self.backward():
             return torch.autograd.grad(
                 out, self.leaves, self.upstream, retain_graph=again, allow_unused=True
             )

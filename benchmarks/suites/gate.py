@@ -1,8 +1,8 @@
 """A gate on figures that any machine can count: they may not grow against the committed ones.
 
 Feature maps moved, kernels on maps and bytes kept of a small FiLMed U-Net by each backend and route; Python's
-function calls and time of a block; registers and spills of the compiled tiles, and the clock model's times of the
-CUDA convolutions (from a run of the static suite).
+function calls and time of a block; registers and spills of the compiled tiles, instructions of the loops of
+kernels of warpgroups, and the clock models' times of the CUDA convolutions (from a run of the static suite).
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ PLANS: tuple[tuple[str, str | None], ...] = (
     ("triton", "fused"),
     ("triton", "composed"),
 )
+
+LOOPS = {
+    "instructions of the main loop": "main_loop_instructions",
+    "instructions of a voxel's transform": "transform_instructions",
+}
+"""Figure of a kernel of warpgroups -> field of its row in the static suite."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,16 @@ def python() -> Iterator[Figure]:
 
 
 def tiles(path: Path) -> Iterator[Figure]:
-    """Spilled bytes and registers of compiled kernels and the clock model's µs, from rows of a static suite."""
+    """Spilled bytes, registers and loops of compiled kernels and the models' µs, from rows of a static suite."""
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         name = f"{row['provider']} {row['case']} {row['dtype']}"
         if row.get("registers") is not None:
             yield Figure(f"stack bytes: {name}", row["stack_bytes"])
             yield Figure(f"registers: {name}", row["registers"], 0.1)
+        if row.get("main_loop_mma") is not None:
+            yield Figure(f"products of the main loop: {name}", row["main_loop_mma"])
+            for figure, field in LOOPS.items():
+                yield Figure(f"{figure}: {name}", row[field], 0.1)
         if row.get("predicted_us") is not None:
             layer = row["case"].removeprefix("clock model: ")
             name = f"clock model: µs {layer} {row['provider']}"

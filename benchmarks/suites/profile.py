@@ -15,20 +15,18 @@ from typing import Any
 
 import torch
 
+from ..counted import inside, verdicts
 from ..counted.deciding_layers import SUBJECTS
+from ..counted.roofline import DTYPES
 from ..measure.harness import median_call
 from ..measure.session import Case, Session
 from ..subjects.layers import STAGES, LayerStep, steady
-from .routes import DIRECTIONS, routes, scope, step_of
+from .routes import DIRECTIONS, LAUNCHED, MMA, OURS, WGMMA, routes, scope, step_of
 
 LAYER = SUBJECTS[0]
 MODE = "training"
-KERNELS = {
-    "fprop": ("forward", "cuda/fused"),
-    "dgrad": ("input gradient", "cuda/fused"),
-    "wgrad": ("weight gradient", "cuda/fused"),
-}
-"""Kernel -> the direction and the route that launch it, once each."""
+KERNELS = {kernel: direction for direction, (kernel, *others) in LAUNCHED.items() if not others}
+"""Kernel -> the direction that launches it, once. By warpgroup products it has ``verdicts.SM90`` in front."""
 
 SECTIONS = (
     "SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis_Tables", "Occupancy", "LaunchStats",
@@ -43,6 +41,7 @@ METRICS = {
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "l2_percent",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_percent",
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_percent",
     "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active": "hmma_percent",
     "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum": "bank_conflicts",
@@ -53,16 +52,35 @@ METRICS = {
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 """Warps in a state for each instruction issued; ``selected`` is the one that issues it."""
 
-NCU_SECONDS = 45.0
+NCU_SECONDS = 30.0
 
 
 def run(session: Session) -> None:
     """Counters of each CUDA convolution, then the layer with one stage after the other left out."""
     dtype = session.dtypes[0]
-    if not session.budget.spent():
-        counters(session, tuple(KERNELS), dtype)
+    for names in kinds(dtype):
+        if not session.budget.spent():
+            counters(session, names, dtype)
     if not session.budget.spent():
         stages(session, dtype)
+
+
+def kinds(dtype: str) -> list[tuple[str, ...]]:
+    """The kernels, each kind for itself: one that does not come back takes no counters of the other along."""
+    plain = tuple(KERNELS)
+    if "wgmma" not in inside.instructions(DTYPES[dtype]):
+        return [plain]
+    ours = tuple(verdicts.SM90 + k for k in plain if verdicts.why_not(k, dtype) is None)
+    return [ours, plain] if ours else [plain]
+
+
+def launched_by(name: str, dtype: str) -> tuple[str, str]:
+    """The direction and the route that launch a kernel."""
+    kernel = name.removeprefix(verdicts.SM90)
+    if kernel != name:
+        return KERNELS[kernel], WGMMA
+    both = "wgmma" in inside.instructions(DTYPES[dtype])
+    return KERNELS[kernel], MMA if both else OURS
 
 
 def _case(session: Session, dtype: str) -> Case:
@@ -80,8 +98,8 @@ def stages(session: Session, dtype: str) -> None:
     subject = LAYER if session.device == "cuda" else LAYER.tiny()
     session.say(f"profile: {subject.name}, stages")
     step = partial(LayerStep, subject.block, session.device, dtype, MODE)
-    if "cuda/fused" in routes(session.device, dtype)[0]:
-        step = partial(step, scope=partial(scope, "cuda/fused"))
+    if {OURS, MMA} & {*routes(session.device, dtype)[0]}:
+        step = partial(step, scope=partial(scope, OURS))
     case, whole = _case(session, dtype), _seconds(session, step())
     session.record.add(session.row(case, "fastfilm", median_s=whole, note="whole layer"))
     for without in (*((stage,) for stage in STAGES), STAGES):
@@ -161,6 +179,8 @@ def read_csv(text: str) -> list[tuple[str, dict[str, Any]]]:
     """(kernel, counters in SI units) of each launch, from ncu's CSV with a line a counter (page "details").
 
     ``stalls`` are the three states other than issuing that warps are in most, with their shares of all states.
+    ``conflict_percent`` is the share of the wavefronts of shared memory that conflicts cause, of loads and stores;
+    what matrix instructions read there by themselves counts in neither.
     """
     table = text[text.find('"ID"') :] if '"ID"' in text else ""
     launches: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {}
@@ -179,6 +199,9 @@ def read_csv(text: str) -> list[tuple[str, dict[str, Any]]]:
         elif name in METRICS:
             values[METRICS[name]] = value * UNITS.get(line["Metric Unit"], 1.0)
     for _, values, states in launches.values():
+        if values.get("shared_wavefronts") and "bank_conflicts" in values:
+            share = values["bank_conflicts"] / values["shared_wavefronts"]
+            values["conflict_percent"] = round(100 * share, 2)
         total = sum(states.values())
         most = sorted(states.keys() - {"selected"}, key=lambda s: -states[s])[:3]
         if total:
@@ -186,16 +209,23 @@ def read_csv(text: str) -> list[tuple[str, dict[str, Any]]]:
     return [(kernel, values) for kernel, values, _ in launches.values()]
 
 
+WGRAD = re.compile(r"Wgrad<(?P<by_warpgroups>[^,<>]+, [^,<>]+>)?")
+PLANES = re.compile(r"\b(Activated|Gradient)Planes\b")
+"""What ncu calls kernels, with namespaces or without: those by warpgroup products have one size, and planes."""
+
+
 def kernel_of(name: str) -> str:
-    """A key of ``KERNELS`` for a CUDA function's name."""
-    if "Wgrad<" in name:
-        return "wgrad"
-    return "dgrad" if "RawGradient" in name else "fprop"
+    """A key of ``KERNELS``, by warpgroup products with ``verdicts.SM90`` in front, for a CUDA function's name."""
+    wgrad = WGRAD.search(name)
+    if wgrad is not None:
+        return (verdicts.SM90 if wgrad["by_warpgroups"] else "") + "wgrad"
+    kernel = "dgrad" if "BackwardEpilogue" in name else "fprop"
+    return (verdicts.SM90 if PLANES.search(name) else "") + kernel
 
 
 def one(session: Session, names: str) -> None:
     """Each kernel of ``names`` ("fprop,dgrad") between the profiler's marks: what ncu runs."""
-    directions = [KERNELS[name] for name in names.split(",")]
+    directions = [launched_by(name, session.dtypes[0]) for name in names.split(",")]
     calls = []
     for direction, route in directions:
         step = step_of(LAYER, session.device, session.dtypes[0], route, DIRECTIONS[direction])

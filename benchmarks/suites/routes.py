@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastfilm
 
-from ..counted import emulation, inside
+from ..counted import emulation, inside, verdicts
 from ..counted.deciding_layers import SUBJECTS, Subject
 from ..counted.inside import float32_products
 from ..counted.roofline import DTYPES, Ceilings, Work, convolution, ulp
@@ -50,7 +50,22 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
 RAW = "raw output"
 Results = dict[str, Tensor]
 
-ROUTES = ("triton/fused", "triton/composed", "cuda/fused")
+OURS = "cuda/fused"
+ROUTES = ("triton/fused", "triton/composed", OURS)
+MMA, WGMMA = "cuda-mma", "cuda-wgmma"
+KINDS = {MMA: "mma", WGMMA: "wgmma"}
+"""The route ``OURS`` by one kind of kernels -> what they multiply by: two routes where both kinds run."""
+
+LAUNCHED = {
+    "forward": ("fprop",),
+    "input gradient": ("dgrad",),
+    "weight gradient": ("wgrad",),
+    "both gradients": ("dgrad", "wgrad"),
+}
+"""Direction -> the CUDA convolutions that are timed."""
+
+HUNG = 20.0
+"""Seconds after which a kind of kernels, all compiled beforehand, is taken for one that does not come back."""
 
 EFFORT = Effort(min_rounds=7, max_rounds=15, seconds=0.25)
 QUICK = 4
@@ -62,17 +77,49 @@ CHECKED = {2: 64, 3: 32}
 @contextlib.contextmanager
 def scope(route: str) -> Iterator[None]:
     """``route`` in force."""
-    name, _, form = route.partition("/")
-    with fastfilm.backend(name, form):
+    name, _, form = (OURS if route in KINDS else route).partition("/")
+    kind = inside.multiplying(KINDS[route]) if route in KINDS else contextlib.nullcontext()
+    with fastfilm.backend(name, form), kind:
         yield
 
 
 def routes(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
-    """The routes that run here, and why the others do not; on a CPU without any of them its own backend's."""
+    """The routes that run here, and why the others do not; on a CPU without any of them its own backend's.
+
+    Where CUDA convolutions multiply by warpgroups too, each kind is a route of its own.
+    """
     reasons = {r: inside.why_not(r, device, DTYPES[dtype]) for r in ROUTES}
     missing = {r: reason for r, reason in reasons.items() if reason is not None}
     usable = [r for r in ROUTES if r not in missing]
+    if OURS in usable and "wgmma" in inside.instructions(DTYPES[dtype]):
+        usable[usable.index(OURS) :] = KINDS
     return usable or ["cpu/composed"], missing
+
+
+def why_not(subject: Subject, dtype: str, direction: str, route: str) -> str | None:
+    """Why a layer has no row of a route; None if it has. A kernel by mma must not stand for one by wgmma."""
+    if route != WGMMA:
+        return None
+    for kernel in LAUNCHED[direction]:
+        reason = verdicts.why_not(kernel, dtype)
+        if reason is None and _by(subject, dtype, kernel, "always") != "wgmma":
+            reason = f"no {kernel} by wgmma takes this layer"
+        if reason is not None:
+            return reason
+    return None
+
+
+def _by(subject: Subject, dtype: str, kernel: str, when: str) -> str:
+    layer = subject.block.layer
+    sizes = (layer.cin, layer.cout), layer.size, layer.kernel, layer.stride
+    return inside.instruction_of(kernel, DTYPES[dtype], subject.block.batch, *sizes, when=when)
+
+
+def chosen(subject: Subject, dtype: str, direction: str) -> bool:
+    """Whether the extension by itself takes the kernels by wgmma for all that a direction launches."""
+    return all(
+        _by(subject, dtype, kernel, "where faster") == "wgmma" for kernel in LAUNCHED[direction]
+    )
 
 
 class Truth:
@@ -117,7 +164,7 @@ class Truth:
         step = self.make(route, DIRECTIONS[direction])
         v, y = inside.output_of(step.output(), step.t.bias)
         leaves = _named(step.raws, step.coefs, step.t) if direction != "forward" else {}
-        with step.scope():
+        with step.backward():
             found = _results(y, v, leaves, step.t.upstream)
         exact = self._plain(torch.float64, y, DIRECTIONS[direction])
         judged = []
@@ -152,10 +199,15 @@ def _results(y: Tensor, v: Tensor, leaves: Mapping[str, Tensor], upstream: Tenso
 def step_of(
     subject: Subject, device: str, dtype: str, route: str = "", wanted: tuple[str, ...] = WANTED
 ) -> LayerStep:
-    """The layer by a route (that of the automatic choice without one); the same numbers each time."""
+    """The layer by a route (that of the automatic choice without one); the same numbers each time.
+
+    Gradients alone by wgmma stand behind a forward pass by mma: a fault of the one kernel is not the other's.
+    """
     torch.manual_seed(0)
     within = partial(scope, route) if route else contextlib.nullcontext
     options = {"scope": within, "resized": subject.resized, "wanted": wanted}
+    if route == WGMMA and wanted != WANTED:
+        options |= {"scope": partial(scope, MMA), "backward": within}
     return LayerStep(subject.block, device, dtype, "training", **options)  # type: ignore[arg-type]
 
 
@@ -244,6 +296,7 @@ def _direction(
     calls: dict[str, Callable[[], object]] = {}
     arguments = subject, session.device, case.dtype, case.mode
     slow = subject.dims == 3 or subject.resized > 0
+    compiled = KINDS if session.device == "cuda" else ()
     for route in (VENDOR, *usable):
         if route == "triton/fused" and session.quick and slow and inside.interpreting():
             session.skip(
@@ -252,13 +305,19 @@ def _direction(
             continue
         row = session.row(case, route if route == VENDOR else f"fastfilm-{route}")
         rows.append(row)
+        reason = why_not(subject, case.dtype, case.mode, route)
+        if reason is not None:
+            row.status, row.note = SKIPPED, reason
+            continue
+        if route == WGMMA:
+            row.extra["chosen"] = chosen(subject, case.dtype, case.mode)
         failed = SKIPPED if route == VENDOR else FAILED
         reason = session.journal.why_not(str(case), row.provider)
         if reason is not None:
             row.status, row.note = failed, reason
             continue
         try:
-            with session.noting(case, row.provider):
+            with session.noting(case, row.provider, HUNG if route in compiled else None):
                 if route == VENDOR:
                     call, row.extra["timed"] = steady(vendor_call(*arguments), session.device)
                 else:

@@ -176,6 +176,7 @@ void run_block() {
   while (block->running > 0) {
     const uint64_t events = block->events, round = ++block->rounds;
     bool moved = complete_copies(false) || block->late > 0;
+    bool asks = false;  // a thread that asks may work on silently between two questions
     if (seed) std::shuffle(warps.begin(), warps.end(), random);
     for (int w : warps) {
       // with a seed a warp runs as far as it can, so that warps are as far apart as barriers allow
@@ -189,13 +190,14 @@ void run_block() {
           if (moves(w * kWarp + lane)) moved = again = true;
           polls |= f.waiting == Waiting::kPoll;
         }
+        asks |= polls;
         if (polls) asked[w] = round;
         if (again && asked[w] + kAsks < round) progress = round;
         again = again && seed && !polls;
       }
     }
     if (events != block->events) progress = round;
-    const bool stuck = !moved || progress + kPatience < round;
+    const bool stuck = (!moved && !asks) || progress + kPatience < round;
     if (stuck && block->running && !complete_copies(true)) throw Stop(deadlock_text());
   }
   end_block_sm90();
@@ -284,6 +286,7 @@ void release_barrier_if_complete() {
   block->at_barrier = 0;
   ++block->barrier_generation;
   ++block->events;
+  for (uint32_t& barriers : block->warp_barriers) ++barriers;
 }
 
 void barrier() {
@@ -294,7 +297,7 @@ void barrier() {
 }
 
 void warp_barrier() {
-  meet([](Rendezvous&) {});
+  meet([](Rendezvous&) { ++block->warp_barriers[block->current / kWarp]; });
 }
 
 void fence() {
@@ -339,14 +342,26 @@ unsigned char* place(const char* who, int at, int bytes) {
 
 unsigned char* shared16(const char* who, int at) { return place(who, at, 16); }
 unsigned char* shared8(const char* who, int at) { return place(who, at, 8); }
+unsigned char* read16(const char* who, int at) {
+  unsigned char* shared = place(who, at, 16);
+  note_load(at, 16, block->current % kWarp);
+  return shared;
+}
+unsigned char* read8(const char* who, int at) {
+  unsigned char* shared = place(who, at, 8);
+  note_load(at, 8, block->current % kWarp);
+  return shared;
+}
 unsigned char* write16(const char* who, int at) {
   unsigned char* shared = place(who, at, 16);
   note_write(block->current, at, 16);
+  note_store(at, 16, block->current % kWarp);
   return shared;
 }
 unsigned char* write8(const char* who, int at) {
   unsigned char* shared = place(who, at, 8);
   note_write(block->current, at, 8);
+  note_store(at, 8, block->current % kWarp);
   return shared;
 }
 
@@ -354,6 +369,7 @@ void copy_async16(int at, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async16: misaligned address");
   std::memset(shared16("copy_async16", at), 0xff, 16);
   note_write(block->current, at, 16, true);
+  note_store(at, 16, block->current % kWarp);
   fiber().issued.push_back({at, global, bytes});
 }
 
@@ -382,6 +398,7 @@ void load_matrices(uint32_t (&r)[4], int row, Compute compute) {
   const int lane = block->current % kWarp;
   Rendezvous& w = warp();
   w.rows[lane] = shared16("load_matrix4", row);
+  note_load(row, 16, Access::kAllLanes);
   meet(compute);
   for (int m = 0; m < 4; ++m) r[m] = w.out[lane][m];
 }

@@ -52,6 +52,9 @@ void fail(const char* reason);
 // The address of 16 (8) bytes of shared memory; an error if they are misaligned or not inside. `write16` notes that the
 // current thread writes them.
 unsigned char* shared16(const char* who, int at);
+// Those of 16 or 8 bytes that are loaded.
+unsigned char* read16(const char* who, int at);
+unsigned char* read8(const char* who, int at);
 unsigned char* shared8(const char* who, int at);
 unsigned char* write16(const char* who, int at);
 unsigned char* write8(const char* who, int at);
@@ -175,7 +178,7 @@ inline void store8(void* at, const Word8& v) {
   std::memcpy(at, &v, 8);
 }
 
-inline Word16 load_shared16(int at) { return load16(emulated::shared16("load_shared16", at)); }
+inline Word16 load_shared16(int at) { return load16(emulated::read16("load_shared16", at)); }
 inline void store_shared16(int at, const Word16& v) { store16(emulated::write16("store_shared16", at), v); }
 
 template <class Kernel>

@@ -72,9 +72,42 @@ void complete(const BulkCopy& copy) {
 
 }  // namespace
 
+namespace {
+
+void check(const Access& before, int lane, const char* what) {
+  const int w = block->current / kWarp;
+  if (before.warp != w || before.barriers != block->warp_barriers[w]) return;
+  if (lane == before.lane && lane != Access::kAllLanes) return;
+  throw Stop(std::string("a lane ") + what + ", without a warp_barrier between");
+}
+
+}  // namespace
+
+void note_store(int at, int bytes, int lane) {
+  const int w = block->current / kWarp;
+  for (int i = at / 8; i < (at + bytes) / 8; ++i) {
+    check(block->loaded[i], lane, "stores where another one has loaded");
+    block->stored[i] = {w, lane, block->warp_barriers[w]};
+    block->loaded[i] = {};
+  }
+}
+
+void note_load(int at, int bytes, int lane) {
+  const int w = block->current / kWarp;
+  for (int i = at / 8; i < (at + bytes) / 8; ++i) {
+    check(block->stored[i], lane, "loads what another one has stored");
+    Access& loaded = block->loaded[i];
+    const bool others = loaded.warp == w && loaded.barriers == block->warp_barriers[w] && loaded.lane != lane;
+    loaded = {w, others ? Access::kAllLanes : lane, block->warp_barriers[w]};
+  }
+}
+
 void begin_sm90() {
   const int threads = block->request.threads;
   block->written.assign((block->request.shared_bytes + 7) / 8, {});
+  block->stored.assign(block->written.size(), {});
+  block->loaded.assign(block->written.size(), {});
+  block->warp_barriers.assign(threads / kWarp, 0);
   block->fences.assign(threads, 0);
   block->mbarriers.clear();
   for (NamedBarrier& b : block->named) b = {};
@@ -207,6 +240,7 @@ void barrier_of(int id, int threads) {
   for (int lanes : b.lanes) {
     if (lanes % kWarp) throw Stop("barrier_of: a part of a warp comes to barrier " + number(id));
   }
+  for (size_t w = 0; w < b.lanes.size(); ++w) block->warp_barriers[w] += b.lanes[w] > 0;
   b.lanes.clear();
   b.arrived = 0;
   ++b.generation;
@@ -268,6 +302,7 @@ void store_matrix4_transposed(int row, const uint32_t (&r)[4]) {
     const int first = block->current / kWarp * kWarp;
     for (int i = 0; i < kWarp; ++i) {
       note_write(first + i, all.places[i], 16);
+      note_store(all.places[i], 16, Access::kAllLanes);
       for (int m = 0; m < 4; ++m) {
         for (int h = 0; h < 2; ++h) {
           const uint16_t value = static_cast<uint16_t>(all.in[i][m] >> 16 * h);

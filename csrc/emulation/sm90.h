@@ -85,7 +85,7 @@ void multiply_async(float (&d)[kNumbers], const uint32_t (&a)[4], Descriptor b, 
   emulated::multiply_async(d, 2 * kNumbers, a, {}, b, false);
 }
 
-inline Word8 load_shared8(int at) { return load8(emulated::shared8("load_shared8", at)); }
+inline Word8 load_shared8(int at) { return load8(emulated::read8("load_shared8", at)); }
 inline void store_shared8(int at, const Word8& v) { store8(emulated::write8("store_shared8", at), v); }
 
 }  // namespace fastfilm::cuda

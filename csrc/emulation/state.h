@@ -90,6 +90,14 @@ struct Written {
   uint32_t fences = 0;
 };
 
+// Who of a warp last stored or loaded eight bytes of shared memory, and how often the warp had come to a barrier by then.
+// Another lane may load or store them behind one more.
+struct Access {
+  static constexpr int kAllLanes = -1;  // matrices are loaded and stored by all of them
+  int warp = -1, lane = kAllLanes;
+  uint32_t barriers = 0;
+};
+
 struct Products;  // of a warp: products.cpp
 struct FreeProducts {
   void operator()(Products* products) const;
@@ -116,7 +124,9 @@ struct Block {
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
 
-  std::vector<Written> written;  // of each eight bytes of shared memory
+  std::vector<Written> written;         // of each eight bytes of shared memory
+  std::vector<Access> stored, loaded;   // likewise
+  std::vector<uint32_t> warp_barriers;  // to which each warp has come
   std::vector<uint32_t> fences;  // fence_async, of each thread
   std::map<int, Mbarrier> mbarriers;
   NamedBarrier named[16];
@@ -164,6 +174,11 @@ inline void note_write(int thread, int at, int bytes, bool in_flight = false) {
   const uint32_t fences = in_flight || thread < 0 ? UINT32_MAX : block->fences[thread];
   for (int i = at / 8; i < (at + bytes) / 8; ++i) block->written[i] = {thread, fences};
 }
+
+// A lane of the current thread's warp, or all, stores or loads bytes. An error if another lane did so without a barrier since:
+// the order in which they come to shared memory is not that of the emulation.
+void note_store(int at, int bytes, int lane);
+void note_load(int at, int bytes, int lane);
 
 // Whether the asynchronous proxy finds what was last written to these eight bytes.
 inline bool visible_to_products(int at) {

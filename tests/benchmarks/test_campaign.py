@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.campaign import bundle, plots, prepare, report, results, runner, steps, targets
 from benchmarks.campaign.steps import Step
+from benchmarks.counted import verdicts
 from benchmarks.subjects import networks
 from benchmarks.suites import profile
 
@@ -241,7 +242,8 @@ wanted = {{s.name: s for s in steps.steps("cpu") if s.name in names}}
 smoke = wanted["smoke"].command.replace("--seconds 60", "--seconds 30").replace("bfloat16", "float32")
 smoke += " --only triton:dgrad,triton:wgrad,triton:moments,triton:pointwise,cuda:fprop"
 wanted["smoke"] = replace(wanted["smoke"], command=smoke)
-wanted["routes"] = replace(wanted["routes"], seconds=500, command=wanted["routes"].command + " --minutes 8")
+routes = wanted["routes"].command.replace("float16", "float32") + " --minutes 8"
+wanted["routes"] = replace(wanted["routes"], seconds=500, command=routes)
 raise SystemExit(runner.run(Path({str(out)!r}), "cpu", 900, list(wanted.values())))
 """
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
@@ -288,6 +290,42 @@ def test_steps_need_only_earlier_ones_and_fit_into_their_time(device: str) -> No
         essential = steps.steps(device)[: seen.index("users-command")]
         at_most = sum(max(s.seconds for s in group) for group in runner.together(essential))
         assert at_most + runner.RESERVED <= steps.ESSENTIAL
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_probes_run_before_what_they_answer_for_and_checks_before_what_is_timed(
+    device: str,
+) -> None:
+    names = [step.name for step in steps.steps(device)]
+    order = ("kernels", "probes", "smoke", "routes", "profile")
+    assert sorted(order, key=names.index) == list(order)
+
+
+def test_the_sanitizer_watches_both_kinds_of_convolutions_with_each_tool() -> None:
+    watched = {s.name: s for s in steps.steps("cuda") if "compute-sanitizer" in s.command}
+    assert set(watched) == {"memcheck", "racecheck", "synccheck"} and set(report.CHECKS) > {
+        *watched
+    }
+    for name, step in watched.items():
+        assert f"--tool {name} " in step.command and step.beside
+        for family in ("fprop", "dgrad", "wgrad"):
+            for kind in ("", "sm90_"):
+                assert f"cuda:{kind}{family}:bfloat16" in step.command
+
+
+def test_a_kind_that_is_wrong_is_left_out_for_itself_where_a_step_takes_kinds_apart(
+    tmp_path: Path,
+) -> None:
+    campaign = runner.Campaign(tmp_path, tmp_path, "cuda", {})
+    rows = [{"check": "cuda:sm90_dgrad:bfloat16", "status": "HUNG"}]
+    rows += [{"check": "triton:taps:float16", "status": "WRONG"}]
+    (tmp_path / "steps" / "smoke.json").write_text(json.dumps(rows))
+    known = {s.name: campaign.environment(s) for s in steps.steps("cuda")}
+    apart = {n for n, e in known.items() if e["FASTFILM_WITHOUT"] == "triton:taps:float16"}
+    assert apart == {"routes", "profile"}
+    for name in ("model", "tests", "check", "users-command", "tune-2d"):
+        assert known[name]["FASTFILM_WITHOUT"] == "cuda:dgrad:bfloat16,triton:taps:float16"
+    assert {e[verdicts.APART] for e in known.values()} == {"cuda:sm90_dgrad:bfloat16"}
 
 
 def test_the_essential_tests_exist() -> None:
@@ -414,6 +452,34 @@ def test_the_report_answers_first_and_shows_everything() -> None:
     )
     assert "no speed on a GPU is claimed" in dry and "no speed on" not in text
     assert "| reached |" not in dry
+
+
+def kinds(old: float | None, new: float, vendor: float, taken: bool, mode: str) -> list[Any]:
+    """Rows of a layer by both kinds of CUDA convolutions, and the vendor's."""
+    common = {"suite": "routes", "case": "L", "mode": mode, "tflops": 5.0, "step": "routes"}
+    rows = [row("vendor", vendor, **common)]
+    if old is not None:
+        rows += [row(targets.OLD, old, ratio=vendor / old, **common)]
+    return [*rows, row(targets.NEW, new, ratio=vendor / new, chosen=taken, **common)]
+
+
+def test_the_report_has_both_kinds_of_convolutions_beside_the_vendors() -> None:
+    rows = kinds(4e-3, 1e-3, 2e-3, taken=True, mode="forward")
+    rows += kinds(2e-3, 4e-3, 1e-3, taken=True, mode="input gradient")
+    rows += kinds(None, 1e-3, 3e-3, taken=False, mode="weight gradient")
+    failed = {"status": "FAILED", "median_s": None, "note": "wrong output"}
+    rows += [row(targets.NEW, 1.0, suite="routes", case="M", mode="forward") | failed]
+    text = report.text(measured(*rows), [])
+    for said in (
+        "| L | forward | 4 5 | 1 5 | 2 5 | 4.00× | 2.00× | wgmma |",
+        "| L | input gradient | 2 5 | 4 5 | 1 5 | 0.50× | 0.25× | **wgmma** |",
+        "| L | weight gradient | - | 1 5 | 3 5 | - | 3.00× | mma |",
+        "| M | forward | - | FAILED wrong output | - | - | - | - |",
+        "by wgmma: faster than those by mma in 1 of 2, median 2.25×;",
+        "faster than the vendor's in 2 of 3, median 2.00×",
+    ):  # fmt: skip
+        assert said in text
+    assert "by wgmma" not in report.text(measured(*ROUTES), []).replace("Probes of wgmma", "")
 
 
 def test_every_picture_is_drawn_from_rows_and_none_from_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.counted.machine_code import clock_figures, clock_model, sass
+from benchmarks.counted.machine_code import clock_figures, clock_model, clock_table, sass
 from benchmarks.counted.machine_code.clock_model import Phase, Time
 from benchmarks.counted.machine_code.kernel_loops import Cost, Kernel, is_, name_of
 from benchmarks.counted.machine_code.sass import Function
@@ -240,7 +240,7 @@ def test_the_table_says_how_far_off_it_is_and_what_was_gained() -> None:
     found = clock_model.Prediction(
         "l", "fprop", "H200", 1e4, 1, 2e-3, 1.0, "products: tensor", {"products": 1e4}
     )
-    lines = clock_model.table([found], {("l", "fprop"): 1e-3}, {("l", "fprop", "H200"): 3e3}, True)
+    lines = clock_table.table([found], {("l", "fprop"): 1e-3}, {("l", "fprop", "H200"): 3e3}, True)
     assert "2.00 | 1.50 | products 10000" in lines[2]
     assert lines[4] == "1 measured: off by 2.000 in the geometric mean, 1 by more than 1.6."
     assert lines[-1] == "All: 1.50 times as fast in the geometric mean."

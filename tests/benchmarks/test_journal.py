@@ -72,9 +72,13 @@ def test_what_an_earlier_process_has_done_and_what_ended_it(tmp_path: Path) -> N
     assert "two processes" in str(after.why_not("d", "bad"))
 
 
-def test_a_call_that_does_not_come_back_ends_the_process(tmp_path: Path) -> None:
-    code = "import time; from pathlib import Path; from benchmarks.measure import journal; journal.HUNG = 0.5\n"
-    code += "with journal.Journal(Path('j')).doing('a', 'hangs'): time.sleep(300)"
+@pytest.mark.parametrize(("usual", "own"), [(0.5, None), (300.0, 0.5)])
+def test_a_call_that_does_not_come_back_ends_the_process(
+    tmp_path: Path, usual: float, own: float | None
+) -> None:
+    code = "import time; from pathlib import Path; from benchmarks.measure import journal\n"
+    code += f"journal.HUNG = {usual}\n"
+    code += f"with journal.Journal(Path('j')).doing('a', 'hangs', {own}): time.sleep(300)"
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True

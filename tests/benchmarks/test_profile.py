@@ -29,6 +29,25 @@ WGRAD = (
     "void fastfilm::cuda::entry<fastfilm::cuda::(anonymous namespace)::Wgrad<fastfilm::cuda::BFloat16, 64, 64> >"
     "(fastfilm::cuda::(anonymous namespace)::Wgrad<fastfilm::cuda::BFloat16, 64, 64>::Params)"
 )
+SM90 = [
+    "void fastfilm::cuda::entry<fastfilm::cuda::sm90::Convolve<fastfilm::cuda::BFloat16,"
+    " fastfilm::cuda::sm90::ActivatedPlanes, fastfilm::cuda::sm90::(anonymous namespace)::ForwardEpilogue> >"
+    "(T1::Params)",
+    "void fastfilm::cuda::entry<fastfilm::cuda::sm90::Convolve<fastfilm::cuda::BFloat16,"
+    " fastfilm::cuda::sm90::GradientPlanes, fastfilm::cuda::sm90::(anonymous namespace)::BackwardEpilogue> >"
+    "(T1::Params)",
+    "void fastfilm::cuda::entry<fastfilm::cuda::sm90::(anonymous namespace)::Wgrad<fastfilm::cuda::BFloat16, 64> >"
+    "(fastfilm::cuda::sm90::(anonymous namespace)::Wgrad<fastfilm::cuda::BFloat16, 64>::Params)",
+]
+SHORT = {
+    "void entry<Convolve<BFloat16, 64, 64, Activated, unnamed>::ForwardEpilogue, NoCompanion>>(Params)": "fprop",
+    "void entry<Convolve<BFloat16, 64, 64, RawGradient, BackwardEpilogue, NoCompanion>>(Params)": "dgrad",
+    "void entry<unnamed>::Wgrad<BFloat16, 64, 64>>(Params)": "wgrad",
+    "void entry<Convolve<BFloat16, ActivatedPlanes, unnamed>::ForwardEpilogue>>(Params)": "sm90_fprop",
+    "void entry<Convolve<BFloat16, GradientPlanes, unnamed>::BackwardEpilogue>>(Params)": "sm90_dgrad",
+    "void entry<unnamed>::Wgrad<BFloat16, 64>>(Params)": "sm90_wgrad",
+}
+"""As ncu writes names on an H200: without namespaces."""
 HEAD = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size",'
     '"Device","CC","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name","Rule Type",'
@@ -79,6 +98,10 @@ CANNED = "\n".join(
              "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", "", "12,345"),
         line(1, WGRAD, "GPU Speed Of Light Throughput", "gpu__time_duration.sum", "ms", "1.5"),
         line(1, WGRAD, "Command line profiler metrics", "dram__bytes.sum", "", "n/a"),
+        line(1, WGRAD, "Command line profiler metrics",
+             "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", "", "250"),
+        line(1, WGRAD, "Command line profiler metrics",
+             "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", "", "1,000"),
     ]
 )  # fmt: skip
 
@@ -99,13 +122,35 @@ def test_counters_are_read_in_si_units_and_the_stalls_ranked() -> None:
          "tensor_percent": 31.2, "bank_conflicts": 12345.0}
     )  # fmt: skip
     assert list(stalls.items()) == [("long_scoreboard", 0.333), ("barrier", 0.208), ("wait", 0.183)]
-    assert second == (WGRAD, {"time": 1.5e-3})
+    conflicts = {"bank_conflicts": 250.0, "shared_wavefronts": 1000.0, "conflict_percent": 25.0}
+    assert second == (WGRAD, {"time": 1.5e-3, **conflicts})
     assert profile.read_csv("==ERROR== no permission\n") == []
 
 
 def test_kernels_are_told_apart_by_their_names() -> None:
     found = [profile.kernel_of(name) for name in (FPROP, DGRAD, WGRAD)]
     assert found == list(profile.KERNELS)
+    assert [profile.kernel_of(name) for name in SM90] == [f"sm90_{k}" for k in profile.KERNELS]
+    assert {name: profile.kernel_of(name) for name in SHORT} == SHORT
+
+
+def test_each_kind_of_kernels_is_counted_for_itself_by_its_own_route(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = tuple(profile.KERNELS)
+    monkeypatch.setattr(profile.inside, "instructions", lambda dtype: ("mma",))
+    assert profile.kinds("bfloat16") == [plain]
+    assert profile.launched_by("dgrad", "bfloat16") == ("input gradient", "cuda/fused")
+    monkeypatch.setattr(profile.inside, "instructions", lambda dtype: ("wgmma", "mma"))
+    monkeypatch.setenv(profile.verdicts.APART, "cuda:sm90_wgrad:bfloat16")
+    assert profile.kinds("bfloat16") == [("sm90_fprop", "sm90_dgrad"), plain]
+    assert profile.launched_by("sm90_dgrad", "bfloat16") == ("input gradient", "cuda-wgmma")
+    assert profile.launched_by("dgrad", "bfloat16") == ("input gradient", "cuda-mma")
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(profile, "counters", lambda session, names, dtype: asked.append(names))
+    monkeypatch.setattr(profile, "stages", lambda session, dtype: None)
+    profile.run(session_of())
+    assert asked == [("sm90_fprop", "sm90_dgrad", "sm90_wgrad"), plain]  # float32 has none left out
 
 
 def test_ncu_is_asked_for_a_launch_of_each_kernel_and_leaves_the_clocks(

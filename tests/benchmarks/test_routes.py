@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.counted import emulation, traffic
+from benchmarks.counted import emulation, inside, traffic, verdicts
 from benchmarks.counted.roofline import Ceilings
 from benchmarks.measure.harness import QUICK, Budget, HostClock
 from benchmarks.measure.record import FAILED, OK, SKIPPED, Record
@@ -132,6 +132,62 @@ def test_a_wrong_kernel_has_a_failed_row_without_a_time_and_the_others_go_on(
     assert rows["input gradient", "fastfilm-cuda/fused"].note == "dgrad: no"
     assert rows["forward", "fastfilm-cuda/fused"].status == OK
     assert session.record.failed
+
+
+def kernels_of(extension: ModuleType, route: str, direction: str) -> tuple[set[str], set[str]]:
+    """The CUDA convolutions that run in the forward pass and in the gradients of a direction's step."""
+    step = routes.step_of(PLAIN, "cpu", DTYPE, route, routes.DIRECTIONS[direction])
+    extension.launches()
+    out = step.forward()
+    before = set(extension.launches())
+    step.gradients(out)
+    families = {f"{kind}{k}" for kind in ("", verdicts.SM90) for k in inside.KERNELS}
+    return before & families, set(extension.launches()) & families
+
+
+@needs_compiler
+def test_each_kind_of_cuda_convolutions_is_a_route_whose_own_kernels_run(
+    cuda: Any, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = routes.KINDS
+    assert routes.routes("cpu", DTYPE)[0][-2:] == [old, new]
+    assert kernels_of(extension, new, "forward")[0] == {"sm90_fprop"}
+    # a fault of the one kernel is not the other's
+    assert kernels_of(extension, new, "input gradient") == ({"fprop"}, {"sm90_dgrad"})
+    assert kernels_of(extension, new, "both gradients")[1] == {"sm90_dgrad", "sm90_wgrad"}
+    assert kernels_of(extension, old, "both gradients") == ({"fprop"}, {"dgrad", "wgrad"})
+    # one kind only: one row
+    assert routes.OURS in routes.routes("cpu", "float32")[0]
+    monkeypatch.setattr(extension, "architectures", "80")
+    usable, _ = routes.routes("cpu", DTYPE)
+    assert routes.OURS in usable and not {old, new} & {*usable}
+
+
+@needs_compiler
+def test_a_layer_has_a_row_of_each_kind_unless_its_kernel_is_left_out_or_takes_it_not(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(verdicts.APART, f"cuda:sm90_dgrad:{DTYPE},cuda:sm90_fprop:bfloat16")
+    by = inside.instruction_of
+
+    def without_wgrad(kernel: str, *given: Any, **named: Any) -> str:
+        return "mma" if kernel == "wgrad" else by(kernel, *given, **named)
+
+    monkeypatch.setattr(inside, "instruction_of", without_wgrad)
+    session = session_of()
+    routes.measure(session, PLAIN, DTYPE, [*routes.KINDS])
+    rows = {(r.mode, r.provider): r for r in session.record.rows}
+    new = {mode: rows[mode, "fastfilm-cuda-wgmma"] for mode in routes.DIRECTIONS}
+    assert new["forward"].status == OK and new["forward"].ratio
+    assert new["forward"].extra["chosen"] in (True, False)
+    said = {mode: row.note for mode, row in new.items() if row.status == SKIPPED}
+    left = f"cuda:sm90_dgrad:{DTYPE} is left out: its check was not right"
+    assert said == {
+        "input gradient": left, "both gradients": left, "weight gradient": "no wgrad by wgmma takes this layer",
+    }  # fmt: skip
+    assert all(row.median_s is None for mode, row in new.items() if mode in said)
+    assert {rows[mode, "fastfilm-cuda-mma"].status for mode in routes.DIRECTIONS} == {OK}
+    assert not session.record.failed
 
 
 def test_what_finds_no_time_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from benchmarks.campaign import smoke
-from benchmarks.counted import kernel_checks, verdicts
+from benchmarks.counted import inside, kernel_checks, verdicts
+from benchmarks.counted.emulation import load
 from fastfilm.ops.launchers import eager
 from fastfilm.ops.settings import left_out
 from tests.support.emulated import compiler, library
@@ -56,9 +58,11 @@ def test_each_check_is_settled_whatever_the_others_do(tmp_path: Path, device: st
 
 
 def test_every_family_has_a_check_and_can_be_left_out() -> None:
-    assert {b: set(f) for b, f in verdicts.FAMILIES.items()} == {
-        b: set(f) for b, f in left_out.FAMILIES.items()
+    by_itself = {
+        b: {f.removeprefix(verdicts.SM90) for f in families}
+        for b, families in verdicts.FAMILIES.items()
     }
+    assert by_itself == {b: set(f) for b, f in left_out.FAMILIES.items()}
     assert {f for families in verdicts.FAMILIES.values() for f in families} == set(
         kernel_checks.CHECKS
     )
@@ -100,8 +104,88 @@ def _doubled(found: Any) -> Any:
 @needs_compiler
 @pytest.mark.parametrize("family", verdicts.FAMILIES["cuda"])
 def test_the_emulated_kernels_are_right(family: str, library: Path) -> None:
+    load(library).launches()
     (row,) = kernel_checks.rows([f"cuda:{family}:bfloat16"], "cpu", str(library))
     assert row["status"] == "right", row
+    launched = {name for name in load(library).launches() if name.startswith(verdicts.SM90)}
+    assert launched == ({family} if family.startswith(verdicts.SM90) else set())
+
+
+def test_checks_by_warpgroups_are_of_every_form_that_the_kernels_take() -> None:
+    forms = {
+        (len(output), taps, stride, first > 0)
+        for _, taps, stride, output, first in kernel_checks.SM90_SIZES
+    }
+    assert {form[:3] for form in forms} == {
+        (dims, *rest) for dims in (2, 3) for rest in ((1, 1), (3, 1), (3, 2))
+    }
+    assert {(2, 3, 1, True), (3, 3, 1, True), (2, 1, 1, True)} <= forms
+    every = verdicts.keys(["cuda"])
+    assert "cuda:sm90_dgrad:float16" in every and "cuda:sm90_dgrad:float32" not in every
+
+
+@needs_compiler
+def test_checks_by_warpgroups_give_blocks_several_units_on_an_h200(library: Path) -> None:
+    several, resident = set(), set()
+    with kernel_checks.launchers("cuda", str(library)):
+        from fastfilm.ops.launchers.cuda import plans
+
+        for channels, taps, stride, output, _ in kernel_checks.SM90_SIZES:
+            each = [(n,) * len(output) for n in (taps, stride, (taps - 1) // 2)]
+            size = tuple(o * stride for o in output)
+            shape = plans.Shape(torch.float16, 2, channels, size, output, *each)
+            plan = plans._plan(shape, (90, 132, 232448), False, "always")
+            for kernel, name in inside.KERNELS.items():
+                facts = plan.facts(name)
+                several |= {(kernel, len(output))} if facts["tiles_a_block"] > 1 else set()
+                resident |= {(kernel, facts["resident"])} if "resident" in facts else set()
+    assert several == {(kernel, dims) for kernel in inside.KERNELS for dims in (2, 3)}
+    assert resident == {(kernel, kept) for kernel in ("fprop", "dgrad") for kept in (True, False)}
+
+
+@needs_compiler
+def test_a_check_by_warpgroups_tells_wrong_numbers_and_another_kernel(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "cuda:sm90_wgrad:float16"
+    with kernel_checks.launchers("cuda", str(library)) as kernels:
+        wrong = SimpleNamespace(
+            reads_sources=True, wgrad=lambda *given: _doubled(kernels.wgrad(*given))
+        )
+        monkeypatch.setattr(kernel_checks, "SM90_SIZES", kernel_checks.SM90_SIZES[:1])
+        error = kernel_checks.check(wrong, "sm90_wgrad", "cpu", "float16")
+    assert error is not None and error == pytest.approx(1.0, rel=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(inside, "instruction_of", lambda *_, **__: "mma")
+        (row,) = kernel_checks.rows([key], "cpu", str(library))
+    assert row["status"] == "WRONG" and "multiplies by mma" in row["note"]
+    with monkeypatch.context() as patch:
+        patch.setattr(load(library), "architectures", "80;90")
+        (row,) = kernel_checks.rows([key], "cpu", str(library))
+    assert row["status"] == "skipped" and row["note"] == "there is no such kernel here"
+
+
+def test_a_kernel_by_warpgroups_is_left_out_with_the_one_whose_place_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    status = {
+        "cuda:fprop:bfloat16": "right", "cuda:sm90_fprop:bfloat16": "HUNG", "cuda:sm90_fprop:float16": "right",
+        "cuda:sm90_wgrad:float16": "WRONG", "triton:taps:float16": "DIED",
+    }  # fmt: skip
+    rows = [{"check": check, "status": s} for check, s in status.items()]
+    bad = "cuda:fprop:bfloat16,cuda:wgrad:float16,triton:taps:float16"
+    assert verdicts.without(rows) == bad
+    assert len(left_out.parse(verdicts.without(rows))) == 3
+    # where a suite takes one kind or the other by itself, the kind that is right stays
+    assert verdicts.without(rows, apart=True) == "triton:taps:float16"
+    monkeypatch.setenv(verdicts.APART, verdicts.apart(rows))
+    refused = {
+        (family, dtype)
+        for family in inside.KERNELS
+        for dtype in verdicts.DTYPES
+        if verdicts.why_not(family, dtype)
+    }
+    assert refused == {("fprop", "bfloat16"), ("wgrad", "float16")}
 
 
 def test_an_error_beyond_rounding_is_wrong_and_so_is_none_at_all() -> None:

@@ -134,3 +134,14 @@ def test_gaps_list_what_falls_short_of_a_measurement_on_a_gpu() -> None:
     graph = [{**usual, "provider": "fastfilm-graph", "median_s": 0.5}]
     text = gaps.text(found | {"rows": [*rows, *graph]})
     assert "| the host: 1e+03 ms, 500 ms from a CUDA graph | less Python" in text
+    # what would move a network that multiplies: first the measurement, then what it said
+    assert gaps.UNMEASURED in text
+    layer = {"suite": "routes", "dtype": "bfloat16", "status": "ok", "mode": "forward"}
+    for seconds, said in ((0.5, "in 2 of 2: `fastfilm tune`"), (4.0, "in 1 of 2; B, forward is")):
+        measured = [
+            {**layer, "case": case, "provider": provider, "median_s": s}
+            for case, new in (("A", 1.0), ("B", seconds))
+            for provider, s in ((targets.NEW, new), (targets.VENDOR, 2.0))
+        ]
+        text = gaps.text(found | {"rows": [*rows, *measured]})
+        assert said in text and gaps.UNMEASURED not in text

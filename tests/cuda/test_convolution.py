@@ -292,7 +292,7 @@ def test_elements_beyond_two_to_the_31(
     with emulated.installed(extension) as cuda:
         # so many multiprocessors that the last block has the last tile, or two
         monkeypatch.setattr(
-            "fastfilm.ops.launchers.cuda.plans._device", lambda index: (90, 1 << 17, 227 * 1024)
+            "fastfilm.ops.launchers.cuda.plans._device", lambda index: (80, 1 << 17, 227 * 1024)
         )
         conv = cuda.convolution(x, weight, shape[2:], layer.walk)
         monkeypatch.undo()

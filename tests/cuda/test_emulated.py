@@ -40,7 +40,7 @@ SANITIZED = (
     "any_channel_count or bad_arguments or misaligned or two_to_the_31"
     " or (shuffled and (stride_2 or two_sources or finished or any_shape))"
 )
-"""Tests of both files that run under the sanitizers too."""
+"""Tests of three files that run under the sanitizers too."""
 
 
 def check_pointwise(cuda: Any, shape: tuple[int, ...], dtype: torch.dtype, act: str) -> None:
@@ -164,7 +164,8 @@ def test_all_of_this_under_address_and_undefined_behaviour_sanitizers(
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    command += [str(Path(__file__).with_name("test_convolution.py")), "-k", SANITIZED]
+    others = ("test_convolution.py", "test_sm90.py")
+    command += [*(str(Path(__file__).with_name(name)) for name in others), "-k", SANITIZED]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=emulated.ROOT
     )

@@ -9,6 +9,7 @@ PASSES = "tests/cuda/test_emulated.py -k 'any_shape or several_blocks or thousan
 CONVOLUTION = "tests/cuda/test_convolution.py -k 'all_three or any_channel or other_paddings'"
 SOURCES = "tests/cuda/test_convolution.py -k 'two_sources'"
 NETWORKS = "tests/cuda/test_networks.py"
+SM90 = "tests/cuda/test_sm90.py -k 'all_three and in_order and (2d or 3d_stride_2)'"
 
 FAULTS = (
     # passes over a map
@@ -99,7 +100,7 @@ FAULTS = (
     ),
     Fault(
         "cuda-coefficients-behind-the-first-sample-alone",
-        "csrc/cuda/fprop.cu",
+        "csrc/cuda/forward.h",
         "plan.blocks_n + block.y, plan.n)",
         "plan.blocks_n + block.y, 1)",
         "tests/cuda/test_behind.py",
@@ -235,7 +236,7 @@ FAULTS = (
     ),
     Fault(
         "cuda-padding-of-a-strided-gradient-left-out",
-        "csrc/cuda/plan.cpp",
+        "csrc/cuda/extents.h",
         "(axis(r, i) + axis(s.padding, i) - first) / step",
         "(axis(r, i) + 1 - first) / step",
         CONVOLUTION,
@@ -257,10 +258,88 @@ FAULTS = (
     ),
     Fault(
         "cuda-second-source-of-the-gradient-by-the-first-s-coefficients",
-        "csrc/cuda/backward_epilogue.h",
-        "channel -= second ? p.part[0].channels : 0;",
-        "channel %= p.part[0].channels;",
+        "csrc/cuda/backward.h",
+        "channel -= second ? part[0].channels : 0;",
+        "channel %= part[0].channels;",
         NETWORKS,
+    ),
+    # warpgroup products
+    Fault(
+        "cuda-sm90-bias-of-another-row",
+        "csrc/cuda/sm90/forward.cu",
+        "sums[0][i] += bias[i / 2 % 2];",
+        "sums[0][i] += bias[i % 2];",
+        SM90,
+    ),
+    Fault(
+        "cuda-sm90-moments-of-voxels-beside-the-map",
+        "csrc/cuda/sm90/forward.cu",
+        "(line < lines && product_voxel(b) < half.columns())",
+        "line < lines",
+        SM90,
+    ),
+    Fault(
+        "cuda-sm90-sums-of-the-first-class-of-voxels-alone",
+        "csrc/cuda/sm90/backward.cu",
+        "which * layout.groups + block_index().x",
+        "block_index().x",
+        SM90,
+    ),
+    Fault(
+        "cuda-sm90-last-odd-column-of-a-strided-gradient",
+        "csrc/cuda/sm90/layout.cpp",
+        "up(std::max(0, axis(p.out, i) - axis(box.out_first, i)), axis(step, i))",
+        "axis(p.out, i) / axis(step, i)",
+        SM90,
+    ),
+    Fault(
+        "cuda-sm90-voxels-outside-in-depth-read",
+        "csrc/cuda/sm90/planes.h",
+        "static_cast<unsigned>(first.d) < static_cast<unsigned>(map.d)",
+        "first.d <= map.d",
+        "tests/cuda/test_sm90.py -k 'all_three and in_order and 3d'",
+    ),
+    Fault(
+        "cuda-sm90-classes-of-strided-voxels-exchanged",
+        "csrc/cuda/sm90/planes.h",
+        "h += of_class / 2;",
+        "h += of_class % 2;",
+        SM90,
+    ),
+    Fault(
+        "cuda-sm90-32-bit-offsets",
+        "csrc/cuda/sm90/planes.h",
+        "static_cast<int64_t>(number[i]) * from.channels;",
+        "static_cast<int>(static_cast<uint32_t>(number[i]) * from.channels);",
+        "tests/cuda/test_sm90.py -k two_to_the_31",
+    ),
+    Fault(
+        "cuda-sm90-last-tile-of-dw-dropped",
+        "csrc/cuda/sm90/weight.cu",
+        "first + layout.tiles_a_group < all ? first + layout.tiles_a_group : all;",
+        "first + layout.tiles_a_group < all ? first + layout.tiles_a_group : all - 1;",
+        SM90,
+    ),
+    Fault(
+        "cuda-sm90-dw-rows-of-taps-exchanged",
+        "csrc/cuda/sm90/weight.cu",
+        "consumer * kRowTaps + t",
+        "(2 - consumer) * kRowTaps + t",
+        SM90,
+    ),
+    Fault(
+        "cuda-sm90-rows-that-share-a-product-with-one-row-s-taps",
+        "csrc/cuda/pack.cu",
+        "tap % plane / reads.count.w - row / plan.bn;",
+        "tap % plane / reads.count.w;",
+        "tests/cuda/test_sm90.py -k 'all_three and in_order and tall'",
+    ),
+    Fault(
+        "cuda-sm90-chosen-on-later-gpus",
+        "csrc/cuda/bindings.cpp",
+        "if (device_.capability != 90)",
+        "if (device_.capability < 90)",
+        "tests/cuda/test_sm90.py -k other_gpus",
     ),
     # checks
     Fault(

@@ -68,7 +68,8 @@ class Workshop:
             shutil.copytree(like.tree, self.tree, symlinks=True)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         cpu = sorted(p.name for p in (root / "csrc/cpu").glob("*.cpp"))
-        cuda = sorted(p.name for p in (root / "csrc/cuda").glob("*.c*"))
+        cuda = sorted(p.relative_to(root).as_posix() for p in (root / "csrc/cuda").rglob("*.c*"))
+        emulation = sorted(f"csrc/emulation/{p.name}" for p in root.glob("csrc/emulation/*.cpp"))
         self.cpu = Extension(
             ("csrc/bindings.cpp", *(f"csrc/cpu/{name}" for name in cpu)),
             tuple(CPU_FLAGS),
@@ -76,7 +77,7 @@ class Workshop:
             self.tree / f"fastfilm/ops/launchers/cpu/_C{suffix}",
         )
         self.cuda = Extension(
-            (*(f"csrc/cuda/{name}" for name in cuda), "csrc/emulation/emulation.cpp"),
+            (*cuda, *emulation),
             tuple(CUDA_FLAGS),
             self.tree / "build/planted/cuda",
             self.tree / "build/planted/_CUDA.so",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,6 +66,39 @@ def cuda(extension: ModuleType, request: pytest.FixtureRequest) -> Iterator[Modu
     with installed(extension) as launchers:
         yield launchers
     extension.set_seed(0)
+
+
+WARPGROUPS = frozenset({"sm90_fprop", "sm90_dgrad", "sm90_wgrad"})
+"""The kernels of a convolution by warpgroup products."""
+OTHERS = frozenset(name.removeprefix("sm90_") for name in WARPGROUPS)
+
+
+@contextlib.contextmanager
+def sm90_device(choice: str = "always", multiprocessors: int = 2) -> Iterator[None]:
+    """A GPU of sm_90 in the place of the emulated one; ``choice`` as ``plans.wgmma`` takes it."""
+    from fastfilm.ops.launchers.cuda import plans
+
+    with pytest.MonkeyPatch.context() as patch, plans.wgmma(choice):
+        patch.setattr(plans, "_device", lambda index: (90, multiprocessors, 232448))
+        yield
+
+
+@contextlib.contextmanager
+def warpgroups(
+    extension: ModuleType, kernels: Set[str] = WARPGROUPS, multiprocessors: int = 2
+) -> Iterator[None]:
+    """Convolutions by warpgroup products inside, where all of ``kernels`` run, and no others."""
+    extension.launches()
+    with sm90_device(multiprocessors=multiprocessors):
+        yield
+    assert kernels == set(extension.launches()) & (WARPGROUPS | OTHERS)
+
+
+@pytest.fixture
+def sm90(cuda: ModuleType, extension: ModuleType) -> Iterator[ModuleType]:
+    """The launchers, on the emulation of sm_90a; the test must run all three kernels."""
+    with warpgroups(extension):
+        yield cuda
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """Clocks of the CUDA convolutions without a GPU: counted in their machine code, for the ten layers that decide.
 
-    python -m benchmarks.counted.machine_code.clock_model [--library FILE] [--json FILE] [--against FILE] [--parts]
+    python -m benchmarks.counted.machine_code.clock_model [--library FILE] [--json FILE] [--against FILE]
+        [--beside] [--parts]
+
+prints what `clock_table` makes of it. The kernels of warpgroups have a model of their own, `warpgroup_clocks`.
 
 A kernel is a list of phases, each a loop of the compiled code with as many iterations as its work needs.
 A phase takes the longest of what its iterations occupy (issue slots, tensor cores, shared memory) and of what one
@@ -10,14 +13,11 @@ of a block are separated by barriers and add up; blocks that share a multiproces
 
 from __future__ import annotations
 
-import argparse
 import heapq
-import json
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -196,13 +196,17 @@ class Shape:
         size, kernel = (*ones, *layer.size), (*ones, *(layer.kernel,) * dims)
         return cls(subject, dims, subject.block.batch, layer.cin, layer.cout, size, kernel)  # type: ignore[arg-type]
 
-    def facts(self, module: ModuleType, gpu: Gpu, kernel: str) -> dict[str, Any]:
-        """The plan of a kernel."""
+    def facts(
+        self, module: ModuleType, gpu: Gpu, kernel: str, wgmma: str = "never"
+    ) -> dict[str, Any]:
+        """The plan of a kernel; ``wgmma``: whether one of warpgroups, "always" or "never"."""
         device = gpu.arch, gpu.processors, SHARED_LIMIT[gpu.arch]
         padding = tuple(k // 2 for k in self.kernel)
         maps = self.batch, self.ci, self.co, self.size, self.size
         _, storage, tf32 = TYPES[self.dtype]
-        conv = module.Convolution(storage, self.dims, *maps, self.kernel, padding, 1, device, tf32)
+        conv = module.Convolution(
+            storage, self.dims, *maps, self.kernel, padding, 1, device, tf32, wgmma
+        )
         found: dict[str, Any] = conv.facts(FACTS[kernel])
         return found
 
@@ -467,124 +471,7 @@ def rows(kernels: Kernels, module: ModuleType, arch: int) -> list[dict[str, Any]
     return found
 
 
-def measured(path: Path) -> dict[tuple[str, str], float]:
-    """Layer and pass -> seconds on an H200, from a results file of the suite ``routes``."""
-    passes = {mode: name for name, mode in PASSES.items()}
-    return {
-        (r["case"], passes[r["mode"]]): r["median_s"]
-        for r in json.loads(path.read_text(encoding="utf-8"))["rows"]
-        if r.get("suite") == "routes"
-        and r.get("provider") == "fastfilm-cuda/fused"
-        and r.get("mode") in passes
-        and r.get("median_s")
-    }
-
-
-def mean(ratios: Iterable[float]) -> float:
-    """Geometric mean."""
-    logs = [math.log(r) for r in ratios]
-    return math.exp(sum(logs) / len(logs))
-
-
-def table(
-    found: Sequence[Prediction],
-    seconds: Mapping[tuple[str, str], float],
-    before: Mapping[tuple[str, str, str], float],
-    parts: bool,
-) -> list[str]:
-    """Lines of markdown, with the means below."""
-    head = ["layer", "pass", "device", "blocks", "clocks a tile", "µs", "TFLOP/s", "bound by"]
-    head += ["measured µs", "predicted / measured"] if seconds else []
-    head += ["speed-up"] if before else []
-    head += ["parts, clocks"] if parts else []
-    lines, errors, gains = [head, ["---"] * len(head)], [], defaultdict(list)
-    for p in found:
-        us = p.seconds * 1e6
-        cells = [p.layer, p.kernel, p.device, str(p.blocks), f"{p.tile_clocks:.0f}"]
-        cells += [f"{us:.0f}", f"{p.tflops:.3g}", p.binding]
-        if seconds:
-            there = seconds.get((p.layer, p.kernel)) if p.device == "H200" else None
-            cells += (
-                ["", ""] if there is None else [f"{there * 1e6:.0f}", f"{p.seconds / there:.2f}"]
-            )
-            errors += [] if there is None else [p.seconds / there]
-        if before:
-            past = before.get((p.layer, p.kernel, p.device))
-            cells.append("" if past is None else f"{past / us:.2f}")
-            if past is not None:
-                gains[p.device, p.kernel].append(past / us)
-        cells += [", ".join(f"{k} {v:.0f}" for k, v in p.phases.items())] if parts else []
-        lines.append(cells)
-    text = ["| " + " | ".join(cells) + " |" for cells in lines]
-    if errors:
-        wrong = mean(max(e, 1 / e) for e in errors)
-        outside = sum(max(e, 1 / e) > 1.6 for e in errors)
-        text += [
-            "",
-            f"{len(errors)} measured: off by {wrong:.3f} in the geometric mean, {outside} by more than 1.6.",
-        ]
-    text += [""] * bool(gains)
-    for (device, name), ratios in gains.items():
-        text.append(f"{device} {name}: {mean(ratios):.2f} times as fast in the geometric mean.")
-    if gains:
-        whole = mean(r for ratios in gains.values() for r in ratios)
-        text.append(f"All: {whole:.2f} times as fast in the geometric mean.")
-    return text
-
-
-def as_json(found: Sequence[Prediction]) -> dict[str, Any]:
-    """Predictions with everything that was assumed for them."""
-    about = "predictions of the clock model, bfloat16; see docs/benchmarks.md, Clocks without a GPU"
-    entries = [
-        {
-            "layer": p.layer,
-            "pass": p.kernel,
-            "device": p.device,
-            "tile_clocks": round(p.tile_clocks),
-            "us": float(f"{p.seconds * 1e6:.5g}"),
-            "tflops": float(f"{p.tflops:.4g}"),
-            "binding": p.binding,
-        }
-        for p in found
-    ]
-    devices = {name: asdict(gpu) for name, gpu in GPUS.items()}
-    return {"about": about, "constants": CONSTANTS, "devices": devices, "rows": entries}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table of a library's kernels."""
-    results = Path(__file__).resolve().parents[2] / "results" / "gpu-h200.json"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.counted.machine_code.clock_model", description=__doc__
-    )
-    parser.add_argument("--library", type=Path, help="CUDA extension; the installed one without it")
-    parser.add_argument("--json", type=Path, help="writes the predictions there")
-    parser.add_argument("--against", type=Path, help="earlier file of --json, for speed-ups")
-    parser.add_argument("--measured", type=Path, default=results, help="results of an H200")
-    parser.add_argument("--parts", action="store_true", help="clocks of each part of a tile, too")
-    args = parser.parse_args(arguments)
-    library = args.library or sass.extension()
-    if library is None:
-        print("the CUDA extension is not built, and --library names no other", file=sys.stderr)
-        return 1
-    module = sass.load(library)
-    found: list[Prediction] = []
-    for target in module.architectures.split(";"):
-        arch = int(target.rstrip("af")) // 10 * 10
-        if any(gpu.arch == arch for gpu in GPUS.values()):
-            kernels = read(library, f"sm_{target}")
-            found += [prediction(kernels, module, *case) for case in cases(arch)]
-    before = {}
-    if args.against is not None:
-        past = json.loads(args.against.read_text(encoding="utf-8"))["rows"]
-        before = {(r["layer"], r["pass"], r["device"]): r["us"] for r in past}
-    seconds = measured(args.measured) if args.measured.exists() else {}
-    print("\n".join(table(found, seconds, before, args.parts)))
-    if args.json is not None:
-        text = json.dumps(as_json(found), indent=1, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
+    from .clock_table import main
+
     sys.exit(main())

@@ -38,14 +38,20 @@ Needs = list[Need | Loop | tuple[Need, int]]
 def name_of(mangled: str) -> tuple[str, str, tuple[int, int] | None]:
     """Kernel, type and channels of a block of a mangled name."""
     kind = r"(f|NS0_8BFloat16E|NS0_7Float16E|NS0_11TensorFloatE)"
+    # of a namespace of their own: kernels of warpgroups, for sm_90a
+    found = re.search(rf"entryINS0_4sm90.*?(Convolve|Wgrad)I{kind}(?:Li(\d+)E)?", mangled)
+    if found is not None:
+        gradient = "sm90_dgrad" if "Backward" in mangled else "sm90_fprop"
+        channels = None if found[3] is None else (64, int(found[3]))
+        return "sm90_wgrad" if found[1] == "Wgrad" else gradient, TYPES[found[2]], channels
     found = re.search(rf"(Convolve|Wgrad)I{kind}Li(\d+)ELi(\d+)E", mangled)
     if found is not None:
         kernel = "wgrad" if found[1] == "Wgrad" else "dgrad" if "Backward" in mangled else "fprop"
         return kernel, TYPES[found[2]], (int(found[3]), int(found[4]))
-    found = re.search(rf"\d+([A-Z][A-Za-z]+)I{kind}E", mangled)
+    found = re.search(rf"\d+([A-Z][A-Za-z]+)I{kind}(?:E|NS0_(4sm90)?)", mangled)
     if found is not None:
-        return found[1], TYPES[found[2]], None
-    found = re.search(r"(Finish[A-Z][a-z]+)", mangled)
+        return found[1] + " of warpgroups" * bool(found[3]), TYPES[found[2]], None
+    found = re.search(r"\d([A-Z][A-Za-z]+)EEEvNT_6ParamsE$", mangled)
     return found[1] if found else mangled, "fp32", None
 
 

@@ -146,10 +146,15 @@ def resources(library: Path, target: str) -> Iterator[tuple[str, dict[str, int]]
         yield name, {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)}
 
 
-def functions(library: Path, target: str) -> Iterator[tuple[str, list[str]]]:
-    """Mangled name and listing of each function of a library for ``target`` (``sm_90a``)."""
-    command = [tool(), "-arch", target, "-sass", str(library)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def functions(
+    library: Path, target: str, only: Sequence[str] = ()
+) -> Iterator[tuple[str, list[str]]]:
+    """Mangled name and listing of each function of a library for ``target`` (``sm_90a``), or of those named."""
+    named = ["-fun", ",".join(only)] if only else []
+    command = [tool(), "-arch", target, "-sass", *named, str(library)]
+    # of a library's parts all but one lack a function that is named, and it says so
+    quiet = subprocess.DEVNULL if only else None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as process:
         assert process.stdout is not None
         name, lines = "", list[str]()
         for line in process.stdout:

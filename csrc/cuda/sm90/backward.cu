@@ -125,7 +125,6 @@ struct BackwardEpilogue {
         at.store<T>(sums, 0);
         warp_barrier();
         put(p, layout, half, g);
-        warp_barrier();
         if (h == 0) bring(p, layout, Half(layout, result, first, 1), g);
         else commit_copies();
         next_group(sums);

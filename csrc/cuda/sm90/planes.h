@@ -94,7 +94,7 @@ struct Plane {
   }
 
   // Calls f(numbers, places), and meanwhile(), for all voxels, kFew at a time, whose latencies overlap, with this thread's piece of four
-  // channels of each: `places` are distances from the plane's beginning.
+  // channels of each: `places` are distances from the plane's beginning, negative behind its end.
   template <int kFew, class F, class G>
   FF_DEVICE void each(F f, G meanwhile) const {
     const int pieces = bk / 4, piece = crew() % pieces, rows = kWarpgroup / pieces;
@@ -106,7 +106,8 @@ struct Plane {
 #pragma unroll
       for (int i = 0; i < kFew; ++i) {
         number[i] = numbers[v + i * rows];
-        places[i] = place + i * rows * 16;
+        // behind the plane's end lies what others work on
+        places[i] = v + i * rows < shape.voxels ? place + i * rows * 16 : -1;
       }
       f(number, places);
       meanwhile();
@@ -116,12 +117,13 @@ struct Plane {
 
 constexpr int kPieceChannels = 4;
 
-// Loads pieces, of voxels that do not exist too: these may be anything. Waiting for their numbers would take longer.
+// Loads pieces, of voxels that are not in the map too: these may be anything. Waiting for their numbers would take longer.
 template <class T, int kFew>
 FF_DEVICE void load_pieces(int at, const int (&place)[kFew], float (&v)[kFew * kPieceChannels]) {
 #pragma unroll
   for (int i = 0; i < kFew; ++i) {
-    const Word8 word = load_shared8(at + place[i]);
+    Word8 word{};
+    if (place[i] >= 0) word = load_shared8(at + place[i]);
     unpack_few<T>(Few<T, kPieceChannels>{{word.w[0], word.w[1]}}, &v[i * kPieceChannels]);
   }
 }

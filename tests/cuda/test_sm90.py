@@ -1,10 +1,8 @@
-"""Convolutions by warpgroup products (sm_90a) on the host, and which kernels are chosen."""
+"""Convolutions by warpgroup products (sm_90a) on the host."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -81,6 +79,18 @@ LAYERS = {
     "3d_padding_0": Layer((4, 5, 6), (16, 8), padding=0, batch=1),
     "3d_stride_2_padding_2": Layer((4, 5, 6), (16, 8), stride=2, padding=2, batch=1),
 }
+
+
+KERNELS = ("forward", "backward", "weight")
+
+
+def described(cuda: Any, layer: Layer) -> dict[str, Any]:
+    """The layouts of the three kernels."""
+    shape = (layer.batch, layer.channels[0], 1)
+    x, weight = torch.empty(shape, dtype=layer.dtype), layer.draw_weight()
+    out = layer.walk.output_size(layer.size, weight.shape[2:])
+    conv = cuda.convolution(x, weight, out, layer.walk, layer.size)
+    return {kernel: conv.facts(kernel) for kernel in KERNELS}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -421,7 +431,7 @@ def test_a_nan_goes_no_further_than_the_rows_of_its_products(
     x[0, 3, 5, 6], x[0, 5, 8, 0] = float("nan"), float("inf")
     with warpgroups(extension, FORWARD):
         y, _ = cuda.fprop([Source(x)], weight, None, layer.walk)
-        shared = _described(cuda, layer)["forward"]["shifts"] - 1
+        shared = described(cuda, layer)["forward"]["shifts"] - 1
     exact = ~layer.convolve(x.double(), weight.double(), None).isfinite()
     near = F.max_pool2d(exact.float(), (2 * shared + 1, 1), 1, (shared, 0)) > 0
     found = ~y.isfinite()
@@ -503,135 +513,3 @@ def test_a_training_step_of_a_network_is_as_good_as_eager(name: str, extension: 
     with serving(extension), warpgroups(extension):
         ours = step(0, "cuda")
     assert_as_good_as_eager({k: ours[k] for k in names}, exact[0], eager, dtype)
-
-
-# which kernels are chosen
-
-
-KERNELS = ("forward", "backward", "weight")
-
-
-def _described(cuda: Any, layer: Layer) -> dict[str, Any]:
-    """The layouts of the three kernels."""
-    shape = (layer.batch, layer.channels[0], 1)
-    x, weight = torch.empty(shape, dtype=layer.dtype), layer.draw_weight()
-    out = layer.walk.output_size(layer.size, weight.shape[2:])
-    conv = cuda.convolution(x, weight, out, layer.walk, layer.size)
-    return {kernel: conv.facts(kernel) for kernel in KERNELS}
-
-
-def _instructions(cuda: Any, layer: Layer) -> list[str]:
-    return [facts["instruction"] for facts in _described(cuda, layer).values()]
-
-
-def _reasons(cuda: Any, layer: Layer) -> list[str]:
-    """Why none of the three kernels is one of warpgroup products."""
-    assert _instructions(cuda, layer) == ["mma"] * 3
-    return [facts["why_not_wgmma"] for facts in _described(cuda, layer).values()]
-
-
-WIDE = Layer((64, 64), (64, 64))
-NARROW = Layer((64, 64), (8, 8))
-
-
-@pytest.fixture
-def launchers(extension: ModuleType) -> Iterator[ModuleType]:
-    with emulated.installed(extension) as cuda:
-        yield cuda
-
-
-def test_warpgroups_where_they_are_faster(launchers: Any) -> None:
-    with sm90_device("where faster", 132):
-        assert _instructions(launchers, WIDE) == ["wgmma"] * 3
-        assert _instructions(launchers, replace(WIDE, dtype=HALF, stride=2)) == ["wgmma"] * 3
-        assert _instructions(launchers, Layer((16, 32, 32), (64, 64))) == ["wgmma"] * 3
-        for reason in _reasons(launchers, NARROW):
-            assert re.fullmatch(r"only \d+ % of their products would be of use", reason)
-        assert _instructions(launchers, Layer((5, 6), (64, 64)))[:2] == ["mma"] * 2
-
-
-def test_the_share_of_useful_work_decides(launchers: Any) -> None:
-    found = set()
-    with sm90_device("always", 132):
-        described = [_described(launchers, layer) for layer in LAYERS.values()]
-    with sm90_device("where faster", 132):
-        for layer, facts in zip(LAYERS.values(), described, strict=True):
-            chosen = _described(launchers, layer)
-            for kernel in ("forward", "backward"):
-                useful, instruction = facts[kernel]["useful"], chosen[kernel]["instruction"]
-                assert 0 < useful <= 1
-                assert instruction == ("wgmma" if useful >= 0.2 else "mma")
-                found.add(instruction)
-    assert found == {"mma", "wgmma"}
-
-
-def test_warpgroups_always_or_never(launchers: Any) -> None:
-    for layer in (WIDE, NARROW):
-        with sm90_device("always"):
-            assert _instructions(launchers, layer) == ["wgmma"] * 3
-        with sm90_device("never"):
-            assert _reasons(launchers, layer) == ["wgmma is 'never'"] * 3
-
-
-@pytest.mark.parametrize("choice", ["where faster", "always"])
-def test_float32_has_no_warpgroup_products(choice: str, launchers: Any) -> None:
-    with sm90_device(choice):
-        reasons = _reasons(launchers, replace(WIDE, dtype=SINGLE))
-        assert reasons == ["warpgroup products take float16 and bfloat16"] * 3
-
-
-@pytest.mark.parametrize("capability", [80, 89, 100, 120])
-def test_other_gpus_have_no_warpgroup_products(
-    capability: int, launchers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for choice in ("where faster", "always"):
-        with sm90_device(choice):
-            from fastfilm.ops.launchers.cuda import plans
-
-            monkeypatch.setattr(plans, "_device", lambda index: (capability, 132, 232448))
-            reason = f"the GPU is sm_{capability}, not sm_90"
-            assert _reasons(launchers, WIDE) == [reason] * 3
-
-
-def test_a_plane_that_does_not_fit_leaves_the_other_kernels(
-    launchers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with sm90_device():
-        from fastfilm.ops.launchers.cuda import plans
-
-        monkeypatch.setattr(plans, "_device", lambda index: (90, 132, 60 * 1024))
-        reasons = _reasons(launchers, WIDE)
-        assert all(reason.endswith("into 61440 bytes of shared memory") for reason in reasons)
-
-
-def test_a_choice_holds_inside_its_block(launchers: Any) -> None:
-    from fastfilm.ops.launchers.cuda import plans
-
-    with sm90_device("never"):
-        with pytest.raises(KeyError), plans.wgmma("always"):
-            assert _instructions(launchers, NARROW) == ["wgmma"] * 3
-            raise KeyError
-        assert _instructions(launchers, WIDE) == ["mma"] * 3
-        with plans.wgmma("sometimes"), pytest.raises(ValueError, match="wgmma must be 'where fas"):
-            _described(launchers, WIDE)
-
-
-def test_the_layers_have_every_kind_of_layout(launchers: Any) -> None:
-    with sm90_device():
-        found = [(layer, _described(launchers, layer)) for layer in LAYERS.values()]
-    for kernel in KERNELS:
-        facts = [each[kernel] for _, each in found]
-        assert all(f["instruction"] == "wgmma" for f in facts)
-        assert {f["groups"] > 1 for f in facts} == {f["tiles_a_block"] > 1 for f in facts}
-        assert any(f["groups"] > 1 and f["tiles_a_block"] > 1 for f in facts)
-        # the tiles of a sample lie beside each other, below each other and behind each other
-        for axis in range(3):
-            sizes = [((1, 1, *layer.size)[-3:], each[kernel]["tile"]) for layer, each in found]
-            assert any(size[axis] > 2 * tile[axis] for size, tile in sizes)
-    for kernel, shifts in (("forward", {1, 2, 4}), ("backward", {1, 2})):
-        facts = [each[kernel] for _, each in found]
-        assert {f["shifts"] for f in facts} == shifts
-        assert len({f["part"] for f in facts}) > 1
-        assert {f["resident"] for f in facts} == {False, True}
-        assert {f["channels"][1] for f in facts} >= {16, 32}
-    assert {each["weight"]["channels"][1] for _, each in found} == {32, 64}

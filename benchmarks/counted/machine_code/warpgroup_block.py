@@ -104,6 +104,7 @@ class Work:
         slice: clocks of the tensor cores for a slice of one warpgroup.
         group: clocks between a group's end and the next one's beginning, of ``group_slices`` slices.
         epilogue: of one of its ``turns`` a unit; ``ahead``: copies for half of them in front of the products.
+        pumps: times that rooms for weights are filled during a transform.
         slots, rooms: for planes and for weights, ``room_slices`` slices in each; no rooms: all weights stay.
     """
 
@@ -123,6 +124,7 @@ class Work:
     slots: int
     rooms: int = 0
     room_slices: int = 1
+    pumps: int = 0
 
     @property
     def multiplying(self) -> int:
@@ -209,7 +211,9 @@ class Block:
             arrived = max(time.now, come)
             self._pump()
             if plane > 0:
-                yield time.now + transform
+                for _ in range(w.pumps + 1):
+                    yield time.now + transform / (w.pumps + 1)
+                    self._pump()
                 time.arrive(self.plane_full[plane - 1])
         yield arrived
         yield time.now + transform

@@ -73,10 +73,14 @@ class Plan:
         """The table of a plane, whose numbers fill ``rounded``."""
         return self.code.find.times(math.ceil(-(-voxels // rounded) * rounded / CREW))
 
+    def _turns(self, voxels: int, columns: int, which: str, summing: bool = False) -> int:
+        """Iterations of a plane's transform."""
+        _, each = self.code.transform(which, summing)
+        return math.ceil(voxels / (each * (CREW // (columns // 4))))
+
     def _transformed(self, voxels: int, columns: int, which: str, summing: bool = False) -> Turn:
-        rows = CREW // (columns // 4)
-        turn, each = self.code.transform(which, summing)
-        return turn.times(math.ceil(voxels / (each * rows)))
+        turn, _ = self.code.transform(which, summing)
+        return turn.times(self._turns(voxels, columns, which, summing))
 
     def work(self, summing: bool = False) -> Work:
         """Of a block; ``summing``: of one that takes the sums of the gradient."""
@@ -95,10 +99,11 @@ class Plan:
                 planes.append((own, taps * slices))
         copy = self._gradient(voxels, columns) if self.backward else self._input(voxels)
         epilogue, turns = code.epilogue
-        transform = NOTHING
+        transform, pumps = NOTHING, 0
         if self.backward or self.pending:
             which = "gradient" if self.backward else "input"
             transform = self._transformed(voxels, columns, which)
+            pumps = self._turns(voxels, columns, which) // 2
         return Work(
             planes=tuple(planes),
             around=code.plane,
@@ -116,6 +121,7 @@ class Plan:
             slots=facts["slots"],
             rooms=0 if facts["resident"] else facts["stages"],
             room_slices=facts["part"],
+            pumps=pumps,
         )
 
     def _weight(self, summing: bool) -> Work:

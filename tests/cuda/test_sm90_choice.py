@@ -53,9 +53,9 @@ def test_warpgroups_where_they_are_faster(launchers: Any) -> None:
 def test_the_share_of_useful_work_decides(launchers: Any) -> None:
     found = set()
     with sm90_device("always", 132):
-        described = [described(launchers, layer) for layer in LAYERS.values()]
+        forced = [described(launchers, layer) for layer in LAYERS.values()]
     with sm90_device("where faster", 132):
-        for layer, facts in zip(LAYERS.values(), described, strict=True):
+        for layer, facts in zip(LAYERS.values(), forced, strict=True):
             chosen = described(launchers, layer)
             for kernel in ("forward", "backward"):
                 useful, instruction = facts[kernel]["useful"], chosen[kernel]["instruction"]

@@ -83,7 +83,7 @@ def test_the_cuda_kernels_round_on_a_gpu_alone(
         def rounds(dtype: torch.dtype) -> bool:
             return bool(plans.plan(plans.Shape(dtype, 1, (8, 8), *sizes), x))
 
-        monkeypatch.setattr(plans, "_plan", lambda shape, device, tf32: tf32)
+        monkeypatch.setattr(plans, "_plan", lambda shape, device, tf32, wgmma: tf32)
         assert rounds(torch.float32) and not rounds(torch.float16)
         x.is_cuda = False
         assert not rounds(torch.float32)

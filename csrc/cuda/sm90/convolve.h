@@ -220,9 +220,9 @@ struct Convolve {
   // The slices of a block's weights, in the order in which they are used. One thread starts their copies; what it knows of
   // them lies in shared memory, since in registers it would cost all threads some.
   struct Weights {
+    // `slice` counts those of the unit, `plane_slice` those of a plane, `started` the first copies to each room.
     struct State {
-      int unit, k, read, depth, plane_slice, slice, stage, parity,
-          started;  // slice: of the unit, plane_slice: of a plane
+      int unit, k, read, depth, plane_slice, slice, stage, parity, started;
     };
     const Layout& p;
     const T* weights;
@@ -383,7 +383,7 @@ struct Convolve {
       epilogue.begin(p.epilogue, layout, share.result, first);
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i] = 0;
-      if (layout.resident) stage = {};
+      if (layout.resident) stage = {};  // all are full from the first unit on
 #pragma unroll 1
       for (int k = 0; k < layout.blocks_k; ++k) {
         const int slices = layout.slices_of(k);
@@ -447,7 +447,6 @@ struct Convolve {
               stage_done = stage.index;
               if (left == 0) plane_done = plane.index;
               stage.next(layout.stages);
-              if (layout.resident) stage.parity = 0;
             }
           }
         }

@@ -89,7 +89,7 @@ struct Convolve {
     const Slab<T, kK> slab(taps.slab, plan.in, plan.load_step, plan.table_at);
     const int at = plan.slots * plan.weight_bytes, beside = at + plan.slab_bytes;
     const int constants = plan.shared_bytes - kMaxTaps * 4 - slab.kCoefBytes;
-    const bool pending = Operand::pending(p.in);
+    const bool pending = p.in.pending();
     const int in_step = plan.slab_step * plan.load_step;
     const int count = taps.count.volume(), blocks_k = count > 0 ? plan.blocks_k : 0;
 

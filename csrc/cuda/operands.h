@@ -13,6 +13,14 @@ namespace fastfilm::cuda {
 struct Sources {
   Input part[2];
   bool aligned;  // every chunk of every part is whole and lies on 16 bytes
+
+  FF_DEVICE bool pending() const { return part[0].coef || part[1].coef; }
+  // The source that a channel belongs to; `channel` becomes its number in it.
+  FF_DEVICE const Input& source(int& channel) const {
+    const bool second = part[1].x && channel >= part[0].channels;
+    if (second) channel -= part[0].channels;
+    return part[second];
+  }
 };
 
 template <class T>
@@ -34,25 +42,16 @@ struct Activated {
   using Box = Slab<T, kBlock>;
   static constexpr int kW = Box::kPiece, kFew = 4;  // voxels at a time, whose latencies overlap
 
-  FF_DEVICE static bool pending(const Sources& in) { return in.part[0].coef || in.part[1].coef; }
-
-  // The source that a channel belongs to; `channel` becomes its number in it.
-  FF_DEVICE static const Input& source(const Sources& in, int& channel) {
-    const bool second = in.part[1].x && channel >= in.part[0].channels;
-    if (second) channel -= in.part[0].channels;
-    return in.part[second];
-  }
-
   FF_DEVICE static void load(const Box& box, const Sources& in, int64_t n, int block, int at, int) {
     int channel = Box::channel(block);
-    const Input& part = source(in, channel);
+    const Input& part = in.source(channel);
     box.copy(static_cast<const T*>(part.x), part.channels, channel, in.aligned, n, at);
   }
 
   // The coefficients of a block of channels.
   FF_DEVICE static void load_constants(const Sources& in, int64_t n, int64_t batch, int block, int at) {
     load_rows(batch, n, block * kBlock, kBlock, at, [&](int& channel) {
-      const Input& part = source(in, channel);
+      const Input& part = in.source(channel);
       return CoefSource{part.coef, part.channels};
     });
   }
@@ -60,7 +59,7 @@ struct Activated {
   // Voxels outside the map stay zero, since the affine comes before the padding.
   FF_DEVICE static void transform(const Box& box, const Sources& in, int64_t, int block, int at, int, int constants) {
     int channel = Box::piece_channel(block);
-    const Input& part = source(in, channel);
+    const Input& part = in.source(channel);
     if (!part.coef) return;
     Coefficients<kW> coef;
     load_coefficients(constants + thread_anew() % Box::kPieces * kW * 4, kBlock, coef);
@@ -81,6 +80,8 @@ struct Gradients {
   int channels;
   float share;   // 1 / |S|
   bool aligned;  // every chunk of both maps is whole and lies on 16 bytes
+
+  FF_DEVICE bool pending() const { return given.y || given.scale; }
 };
 
 template <class T>
@@ -158,8 +159,6 @@ struct RawGradient {
   static constexpr int kW = Box::kPiece;
   using State = Sums<2, kW>;  // of e, and of the gradient at the slope
 
-  FF_DEVICE static bool pending(const Gradients& in) { return in.given.y || in.given.scale; }
-
   // dy to `at`, and y to `beside`.
   FF_DEVICE static void load(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside) {
     const int channel = Box::channel(block);
@@ -199,7 +198,7 @@ struct RawGradient {
         scaled(rows, number, e);
       }
       add(e, at_slope);
-      if (!pending(in)) return;
+      if (!in.pending()) return;
       if (in.given.y) {
 #pragma unroll
         for (int i = 0; i < kFew * kW; ++i) {

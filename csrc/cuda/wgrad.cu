@@ -166,7 +166,7 @@ struct Wgrad {
     const Slab<T, kM> gradient(plan.tile, plan.out, 1, plan.table_at);
     const int at = plan.slab_bytes, beside = at + kTileVoxels * gradient.kPitch;
     const int constants = beside + kTileVoxels * gradient.kPitch, coefs = constants + gradient.kCoefBytes;
-    const bool pending = Input::pending(p.in), raw = Output::pending(p.e);
+    const bool pending = p.in.pending(), raw = p.e.pending();
     // each channel of the gradient is summed by the blocks of the first input channels and the first depth only
     const bool summing = p.sums && block_n == 0 && depth == 0;
     if (summing) keep(plan.sums_at, State{}, true);

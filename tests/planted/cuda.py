@@ -167,7 +167,7 @@ FAULTS = (
     Fault(
         "cuda-coefficients-of-the-second-source-shifted",
         "csrc/cuda/operands.h",
-        "if (second) channel -= in.part[0].channels;\n    return",
+        "if (second) channel -= part[0].channels;\n    return",
         "return",
         SOURCES,
     ),

@@ -276,7 +276,7 @@ struct Convolve {
   static FF_DEVICE void bring(const Params& p) {
     const Layout& layout = p.layout;
     const Share share(layout);
-    const bool leads = crew() == 0, pending = Planes::pending(p.in);
+    const bool leads = crew() == 0, pending = p.in.pending();
     const int count = layout.blocks_k * layout.bk;
     const Weights weights{layout, p.weights};
     const auto voxel = [&]() { return static_cast<int64_t>(block_anew().z) * layout.in.volume(); };

@@ -149,24 +149,16 @@ struct ActivatedPlanes {
   using Params = Sources;
   static constexpr int kRegisters = 128;
 
-  FF_DEVICE static bool pending(const Sources& in) { return in.part[0].coef || in.part[1].coef; }
-
-  FF_DEVICE static const Input& source(const Sources& in, int& channel) {
-    const bool second = in.part[1].x && channel >= in.part[0].channels;
-    if (second) channel -= in.part[0].channels;
-    return in.part[second];
-  }
-
   FF_DEVICE static void load_constants(const Sources& in, int64_t n, int64_t batch, int first, int count, int at) {
     load_rows<kWarpgroup>(batch, n, first, count, at, [&](int& channel) {
-      const Input& part = source(in, channel);
+      const Input& part = in.source(channel);
       return CoefSource{part.coef, part.channels};
     });
   }
 
   FF_DEVICE static void load(const Plane& plane, const Sources& in, int64_t voxel, int first, int at, int) {
     plane.template copy<T, 1>({at}, first, [&](int channel) -> Origin<T, 1> {
-      const Input& part = source(in, channel);
+      const Input& part = in.source(channel);
       const T* map = static_cast<const T*>(part.x) + voxel * part.channels + channel;
       return {{map}, part.channels, part.channels - channel, in.aligned};
     });
@@ -177,7 +169,7 @@ struct ActivatedPlanes {
                                   int count, G meanwhile) {
     const int mine = crew() % (plane.bk / kPieceChannels) * kPieceChannels;
     int channel = first + mine;
-    const Input& part = source(in, channel);
+    const Input& part = in.source(channel);
     if (!part.coef) return;
     Coefficients<kPieceChannels> coef;
     load_coefficients(constants + mine * 4, count, coef);
@@ -194,8 +186,6 @@ template <class T>
 struct GradientPlanes {
   using Params = Gradients;
   static constexpr int kRegisters = 120, kFew = 2, kValues = kFew * kPieceChannels;
-
-  FF_DEVICE static bool pending(const Gradients& in) { return in.given.y || in.given.scale; }
 
   FF_DEVICE static void load_constants(const Gradients& in, int64_t n, int64_t batch, int first, int count, int at) {
     load_gradient_rows<kWarpgroup>(in, n, batch, first, count, at);
@@ -245,7 +235,7 @@ struct GradientPlanes {
         scaled(rows, number, e);
       }
       add(e, at_slope);
-      if (!pending(in)) return;
+      if (!in.pending()) return;
       if (in.given.y) {
 #pragma unroll
         for (int i = 0; i < kValues; i += 2) {

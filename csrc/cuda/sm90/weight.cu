@@ -66,7 +66,7 @@ struct Wgrad {
   static FF_DEVICE void bring(const Params& p, int first, int last, int first_out, int first_in) {
     const WeightLayout& layout = p.layout;
     const int depth = block_index().z, tiles = layout.tiles.volume();
-    const bool pending = Input::pending(p.in), raw = Output::pending(p.e);
+    const bool pending = p.in.pending(), raw = p.e.pending();
     // each channel of the gradient is summed by the blocks of the first input channels and the first depth only
     const bool summing = p.sums && first_in == 0 && depth == 0;
     float* held = reinterpret_cast<float*>(shared_memory() + layout.sums_at) + crew();

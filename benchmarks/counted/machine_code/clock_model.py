@@ -16,8 +16,9 @@ from __future__ import annotations
 import heapq
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -452,23 +453,27 @@ def prediction(
     return predict(shape, name, device, facts, code)
 
 
+def static_row(name: str, device: str, predict: Callable[[], Prediction]) -> dict[str, Any]:
+    """A row of the static suite; FAILED where the model does not understand the kernel."""
+    row = {"suite": "static", "case": f"clock model: {name}", "provider": device, "dtype": DTYPE}
+    try:
+        p = predict()
+    except ValueError as error:
+        return row | {"status": f"FAILED: {error}"}
+    row |= {"predicted_us": p.seconds * 1e6, "predicted_tflops": p.tflops}
+    return row | {"tile_clocks": p.tile_clocks, "binding": p.binding, "status": "ok"}
+
+
 def rows(kernels: Kernels, module: ModuleType, arch: int) -> list[dict[str, Any]]:
-    """Rows of the static suite; one of a kernel that the model does not understand FAILED."""
-    found = []
-    for shape, name, device in cases(arch):
-        row: dict[str, Any] = {
-            "suite": "static",
-            "case": f"clock model: {shape.subject.name} {name}",
-        }
-        row |= {"provider": device, "dtype": DTYPE}
-        try:
-            p = prediction(kernels, module, shape, name, device)
-        except ValueError as error:
-            found.append(row | {"status": f"FAILED: {error}"})
-            continue
-        row |= {"predicted_us": p.seconds * 1e6, "predicted_tflops": p.tflops}
-        found.append(row | {"tile_clocks": p.tile_clocks, "binding": p.binding, "status": "ok"})
-    return found
+    """Rows of the static suite."""
+    return [
+        static_row(
+            f"{shape.subject.name} {name}",
+            device,
+            partial(prediction, kernels, module, shape, name, device),
+        )
+        for shape, name, device in cases(arch)
+    ]
 
 
 if __name__ == "__main__":

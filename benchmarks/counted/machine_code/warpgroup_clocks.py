@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from . import sass
-from .clock_model import CONSTANTS, DTYPE, GPUS, Prediction, Shape, cases, scheduled
+from .clock_model import CONSTANTS, DTYPE, GPUS, Prediction, Shape, cases, scheduled, static_row
 from .kernel_loops import name_of
 from .warpgroup_block import CREW, PLANE, ROOM, WARPGROUPS, Work, simulated
 from .warpgroup_loops import NOTHING, PREFIX, TARGET, Turn, Warpgroups
@@ -281,20 +282,12 @@ def taken(module: ModuleType) -> list[tuple[str, str]]:
 
 
 def rows(kernels: Kernels, module: ModuleType) -> list[dict[str, Any]]:
-    """Rows of the static suite; one of a kernel that the model does not understand FAILED."""
-    found = []
-    for shape, name, device in cases(90) if kernels else ():
-        row: dict[str, Any] = {
-            "suite": "static",
-            "case": f"clock model: {shape.subject.name} {PREFIX}{name}",
-            "provider": device,
-            "dtype": DTYPE,
-        }
-        try:
-            p = prediction(kernels, module, shape, name, device)
-        except ValueError as error:
-            found.append(row | {"status": f"FAILED: {error}"})
-            continue
-        row |= {"predicted_us": p.seconds * 1e6, "predicted_tflops": p.tflops}
-        found.append(row | {"tile_clocks": p.tile_clocks, "binding": p.binding, "status": "ok"})
-    return found
+    """Rows of the static suite."""
+    return [
+        static_row(
+            f"{shape.subject.name} {PREFIX}{name}",
+            device,
+            partial(prediction, kernels, module, shape, name, device),
+        )
+        for shape, name, device in (cases(90) if kernels else ())
+    ]

@@ -374,7 +374,7 @@ class Convolution {
     facts["instruction"] = "wgmma";
     facts["tile"] = py::make_tuple(p.tile.d, p.tile.h, p.tile.w);
     facts["channels"] = py::make_tuple(sm90::kRows, p.bn);
-    facts["slots"] = p.slots;
+    facts["slots"] = sm90::kTurns;
     facts["shared_bytes"] = p.shared_bytes;
     facts["blocks"] = 1;
     facts["tiles_a_block"] = p.tiles_a_group;

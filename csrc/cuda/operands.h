@@ -90,21 +90,29 @@ Gradients gradients_of(const Gradient& given, int channels, const Extent& size) 
   return {given, channels, 1.0f / (static_cast<float>(size.d) * size.h * size.w), aligned};
 }
 
-// Rows of constants of a gradient in shared memory.
-enum GradientRow { kShift, kActSlope, kMean, kDMean, kDVariance, kScale };
+// Rows of constants of a gradient in shared memory. With y: shift, slope, m, dm / |S| and 2 dv / |S|; without: the scale, in
+// place of the shift.
+enum GradientRow { kShift, kActSlope, kMean, kDMean, kDVariance, kGradientRows };
 
-// Those of kW channels. With y: shift, slope, m, dm / |S| and 2 dv / |S|; without: the scale, in place of the shift.
+// Those of kW channels, rows `count` apart, in registers or where they are.
 template <int kW>
 struct GradientRows {
-  float shift[kW], slope[kW], mean[kW], dmean[kW], dvariance[kW];
+  float row[kGradientRows][kW];
 
-  FF_DEVICE void load(int from, int count, bool with_y) {
-    load_row(from + (with_y ? kShift : kScale) * count * 4, shift);
-    load_row(from + kActSlope * count * 4, slope);
-    load_row(from + kMean * count * 4, mean);
-    load_row(from + kDMean * count * 4, dmean);
-    load_row(from + kDVariance * count * 4, dvariance);
+  FF_DEVICE GradientRows(int from, int count) {
+#pragma unroll
+    for (int r = 0; r < kGradientRows; ++r) load_row(from + r * count * 4, row[r]);
   }
+  FF_DEVICE void get(GradientRow r, float (&values)[kW]) const {
+#pragma unroll
+    for (int i = 0; i < kW; ++i) values[i] = row[r][i];
+  }
+};
+template <int kW>
+struct GradientRowsAt {
+  int from, count;
+
+  FF_DEVICE void get(GradientRow r, float (&values)[kW]) const { load_row(from + r * count * 4, values); }
 };
 
 // The constants of `count` channels from `first` on, rows [count]; kThreads threads do it.
@@ -117,39 +125,59 @@ FF_DEVICE void load_gradient_rows(const Gradients& in, int64_t n, int64_t batch,
     const int channel = first + i;
     const bool present = channel < in.channels, moments = present && from.y;
     const int64_t mean = n * in.channels + channel, variance = mean + batch * in.channels;
-    out[kShift * count + i] = present && from.pre ? from.pre[channel] : 0.0f;
+    if (from.y) out[kShift * count + i] = present && from.pre ? from.pre[channel] : 0.0f;
+    else out[kShift * count + i] = present && from.scale ? from.scale[mean] : 1.0f;
     out[kActSlope * count + i] = present && from.pre ? from.pre[in.channels + channel] : 0.0f;
     out[kMean * count + i] = moments ? from.stats[mean] : 0.0f;
     out[kDMean * count + i] = moments ? from.dstats[mean] * in.share : 0.0f;
-    out[kDVariance * count + i] = moments ? from.dstats[variance] * (2 * in.share) : 0.0f;
-    out[kScale * count + i] = present && from.scale ? from.scale[mean] : 1.0f;
+    out[kDVariance * count + i] = moments ? 2 * from.dstats[variance] * in.share : 0.0f;
   }
 }
 
-// e of kFew voxels, from dy in `e` and y; zero for voxels outside of the map, whose number is negative.
-template <int kW, int kFew>
-FF_DEVICE void through_moments(const GradientRows<kW>& rows, int act, const int (&number)[kFew], float (&y)[kFew * kW],
+// e of kFew voxels, from dy in `e` and y; zero for voxels outside of the map, whose number is negative. Adds the gradients
+// at the slopes, of an activation that has some.
+template <int kW, int kFew, class Rows>
+FF_DEVICE void through_moments(const Rows& rows, int act, const int (&number)[kFew], float (&y)[kFew * kW],
                                float (&e)[kFew * kW], float (&at_slope)[kFew * kW]) {
-  float slopes[kFew * kW], slope_z[kFew * kW];
+  float of_channel[kW];
+  rows.get(kShift, of_channel);
 #pragma unroll
-  for (int i = 0; i < kFew * kW; ++i) {
-    y[i] += rows.shift[i % kW];
-    slopes[i] = rows.slope[i % kW];
-  }
-  activate(y, slopes, act, slope_z, [&](int i, float derivative) { at_slope[i] = derivative; });
+  for (int i = 0; i < kFew * kW; ++i) y[i] += of_channel[i % kW];
+  // y becomes the gradient of the moments at act(y)
+  const auto at_moments = [&] {
+    float mean[kW], dmean[kW], dvariance[kW];
+    rows.get(kMean, mean);
+    rows.get(kDMean, dmean);
+    rows.get(kDVariance, dvariance);
 #pragma unroll
-  for (int i = 0; i < kFew * kW; ++i) {
-    const bool present = number[i / kW] >= 0;
-    const float du = rows.dmean[i % kW] + (y[i] - rows.mean[i % kW]) * rows.dvariance[i % kW];
-    e[i] += du * slope_z[i];
-    e[i] = present ? e[i] : 0.0f;
-    at_slope[i] = present ? at_slope[i] * du : 0.0f;
+    for (int i = 0; i < kFew * kW; ++i) y[i] = dmean[i % kW] + (y[i] - mean[i % kW]) * dvariance[i % kW];
+  };
+  if (act == kNone) {
+    at_moments();
+#pragma unroll
+    for (int i = 0; i < kFew * kW; ++i) e[i] += y[i];
+  } else {
+    float slopes[kFew * kW], slope_z[kFew * kW];
+    rows.get(kActSlope, of_channel);
+#pragma unroll
+    for (int i = 0; i < kFew * kW; ++i) slopes[i] = of_channel[i % kW];
+    activate(y, slopes, act, slope_z, [&](int i, float derivative) { at_slope[i] = derivative; });
+    at_moments();
+#pragma unroll
+    for (int i = 0; i < kFew * kW; ++i) {
+      e[i] += y[i] * slope_z[i];
+      at_slope[i] = number[i / kW] >= 0 ? at_slope[i] * y[i] : 0.0f;
+    }
   }
+#pragma unroll
+  for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] : 0.0f;
 }
-template <int kW, int kFew>
-FF_DEVICE void scaled(const GradientRows<kW>& rows, const int (&number)[kFew], float (&e)[kFew * kW]) {
+template <int kW, int kFew, class Rows>
+FF_DEVICE void scaled(const Rows& rows, const int (&number)[kFew], float (&e)[kFew * kW]) {
+  float scale[kW];
+  rows.get(kShift, scale);
 #pragma unroll
-  for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] * rows.shift[i % kW] : 0.0f;
+  for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] * scale[i % kW] : 0.0f;
 }
 
 template <class T, int kBlock>
@@ -184,8 +212,7 @@ struct RawGradient {
     if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;
     const int from = constants + thread_anew() % Box::kPieces * kW * 4;
-    GradientRows<kW> rows;
-    rows.load(from, kBlock, in.given.y);
+    const GradientRows<kW> rows(from, kBlock);
     const int64_t begin = n * box.map.volume() * in.channels + channel;
     box.template each<Box::kPieces, kFew>([&](const int (&number)[kFew], int offset) {
       float e[kFew * kW], at_slope[kFew * kW] = {};
@@ -193,9 +220,9 @@ struct RawGradient {
       if (in.given.y) {
         float y[kFew * kW];
         Box::load_pieces(beside + offset, number, y);
-        through_moments(rows, act, number, y, e, at_slope);
+        through_moments<kW>(rows, act, number, y, e, at_slope);
       } else if (in.given.scale) {
-        scaled(rows, number, e);
+        scaled<kW>(rows, number, e);
       }
       add(e, at_slope);
       if (!in.pending()) return;

@@ -292,18 +292,20 @@ FF_DEVICE float dithered(float v, int64_t at) {
   return v == v ? bits_to_float(bits >> kLost << kLost) : v;
 }
 
-// The same for two numbers, by one hash: `at` is the number of the first one.
+// The same for two neighbouring numbers, packed, by one hash: `at` is the number of the first one. Beside NaN, and where
+// infinities of both signs meet, numbers are rounded towards zero.
 template <class T>
-FF_DEVICE void dither_pair(float& a, float& b, uint32_t at) {
+FF_DEVICE uint32_t dithered_pair(float a, float b, uint32_t at) {
   static_assert(sizeof(T) == 2, "float32 is not rounded");
   constexpr int kLost = std::is_same_v<T, BFloat16> ? 16 : 13;
   uint32_t h = at * 0x9e3779b1u;
   h = (h ^ (h >> 15)) * 0x2c1b3c6du;
   h ^= h >> 16;
-  const float given[2] = {a, b};
-  const uint32_t bits[2] = {float_to_bits(a) + (h & ((1u << kLost) - 1)), float_to_bits(b) + (h >> (32 - kLost))};
-  a = given[0] == given[0] ? bits_to_float(bits[0] >> kLost << kLost) : given[0];
-  b = given[1] == given[1] ? bits_to_float(bits[1] >> kLost << kLost) : given[1];
+  const float either = a + b;
+  h = either == either ? h : 0;
+  const uint32_t first = float_to_bits(a) + (h & ((1u << kLost) - 1)), second = float_to_bits(b) + (h >> (32 - kLost));
+  if constexpr (kLost == 16) return (second & 0xffff0000u) | first >> 16;
+  return pack(bits_to_float(first >> kLost << kLost), bits_to_float(second >> kLost << kLost), T{});
 }
 
 // The reason that `launch` returned, with the kernel's name in front; empty if the launch was accepted.

@@ -145,7 +145,7 @@ struct CoefSource {
 // first one has a number divisible by kThreads.
 template <int kThreads>
 FF_DEVICE int crew_thread() {
-  return kThreads == kConvThreads ? thread_index() : thread_index() % kThreads;
+  return kThreads == kConvThreads ? thread_index() : thread_anew() % kThreads;
 }
 
 // Brings the coefficients of sample n and `count` channels from `first` on into shared memory, rows [count].

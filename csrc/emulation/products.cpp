@@ -78,9 +78,8 @@ struct Pending {
   uint64_t group;
   uint64_t a_bits, b_bits;
   int columns;
+  bool mn_major;
   std::vector<Chunk> a, b;
-  const uint32_t* registers[kWarp];  // null: a is in shared memory
-  uint32_t values[kWarp][4];
 };
 
 // The true numbers of registers in products that are not done.
@@ -93,10 +92,9 @@ struct Accumulator {
 
 struct Issue {
   float* d;
-  const uint32_t* registers;
   uint64_t a_bits, b_bits;
   int columns;
-  bool bfloat16;
+  bool mn_major, bfloat16;
 };
 
 }  // namespace
@@ -176,11 +174,11 @@ void add_product(Accumulator& sums, const float (&a)[kRows][kDepth], const float
 void compute(const Pending& p, bool bfloat16, Accumulator& sums) {
   uint16_t a_bits[kRows][kDepth], b_bits[kDepth][kMaxColumns];
   float a[kRows][kDepth], b[kDepth][kMaxColumns];
-  if (p.registers[0]) {
-    for (int lane = 0; lane < kWarp; ++lane) {
-      for (int r = 0; r < 4; ++r) {
-        std::memcpy(&a_bits[lane / 4 + (r & 1) * 8][lane % 4 * 2 + (r & 2) * 4], &p.values[lane][r], 4);
-      }
+  if (p.mn_major) {
+    for (int c = 0; c < 2 * kRows; ++c) {
+      uint16_t rows[8];
+      std::memcpy(rows, p.a[c].data(), sizeof(rows));
+      for (int row = 0; row < 8; ++row) a_bits[c / 16 * 8 + row][c % 16] = rows[row];
     }
     for (int c = 0; c < 2 * p.columns; ++c) std::memcpy(&b_bits[c % 16][c / 16 * 8], p.b[c].data(), 16);
   } else {
@@ -198,17 +196,14 @@ void compute(const Pending& p, bool bfloat16, Accumulator& sums) {
       return add_product<128>(sums, a, b);
     case 64:
       return add_product<64>(sums, a, b);
-    case 32:
-      return add_product<32>(sums, a, b);
     default:
-      return add_product<16>(sums, a, b);
+      return add_product<32>(sums, a, b);
   }
 }
 
 void read_operands(std::vector<Chunk>& a, std::vector<Chunk>& b, const Pending& p) {
-  const bool registers = p.registers[0] != nullptr;
-  if (!registers) read_operand(a, p.a_bits, false, block->current / kWarp % kGroup * kRows, kRows);
-  read_operand(b, p.b_bits, registers, 0, p.columns);
+  read_operand(a, p.a_bits, p.mn_major, block->current / kWarp % kGroup * kRows, kRows);
+  read_operand(b, p.b_bits, p.mn_major, 0, p.columns);
 }
 
 // An error if what the product reads is no longer what it was.
@@ -217,11 +212,6 @@ void finish(const Pending& p) {
   a.clear();
   read_operands(a, b, p);
   if (a != p.a || b != p.b) fail("wgmma: an operand in shared memory changed before the product was done");
-  for (int lane = 0; lane < kWarp && p.registers[0]; ++lane) {
-    if (std::memcmp(p.registers[lane], p.values[lane], sizeof(p.values[lane]))) {
-      fail("wgmma: an operand in registers changed before the product was done");
-    }
-  }
 }
 
 void issue(Products& products) {
@@ -230,7 +220,7 @@ void issue(Products& products) {
   for (int lane = 0; lane < kWarp; ++lane) {
     const Issue& other = products.lanes[lane];
     if (other.a_bits != first.a_bits || other.b_bits != first.b_bits || other.columns != first.columns ||
-        other.bfloat16 != first.bfloat16 || !other.registers != !first.registers) {
+        other.bfloat16 != first.bfloat16 || other.mn_major != first.mn_major) {
       fail("wgmma: the lanes of a warp do not agree on a product");
     }
     if (!block->fibers[warp_first + lane].began) fail("wgmma: no products_begin in front of a product");
@@ -242,10 +232,7 @@ void issue(Products& products) {
   p.a_bits = first.a_bits;
   p.b_bits = first.b_bits;
   p.columns = first.columns;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    p.registers[lane] = products.lanes[lane].registers;
-    if (p.registers[lane]) std::memcpy(p.values[lane], p.registers[lane], sizeof(p.values[lane]));
-  }
+  p.mn_major = first.mn_major;
   read_operands(p.a, p.b, p);
   compute(p, first.bfloat16, sums);
   products.issued = true;
@@ -264,9 +251,9 @@ uint64_t descriptor_bits(int at, int leading, int stride) {
 
 void products_begin() { fiber().began = true; }
 
-void multiply_async(float* d, int columns, const uint32_t* registers, Descriptor a, Descriptor b, bool bfloat16) {
+void multiply_async(float* d, int columns, bool mn_major, Descriptor a, Descriptor b, bool bfloat16) {
   Products& products = own_products();
-  products.lanes[block->current % kWarp] = {d, registers, a.bits, b.bits, columns, bfloat16};
+  products.lanes[block->current % kWarp] = {d, a.bits, b.bits, columns, mn_major, bfloat16};
   meet([&products](Rendezvous&) { issue(products); });
 }
 

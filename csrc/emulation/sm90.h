@@ -24,8 +24,8 @@ void give_registers(int count);
 void products_begin();
 void products_commit();
 void products_wait(int pending);
-// d += a b, 64 rows by `columns`: a from registers, or from shared memory if these are null.
-void multiply_async(float* d, int columns, const uint32_t* registers, Descriptor a, Descriptor b, bool bfloat16);
+// d += a b, 64 rows by `columns`, both operands in shared memory, MN-major or K-major.
+void multiply_async(float* d, int columns, bool mn_major, Descriptor a, Descriptor b, bool bfloat16);
 void store_matrix4_transposed(int row, const uint32_t (&r)[4]);
 uint64_t descriptor_bits(int at, int leading, int stride);
 
@@ -66,23 +66,16 @@ void products_wait() {
   emulated::products_wait(kPending);
 }
 
-inline void multiply_async(float (&d)[64], Descriptor a, Descriptor b, BFloat16) {
-  emulated::multiply_async(d, 128, nullptr, a, b, true);
-}
-inline void multiply_async(float (&d)[64], Descriptor a, Descriptor b, Float16) {
-  emulated::multiply_async(d, 128, nullptr, a, b, false);
+template <class T>
+void multiply_async(float (&d)[64], Descriptor a, Descriptor b, T) {
+  emulated::multiply_async(d, 128, false, a, b, std::is_same_v<T, BFloat16>);
 }
 
-// 64, 32 or 16 columns.
-template <int kNumbers>
-void multiply_async(float (&d)[kNumbers], const uint32_t (&a)[4], Descriptor b, BFloat16) {
-  static_assert(kNumbers == 32 || kNumbers == 16 || kNumbers == 8);
-  emulated::multiply_async(d, 2 * kNumbers, a, {}, b, true);
-}
-template <int kNumbers>
-void multiply_async(float (&d)[kNumbers], const uint32_t (&a)[4], Descriptor b, Float16) {
-  static_assert(kNumbers == 32 || kNumbers == 16 || kNumbers == 8);
-  emulated::multiply_async(d, 2 * kNumbers, a, {}, b, false);
+// 64 or 32 columns.
+template <int kNumbers, class T>
+void multiply_async_transposed(float (&d)[kNumbers], Descriptor a, Descriptor b, T) {
+  static_assert(kNumbers == 32 || kNumbers == 16);
+  emulated::multiply_async(d, 2 * kNumbers, true, a, b, std::is_same_v<T, BFloat16>);
 }
 
 inline Word8 load_shared8(int at) { return load8(emulated::read8("load_shared8", at)); }

@@ -101,59 +101,53 @@ struct Convolution {
   }
 };
 
-// Voxels as k: a [64][16 * steps] from registers times the channels of a slab.
+// Voxels as k: the channels of one slab times those of another.
 template <class T, int kColumns>
 struct Gradient {
   static constexpr int kThreads = 128, kMinBlocks = 1, kSteps = 4, kShift = 1;
   struct Params {
     const T *a, *slab;
     float* out;  // [64][kColumns]
-    bool changes;
   };
-  static constexpr int kBytes = kColumns / 8 * kChunk;
+  static constexpr int kA = 64 / 8 * kChunk, kB = kColumns / 8 * kChunk;
   static void run(const Params& p) {
     const int t = thread_index();
-    fill(0, p.slab, kBytes, t, kThreads);
+    fill(0, p.a, kA, t, kThreads);
+    fill(kA, p.slab, kB, t, kThreads);
     commit_copies();
     wait_copies<0>();
     fence_async();
     barrier();
     float d[kColumns / 2] = {};
-    uint32_t a[kSteps][4];
-    for (int step = 0; step < kSteps; ++step) {
-      for (int r = 0; r < 4; ++r) {
-        const int row = t / 32 * 16 + t % 32 / 4 + (r & 1) * 8, k = step * 16 + t % 4 * 2 + (r & 2) * 4;
-        std::memcpy(&a[step][r], p.a + row * 16 * kSteps + k, 4);
-      }
-    }
     products_begin();
     for (int step = 0; step < kSteps; ++step) {
-      multiply_async(d, a[step], descriptor(2 * step * kPitch * kUnit, kPitch * kUnit, kChunk) + kShift, T{});
+      const int at = 2 * step * kPitch * kUnit;
+      multiply_async_transposed(d, descriptor(at, kPitch * kUnit, kChunk),
+                                descriptor(kA + at, kPitch * kUnit, kChunk) + kShift, T{});
     }
     products_commit();
-    if (p.changes && t == 70) a[2][1] = 0;
     products_wait<0>();
     for (int i = 0; i < kColumns / 2; ++i) {
       const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
       p.out[row * kColumns + column] = d[i];
     }
   }
-  static std::string check(bool changes = false) {
-    std::vector<T> a(64 * 16 * kSteps), slab(kBytes / 2);
+  static std::string check() {
+    std::vector<T> a(kA / 2), slab(kB / 2);
     for (size_t i = 0; i < a.size(); ++i) a[i] = number<T>(value(3, i));
     for (size_t i = 0; i < slab.size(); ++i) slab[i] = number<T>(value(4, i));
     std::vector<float> out(64 * kColumns);
-    if (const char* reason = launch<Gradient>({1, 1, 1}, kBytes, nullptr,
-                                              {a.data(), slab.data(), out.data(), changes})) {
+    if (const char* reason = launch<Gradient>({1, 1, 1}, kA + kB, nullptr, {a.data(), slab.data(), out.data()})) {
       return reason;
     }
+    // of a slab: channel n of voxel k
+    const auto of = [](int which, int n, int k, int shift) {
+      return value(which, n / 8 * (kChunk / 2) + (k / 8 * kPitch + k % 8 + shift) * 8 + n % 8);
+    };
     for (int row = 0; row < 64; ++row) {
       for (int n = 0; n < kColumns; ++n) {
         float sum = 0;
-        for (int k = 0; k < 16 * kSteps; ++k) {
-          sum += value(3, row * 16 * kSteps + k) *
-                 value(4, n / 8 * (kChunk / 2) + (k / 8 * kPitch + k % 8 + kShift) * 8 + n % 8);
-        }
+        for (int k = 0; k < 16 * kSteps; ++k) sum += of(3, row, k, 0) * of(4, n, k, kShift);
         if (out[row * kColumns + n] != sum) return "wrong numbers";
       }
     }

@@ -44,6 +44,7 @@ _several = _layer((35, 37), (40, 40), batch=1)
 _deep = _layer((9, 8), (256, 64), batch=1)
 _wide = _layer((9, 8), (64, 256), batch=1)
 _volume = _layer((4, 9, 10), (24, 40), dtype=torch.float16)
+_one = _layer((35, 37), (40, 40), kernel=1, batch=1)
 # rows of the output share a product
 _shared = _layer((35, 20), (16, 16), batch=1)
 
@@ -290,109 +291,130 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         _shared,
     ),
     # the gradient at the weight
-    "a tile is full before it is fenced": (
+    "planes of a tile are read before they are fenced": (
         WEIGHT,
         WEIGHT,
         "      fence_async();\n",
         "",
         _several,
     ),
-    "registers are loaded while products read them": (
-        WEIGHT,
-        WEIGHT,
-        "        products_wait<1>();\n        load(s + 1, a[1]);",
-        "        load(s + 1, a[1]);",
-        _several,
-    ),
-    "registers are loaded before the products of two steps before are done": (
-        WEIGHT,
-        WEIGHT,
-        "        multiply_step(s + 1, a[1]);\n        products_wait<1>();",
-        "        multiply_step(s + 1, a[1]);",
-        _several,
-    ),
-    "a tile is released while its last products run": (
-        WEIGHT,
-        WEIGHT,
-        "      products_wait<0>();\n      if (lane == 0) mbarrier_arrive(empty(layout, slot));",
-        "      if (lane == 0) mbarrier_arrive(empty(layout, slot));\n      products_wait<0>();",
-        _several,
-    ),
-    "tiles are never released": (
-        WEIGHT,
-        WEIGHT,
-        "      if (lane == 0) mbarrier_arrive(empty(layout, slot));\n",
-        "",
-        _several,
-    ),
-    "the last products of a tile are not waited for": (
+    "products of a tile are not waited for": (
         WEIGHT,
         WEIGHT,
         "      products_wait<0>();\n",
         "",
         _several,
     ),
-    "a tile is empty once two of three warpgroups have read it": (
+    "products are waited for behind the barrier": (
         WEIGHT,
         WEIGHT,
-        "mbarrier_init(empty(layout, i), kConsumerWarps);",
-        "mbarrier_init(empty(layout, i), kConsumerWarps - 4);",
-        _several,
-    ),
-    "the parity of an empty room for a tile is that of the phase before": (
-        WEIGHT,
-        WEIGHT,
-        "mbarrier_wait(empty(layout, slot), parity ^ 1)",
-        "mbarrier_wait(empty(layout, slot), parity)",
-        _several,
-    ),
-    "two tables take turns": (
-        WEIGHT,
-        WEIGHT,
-        "table = table == 2 ? 0 : table + 1;",
-        "table = table == 1 ? 0 : table + 1;",
-        _moments,
-    ),
-    "constants of two samples take turns": (
-        WEIGHT,
-        WEIGHT,
-        "constants = constants == 2 ? 0 : constants + 1;",
-        "constants = constants == 0 ? 1 : 0;",
-        _samples,
-    ),
-    "constants of a sample replace those of the one before": (
-        WEIGHT,
-        WEIGHT,
-        "constants = constants == 2 ? 0 : constants + 1;",
-        "constants = 0;",
-        _samples,
-    ),
-    "what lies beside a tile has one buffer": (
-        WEIGHT,
-        WEIGHT,
-        "layout.beside_at + (tile - first) % 2 * layout.gradient_bytes",
-        "layout.beside_at",
-        _moments,
-    ),
-    "copies of a tile are not met by all threads that bring it": (
-        WEIGHT,
-        WEIGHT,
-        "      wait_copies<0>();\n      barrier_of<1, kWarpgroup>();\n      Input::load",
-        "      wait_copies<0>();\n      Input::load",
+        "      products_wait<0>();\n      wait_copies<0>();\n      barrier();\n",
+        "      wait_copies<0>();\n      barrier();\n      products_wait<0>();\n",
         _several,
     ),
     "copies of a tile are not waited for": (
         WEIGHT,
         WEIGHT,
-        "      wait_copies<0>();\n      barrier_of<1, kWarpgroup>();\n      Input::load",
-        "      barrier_of<1, kWarpgroup>();\n      Input::load",
+        "      wait_copies<0>();\n",
+        "",
         _several,
     ),
-    "sums of the gradient are added before all threads have theirs": (
+    "copies of a tile are waited for behind the barrier": (
         WEIGHT,
         WEIGHT,
-        "    if (!summing) return;\n    barrier_of<1, kWarpgroup>();",
-        "    if (!summing) return;",
+        "      wait_copies<0>();\n      barrier();\n",
+        "      barrier();\n      wait_copies<0>();\n",
+        _several,
+    ),
+    "copies of a tile are never closed": (
+        WEIGHT,
+        WEIGHT,
+        "      commit_copies();\n",
+        "",
+        _several,
+    ),
+    "no barrier stands between two tiles": (
+        WEIGHT,
+        WEIGHT,
+        "      wait_copies<0>();\n      barrier();\n",
+        "      wait_copies<0>();\n",
+        _several,
+    ),
+    "a row of products has no beginning": (
+        WEIGHT,
+        WEIGHT,
+        "      products_begin();\n#pragma unroll\n",
+        "#pragma unroll\n",
+        _several,
+    ),
+    "a row of products is never closed": (
+        WEIGHT,
+        WEIGHT,
+        "here + shifts[t], T{});\n      products_commit();\n",
+        "here + shifts[t], T{});\n",
+        _several,
+    ),
+    "products of a kernel of 1 have no beginning": (
+        WEIGHT,
+        WEIGHT,
+        "        products_begin();\n        multiply",
+        "        multiply",
+        _one,
+    ),
+    "products of a kernel of 1 are never closed": (
+        WEIGHT,
+        WEIGHT,
+        "T{});\n        products_commit();\n",
+        "T{});\n",
+        _one,
+    ),
+    "a tile comes to where products read": (
+        WEIGHT,
+        WEIGHT,
+        "const int at = slab(layout, turn);\n    Input::load",
+        "const int at = slab(layout, (turn + 1) % kTurns);\n    Input::load",
+        _several,
+    ),
+    "numbers of a tile are written where those of another are read": (
+        WEIGHT,
+        WEIGHT,
+        "find(layout, share, tile + 3, turn, after(turn, 2));",
+        "find(layout, share, tile + 3, after(turn, 1), after(turn, 2));",
+        _several,
+    ),
+    "the place of a tile is that of the one before the last": (
+        WEIGHT,
+        WEIGHT,
+        "find(layout, share, tile + 3, turn, after(turn, 2));",
+        "find(layout, share, tile + 3, turn, after(turn, 1));",
+        _several,
+    ),
+    "what lies beside a tile has one buffer": (
+        WEIGHT,
+        WEIGHT,
+        "p.beside_at + (tile & 1) * p.gradient_bytes",
+        "p.beside_at",
+        _moments,
+    ),
+    "constants of a sample replace those of the one before": (
+        WEIGHT,
+        WEIGHT,
+        "p.constants_at + static_cast<int>(n & 1) * p.constant_bytes",
+        "p.constants_at",
+        _samples,
+    ),
+    "a sample's constants are those of the first one": (
+        WEIGHT,
+        WEIGHT,
+        "if (tile == share.first || n != sample(layout, before)) {",
+        "if (tile == share.first) {",
+        _samples,
+    ),
+    "sums of the gradient begin with what was there": (
+        WEIGHT,
+        WEIGHT,
+        "i < 2 * kPieceChannels; ++i) held(layout)",
+        "i < 1; ++i) held(layout)",
         _moments,
     ),
     "eight voxels of a line are those of the line before": (
@@ -400,6 +422,13 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         WEIGHT,
         "descriptor(at, pitch * 16, layout.chunk_bytes)",
         "descriptor(at, layout.tile.w * 16, layout.chunk_bytes)",
+        _several,
+    ),
+    "eight voxels of a line of the gradient are those of the input's": (
+        WEIGHT,
+        WEIGHT,
+        "descriptor(at + layout.plane_bytes, layout.tile.w * 16,",
+        "descriptor(at + layout.plane_bytes, pitch * 16,",
         _several,
     ),
 }

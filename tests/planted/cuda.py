@@ -316,15 +316,15 @@ FAULTS = (
     Fault(
         "cuda-sm90-last-tile-of-dw-dropped",
         "csrc/cuda/sm90/weight.cu",
-        "first + layout.tiles_a_group < all ? first + layout.tiles_a_group : all;",
-        "first + layout.tiles_a_group < all ? first + layout.tiles_a_group : all - 1;",
+        "? layout.tiles_a_group : layout.tiles_of_last);",
+        "? layout.tiles_a_group : layout.tiles_of_last - 1);",
         SM90,
     ),
     Fault(
         "cuda-sm90-dw-rows-of-taps-exchanged",
         "csrc/cuda/sm90/weight.cu",
-        "consumer * kRowTaps + t",
-        "(2 - consumer) * kRowTaps + t",
+        "row * kRowTaps + t",
+        "(2 - row) * kRowTaps + t",
         SM90,
     ),
     Fault(

@@ -1,7 +1,8 @@
-"""A block of threads of the kernels of warpgroups (csrc/cuda/sm90), simulated: who waits for whom, and how long.
+"""A block of threads of the kernels of warpgroups (csrc/cuda/sm90): who waits for whom, and how long.
 
-One warpgroup brings planes and starts the copies of weights, two or three multiply. They meet at mbarriers, and
-those that multiply share the tensor cores. `warpgroup_clocks` says what they do, and what a kernel takes.
+In a convolution one warpgroup brings planes and starts the copies of weights, and two multiply. They meet at
+mbarriers, and those that multiply share the tensor cores: this is simulated. In the gradient at the weight all three do
+the same, so that a tile's clocks are a sum. `warpgroup_clocks` says what they do, and what a kernel takes.
 """
 
 from __future__ import annotations
@@ -334,3 +335,35 @@ def simulated(work: Work, units: int) -> tuple[Block, float]:
         beside = bring + (work.multiplying - 1) * multiply
         others = work.multiplying * multiply / clocks, beside / clocks
     return block, clocks
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of a block whose three warpgroups do the same: each starts its products, and fills planes meanwhile.
+
+    Attributes:
+        parts: what a warp does, by its name.
+        tensor: clocks of the tensor cores.
+        moved: bytes through shared memory.
+    """
+
+    parts: tuple[tuple[str, Turn], ...]
+    tensor: float
+    moved: float
+
+    def busy(self) -> dict[str, float]:
+        """Clocks for which issue slots of a scheduler, tensor cores and shared memory are needed."""
+        return {
+            "issue": 3 * sum(turn.issue for _, turn in self.parts),
+            "tensor": self.tensor,
+            "shared memory": self.moved / WARPGROUPS["port"],
+        }
+
+    def clocks(self) -> float:
+        """Of a tile: no fewer than a warp needs beside the two others of its scheduler."""
+        busy = self.busy()
+        chain, least = sum(turn.chain for _, turn in self.parts), max(busy.values())
+        clocks = max(chain, least)
+        for _ in range(ROUNDS):
+            clocks = max(chain + busy["issue"] / 3 * min(1, busy["issue"] * 2 / 3 / clocks), least)
+        return clocks

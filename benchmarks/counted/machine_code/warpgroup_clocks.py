@@ -1,8 +1,8 @@
 """Clocks of the convolutions by warpgroup products (csrc/cuda/sm90) without a GPU, for the ten layers that decide.
 
-A block of threads is simulated: one warpgroup that brings planes, two or three that multiply, the tensor cores
-that these share, and the mbarriers at which they meet. What a warp needs for an iteration of each loop comes from
-the machine code (`warpgroup_loops`, `sass.chain`), how many there are from the plan. Warpgroups wait for
+A block of threads of a convolution is simulated: one warpgroup that brings planes, two that multiply, the tensor
+cores that these share, and the mbarriers at which they meet. What a warp needs for an iteration of each loop comes
+from the machine code (`warpgroup_loops`, `sass.chain`), how many there are from the plan. Warpgroups wait for
 each other as in the kernel, and no more: one's products hide the other's epilogue where the planes and the weights
 are there in time. On each of the four schedulers is one warp of every warpgroup: an instruction waits for a clock
 as often as another warp issues one.
@@ -25,7 +25,7 @@ from typing import Any
 from . import sass
 from .clock_model import CONSTANTS, DTYPE, GPUS, Prediction, Shape, cases, scheduled, static_row
 from .kernel_loops import name_of
-from .warpgroup_block import CREW, PLANE, ROOM, WARPGROUPS, Work, simulated
+from .warpgroup_block import CREW, PLANE, ROOM, WARPGROUPS, Tile, Work, simulated
 from .warpgroup_loops import NOTHING, PREFIX, TARGET, Turn, Warpgroups
 
 ROW_TAPS = 3
@@ -45,6 +45,7 @@ class Plan:
         self.rows, self.columns = facts["channels"]
         self.depths = shape.kernel[0]
         self.backward = kernel == "dgrad"
+        self.crew = 3 * CREW if kernel == "wgrad" else CREW  # threads that bring
         self.ci, self.co = (shape.co, shape.ci) if self.backward else (shape.ci, shape.co)
         self.blocks_n = -(-self.co // self.rows)
         if kernel == "wgrad":
@@ -58,7 +59,7 @@ class Plan:
     def _input(self, voxels: int) -> Turn:
         """Copies of a plane of the input."""
         copy, chunks = self.code.copies(self.shape.ci % 8 == 0)[0]
-        return copy.times(voxels * self.columns / 8 / CREW / chunks)
+        return copy.times(voxels * self.columns / 8 / self.crew / chunks)
 
     def _gradient(self, voxels: int, channels: int) -> Turn:
         """Copies of a plane of the gradient and of the raw output beside it, by a loop each or both by one."""
@@ -67,27 +68,24 @@ class Plan:
         both = [(copy, chunks / 2) for copy, chunks in loops if chunks == most]
         alone = len(loops) == 1 or most > min(chunks for _, chunks in loops)
         used = both[:1] if alone else loops[:2]
-        turns = voxels * channels / 8 / CREW
+        turns = voxels * channels / 8 / self.crew
         return sum((copy.times(turns / chunks) for copy, chunks in used), NOTHING)
 
-    def _found(self, voxels: int, rounded: int = CREW) -> Turn:
+    def _found(self, voxels: int, rounded: int) -> Turn:
         """The table of a plane, whose numbers fill ``rounded``."""
-        return self.code.find.times(math.ceil(-(-voxels // rounded) * rounded / CREW))
+        return self.code.find.times(math.ceil(-(-voxels // rounded) * rounded / self.crew))
 
     def _turns(self, voxels: int, columns: int, which: str, summing: bool = False) -> int:
         """Iterations of a plane's transform."""
         _, each = self.code.transform(which, summing)
-        return math.ceil(voxels / (each * (CREW // (columns // 4))))
+        return math.ceil(voxels / (each * (self.crew // (columns // 4))))
 
     def _transformed(self, voxels: int, columns: int, which: str, summing: bool = False) -> Turn:
         turn, _ = self.code.transform(which, summing)
         return turn.times(self._turns(voxels, columns, which, summing))
 
-    def work(self, summing: bool = False) -> Work:
-        """Of a block; ``summing``: of one that takes the sums of the gradient."""
-        return self._weight(summing) if self.kernel == "wgrad" else self._convolve()
-
-    def _convolve(self) -> Work:
+    def work(self) -> Work:
+        """Of a block of a convolution."""
         facts, code, columns = self.facts, self.code, self.columns
         voxels = math.prod(facts["plane"])
         taps = (self.shape.kernel[1] + facts["shifts"] - 1) * self.shape.kernel[2]
@@ -125,32 +123,34 @@ class Plan:
             pumps=pumps,
         )
 
-    def _weight(self, summing: bool) -> Work:
+    def tile(self, summing: bool) -> Tile:
+        """Of the gradient at the weight; ``summing``: of a block that takes the sums of the gradient."""
         code, columns = self.code, self.columns
-        _, h, w = self.facts["tile"]
-        taps = self.shape.kernel[1]
-        voxels, outputs = (h + taps - 1) * (w + self.shape.kernel[2] - 1), h * w
-        copy = self._input(voxels) + self._gradient(outputs, self.rows)
+        (voxels, outputs), taps = self._tile_voxels(), self.shape.kernel[1]
+        one = taps == 1
+        steps = outputs / 16 / (3 if one else 1)
+        # of a group of products by a warpgroup: a row of the taps
+        groups = 3 * steps * (1 if one else ROW_TAPS)
         transform = self._transformed(outputs, self.rows, "gradient", summing)
         if self.pending:
             transform += self._transformed(voxels, columns, "input")
-        clocks = ROW_TAPS * columns / 2  # of 64 by N by 16: N / 2
-        return Work(
-            planes=(((True,) * taps, outputs // 16),),
-            around=code.plane,
-            table=self._found(voxels) + self._found(outputs),
-            copy=copy,
-            copy_bytes=(voxels * min(columns, self.ci) + 2 * outputs * min(64, self.co)) * 2.0,
-            transform=transform,
-            slice=clocks,
-            slice_bytes=ROW_TAPS * columns * 32 + CREW * 16.0,
-            group=Turn(code.group.issue / 2, code.group.chain / 2),
-            group_slices=1,
-            epilogue=NOTHING,
-            turns=0,
-            ahead=NOTHING,
-            slots=self.facts["slots"],
-        )
+        parts = {
+            "own code": code.tile(summing),
+            "starts products": code.group.times(steps),
+            "table": self._found(voxels, 4 * self.crew * 8 // columns)
+            + self._found(outputs, 4 * self.crew * 8 // self.rows),
+            "copies": self._input(voxels) + self._gradient(outputs, self.rows),
+            "transform": transform,
+        }
+        bytes_a_group = (self.rows + columns) * 16 * 2.0
+        moved = sum(turn.shared for turn in parts.values()) * self.crew + groups * bytes_a_group
+        # 64 rows by N columns by 16 take N / 2 clocks
+        return Tile(tuple(parts.items()), groups * columns / 2, moved)
+
+    def _tile_voxels(self) -> tuple[int, int]:
+        """Voxels of the input and of the gradient that a tile of the gradient at the weight has."""
+        _, h, w = self.facts["tile"]
+        return (h + self.shape.kernel[1] - 1) * (w + self.shape.kernel[2] - 1), h * w
 
     def blocks(self) -> list[tuple[int, int, bool]]:
         """Kinds of blocks: how many, their units, and whether they take the sums of the gradient."""
@@ -177,17 +177,44 @@ class Plan:
         x, y = 2.0 * voxels * s.ci, 2.0 * voxels * s.co
         weight = 2.0 * s.ci * s.co * math.prod(s.kernel)
         blocks = self.blocks()
-        work = self.work()
         units, launched = sum(n * u for n, u, _ in blocks), sum(n for n, _, _ in blocks)
-        loads = units * len(work.planes) * work.copy_bytes
         if self.kernel == "wgrad":
-            slots = self.facts["groups"]
-            return x + 2 * y, loads, slots * weight * 4 + around
+            slots, (inputs, outputs) = self.facts["groups"], self._tile_voxels()
+            copied = inputs * min(self.columns, s.ci) + 2 * outputs * min(self.rows, s.co)
+            return x + 2 * y, units * copied * 2.0, slots * weight * 4 + around
+        work = self.work()
+        loads = units * len(work.planes) * work.copy_bytes
         slices = sum(n for who, n in work.planes if who[0])
         loads += (units if work.rooms else launched) * slices * 2048.0
         if self.backward:
             return 2 * (x + y), loads + 2 * x, 3 * weight + around
         return x + y, loads + y, 3 * weight + around
+
+
+Spent = tuple[float, dict[str, float], str]
+"""Clocks of a block without its beginning and end, its parts, and which of them binds."""
+
+
+def _tiles(tile: Tile, tiles: int) -> Spent:
+    """A block of the gradient at the weight. Its first tile waits for its copies."""
+    each, busy = tile.clocks(), tile.busy()
+    parts = {name: turn.chain * tiles for name, turn in tile.parts}
+    most = max(busy, key=lambda n: busy[n])
+    why = most if busy[most] >= NEARLY * each else max(parts, key=lambda n: parts[n])
+    first = each + CONSTANTS["map"]
+    return each * tiles + first, parts | {n: c * tiles for n, c in busy.items()}, why
+
+
+def _block(plan: Plan, units: int) -> Spent:
+    """A block of a convolution."""
+    block, needed = simulated(plan.work(), units)
+    busy = block.busy()
+    most = max(busy, key=lambda n: busy[n])
+    spent, brings = {n: block.spent[n] for n in sorted(block.spent)}, block.brings()
+    # what the warpgroups that multiply are at, and if they wait, what the one that brings is at
+    why = max((n for n in spent if n != ROOM), key=lambda n: spent[n])
+    why = max(brings, key=lambda n: brings[n]) if why == PLANE else why
+    return needed, spent | brings | busy, most if busy[most] >= NEARLY * needed else why
 
 
 def predict(
@@ -199,19 +226,14 @@ def predict(
     parts: dict[str, float] = {}
     why, longest, tile = "", 0.0, 0.0
     for count, units, summing in plan.blocks():
-        block, needed = simulated(plan.work(summing), units)
-        busy = block.busy()
-        most = max(busy, key=lambda n: busy[n])
+        needed, spent, binding = (
+            _tiles(plan.tile(summing), units) if kernel == "wgrad" else _block(plan, units)
+        )
         taken = needed + WARPGROUPS["ends"]
         clocks += [taken] * count
         if taken > longest:
-            longest, tile = taken, taken / units
-            spent, brings = {n: block.spent[n] for n in sorted(block.spent)}, block.brings()
-            parts = {n: c / units for n, c in (spent | brings | busy).items()}
-            # what the warpgroups that multiply are at, and if they wait, what the one that brings is at
-            why = max((n for n in spent if n != ROOM), key=lambda n: spent[n])
-            why = max(brings, key=lambda n: brings[n]) if why == PLANE else why
-            why = most if busy[most] >= NEARLY * needed else why
+            longest, tile, why = taken, taken / units, binding
+            parts = {n: c / units for n, c in spent.items()}
     dram, l2, around = plan.moved()
     terms = {
         "kernel": scheduled(sorted(clocks, reverse=True), gpu.processors) / gpu.clock,

@@ -1,8 +1,9 @@
 """The parts of a kernel of warpgroup products (csrc/cuda/sm90) by the work of their loops, and its faults.
 
-A kernel has two nests of loops. One multiplies: the innermost loop with HGMMAs is its main loop, and a loop with
-stores to global memory behind it the epilogue. The other brings: around copies (LDGSTS), the table of a plane's
-voxels and the transform in place. As in `kernel_loops`, neither names nor the order of loops count.
+A kernel of a convolution has two nests of loops. One multiplies: the innermost loop with HGMMAs is its main loop,
+and a loop with stores to global memory behind it the epilogue. The other brings: around copies (LDGSTS), the table of
+a plane's voxels and the transform in place. The weight's gradient has all of these in one nest. As in `kernel_loops`,
+neither names nor the order of loops count.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ PREFIX = "sm90_"
 TARGET = "90a"
 """The target for which they are compiled; they are empty elsewhere."""
 
-THREADS = {"sm90_fprop": 384, "sm90_dgrad": 384, "sm90_wgrad": 512}
+THREADS = {"sm90_fprop": 384, "sm90_dgrad": 384, "sm90_wgrad": 384}
 REGISTERS = {name: 65536 // threads // 8 * 8 for name, threads in THREADS.items()}
 """Registers that a thread of one block a multiprocessor can have at its start."""
 
 HGMMA, LOCAL = is_("HGMMA"), re.compile(r"\b(LDL|STL)\b")
 COPY, STORE = is_("LDGSTS"), is_("STG", 16, 16)
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)")
+ROLES = {"sm90_fprop", "sm90_dgrad"}
+"""Kernels whose warpgroups do different things, with registers as each needs them."""
+
 DEMANDED = {
     "USETMAXREG.TRY_ALLOC": "registers are not taken",
     "USETMAXREG.DEALLOC": "registers are not given up",
@@ -75,7 +79,7 @@ class Warpgroups:
     def __init__(self, function: Function, registers: int, constants: Mapping[str, float]) -> None:
         self.function, self.registers, self.constants = function, registers, constants
         self._copied: dict[bool, list[tuple[Turn, int]]] = {}
-        self._transformed: dict[tuple[str, bool], tuple[Turn, int]] = {}
+        self._transformed: dict[tuple[str, bool], tuple[Loop, Turn, int]] = {}
 
     def _own(self, loop: Loop, need: Need) -> int:
         """Instructions of a loop itself, without those of inner loops, that meet a condition."""
@@ -107,8 +111,10 @@ class Warpgroups:
 
     @cached_property
     def planes(self) -> Loop:
-        """The loop that brings: a plane, or a tile, an iteration."""
+        """The loop that brings: a plane, or a tile, an iteration. Without roles it is that of the products too."""
         commits = is_("LDGDEPBAR")
+        if self._own(self.units, commits):
+            return self.units
         found = [
             i
             for i in self.function.loops
@@ -218,6 +224,10 @@ class Warpgroups:
             which: the "input" in place, or the "gradient", beside which lies the raw output.
             summing: sums of the gradient are taken on the way.
         """
+        _, turn, voxels = self._transform(which, summing)
+        return turn, voxels
+
+    def _transform(self, which: str, summing: bool) -> tuple[Loop, Turn, int]:
         if (which, summing) in self._transformed:
             return self._transformed[which, summing]
         load, store = is_("LDS", 8, 8), is_("STS", 8, 8)
@@ -228,10 +238,11 @@ class Warpgroups:
                 continue
             needs: Needs = [(load, loads), (store, voxels), is_("FFMA")]
             if (path := self.function.path(loop, needs)) is not None:
-                found.append((self._activated(self._turn(path), 4 * voxels), voxels))
+                turn = self._activated(self._turn(path), 4 * voxels)
+                found.append((loop, turn, voxels))
         if not found:
             raise ValueError(f"no loop of the kernel transforms the {which}")
-        one = (max if summing else min)(found, key=lambda f: f[0].issue / f[1])
+        one = (max if summing else min)(found, key=lambda f: f[1].issue / f[2])
         self._transformed[which, summing] = one
         return one
 
@@ -241,6 +252,15 @@ class Warpgroups:
         held: Needs = [*self._tables(), *self._copying()[:1]]
         path = self.function.path(self.planes, held) or self.function.path(self.planes, [])
         assert path is not None
+        return self._turn(path)
+
+    def tile(self, summing: bool) -> Turn:
+        """The code around all that in a kernel without roles, of a block that takes the sums of the gradient or not."""
+        transforms = [self._transform(w, summing)[0] for w in ("input", "gradient")]
+        held: Needs = [self.main, *self._tables(), *self._copying()[:2], *transforms]
+        path = self.function.path(self.planes, held)
+        if path is None:
+            raise ValueError("no way through the loop of the tiles passes all that a tile needs")
         return self._turn(path)
 
     @cached_property
@@ -307,7 +327,8 @@ def faults(
     """What is wrong with the machine code of a kernel named ``sm90_...``."""
     text = "".join(listing)
     kernel = Warpgroups(function, usage["REG"], {})
-    found = [why for instruction, why in DEMANDED.items() if instruction not in text]
+    demanded = DEMANDED if name in ROLES else {}
+    found = [why for instruction, why in demanded.items() if instruction not in text]
     if re.search(r"\bHMMA\b", text):
         found.append("HMMA beside HGMMA")
     if usage["REG"] > REGISTERS[name]:

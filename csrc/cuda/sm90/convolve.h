@@ -276,7 +276,7 @@ struct Convolve {
   static FF_DEVICE void bring(const Params& p) {
     const Layout& layout = p.layout;
     const Share share(layout);
-    const bool leads = crew() == 0, pending = p.in.pending();
+    const bool leads = crew<kWarpgroup>() == 0, pending = p.in.pending();
     const int count = layout.blocks_k * layout.bk;
     const Weights weights{layout, p.weights};
     const auto voxel = [&]() { return static_cast<int64_t>(block_anew().z) * layout.in.volume(); };
@@ -287,7 +287,7 @@ struct Convolve {
     if (pending) Planes::load_constants(p.in, share.n, layout.n, 0, count, layout.inputs_at);
 
     const auto plane = [&](int r, int table) {
-      return Plane{layout.reads[r].slab, layout.chunk_bytes, layout.tables_at + table * layout.numbers * 4, layout.bk};
+      return Plane<>{layout.reads[r].slab, layout.chunk_bytes, layout.tables_at + table * layout.numbers * 4, layout.bk};
     };
     const auto place = [&](int slot) { return layout.slabs_at + slot * layout.slab_bytes; };
     const auto beside = [&](int number) { return layout.beside_at + (number & 1) * layout.slab_bytes; };
@@ -318,7 +318,7 @@ struct Convolve {
 #pragma unroll 1
           for (int j = 0; j <= layout.reads[r].count.d; ++j) {
             if (number >= layout.slots) {
-              if (crew() < 32) {
+              if (crew<kWarpgroup>() < 32) {
                 while (!mbarrier_test(plane_empty(layout, room.index), room.parity ^ 1)) {
                   if (leads) weights.pump();
                 }
@@ -326,7 +326,7 @@ struct Convolve {
                 mbarrier_wait(plane_empty(layout, room.index), room.parity ^ 1);
               }
             }
-            const Plane now = plane(r, table);
+            const Plane<> now = plane(r, table);
             const Extent &step = layout.load_step, &base = layout.reads[r].base;
             now.find(
                 {(origin.d + layout.pair.d * j) * step.d + base.d, (origin.h + layout.pair.h * j) * step.h + base.h,

@@ -74,7 +74,7 @@ struct Layout {
 
 // The layout of the gradient at the weight. Rows of a product are 64 output channels, columns input channels, and 16 voxels
 // are summed up at a time. A block has a block of channels of both and one depth of the taps, and walks over tiles of all
-// samples. Three warpgroups multiply: each has a row of the taps; of a kernel of 1, each a third of the voxels.
+// samples. Each of three warpgroups has a row of the taps; of a kernel of 1, a third of the voxels.
 struct WeightLayout {
   int64_t n;
   int ci, co;
@@ -83,13 +83,15 @@ struct WeightLayout {
   int bn, blocks_m, blocks_n;  // input channels, 64 or 32; blocks of 64 output channels, and of bn input channels
   Extent tile, tiles;  // output voxels, of depth 1
   SlabShape voxels, gradient;  // planes of the input and of the gradient
-  int slots, chunk_bytes, gradient_chunk_bytes, plane_bytes, gradient_bytes;
-  int slabs_at, beside_at, tables_at, table_numbers, constants_at, constant_bytes, sums_at, barriers_at, shared_bytes;
-  int groups, tiles_a_group, slots_a_group;  // slots of partial results that a block writes
+  int chunk_bytes, gradient_chunk_bytes, plane_bytes, gradient_bytes;
+  int beside_at, tables_at, table_numbers, constants_at, constant_bytes, sums_at, shared_bytes;
+  int groups, tiles_a_group, tiles_of_last, slots_a_group;  // slots of partial results that a block writes
   int partial_slots() const { return groups * slots_a_group; }
 };
 
-constexpr int kWeightThreads = 4 * kWarpgroup;
+constexpr int kWeightThreads = 3 * kWarpgroup;
+constexpr int kBefore = 4;  // numbers in front of a tile's tables
+constexpr int kTurns = 3;  // tiles whose planes are in shared memory: one is multiplied, one transformed, one copied
 
 std::string lay_out(const ConvShape& shape, const Device& device, WeightLayout& layout);
 double useful(const WeightLayout& layout);

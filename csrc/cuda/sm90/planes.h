@@ -1,4 +1,5 @@
-// Planes of input voxels in shared memory, as the products read them, and the warpgroup that brings them.
+// Planes of voxels in shared memory, as the products read them, and how threads fill them: the warpgroup that brings, or
+// all of a block.
 //
 // A plane holds a box of voxels of depth 1 for a block of input channels: [chunk of 8 channels][voxel][16 bytes]. Eight
 // voxels in a row are a core matrix wherever they begin, so a tap is a distance of its voxels from the first ones. A
@@ -11,8 +12,11 @@
 
 namespace fastfilm::cuda::sm90 {
 
-// The number of this thread in its warpgroup, and of its warp.
-FF_DEVICE int crew() { return thread_index() % kWarpgroup; }
+// The number of this thread among the kCrew that fill planes: a warpgroup, or a block, which is short of registers.
+template <int kCrew>
+FF_DEVICE unsigned crew() {
+  return kCrew == kWarpgroup ? static_cast<unsigned>(thread_index()) % kWarpgroup : thread_anew();
+}
 
 // One map or two as `Plane::copy` takes them: their places at the sample's first voxel and a channel, the channels that they
 // have, those that are left from that one on, and whether all chunks are whole and lie on 16 bytes.
@@ -23,7 +27,8 @@ struct Origin {
   bool aligned;
 };
 
-// A plane: its voxels, and where its table is.
+// A plane: its voxels, and where its table is; kCrew threads fill it.
+template <int kCrew = kWarpgroup>
 struct Plane {
   const SlabShape& shape;
   int chunk_bytes, table, bk;
@@ -34,7 +39,7 @@ struct Plane {
     int* numbers = reinterpret_cast<int*>(shared_memory() + table);
     const bool deep = static_cast<unsigned>(first.d) < static_cast<unsigned>(map.d);
 #pragma unroll 1
-    for (int v = crew(); v < shape.numbers; v += kWarpgroup) {
+    for (int v = crew<kCrew>(); v < shape.numbers; v += kCrew) {
       int row = static_cast<int>(static_cast<uint32_t>(v) * shape.by_row >> 22);
       int h = first.h, w = first.w + (v - row * shape.size.w) * step.w;
       if (shape.size.d > 1) {
@@ -55,14 +60,15 @@ struct Plane {
   template <class T, int kMaps, class Of>
   FF_DEVICE void copy(const int (&at)[kMaps], int first, Of of) const {
     constexpr int kFew = 4;
-    const int chunks = bk / 8, chunk = crew() % chunks, rows = kWarpgroup / chunks;
+    const unsigned chunks = bk / 8;
+    const int chunk = crew<kCrew>() % chunks, rows = kCrew / chunks;
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
     const Origin<T, kMaps> from = of(first + chunk * 8);
-    int to = chunk * chunk_bytes + crew() / chunks * 16;
+    int to = chunk * chunk_bytes + crew<kCrew>() / chunks * 16;
     if (from.aligned) {
       const bool exists = from.valid > 0;
 #pragma unroll 1
-      for (int v = crew() / chunks; v < shape.voxels; v += kFew * rows, to += kFew * rows * 16) {
+      for (int v = crew<kCrew>() / chunks; v < shape.voxels; v += kFew * rows, to += kFew * rows * 16) {
         int number[kFew];
 #pragma unroll
         for (int i = 0; i < kFew; ++i) number[i] = numbers[v + i * rows];
@@ -79,7 +85,7 @@ struct Plane {
       }
     } else {
 #pragma unroll 1
-      for (int v = crew() / chunks; v < shape.voxels; v += rows, to += rows * 16) {
+      for (int v = crew<kCrew>() / chunks; v < shape.voxels; v += rows, to += rows * 16) {
         const int number = numbers[v];
         const bool present = number >= 0 && from.valid > 0;
         const int64_t distance = static_cast<int64_t>(number) * from.channels;
@@ -97,11 +103,12 @@ struct Plane {
   // channels of each: `places` are distances from the plane's beginning, negative behind its end.
   template <int kFew, class F, class G>
   FF_DEVICE void each(F f, G meanwhile) const {
-    const int pieces = bk / 4, piece = crew() % pieces, rows = kWarpgroup / pieces;
+    const unsigned pieces = bk / 4;
+    const int piece = crew<kCrew>() % pieces, rows = kCrew / pieces;
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
-    int place = piece / 2 * chunk_bytes + piece % 2 * 8 + crew() / pieces * 16;
+    int place = piece / 2 * chunk_bytes + piece % 2 * 8 + crew<kCrew>() / pieces * 16;
 #pragma unroll 1
-    for (int v = crew() / pieces; v < shape.voxels; v += kFew * rows, place += kFew * rows * 16) {
+    for (int v = crew<kCrew>() / pieces; v < shape.voxels; v += kFew * rows, place += kFew * rows * 16) {
       int number[kFew], places[kFew];
 #pragma unroll
       for (int i = 0; i < kFew; ++i) {
@@ -127,16 +134,13 @@ FF_DEVICE void load_pieces(int at, const int (&place)[kFew], float (&v)[kFew * k
     unpack_few<T>(Few<T, kPieceChannels>{{word.w[0], word.w[1]}}, &v[i * kPieceChannels]);
   }
 }
-// Stores those of voxels that exist.
-template <class T, int kFew>
+// Stores those of voxels that exist, two numbers in each word.
+template <int kFew>
 FF_DEVICE void store_pieces(int at, const int (&number)[kFew], const int (&place)[kFew],
-                            const float (&v)[kFew * kPieceChannels]) {
+                            const uint32_t (&words)[kFew * kPieceChannels / 2]) {
 #pragma unroll
   for (int i = 0; i < kFew; ++i) {
-    if (number[i] < 0) continue;
-    Few<T, kPieceChannels> few;
-    pack_few<T, kPieceChannels>(&v[i * kPieceChannels], few);
-    store_shared8(at + place[i], {{few.w[0], few.w[1]}});
+    if (number[i] >= 0) store_shared8(at + place[i], {{words[2 * i], words[2 * i + 1]}});
   }
 }
 
@@ -144,19 +148,19 @@ FF_DEVICE void store_pieces(int at, const int (&number)[kFew], const int (&place
 // `count` channels, rows [count], and `transform` computes the values in place with them, as those of operands.h do.
 // `voxel` is the number of the sample's first voxel in the batch; `meanwhile` is called on the way.
 //   kRegisters   of a thread that brings them to a convolution
-template <class T, int kFew = 4>
+template <class T, int kFew = 4, int kCrew = kWarpgroup>
 struct ActivatedPlanes {
   using Params = Sources;
   static constexpr int kRegisters = 128;
 
   FF_DEVICE static void load_constants(const Sources& in, int64_t n, int64_t batch, int first, int count, int at) {
-    load_rows<kWarpgroup>(batch, n, first, count, at, [&](int& channel) {
+    load_rows<kCrew>(batch, n, first, count, at, [&](int& channel) {
       const Input& part = in.source(channel);
       return CoefSource{part.coef, part.channels};
     });
   }
 
-  FF_DEVICE static void load(const Plane& plane, const Sources& in, int64_t voxel, int first, int at, int) {
+  FF_DEVICE static void load(const Plane<kCrew>& plane, const Sources& in, int64_t voxel, int first, int at, int) {
     plane.template copy<T, 1>({at}, first, [&](int channel) -> Origin<T, 1> {
       const Input& part = in.source(channel);
       const T* map = static_cast<const T*>(part.x) + voxel * part.channels + channel;
@@ -165,9 +169,9 @@ struct ActivatedPlanes {
   }
 
   template <class G>
-  FF_DEVICE static void transform(const Plane& plane, const Sources& in, int64_t, int first, int at, int, int constants,
+  FF_DEVICE static void transform(const Plane<kCrew>& plane, const Sources& in, int64_t, int first, int at, int, int constants,
                                   int count, G meanwhile) {
-    const int mine = crew() % (plane.bk / kPieceChannels) * kPieceChannels;
+    const int mine = crew<kCrew>() % static_cast<unsigned>(plane.bk / kPieceChannels) * kPieceChannels;
     int channel = first + mine;
     const Input& part = in.source(channel);
     if (!part.coef) return;
@@ -177,21 +181,26 @@ struct ActivatedPlanes {
       float v[kFew * kPieceChannels];
       load_pieces<T>(at, place, v);
       coef.apply(v, part.act);
-      store_pieces<T>(at, number, place, v);
+      uint32_t words[kFew * kPieceChannels / 2];
+#pragma unroll
+      for (int i = 0; i < kFew * kPieceChannels; i += 2) words[i / 2] = pack(v[i], v[i + 1], T{});
+      store_pieces(at, number, place, words);
     }, meanwhile);
   }
 };
 
-template <class T>
+template <class T, int kCrew = kWarpgroup>
 struct GradientPlanes {
   using Params = Gradients;
+  // where a block has no registers for them, they stay in shared memory
+  using Rows = std::conditional_t<kCrew == kWarpgroup, GradientRows<kPieceChannels>, GradientRowsAt<kPieceChannels>>;
   static constexpr int kRegisters = 120, kFew = 2, kValues = kFew * kPieceChannels;
 
   FF_DEVICE static void load_constants(const Gradients& in, int64_t n, int64_t batch, int first, int count, int at) {
-    load_gradient_rows<kWarpgroup>(in, n, batch, first, count, at);
+    load_gradient_rows<kCrew>(in, n, batch, first, count, at);
   }
 
-  FF_DEVICE static void load(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside) {
+  FF_DEVICE static void load(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at, int beside) {
     const auto map = [&](const void* data, int channel) {
       return static_cast<const T*>(data) + voxel * in.channels + channel;
     };
@@ -207,7 +216,7 @@ struct GradientPlanes {
   }
 
   template <class G>
-  FF_DEVICE static void transform(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
+  FF_DEVICE static void transform(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
                                   int constants, int count, G meanwhile) {
     run(plane, in, voxel, first, at, beside, constants, count,
         [](const float (&)[kValues], const float (&)[kValues]) {}, meanwhile);
@@ -215,13 +224,12 @@ struct GradientPlanes {
 
   // The transform, with a call of add(e, gradient at the slopes) for a few voxels at a time.
   template <class F, class G>
-  FF_DEVICE static void run(const Plane& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
+  FF_DEVICE static void run(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
                             int constants, int count, F add, G meanwhile) {
-    const int mine = crew() % (plane.bk / kPieceChannels) * kPieceChannels, channel = first + mine;
+    const int mine = crew<kCrew>() % static_cast<unsigned>(plane.bk / kPieceChannels) * kPieceChannels, channel = first + mine;
     if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;
-    GradientRows<kPieceChannels> rows;
-    rows.load(constants + mine * 4, count, in.given.y);
+    const Rows rows{constants + mine * 4, count};
     const uint32_t begin = static_cast<uint32_t>(voxel * in.channels + channel);
     plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
       float e[kValues], at_slope[kValues] = {};
@@ -229,21 +237,25 @@ struct GradientPlanes {
       if (in.given.y) {
         float y[kValues];
         load_pieces<T>(beside, place, y);
-        through_moments(rows, act, number, y, e, at_slope);
+        through_moments<kPieceChannels>(rows, act, number, y, e, at_slope);
       } else {
         // without a scale its row has ones
-        scaled(rows, number, e);
+        scaled<kPieceChannels>(rows, number, e);
       }
       add(e, at_slope);
       if (!in.pending()) return;
+      uint32_t words[kValues / 2];
       if (in.given.y) {
 #pragma unroll
         for (int i = 0; i < kValues; i += 2) {
-          const uint32_t here = static_cast<uint32_t>(number[i / kPieceChannels] * in.channels + i % kPieceChannels);
-          dither_pair<T>(e[i], e[i + 1], begin + here);
+          const int here = number[i / kPieceChannels] * in.channels + i % kPieceChannels;
+          words[i / 2] = dithered_pair<T>(e[i], e[i + 1], begin + static_cast<uint32_t>(here));
         }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kValues; i += 2) words[i / 2] = pack(e[i], e[i + 1], T{});
       }
-      store_pieces<T>(at, number, place, e);
+      store_pieces(at, number, place, words);
     }, meanwhile);
   }
 };

@@ -22,7 +22,9 @@ namespace fastfilm::cuda {
 struct Descriptor {
   uint64_t bits;
   // The same matrix, 16 * units bytes further on.
-  FF_DEVICE Descriptor operator+(int units) const { return {bits + static_cast<uint64_t>(units)}; }
+  FF_DEVICE Descriptor operator+(int units) const {
+    return {bits >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(bits) + units)};
+  }
 };
 
 }  // namespace fastfilm::cuda
@@ -140,12 +142,12 @@ FF_DEVICE void products_wait() {
                  : FF_F32(0), FF_F32(32)                                                                              \
                  : "l"(a.bits), "l"(b.bits));                                                                         \
   }
-#define FF_PRODUCT_REGISTERS(type, name, n, count, registers, outputs, r0, r1, r2, r3, r4)                      \
-  FF_DEVICE void multiply_async(float (&d)[count], const uint32_t (&a)[4], Descriptor b, type) {                \
+#define FF_PRODUCT_TRANSPOSED(type, name, n, count, registers, outputs, r0, r1)                                 \
+  FF_DEVICE void multiply_async_transposed(float (&d)[count], Descriptor a, Descriptor b, type) {               \
     asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name \
-                 "." name " {" registers "}, {" r0 "," r1 "," r2 "," r3 "}, " r4 ", p, 1, 1, 1;\n}\n"           \
+                 "." name " {" registers "}, " r0 ", " r1 ", p, 1, 1, 1, 1;\n}\n"                               \
                  : outputs                                                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits));                                    \
+                 : "l"(a.bits), "l"(b.bits));                                                                   \
   }
 
 // d += a b, 64 rows by 128 columns and 16 k, both operands K-major in shared memory. Number i of thread t of the warpgroup
@@ -153,22 +155,18 @@ FF_DEVICE void products_wait() {
 FF_PRODUCT(BFloat16, "bf16")
 FF_PRODUCT(Float16, "f16")
 
-// d += a b, 64 rows by 64, 32 or 16 columns and 16 k: a from registers, as multiply_add takes it for the 16 rows of each
-// warp; b MN-major in shared memory.
-FF_PRODUCT_REGISTERS(BFloat16, "bf16", 64, 32, FF_R32, FF_F32(0), "%32", "%33", "%34", "%35", "%36")
-FF_PRODUCT_REGISTERS(Float16, "f16", 64, 32, FF_R32, FF_F32(0), "%32", "%33", "%34", "%35", "%36")
-FF_PRODUCT_REGISTERS(BFloat16, "bf16", 32, 16, FF_R16, FF_F16(0), "%16", "%17", "%18", "%19", "%20")
-FF_PRODUCT_REGISTERS(Float16, "f16", 32, 16, FF_R16, FF_F16(0), "%16", "%17", "%18", "%19", "%20")
-FF_PRODUCT_REGISTERS(BFloat16, "bf16", 16, 8, FF_R8, FF_F8(0), "%8", "%9", "%10", "%11", "%12")
-FF_PRODUCT_REGISTERS(Float16, "f16", 16, 8, FF_R8, FF_F8(0), "%8", "%9", "%10", "%11", "%12")
+// d += a b, 64 rows by 64 or 32 columns and 16 k, both operands MN-major in shared memory.
+FF_PRODUCT_TRANSPOSED(BFloat16, "bf16", 64, 32, FF_R32, FF_F32(0), "%32", "%33")
+FF_PRODUCT_TRANSPOSED(Float16, "f16", 64, 32, FF_R32, FF_F32(0), "%32", "%33")
+FF_PRODUCT_TRANSPOSED(BFloat16, "bf16", 32, 16, FF_R16, FF_F16(0), "%16", "%17")
+FF_PRODUCT_TRANSPOSED(Float16, "f16", 32, 16, FF_R16, FF_F16(0), "%16", "%17")
 
 #undef FF_PRODUCT
-#undef FF_PRODUCT_REGISTERS
+#undef FF_PRODUCT_TRANSPOSED
 #undef FF_F4
 #undef FF_F8
 #undef FF_F16
 #undef FF_F32
-#undef FF_R8
 #undef FF_R16
 #undef FF_R32
 #undef FF_R64

@@ -8,11 +8,11 @@
 namespace fastfilm::cuda::sm90 {
 namespace {
 
-constexpr int kSlots = 3;  // one is multiplied, one is transformed, one is copied
-
-SlabShape shape_of(const Extent& size) {
+// A plane of so many channels; the threads read numbers of its table behind its end.
+SlabShape shape_of(const Extent& size, int channels) {
   const auto inverse = [](int d) { return ((1u << 22) + d - 1) / d; };
-  return {size, size.volume(), up(size.volume(), 128) * 128, inverse(size.w), inverse(size.w * size.h)};
+  const int at_once = 4 * kWeightThreads / (channels / 8);
+  return {size, size.volume(), up(size.volume(), at_once) * at_once, inverse(size.w), inverse(size.w * size.h)};
 }
 
 bool fits(WeightLayout& p, const ConvShape& s, int bn, const Extent& tile, int most) {
@@ -23,32 +23,32 @@ bool fits(WeightLayout& p, const ConvShape& s, int bn, const Extent& tile, int m
   p.tile = tile;
   p.tiles = map(s.out, tile, [](int n, int by) { return up(n, by); });
   const int halo = strided ? 1 : s.kernel.w - 1;
-  p.voxels = shape_of({strided ? 4 : 1, tile.h + halo, tile.w + halo});
-  p.gradient = shape_of(tile);
+  p.voxels = shape_of({strided ? 4 : 1, tile.h + halo, tile.w + halo}, bn);
+  p.gradient = shape_of(tile, kRows);
   if (p.voxels.voxels > 2048) return false;
-  p.slots = kSlots;
   p.chunk_bytes = (p.voxels.voxels | 1) * 16;
   p.gradient_chunk_bytes = (p.gradient.voxels | 1) * 16;
   p.plane_bytes = align(bn / 8 * p.chunk_bytes);
   p.gradient_bytes = align(kRows / 8 * p.gradient_chunk_bytes);
-  p.slabs_at = 0;
-  p.beside_at = p.slots * (p.plane_bytes + p.gradient_bytes);
+  p.beside_at = kTurns * (p.plane_bytes + p.gradient_bytes);
   p.tables_at = p.beside_at + 2 * p.gradient_bytes;
-  p.table_numbers = p.voxels.numbers + p.gradient.numbers;
-  p.constants_at = p.tables_at + 3 * p.table_numbers * 4;
+  p.table_numbers = kBefore + p.voxels.numbers + p.gradient.numbers;
+  p.constants_at = p.tables_at + kTurns * p.table_numbers * 4;
   p.constant_bytes = 7 * (bn + kRows) * 4;
-  p.sums_at = p.constants_at + 3 * p.constant_bytes;
-  p.barriers_at = p.sums_at + 8 * kWarpgroup * 4;
-  p.shared_bytes = p.barriers_at + 16 * p.slots;
+  p.sums_at = p.constants_at + 2 * p.constant_bytes;
+  p.shared_bytes = p.sums_at + 8 * kWeightThreads * 4;
   return p.shared_bytes <= most;
 }
 
-// Clocks of all tiles and blocks, about: the slower of the products and of what is brought (read off the machine code).
+// Clocks of all tiles and blocks, about: the slower of the products and of what the threads do meanwhile, iteration by
+// iteration of its loops (read off the machine code).
 double clocks(const WeightLayout& p, int64_t n) {
   const double taps = p.kernel.h * p.kernel.w, steps = p.tile.volume() / 16.0;
   const double products = taps * steps * p.bn / 2;
-  const double bring = 1200 + 2.5 * p.voxels.voxels * p.bn / 8 + 3.7 * p.gradient.voxels * kRows / 8;
-  return (std::max(products, bring) + 200) * static_cast<double>(voxels_of(p.tiles)) * n * p.blocks_m * p.blocks_n *
+  const int inputs = up(p.voxels.voxels * p.bn / 4, 4 * kWeightThreads);
+  const int gradients = up(p.gradient.voxels * kRows / 4, 2 * kWeightThreads);
+  const double threads = 3000 + 60 * steps + 460 * inputs + 560 * gradients;
+  return std::max(products, threads) * static_cast<double>(voxels_of(p.tiles)) * n * p.blocks_m * p.blocks_n *
          p.kernel.d;
 }
 
@@ -91,6 +91,7 @@ std::string lay_out(const ConvShape& s, const Device& device, WeightLayout& layo
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(tiles, device.multiprocessors / others));
   layout.tiles_a_group = up(tiles, wanted);
   layout.groups = up(tiles, layout.tiles_a_group);
+  layout.tiles_of_last = static_cast<int>(tiles - static_cast<int64_t>(layout.groups - 1) * layout.tiles_a_group);
   return "";
 }
 

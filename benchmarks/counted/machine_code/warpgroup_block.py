@@ -1,8 +1,8 @@
 """A block of threads of the kernels of warpgroups (csrc/cuda/sm90): who waits for whom, and how long.
 
 In a convolution one warpgroup brings planes and starts the copies of weights, and two multiply. They meet at
-mbarriers, and those that multiply share the tensor cores: this is simulated. In the gradient at the weight all three do
-the same, so that a tile's clocks are a sum. `warpgroup_clocks` says what they do, and what a kernel takes.
+mbarriers, and those that multiply share the tensor cores: this is simulated. In the gradient at the weight all
+three do the same, and a tile's clocks are a sum. `warpgroup_clocks` says what they do, and what a kernel takes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The parts of a kernel of warpgroup products (csrc/cuda/sm90) by the work of their loops, and its faults.
 
 A kernel of a convolution has two nests of loops. One multiplies: the innermost loop with HGMMAs is its main loop,
-and a loop with stores to global memory behind it the epilogue. The other brings: around copies (LDGSTS), the table of
-a plane's voxels and the transform in place. The weight's gradient has all of these in one nest. As in `kernel_loops`,
-neither names nor the order of loops count.
+and a loop with stores to global memory behind it the epilogue. The other brings: around copies (LDGSTS), the table
+of a plane's voxels and the transform in place. The weight's gradient has all of these in one nest. As in
+`kernel_loops`, neither names nor the order of loops count.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class Warpgroups:
         return self._turn(path)
 
     def tile(self, summing: bool) -> Turn:
-        """The code around all that in a kernel without roles, of a block that takes the sums of the gradient or not."""
+        """The code around all that in a kernel without roles; ``summing``: in blocks that sum the gradient."""
         transforms = [self._transform(w, summing)[0] for w in ("input", "gradient")]
         held: Needs = [self.main, *self._tables(), *self._copying()[:2], *transforms]
         path = self.function.path(self.planes, held)

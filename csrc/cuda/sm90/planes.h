@@ -12,6 +12,8 @@
 
 namespace fastfilm::cuda::sm90 {
 
+constexpr int kPieceChannels = 4;  // of a voxel, which a thread transforms at a time
+
 // The number of this thread among the kCrew that fill planes: a warpgroup, or a block, which is short of registers.
 template <int kCrew>
 FF_DEVICE unsigned crew() {
@@ -99,11 +101,16 @@ struct Plane {
     }
   }
 
-  // Calls f(numbers, places), and meanwhile(), for all voxels, kFew at a time, whose latencies overlap, with this thread's piece of four
-  // channels of each: `places` are distances from the plane's beginning, negative behind its end.
+  // The first channel of this thread's piece.
+  FF_DEVICE int channel() const {
+    return crew<kCrew>() % static_cast<unsigned>(bk / kPieceChannels) * kPieceChannels;
+  }
+
+  // Calls f(numbers, places), and meanwhile(), for all voxels, kFew at a time, whose latencies overlap, with this
+  // thread's piece of each: `places` are distances from the plane's beginning, negative behind its end.
   template <int kFew, class F, class G>
   FF_DEVICE void each(F f, G meanwhile) const {
-    const unsigned pieces = bk / 4;
+    const unsigned pieces = bk / kPieceChannels;
     const int piece = crew<kCrew>() % pieces, rows = kCrew / pieces;
     const int* numbers = reinterpret_cast<const int*>(shared_memory() + table);
     int place = piece / 2 * chunk_bytes + piece % 2 * 8 + crew<kCrew>() / pieces * 16;
@@ -121,8 +128,6 @@ struct Plane {
     }
   }
 };
-
-constexpr int kPieceChannels = 4;
 
 // Loads pieces, of voxels that are not in the map too: these may be anything. Waiting for their numbers would take longer.
 template <class T, int kFew>
@@ -169,9 +174,9 @@ struct ActivatedPlanes {
   }
 
   template <class G>
-  FF_DEVICE static void transform(const Plane<kCrew>& plane, const Sources& in, int64_t, int first, int at, int, int constants,
-                                  int count, G meanwhile) {
-    const int mine = crew<kCrew>() % static_cast<unsigned>(plane.bk / kPieceChannels) * kPieceChannels;
+  FF_DEVICE static void transform(const Plane<kCrew>& plane, const Sources& in, int64_t, int first, int at, int,
+                                  int constants, int count, G meanwhile) {
+    const int mine = plane.channel();
     int channel = first + mine;
     const Input& part = in.source(channel);
     if (!part.coef) return;
@@ -200,7 +205,8 @@ struct GradientPlanes {
     load_gradient_rows<kCrew>(in, n, batch, first, count, at);
   }
 
-  FF_DEVICE static void load(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at, int beside) {
+  FF_DEVICE static void load(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at,
+                             int beside) {
     const auto map = [&](const void* data, int channel) {
       return static_cast<const T*>(data) + voxel * in.channels + channel;
     };
@@ -216,17 +222,17 @@ struct GradientPlanes {
   }
 
   template <class G>
-  FF_DEVICE static void transform(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
-                                  int constants, int count, G meanwhile) {
+  FF_DEVICE static void transform(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at,
+                                  int beside, int constants, int count, G meanwhile) {
     run(plane, in, voxel, first, at, beside, constants, count,
         [](const float (&)[kValues], const float (&)[kValues]) {}, meanwhile);
   }
 
   // The transform, with a call of add(e, gradient at the slopes) for a few voxels at a time.
   template <class F, class G>
-  FF_DEVICE static void run(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at, int beside,
-                            int constants, int count, F add, G meanwhile) {
-    const int mine = crew<kCrew>() % static_cast<unsigned>(plane.bk / kPieceChannels) * kPieceChannels, channel = first + mine;
+  FF_DEVICE static void run(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at,
+                            int beside, int constants, int count, F add, G meanwhile) {
+    const int mine = plane.channel(), channel = first + mine;
     if (channel >= in.channels) return;
     const int act = in.given.pre ? in.given.pre_act : kNone;
     const Rows rows{constants + mine * 4, count};

@@ -100,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _backends() -> Table:
     from fastfilm.ops.choice import describe
+    from fastfilm.ops.settings import left_out
     from fastfilm.ops.settings.tables import describe as choices
 
     rows: Table = []
     for name, reason, covers in describe():
         rows.append((name, "available" if reason is None else f"unavailable: {reason}"))
         rows.append(("", covers))
+    if left_out.entries:
+        rows.append(("left out", left_out.said()))
     return [*rows, *choices()]
 
 

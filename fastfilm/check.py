@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .machine import devices, gpu_is_lost, section, versions
-from .ops import add_act, choice, conv_norm_film
+from .ops import add_act, choice, conv_norm_film, settings
 from .ops.choice import BACKENDS, Backend
 from .ops.maps import Map, interpolate, join, max_pool
 from .ops.spec import precision
@@ -117,6 +117,8 @@ def report(quick: bool = False) -> int:
     for name, reason, _ in choice.describe():
         if reason is not None:
             print(f"{name}: not checked, {reason}")
+    if settings.left_out.entries:
+        print(f"left out by FASTFILM_WITHOUT: {settings.left_out.said()}")
     # flushed: a run that is cut has shown what it found
     print(_line(HEAD), flush=True)
     count = wrong = left_out = 0

@@ -153,9 +153,8 @@ class Campaign:
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
         checks = results.listed(self.work / "steps" / "smoke.json")
-        left_out = found.get("FASTFILM_WITHOUT"), verdicts.without(checks, apart=step.kinds)
+        left_out = found.get("FASTFILM_WITHOUT"), verdicts.without(checks)
         found["FASTFILM_WITHOUT"] = ",".join(filter(None, left_out))
-        found[verdicts.APART] = verdicts.apart(checks)
         return found | {n: filled(text, self.values) for n, text in step.environment.items()}
 
     def run(self, step: Step, seconds: float) -> Done:

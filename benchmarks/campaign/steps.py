@@ -49,7 +49,6 @@ class Step:
         tells: the last line that it prints belongs into the report.
         checks: its result holds for the sources that it saw, so that it is done again where they have changed.
         beside: it times nothing, so that those that follow one another run at the same time.
-        kinds: it takes one kind of CUDA convolutions or the other by itself, so that each is left out for itself.
         environment: variables of its own.
     """
 
@@ -64,7 +63,6 @@ class Step:
     tells: bool = False
     checks: bool = False
     beside: bool = False
-    kinds: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, values: Mapping[str, str]) -> list[str]:
@@ -155,11 +153,10 @@ def _cuda() -> list[Step]:
         Step("smoke", "each kernel against float64, in a process of its own", f"{SMOKE} --seconds 40", 85, 15,
              checks=True),
         _suite("ceilings", "copy, L2, launch and matrix products", 15, "--device cuda"),
-        _suite("routes", "the layers that decide, by route and direction", 65, ON_GPU, least=20, kinds=True),
+        _suite("routes", "the layers that decide, by route and direction", 65, ON_GPU, least=20),
         _suite("model", "whole networks, also from CUDA graphs, and compiled", 130, f"{default} --graphs",
                least=25),
-        _suite("profile", "hardware counters of the CUDA convolutions", 55, ON_GPU, after=("kernels",),
-               kinds=True),
+        _suite("profile", "hardware counters of the CUDA convolutions", 55, ON_GPU, after=("kernels",)),
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
         _sanitizer("synccheck"),
@@ -200,7 +197,7 @@ def _cpu() -> list[Step]:
         Step("smoke", "each kernel against float64, in processes that may die", smoke, 180, checks=True,
              environment=INTERPRETER),
         _suite("ceilings", "copy, cache, call and matrix product", 30, quick),
-        _suite("routes", "tiny layers, by route and direction", 150, f"{half} --minutes 1.2", kinds=True,
+        _suite("routes", "tiny layers, by route and direction", 150, f"{half} --minutes 1.2",
                environment=emulated),
         _suite("model", "tiny networks", 60, f"{quick} --compile none --minutes 0.2"),
         _suite("profile", "why there are no hardware counters", 30, quick),

@@ -19,6 +19,7 @@ import fastfilm
 from fastfilm import check
 from fastfilm.ops import choice, maps, reference, spec
 from fastfilm.ops.maps import Map as Map
+from fastfilm.ops.settings import left_out
 from fastfilm.ops.spec import Geometry, Plan
 from fastfilm.ops.spec.precision import float32_products as float32_products
 
@@ -97,6 +98,18 @@ def why_not(route: str, device: str, dtype: torch.dtype) -> str | None:
     one = (1, 1)
     request = choice.Request(device, dtype, 2, one, one, one)
     return choice.why_not_plan(Plan.of(route), request)
+
+
+def why_left_out(family: str, dtype: torch.dtype) -> str | None:
+    """Why a family of CUDA kernels is not to be used for a type; None if it may be."""
+    return left_out.why_not("cuda", family, dtype)
+
+
+@contextlib.contextmanager
+def nothing_left_out() -> Iterator[None]:
+    """All kernels run inside, also those that FASTFILM_WITHOUT names."""
+    with patch.object(left_out, "entries", frozenset()):
+        yield
 
 
 def _plans() -> ModuleType:

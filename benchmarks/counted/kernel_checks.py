@@ -104,7 +104,13 @@ def why_not(backend: str, library: str | None) -> str | None:
 
 @contextlib.contextmanager
 def launchers(backend: str, library: str | None) -> Iterator[Any]:
-    """The launchers of a backend, those of "cuda" on the emulation if a library of it is given."""
+    """The launchers of a backend, all of them, those of "cuda" on the emulation if a library of it is given."""
+    with inside.nothing_left_out(), _launchers(backend, library) as kernels:
+        yield kernels
+
+
+@contextlib.contextmanager
+def _launchers(backend: str, library: str | None) -> Iterator[Any]:
     if backend == "cuda" and library:
         from . import emulation
 

@@ -70,7 +70,8 @@ def kinds(dtype: str) -> list[tuple[str, ...]]:
     plain = tuple(KERNELS)
     if "wgmma" not in inside.instructions(DTYPES[dtype]):
         return [plain]
-    ours = tuple(verdicts.SM90 + k for k in plain if verdicts.why_not(k, dtype) is None)
+    by_warpgroups = (verdicts.SM90 + k for k in plain)
+    ours = tuple(k for k in by_warpgroups if inside.why_left_out(k, DTYPES[dtype]) is None)
     return [ours, plain] if ours else [plain]
 
 

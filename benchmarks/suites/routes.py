@@ -101,7 +101,7 @@ def why_not(subject: Subject, dtype: str, direction: str, route: str) -> str | N
     if route != WGMMA:
         return None
     for kernel in LAUNCHED[direction]:
-        reason = verdicts.why_not(kernel, dtype)
+        reason = inside.why_left_out(f"{verdicts.SM90}{kernel}", DTYPES[dtype])
         if reason is None and _by(subject, dtype, kernel, "always") != "wgmma":
             reason = f"no {kernel} by wgmma takes this layer"
         if reason is not None:

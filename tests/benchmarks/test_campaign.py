@@ -17,9 +17,9 @@ import pytest
 
 from benchmarks.campaign import bundle, plots, prepare, report, results, runner, steps, targets
 from benchmarks.campaign.steps import Step
-from benchmarks.counted import verdicts
 from benchmarks.subjects import networks
 from benchmarks.suites import profile
+from fastfilm.ops.settings import left_out
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -313,19 +313,14 @@ def test_the_sanitizer_watches_both_kinds_of_convolutions_with_each_tool() -> No
                 assert f"cuda:{kind}{family}:bfloat16" in step.command
 
 
-def test_a_kind_that_is_wrong_is_left_out_for_itself_where_a_step_takes_kinds_apart(
-    tmp_path: Path,
-) -> None:
+def test_a_kernel_that_is_wrong_is_left_out_by_its_own_family(tmp_path: Path) -> None:
     campaign = runner.Campaign(tmp_path, tmp_path, "cuda", {})
     rows = [{"check": "cuda:sm90_dgrad:bfloat16", "status": "HUNG"}]
     rows += [{"check": "triton:taps:float16", "status": "WRONG"}]
     (tmp_path / "steps" / "smoke.json").write_text(json.dumps(rows))
-    known = {s.name: campaign.environment(s) for s in steps.steps("cuda")}
-    apart = {n for n, e in known.items() if e["FASTFILM_WITHOUT"] == "triton:taps:float16"}
-    assert apart == {"routes", "profile"}
-    for name in ("model", "tests", "check", "users-command", "tune-2d"):
-        assert known[name]["FASTFILM_WITHOUT"] == "cuda:dgrad:bfloat16,triton:taps:float16"
-    assert {e[verdicts.APART] for e in known.values()} == {"cuda:sm90_dgrad:bfloat16"}
+    known = {campaign.environment(s)["FASTFILM_WITHOUT"] for s in steps.steps("cuda")}
+    assert known == {"cuda:sm90_dgrad:bfloat16,triton:taps:float16"}
+    assert len(left_out.parse(*known)) == 2
 
 
 def test_the_essential_tests_exist() -> None:

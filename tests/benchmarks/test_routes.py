@@ -17,6 +17,7 @@ from benchmarks.measure.record import FAILED, OK, SKIPPED, Record
 from benchmarks.measure.session import Session
 from benchmarks.subjects.layers import LayerStep, steady
 from benchmarks.suites import routes
+from fastfilm.ops.settings import left_out
 from tests.support import emulated
 from tests.support.emulated import extension, library
 
@@ -167,7 +168,6 @@ def test_each_kind_of_cuda_convolutions_is_a_route_whose_own_kernels_run(
 def test_a_layer_has_a_row_of_each_kind_unless_its_kernel_is_left_out_or_takes_it_not(
     cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(verdicts.APART, f"cuda:sm90_dgrad:{DTYPE},cuda:sm90_fprop:bfloat16")
     by = inside.instruction_of
 
     def without_wgrad(kernel: str, *given: Any, **named: Any) -> str:
@@ -175,13 +175,14 @@ def test_a_layer_has_a_row_of_each_kind_unless_its_kernel_is_left_out_or_takes_i
 
     monkeypatch.setattr(inside, "instruction_of", without_wgrad)
     session = session_of()
-    routes.measure(session, PLAIN, DTYPE, [*routes.KINDS])
+    with left_out.without(f"cuda:sm90_dgrad:{DTYPE},cuda:sm90_fprop:bfloat16"):
+        routes.measure(session, PLAIN, DTYPE, [*routes.KINDS])
     rows = {(r.mode, r.provider): r for r in session.record.rows}
     new = {mode: rows[mode, "fastfilm-cuda-wgmma"] for mode in routes.DIRECTIONS}
     assert new["forward"].status == OK and new["forward"].ratio
     assert new["forward"].extra["chosen"] in (True, False)
     said = {mode: row.note for mode, row in new.items() if row.status == SKIPPED}
-    left = f"cuda:sm90_dgrad:{DTYPE} is left out: its check was not right"
+    left = f"cuda:sm90_dgrad:{DTYPE} is left out by FASTFILM_WITHOUT"
     assert said == {
         "input gradient": left, "both gradients": left, "weight gradient": "no wgrad by wgmma takes this layer",
     }  # fmt: skip

@@ -58,11 +58,9 @@ def test_each_check_is_settled_whatever_the_others_do(tmp_path: Path, device: st
 
 
 def test_every_family_has_a_check_and_can_be_left_out() -> None:
-    by_itself = {
-        b: {f.removeprefix(verdicts.SM90) for f in families}
-        for b, families in verdicts.FAMILIES.items()
-    }
-    assert by_itself == {b: set(f) for b, f in left_out.FAMILIES.items()}
+    known = {b: set(families) for b, families in left_out.FAMILIES.items()}
+    assert {b: set(families) for b, families in verdicts.FAMILIES.items()} == known
+    assert left_out.SM90 == verdicts.SM90
     assert {f for families in verdicts.FAMILIES.values() for f in families} == set(
         kernel_checks.CHECKS
     )
@@ -165,27 +163,34 @@ def test_a_check_by_warpgroups_tells_wrong_numbers_and_another_kernel(
     assert row["status"] == "skipped" and row["note"] == "there is no such kernel here"
 
 
-def test_a_kernel_by_warpgroups_is_left_out_with_the_one_whose_place_it_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_kernel_by_warpgroups_is_left_out_by_its_own_family() -> None:
     status = {
         "cuda:fprop:bfloat16": "right", "cuda:sm90_fprop:bfloat16": "HUNG", "cuda:sm90_fprop:float16": "right",
         "cuda:sm90_wgrad:float16": "WRONG", "triton:taps:float16": "DIED",
     }  # fmt: skip
     rows = [{"check": check, "status": s} for check, s in status.items()]
-    bad = "cuda:fprop:bfloat16,cuda:wgrad:float16,triton:taps:float16"
+    bad = "cuda:sm90_fprop:bfloat16,cuda:sm90_wgrad:float16,triton:taps:float16"
     assert verdicts.without(rows) == bad
-    assert len(left_out.parse(verdicts.without(rows))) == 3
-    # where a suite takes one kind or the other by itself, the kind that is right stays
-    assert verdicts.without(rows, apart=True) == "triton:taps:float16"
-    monkeypatch.setenv(verdicts.APART, verdicts.apart(rows))
-    refused = {
-        (family, dtype)
-        for family in inside.KERNELS
-        for dtype in verdicts.DTYPES
-        if verdicts.why_not(family, dtype)
-    }
-    assert refused == {("fprop", "bfloat16"), ("wgrad", "float16")}
+    with left_out.without(bad):
+        refused = {
+            (family, dtype)
+            for family in verdicts.FAMILIES["cuda"]
+            for dtype in verdicts.DTYPES
+            if inside.why_left_out(family, getattr(torch, dtype))
+        }
+    assert refused == {("sm90_fprop", "bfloat16"), ("sm90_wgrad", "float16")}
+
+
+@needs_compiler
+def test_a_check_runs_its_kernels_also_where_they_are_left_out(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_checks, "SM90_SIZES", kernel_checks.SM90_SIZES[:1])
+    key = "cuda:sm90_wgrad:float16"
+    with left_out.without(f"{key},cuda:wgrad:float16"):
+        load(library).launches()
+        (row,) = kernel_checks.rows([key], "cpu", str(library))
+    assert row["status"] == "right" and "sm90_wgrad" in load(library).launches()
 
 
 def test_an_error_beyond_rounding_is_wrong_and_so_is_none_at_all() -> None:

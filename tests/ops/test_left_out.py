@@ -15,6 +15,7 @@ from fastfilm.ops import choice
 from fastfilm.ops.choice import BACKENDS, Request, choosing
 from fastfilm.ops.launchers import available
 from fastfilm.ops.settings import left_out
+from fastfilm.ops.spec import Geometry, Gradient, Output, Source
 from tests.support import emulated
 from tests.support.case import Case
 from tests.support.emulated import extension, library
@@ -48,6 +49,8 @@ def test_entries_are_read_and_pack_stands_for_all_that_it_serves() -> None:
     [
         ("cudnn", "BACKEND must be one of triton, cuda"),
         ("cuda:gather", "FAMILY must be one of fprop"),
+        ("cuda:sm90_pack", "FAMILY must be one of fprop, .*, sm90_fprop, sm90_dgrad, sm90_wgrad"),
+        ("triton:sm90_fprop", "FAMILY must be one of fprop"),
         ("triton:fprop:float64", "DTYPE must be one of float16"),
         ("triton:fprop:float32:2d", "BACKEND:FAMILY:DTYPE"),
     ],
@@ -82,7 +85,7 @@ needs_compiler = pytest.mark.skipif(emulated.compiler() is None, reason="needs a
 
 
 @needs_compiler
-@pytest.mark.parametrize("family", left_out.FAMILIES["cuda"])
+@pytest.mark.parametrize("family", sorted(left_out.FAMILIES["cuda"].keys() - emulated.WARPGROUPS))
 def test_what_is_left_out_never_runs_and_the_rest_does_its_work(
     family: str, emulation: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,3 +120,72 @@ def test_a_forced_call_of_a_kernel_that_is_left_out_raises(
     assert f"cuda:{family}:float32 is left out by FASTFILM_WITHOUT" in str(raised.value)
     with left_out.without(f"cuda:{family}:bfloat16"):
         CALL.run("cuda", route, torch.float32)
+
+
+WARPGROUPS = sorted(emulated.WARPGROUPS)
+
+
+def launched(extension: ModuleType, text: str, dtype: torch.dtype) -> list[str]:
+    """All kernels of a step by warpgroups on sm_90, without those of ``text``; the step's results are right."""
+    exact = CALL.run("reference", None, torch.float64, storage=dtype)
+    eager = CALL.run("reference", None, dtype)
+    with emulated.sm90_device(), left_out.without(text):
+        extension.launches()
+        found = CALL.run("cuda", "fused", dtype)
+    for name, true in exact.items():
+        bound = 3 * relative_error(eager[name], true) + torch.finfo(dtype).eps
+        assert relative_error(found[name], true) <= bound, name
+    return list(extension.launches())
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", WARPGROUPS)
+def test_a_kernel_by_warpgroups_gives_its_place_to_the_one_by_mma_and_nothing_else_changes(
+    family: str, extension: ModuleType, emulation: ModuleType
+) -> None:
+    whole = launched(extension, "", BF16)
+    convolutions = emulated.WARPGROUPS | emulated.OTHERS
+    assert convolutions & {*whole} == emulated.WARPGROUPS
+    other = family.removeprefix(left_out.SM90)
+    for entry in (f"cuda:{family}", f"cuda:{family}:bfloat16"):
+        found = launched(extension, entry, BF16)
+        assert convolutions & {*found} == emulated.WARPGROUPS - {family} | {other}
+    # both gradients share a launch unless one of them is left out
+    if other == "fprop":
+        assert [other if name == family else name for name in whole] == found
+    assert launched(extension, f"cuda:{family}:float16", BF16) == whole
+
+
+@needs_compiler
+def test_a_direct_call_runs_no_kernel_that_is_left_out(
+    extension: ModuleType, emulation: ModuleType
+) -> None:
+    x, weight = (emulated.draw(*s, dtype=BF16) for s in ((1, 8, 6, 6), (8, 8, 3, 3)))
+    geometry, size = Geometry.ordinary((1, 1), (1, 1)), (6, 6)
+    call = (Gradient(x), weight, [Output(8)], [Source(x)], size, geometry)
+    with emulated.sm90_device(), left_out.without("cuda:sm90_wgrad"):
+        extension.launches()
+        emulation.gradients(*call)
+        assert {"dgrad", "wgrad"} == {*extension.launches()} & (
+            emulated.WARPGROUPS | emulated.OTHERS
+        )
+
+
+@needs_compiler
+def test_a_layout_for_the_kernel_that_takes_the_place_must_fit(emulation: ModuleType) -> None:
+    from fastfilm.ops.launchers.cuda import plans
+
+    asked = BF16, (64, 64), (3, 3), (1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        made = plans._plan
+        patch.setattr(plans, "_device", lambda index: (90, 132, 232448))
+
+        def checked(*given: object) -> object:
+            if given[-1] == "never":
+                raise RuntimeError("no layout by mma")
+            return made(*given)
+
+        patch.setattr(plans, "_plan", checked)
+        assert plans.why_not(*asked) is None
+        with left_out.without("cuda:sm90_dgrad:bfloat16"):
+            assert plans.why_not(*asked) == "no layout by mma"

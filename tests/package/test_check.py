@@ -16,6 +16,7 @@ import torch
 import fastfilm.check
 from fastfilm.__main__ import main
 from fastfilm.ops import choice, launchers
+from fastfilm.ops.settings import left_out
 
 BACKENDS = choice.BACKENDS
 HERE = [b.name for b in BACKENDS.values() if b.unavailable() is None and b.name != "triton"]
@@ -183,6 +184,16 @@ def test_kernels_that_are_left_out_are_counted_and_not_wrong(
     text = capsys.readouterr().out
     count = len(lines(text))
     assert f"{count} checks, 0 wrong" in text and f"{count} left out by FASTFILM_WITHOUT" in text
+
+
+def test_kernels_whose_work_others_do_are_named_in_front(
+    here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fastfilm.check, "check", lambda quick: iter(()))
+    with left_out.without("cuda:sm90_fprop"):
+        assert main(["check"]) == 0
+    said = "left out by FASTFILM_WITHOUT: cuda:sm90_fprop (done by mma)"
+    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_nothing_more_is_checked_once_the_gpu_is_lost(

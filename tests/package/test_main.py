@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 import fastfilm
 from fastfilm.__main__ import COMMANDS, main
 from fastfilm.ops.choice import BACKENDS
+from fastfilm.ops.settings import left_out
 from fastfilm.ops.settings.environment import VARIABLES
 
 
@@ -57,6 +59,16 @@ def test_info_prints_the_variables_in_force(
     assert rows["FASTFILM_BACKEND"] == "reference"
     assert rows["FASTFILM_ROUTE"].startswith("not set")
     assert set(rows) == {v.name for v in VARIABLES if v.name.startswith("FASTFILM")}
+
+
+def test_info_says_what_does_the_work_of_kernels_that_are_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "left out" not in report(capsys).partition("environment")[0]
+    with left_out.without("cuda:sm90_dgrad:bfloat16,cuda:pointwise"):
+        text = report(capsys)
+    said = "cuda:pointwise, cuda:sm90_dgrad:bfloat16 (done by mma)"
+    assert re.search(rf"^  left out  +{re.escape(said)}$", text, re.MULTILINE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,7 +106,7 @@ def rounding(allowed: Callable[[], bool]) -> Iterator[None]:
     """Rounds float32 products of the launchers where ``allowed`` says so: those of CPU tensors never are."""
     from fastfilm.ops.launchers.cuda import convolution, plans
 
-    def plan(shape: plans.Shape, on: Tensor) -> Any:
+    def plan(shape: plans.Shape, on: Tensor, kernels: Sequence[str]) -> Any:
         return plans._plan(shape, plans._device(on.device.index), allowed())
 
     with pytest.MonkeyPatch.context() as patch:

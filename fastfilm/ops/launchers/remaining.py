@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..settings import forced, left_out
-from ..settings.left_out import FAMILIES, PASSES, why_not
+from ..settings.left_out import FAMILIES, PASSES, SM90, why_not
 from ..spec import Geometry, Gradient, Output, Source
 from . import available, eager, of, plain_convolutions
+
+_GRADIENTS = ("dgrad", "wgrad", f"{SM90}dgrad", f"{SM90}wgrad")
 
 
 class Remaining:
@@ -55,7 +57,10 @@ class Remaining:
         geometry: Geometry,
         sums: bool = False,
     ) -> Any:
-        """Both gradients by a call each, of which one may be left out."""
+        """Both gradients, by a call each where a kernel of one is left out."""
+        if not any(why_not(self._backend, f, gradient.dy.dtype) for f in _GRADIENTS):
+            given = gradient, weight, outputs, sources, size, geometry, sums
+            return self._module.gradients(*given)
         found = self.dgrad(gradient, weight, outputs, size, geometry)
         return found, *self.wgrad(gradient, sources, weight, geometry, sums)
 

@@ -5,6 +5,7 @@
 An entry is BACKEND, BACKEND:FAMILY or BACKEND:FAMILY:DTYPE. A kernel that is left out never runs. Where nothing is
 forced its work is done by the next best way: a convolution by the composed route, a
 pass by Triton or PyTorch. Where a backend or a route is forced, the call raises NotImplementedError.
+CUDA convolutions by warpgroup products (``sm90_fprop``) leave their work to those of the same backend (``fprop``).
 """
 
 from __future__ import annotations
@@ -34,9 +35,18 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "pointwise": (*PASSES["pointwise"], "coefficients_backward"),
         "moments": PASSES["moments"],
         "pack": (),
+        "sm90_fprop": (),
+        "sm90_dgrad": (),
+        "sm90_wgrad": (),
     },
 }
-"""Backend -> family of kernels -> its launchers. ``pack`` works for all CUDA convolutions."""
+"""Backend -> family of kernels -> its launchers.
+
+``pack`` works for all CUDA convolutions. Those of ``SM90`` are chosen inside the launchers of the others.
+"""
+
+SM90 = "sm90_"
+"""In front of the family whose place they take: CUDA convolutions by warpgroup products, of capability 9.0."""
 
 _PACKED = ("fprop", "dgrad", "wgrad")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32)}
@@ -72,6 +82,15 @@ def parse(text: str) -> frozenset[Entry]:
         families = (family, *_PACKED) if family == "pack" else (family,)
         found |= {Entry(backend, f, _DTYPES[dtype] if dtype else None) for f in families}
     return frozenset(found)
+
+
+def said() -> str:
+    """The entries now, with what does the work of kernels of sm_90; empty: nothing is left out."""
+    texts = []
+    for entry in entries:
+        by_mma = (entry.family or "").startswith(SM90)
+        texts.append(f"{entry} (done by mma)" if by_mma else str(entry))
+    return ", ".join(sorted(texts))
 
 
 def _wrong(part: str, reason: str) -> ValueError:

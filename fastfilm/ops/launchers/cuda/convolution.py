@@ -28,7 +28,7 @@ from ..arguments import activation_code, address, addresses
 from . import _CUDA
 from .arguments import empty_map, feature_map, numbers, on_device, stream_of
 from .coefficients import block_of, described, moved
-from .plans import Shape, plan
+from .plans import KERNELS, Shape, plan
 
 Sizes = tuple[int, ...]
 
@@ -49,6 +49,7 @@ def convolution(
     out: Sequence[int],
     geometry: Geometry,
     size: Sequence[int] | None = None,
+    kernels: Sequence[str] = KERNELS,
 ) -> _CUDA.Convolution:
     """The kernels of one convolution, with the layout that suits x's GPU.
 
@@ -56,11 +57,12 @@ def convolution(
         x: a map of the convolution's type, batch and device.
         weight: [Co, Ci, *K].
         out: spatial size of the result; ``size``: of what the convolution sees, if that is not ``x``.
+        kernels: those that the call runs.
     """
     (co, ci, *kernel), size = weight.shape, x.shape[2:] if size is None else size
     sizes = tuple(size), tuple(out), tuple(kernel), geometry.stride, geometry.padding
     with on_device(x):
-        return plan(Shape(x.dtype, x.shape[0], (ci, co), *sizes), x)
+        return plan(Shape(x.dtype, x.shape[0], (ci, co), *sizes), x, kernels)
 
 
 def _strides(weight: Tensor) -> tuple[int, ...]:
@@ -162,7 +164,7 @@ def fprop(
     out_coef = None if out_coef is None else numbers("out_coef", out_coef, 7, n, co)
     seen = sources[0].size
     size = geometry.output_size(seen, weight.shape[2:])
-    conv = convolution(x, weight, size, geometry, seen)
+    conv = convolution(x, weight, size, geometry, seen, ["fprop"])
     y = raw_like(x, (n, co, *size))
     unfinished = empty_map(y) if raw else None
     wanted = norm_input is not None
@@ -255,7 +257,8 @@ def gradients(
         dpre = torch.empty(shape, dtype=torch.float32, device=dy.device) if sums else None
         kept = [*kept, *read]
     parts, numbers_of = _gradient(gradient, *dy.shape[:2])
-    conv = convolution(dy, weight, dy.shape[2:], geometry, size)
+    kernels = ["dgrad"] * bool(outputs) + ["wgrad"] * bool(sources)
+    conv = convolution(dy, weight, dy.shape[2:], geometry, size, kernels)
     work = _bytes(conv.gradients_workspace(bool(outputs), bool(sources)), dy)
     with on_device(dy):
         conv.gradients(

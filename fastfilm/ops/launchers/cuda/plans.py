@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...settings import left_out
 from ...spec import DTYPE_CODES, precision
 from . import _CUDA
 
@@ -39,6 +40,8 @@ def three(values: Sequence[int], depth: int) -> tuple[int, int, int]:
     return (depth, values[0], values[1]) if len(values) == 2 else (*values,)  # type: ignore[return-value]
 
 
+KERNELS = ("fprop", "dgrad", "wgrad")
+
 _wgmma = "where faster"
 
 
@@ -46,7 +49,8 @@ _wgmma = "where faster"
 def wgmma(choice: str) -> Iterator[None]:
     """Which kernels of sm_90 measurements and tests get: of warpgroups "where faster", "always" or "never".
 
-    It holds for all threads. Elsewhere, and for float32, there is one kind only.
+    It holds for all threads. Elsewhere, and for float32, there is one kind only. Kernels that FASTFILM_WITHOUT
+    leaves out stay out.
     """
     global _wgmma
     before, _wgmma = _wgmma, choice
@@ -54,6 +58,12 @@ def wgmma(choice: str) -> Iterator[None]:
         yield
     finally:
         _wgmma = before
+
+
+def _choice(dtype: torch.dtype, kernels: Sequence[str]) -> str:
+    """Which kernels of sm_90 a call gets that runs ``kernels``."""
+    out = any(left_out.why_not("cuda", f"{left_out.SM90}{k}", dtype) for k in kernels)
+    return "never" if out else _wgmma
 
 
 def why_not(
@@ -65,16 +75,22 @@ def why_not(
     padding = tuple(k // 2 for k in kernel)
     try:
         shape = Shape(dtype, 1, channels, size, out, kernel, stride, padding)
-        _plan(shape, _device(None), False, _wgmma).check()
+        for choice in {_choice(dtype, [kernel]) for kernel in KERNELS}:
+            _plan(shape, _device(None), False, choice).check()
     except RuntimeError as error:
         return str(error)
     return None
 
 
-def plan(shape: Shape, on: Tensor) -> _CUDA.Convolution:
-    """The kernels of one shape, with the layout that suits the GPU of ``on`` (the current one)."""
+def plan(shape: Shape, on: Tensor, kernels: Sequence[str] = KERNELS) -> _CUDA.Convolution:
+    """The kernels of one shape, with the layout that suits the GPU of ``on`` (the current one).
+
+    Args:
+        kernels: those that the call runs; if one is left out by warpgroups, none of them is by warpgroups.
+    """
     tf32 = shape.dtype == torch.float32 and on.is_cuda and precision.tf32()
-    return _plan(shape, _device(on.device.index), tf32, _wgmma)
+    choice = _choice(shape.dtype, kernels) if left_out.entries else _wgmma
+    return _plan(shape, _device(on.device.index), tf32, choice)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -120,7 +120,7 @@ class Campaign:
         def rank(step: Step) -> int:
             before = self.done.get(step.name)
             if step.setup:
-                return 0
+                return 0 if not (only and step.serves) or {*step.serves, step.name} & {*only} else 3
             if only:
                 return 1 if step.name in only else 3
             if before is None or before.status == SKIPPED:

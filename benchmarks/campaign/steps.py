@@ -46,6 +46,7 @@ class Step:
         after: steps without whose success it has no use.
         rows: whether it writes ``{work}/steps/NAME.json`` with "rows".
         setup: makes what the others need, so that a campaign that goes on does it again.
+        serves: the steps that need what a set-up makes; empty: all.
         tells: the last line that it prints belongs into the report.
         checks: its result holds for the sources that it saw, so that it is done again where they have changed.
         beside: it times nothing, so that those that follow one another run at the same time.
@@ -60,6 +61,7 @@ class Step:
     after: tuple[str, ...] = ("package",)
     rows: bool = False
     setup: bool = False
+    serves: tuple[str, ...] = ()
     tells: bool = False
     checks: bool = False
     beside: bool = False
@@ -192,7 +194,8 @@ def _cpu() -> list[Step]:
     return [
         _package(),
         Step("kernels", "the CUDA kernels on the host's emulation",
-             "{python} -m benchmarks.counted.emulation {work}/emulated", 200, setup=True),
+             "{python} -m benchmarks.counted.emulation {work}/emulated", 200, setup=True,
+             serves=("smoke", "routes")),
         Step("probes", "what the probes of wgmma expect", f"{PROBES} --self-test", 90, after=nvcc),
         Step("smoke", "each kernel against float64, in processes that may die", smoke, 180, checks=True,
              environment=INTERPRETER),

@@ -156,14 +156,18 @@ def test_a_campaign_killed_at_any_moment_leaves_a_bundle_to_go_on_from(tmp_path:
 def test_what_is_done_again_where_a_campaign_goes_on(tmp_path: Path) -> None:
     campaign = runner.Campaign(tmp_path, tmp_path, "cpu", {})
     wanted = [script(n, "") for n in "abcde"] + [script("s", "", setup=True)]
+    wanted += [script("t", "", setup=True, serves=("a", "b"))]
     wanted += [script("old", "", checks=True), script("new", "", checks=True)]
     for name, status in (("a", "ok"), ("b", "cut"), ("c", "FAILED"), ("d", "skipped"), ("s", "ok")):
         campaign.done[name] = runner.Done(status)
     campaign.done["old"] = runner.Done("ok", sources="other sources")
     campaign.done["new"] = runner.Done("ok", sources=campaign.sources)
     # what makes the rest; what never ran or holds no longer; what was cut short
-    assert [s.name for s in campaign.order(wanted, [])] == ["s", "d", "e", "old", "b"]
-    assert [s.name for s in campaign.order(wanted, ["c", "a"])] == ["s", "a", "c"]
+    assert [s.name for s in campaign.order(wanted, [])] == ["s", "t", "d", "e", "old", "b"]
+    assert [s.name for s in campaign.order(wanted, ["c", "a"])] == ["s", "t", "a", "c"]
+    # only what serves one of them
+    assert [s.name for s in campaign.order(wanted, ["c"])] == ["s", "c"]
+    assert [s.name for s in campaign.order(wanted, ["t"])] == ["s", "t"]
 
 
 def test_what_cannot_be_begun_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -110,14 +110,14 @@ def _block(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 class Counts(NamedTuple):
-    """Launches of a call by name, and the Python calls of the package."""
+    """Launches of a call by name, and the Python calls of the package where they were counted."""
 
     launches: list[str]
-    python: python_calls.Calls
+    python: python_calls.Calls | None
 
 
 def of_block(
-    route: str, norm: str, cast: str, extension: ModuleType | None = None
+    route: str, norm: str, cast: str, extension: ModuleType | None = None, python: bool = True
 ) -> dict[str, Counts]:
     """Counts of a block's forward and backward pass in training, and of its forward in inference.
 
@@ -126,6 +126,7 @@ def of_block(
         norm: "instance" or "batch", the latter with running statistics.
         cast: one of ``CASTS``.
         extension: the emulated CUDA kernels; with them "cuda/fused" must be served (``emulation.serving``).
+        python: count Python calls too, by calls of their own; Triton's interpreter is slow under a profiler.
     """
     brain, single = torch.bfloat16, torch.float32
     tensors = _block(brain if cast == "bfloat16" else single)
@@ -155,8 +156,7 @@ def of_block(
     def count(mode: str, call: Callable[[], Any]) -> Any:
         with counted(extension) as names:
             result = call()
-        python, _ = python_calls.counted(call)
-        found[mode] = Counts(names, python)
+        found[mode] = Counts(names, python_calls.counted(call)[0] if python else None)
         return result
 
     for _ in range(2):  # what is computed once is there the second time
@@ -192,6 +192,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         extension = emulation.load(emulation.build(Path(folder)))
         for said, (names, python) in figures(extension):
+            assert python is not None
             each = ", ".join(f"{n} × {k}" if n > 1 else k for k, n in Counter(names).items())
             print(f"{said:<44} {len(names):2}, Python calls {python.calls:3}: {each}")
 

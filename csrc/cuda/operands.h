@@ -94,7 +94,7 @@ Gradients gradients_of(const Gradient& given, int channels, const Extent& size) 
 // place of the shift.
 enum GradientRow { kShift, kActSlope, kMean, kDMean, kDVariance, kGradientRows };
 
-// Those of kW channels, rows `count` apart, in registers or where they are.
+// Those of kW channels, rows `count` apart, in registers or, for kernels that have none left, where they are.
 template <int kW>
 struct GradientRows {
   float row[kGradientRows][kW];

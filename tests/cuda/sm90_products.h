@@ -214,28 +214,35 @@ template <class T>
 struct Numbers {
   static constexpr int kThreads = 128, kMinBlocks = 1;
   struct Params {};
+  static constexpr int kA = 64 * 16 * 2, kB = 32 * 16 * 2;
   static void run(const Params&) {
     const int t = thread_index(), row = t / 32 * 16 + t % 32 / 4;
     const uint32_t one = number<T>(1).bits;
-    // 16 columns of 16 k, of which the first one has a one
-    if (t < 32) store_shared16(t * 16, {{t ? 0 : one, 0, 0, 0}});
-    fence_async();
-    barrier();
+    // 32 columns of 16 k, of which the first one has a one
+    if (t < kB / 16) store_shared16(kA + t * 16, {{t ? 0 : one, 0, 0, 0}});
     for (int first = 0; first < 1 << 16; first += 64) {
-      const T low{static_cast<uint16_t>(first + row)}, high{static_cast<uint16_t>(first + row + 8)};
-      const bool holds = t % 4 == 0;
-      const uint32_t a[4] = {holds ? low.bits : 0u, holds ? high.bits : 0u, 0, 0};
-      float d[8] = {};
+      // 64 rows, which have numbers at the first k
+      const auto two = [&](int i) {
+        const uint32_t number = first + t / 16 * 8 + i;
+        return t % 16 ? 0 : number | (number + 1) << 16;
+      };
+      store_shared16(t * 16, {{two(0), two(2), two(4), two(6)}});
+      fence_async();
+      barrier();
+      float d[16] = {};
       products_begin();
-      multiply_async(d, a, descriptor(0, 128, 256), T{});
+      multiply_async_transposed(d, descriptor(0, 128, 256), descriptor(kA, 128, 256), T{});
       products_commit();
       products_wait<0>();
+      barrier();
+      const T low{static_cast<uint16_t>(first + row)}, high{static_cast<uint16_t>(first + row + 8)};
+      const bool holds = t % 4 == 0;
       const auto differ = [](float x, float y) { return x == x ? x != y : y == y; };
       if (holds && (differ(d[0], to_float(low)) || differ(d[2], to_float(high)))) emulated::fail("wrong numbers");
     }
   }
   static std::string check() {
-    const char* reason = launch<Numbers>({1, 1, 1}, 512, nullptr, {});
+    const char* reason = launch<Numbers>({1, 1, 1}, kA + kB, nullptr, {});
     return reason ? reason : "right";
   }
 };

@@ -82,8 +82,9 @@ bool fits(Layout& p, const Choice& choice, bool backward, int most) {
   p.slots = planes + 2;
   p.chunk_bytes = (voxels | 1) * 16;  // an odd number of 16 bytes keeps the chunks of a voxel in different banks
   p.slab_bytes = p.bk / 8 * p.chunk_bytes;
-  const int few = 4096 / p.bk;  // numbers that the threads read at a time
-  p.numbers = up(voxels, few) * few;
+  // the threads read so many numbers at a time to copy, three eighths of them to transform
+  const int few = 4096 / p.bk;
+  p.numbers = up(voxels + few / 4, few) * few;
   for (Reads& r : p.reads) r.slab.numbers = p.numbers;
   p.staging_bytes = (backward ? kAhead : 1) * kStagingBytes;
   const int rest = align(p.slots * p.slab_bytes) + (backward ? 2 : 0) * p.slab_bytes + kWarps * p.staging_bytes +

@@ -197,9 +197,8 @@ struct ActivatedPlanes {
 template <class T, int kCrew = kWarpgroup>
 struct GradientPlanes {
   using Params = Gradients;
-  // where a block has no registers for them, they stay in shared memory
-  using Rows = std::conditional_t<kCrew == kWarpgroup, GradientRows<kPieceChannels>, GradientRowsAt<kPieceChannels>>;
-  static constexpr int kRegisters = 120, kFew = 2, kValues = kFew * kPieceChannels;
+  using Rows = GradientRowsAt<kPieceChannels>;
+  static constexpr int kRegisters = 120, kFew = kCrew == kWarpgroup ? 3 : 2, kValues = kFew * kPieceChannels;
 
   FF_DEVICE static void load_constants(const Gradients& in, int64_t n, int64_t batch, int first, int count, int at) {
     load_gradient_rows<kCrew>(in, n, batch, first, count, at);

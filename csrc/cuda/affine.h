@@ -236,6 +236,59 @@ FF_DEVICE void affine_backward(const Rows& coef, Y y, int act, Dv dv, float (&dy
   }
 }
 
+// The same for one channel of a sample and an activation that is a line on each side of 0: z above it, slope * z below. A
+// number adds to the two sums of its side alone; the sums of `affine_backward` are linear in these four, and are taken
+// from them at the end.
+struct PiecewiseLinear {
+  enum Side { kDvAbove, kDvYAbove, kDvBelow, kDvYBelow };  // rows of the sums: of dv and of dv * (y - pivot)
+
+  float pivot, a, offset;  // z = a * (y - pivot) + offset
+  float above, below;      // dy / dv
+
+  FF_DEVICE static bool is(int act) { return act == kNone || act == kReLU || act == kLeakyReLU; }
+  FF_DEVICE static float slope_of(int act, float slope) {
+    return act == kLeakyReLU ? slope : act == kReLU ? 0.0f : 1.0f;
+  }
+
+  // `row` has the channel's coefficients. Where q is not 0, a norm follows the activation and the sum of dv * (h - q) must
+  // not lose what is small beside q: y - pivot is h - q there, for the a = 1 of such blocks.
+  FF_DEVICE void load(const float (&row)[kCoefRows], int act) {
+    a = row[kA];
+    pivot = row[kQ] == 0 ? row[kP] : row[kP] + row[kQ] - row[kB];
+    offset = a * (pivot - row[kP]) + row[kB];
+    above = row[kG] * a;
+    below = above * slope_of(act, row[kSlope]);
+  }
+
+  // Adds number `dv` of channel c to the sums; returns the gradient at y.
+  template <int kV>
+  FF_DEVICE float add(float y, float dv, int c, Sums<kCoefSums, kV>& sums) const {
+    const float t = y - pivot, z = a * t + offset, dy = dv * (z > 0 ? above : below);
+    if (z > 0) {
+      sums.row[kDvAbove][c] += dv;
+      sums.row[kDvYAbove][c] += dv * t;
+    } else {
+      sums.row[kDvBelow][c] += dv;
+      sums.row[kDvYBelow][c] += dv * t;
+    }
+    return dy;
+  }
+
+  // Makes the sums of `affine_backward` of those of channel c.
+  template <int kV>
+  FF_DEVICE void conclude(const float (&row)[kCoefRows], int act, int c, Sums<kCoefSums, kV>& sums) const {
+    const float slope = slope_of(act, row[kSlope]), q = row[kQ], g = row[kG];
+    const float dv_above = sums.row[kDvAbove][c], y_above = sums.row[kDvYAbove][c];
+    const float dv_below = sums.row[kDvBelow][c], y_below = sums.row[kDvYBelow][c];
+    const float z_below = a * y_below + offset * dv_below, dz = dv_above + slope * dv_below;
+    sums.row[kSumDvH][c] = a * y_above + (offset - q) * dv_above + (slope * z_below - q * dv_below);
+    sums.row[kSumDv][c] = dv_above + dv_below;
+    sums.row[kSumDzY][c] = g * (y_above + slope * y_below + (pivot - row[kP]) * dz);
+    sums.row[kSumDz][c] = g * dz;
+    sums.row[kSumSlope][c] = act == kLeakyReLU ? g * z_below : 0.0f;
+  }
+};
+
 // Count, mean and sum of squared deviations of kV channels (Chan, Golub and LeVeque 1979).
 template <int kV>
 struct Moments {

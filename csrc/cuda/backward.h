@@ -13,7 +13,7 @@ namespace fastfilm::cuda {
 template <class T>
 struct BackwardTargets {
   Output part[2];  // without a second source its channels are 0
-  bool aligned[2];
+  bool aligned[2], plain[2];  // plain: aligned, and the gradient is written alone, not added
   float* partials;  // [N, slots, 5, C]
   unsigned* counters;
 
@@ -69,13 +69,14 @@ std::string begin_backward(const Plan& plan, const Backward& c, const WeightSums
                            int storage, BackwardTargets<T>& targets) {
   float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed_bytes(plan, storage));
   unsigned* counters = reinterpret_cast<unsigned*>(partials + sums_of(plan));
-  targets = {{c.outputs[0], c.outputs[1]}, {}, partials, counters};
+  targets = {{c.outputs[0], c.outputs[1]}, {}, {}, partials, counters};
   for (int i = 0; i < 2; ++i) {
     Output& part = targets.part[i];
     if (!part.dx) part.coef = nullptr;
     if (!part.coef) part.act = kNone;
     if (!part.dx) part.add = false;
     targets.aligned[i] = on_chunks<T>(part.dx, part.channels) && (!part.coef || on_chunks<T>(part.x, part.channels));
+    targets.plain[i] = targets.aligned[i] && part.dx && !part.add;
   }
   return prepare(Packing<Plan>{&plan, c.weight, true, workspace, counters}, {left}, storage, stream);
 }

@@ -40,6 +40,8 @@ def _samples(cuda: Any) -> None:
 
 
 _several = _layer((35, 37), (40, 40), batch=1)
+# x comes while the products of the group before it are written
+_linear = _layer((35, 37), (40, 40), batch=1, act="leaky_relu")
 # so many channels that planes, and weights, take turns in their rooms
 _deep = _layer((9, 8), (256, 64), batch=1)
 _wide = _layer((9, 8), (64, 256), batch=1)
@@ -57,15 +59,15 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
     "a lane writes voxels that the others have not staged yet": (
         "sm90/forward.cu",
         FORWARD,
-        "staging.store<T>(sums, group);\n      warp_barrier();",
-        "staging.store<T>(sums, group);",
+        "row + line * Staging::kLine);\n      }\n      warp_barrier();",
+        "row + line * Staging::kLine);\n      }",
         _several,
     ),
     "voxels are staged where others have not been written yet": (
         "sm90/forward.cu",
         FORWARD,
-        "      }, [](int) {});\n      warp_barrier();",
-        "      }, [](int) {});",
+        "        }\n      }\n      warp_barrier();\n    }\n  }\n",
+        "        }\n      }\n    }\n  }\n",
         _several,
     ),
     "x is read before the other lanes' copies have come": (
@@ -73,20 +75,20 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
         BACKWARD,
         "wait_copies<kAhead - 1>();\n        warp_barrier();",
         "wait_copies<kAhead - 1>();",
-        _several,
+        _linear,
     ),
     "the gradient is staged while other lanes read x": (
         "sm90/backward.cu",
         BACKWARD,
-        "        warp_barrier();\n        at.store<T>(sums, 0);",
-        "        at.store<T>(sums, 0);",
-        _several,
+        "        warp_barrier();\n#pragma unroll\n        for (int line",
+        "#pragma unroll\n        for (int line",
+        _linear,
     ),
     "the gradient is written before the other lanes have staged it": (
         "sm90/backward.cu",
         BACKWARD,
-        "at.store<T>(sums, 0);\n        warp_barrier();",
-        "at.store<T>(sums, 0);",
+        "row + line * Staging::kLine);\n        }\n        warp_barrier();",
+        "row + line * Staging::kLine);\n        }",
         _several,
     ),
     "a plane is full before it is fenced": (
@@ -272,16 +274,30 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
     "the groups of a half are the first one": (
         BACKWARD,
         BACKWARD,
-        "        next_group(sums);\n",
-        "",
+        "stage<T>(sums, line, row",
+        "stage<T>(sums, line % kGroupLines, row",
         _several,
+    ),
+    "the groups of a half under any activation are the first one": (
+        BACKWARD,
+        BACKWARD,
+        "      next_group(sums);\n",
+        "",
+        _moments,
+    ),
+    "x of a half under any activation is not waited for": (
+        BACKWARD,
+        BACKWARD,
+        "    wait_copies<0>();\n    warp_barrier();\n",
+        "    warp_barrier();\n",
+        _moments,
     ),
     "x of a group is not waited for": (
         BACKWARD,
         BACKWARD,
         "        wait_copies<kAhead - 1>();\n",
         "",
-        _several,
+        _linear,
     ),
     "rows that share a product have each other's taps": (
         "pack.cu",

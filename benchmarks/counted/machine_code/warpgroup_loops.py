@@ -27,7 +27,7 @@ REGISTERS = {name: 65536 // threads // 8 * 8 for name, threads in THREADS.items(
 """Registers that a thread of one block a multiprocessor can have at its start."""
 
 HGMMA, LOCAL = is_("HGMMA"), re.compile(r"\b(LDL|STL)\b")
-COPY, STORE = is_("LDGSTS"), is_("STG", 16, 16)
+COPY = is_("LDGSTS")
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)")
 ROLES = {"sm90_fprop", "sm90_dgrad"}
 """Kernels whose warpgroups do different things, with registers as each needs them."""
@@ -267,10 +267,10 @@ class Warpgroups:
     def epilogue(self) -> tuple[Turn, int]:
         """An iteration that writes some of a unit's products, with all that training wants, and their number."""
         for loop in self.units.inner:
-            if self._own(loop, STORE) and (found := self._writing(loop)) is not None:
+            if self._own(loop, _store) and (found := self._writing(loop)) is not None:
                 return found
             for inner in loop.inner:
-                found = self._writing(inner) if self._own(inner, STORE) else None
+                found = self._writing(inner) if self._own(inner, _store) else None
                 path = self.function.path(loop, [inner])
                 if found is not None and path is not None:
                     turn, turns = found
@@ -284,10 +284,13 @@ class Warpgroups:
         stores = 0 if path is None else sum(map(matrix, path))
         loads = stores if self._own(loop, load) else 0
         for sums in SUMS if stores else ():
-            needs: Needs = [(STORE, stores), (matrix, stores), (load, loads)]
+            needs: Needs = [(_store, stores), (matrix, stores), (load, loads)]
             path = self.function.path(loop, [*needs, (is_("FADD"), sums * stores)], _usual)
             if path is not None and not any(i.name in BESIDE for i in path):
-                turn = self._activated(self._turn(path), 8 * stores)
+                turn = self._turn(path)
+                # where all values are compared the way has the activation in it
+                if sum(map(is_("FSETP"), path)) < 8 * stores:
+                    turn = self._activated(turn, 8 * stores)
                 return sum((self._once(i) for i in loop.inner), turn), STORES // stores
         return None
 
@@ -302,12 +305,19 @@ class Warpgroups:
     @cached_property
     def ahead(self) -> Turn:
         """The copies of half of a unit's x in front of the products; nothing in a forward pass."""
-        for loop in self.units.inner:
-            if self._own(loop, COPY) and not self._own(loop, STORE) and not loop.inner:
-                path = self.function.path(loop, [(COPY, 2)]) or self.function.path(loop, [COPY])
-                assert path is not None
-                return self._turn(path).times(STORES / 2 / sum(map(COPY, path)))
-        return NOTHING
+        loops = [i for i in self.units.inner if not self._own(i, _store) and not i.inner]
+        # those of less usual maps copy one chunk in an iteration
+        loop = max(loops, key=lambda i: self._own(i, COPY), default=None)
+        if loop is None or not self._own(loop, COPY):
+            return NOTHING
+        path = self.function.path(loop, [(COPY, 2)]) or self.function.path(loop, [COPY])
+        assert path is not None
+        return self._turn(path).times(STORES / 2 / sum(map(COPY, path)))
+
+
+def _store(i: Instruction) -> bool:
+    """Whether an instruction stores 16 bytes of a thread to a map."""
+    return i.name in ("STG", "ST") and i.bytes == 16
 
 
 def _usual(i: Instruction) -> int:

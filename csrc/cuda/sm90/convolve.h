@@ -34,10 +34,10 @@ using Accumulators = float[2][64];
 // They are computed anew each time, as are the places that follow from the thread's number: kept, they would occupy
 // registers beside the products.
 FF_DEVICE int product_row(int r) {
-  const int thread = thread_anew();
+  const unsigned thread = thread_anew();
   return thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r;
 }
-FF_DEVICE int product_voxel(int b) { return thread_anew() % 4 * 2 + b; }
+FF_DEVICE int product_voxel(int b) { return thread_anew() % 4u * 2 + b; }
 
 // Products leave the registers half after half: the second one takes the place of the first one, so that one piece of
 // code serves both.
@@ -69,67 +69,57 @@ struct Half {
   FF_DEVICE int columns() const { return result.size.w - origin.w; }
 };
 
-// A warp's staging: the 16 channels of its rows of the voxels of four lines, 32 bytes each. The two chunks of every other
+// A warp's staging: the 16 channels of its rows of the voxels of some lines, 32 bytes each. The two chunks of every other
 // four voxels are exchanged, so that eight voxels' chunks lie in different banks.
 struct Staging {
+  static constexpr int kLine = 8 * 32, kStep = 2 * kLine;  // bytes of a line, and from a lane's voxel to the next one
   int at;
-  FF_DEVICE int place(int voxel, int chunk) const { return at + voxel * 32 + (chunk ^ (voxel / 4 & 1)) * 16; }
-  // Where this lane's row of the matrices of two lines is (load_matrix4_transposed, store_matrix4_transposed).
-  FF_DEVICE int row(int line) const {
-    const int lane = thread_anew() % 32;
-    return place((line + lane / 16) * 8 + lane % 8, lane / 8 % 2);
-  }
-  // Stores the numbers of lines kGroupLines * group on.
-  template <class T>
-  FF_DEVICE void store(const Accumulators& sums, int group) const {
-#pragma unroll
-    for (int line = 0; line < kGroupLines; line += 2) {
-      uint32_t r[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const int i = 4 * (group * kGroupLines + line) + 2 * m;
-        r[m] = pack(sums[0][i], sums[0][i + 1], T{});
-      }
-      store_matrix4_transposed(row(line), r);
-    }
+  FF_DEVICE int place(unsigned voxel, unsigned chunk) const { return at + voxel * 32 + (chunk ^ (voxel / 4 & 1)) * 16; }
+  // Where this lane's row of the matrices of the first two lines is (load_matrix4_transposed, store_matrix4_transposed).
+  FF_DEVICE int row() const {
+    const unsigned lane = thread_anew() % 32u;
+    return place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
   }
 };
+// Stores the numbers of two lines, from line `line` of the half on.
+template <class T>
+FF_DEVICE void stage(const Accumulators& sums, int line, int row) {
+  uint32_t r[4];
+#pragma unroll
+  for (int m = 0; m < 4; ++m) r[m] = pack(sums[0][4 * line + 2 * m], sums[0][4 * line + 2 * m + 1], T{});
+  store_matrix4_transposed(row, r);
+}
 
-// The 8 channels of a warp's rows that this lane moves between memory and a staging, and the two voxels of each group: the
-// first is of line kGroupLines * group + line, the second two lines further on.
+// The 8 channels of a warp's rows that this lane moves between memory and a staging, of a voxel in every other line.
 struct Piece {
-  int chunk, channel;
-  int line, voxel;  // in the staging
-  int number, step;  // in the sample: of line 0, and from line to line
-  int lines;  // that are in the map; 0 if the column is not
+  const Layout& p;
+  unsigned chunk, voxel, channel, shift;  // voxel: the first one in the staging
 
-  FF_DEVICE Piece(const Half& half, int block_n) {
-    const Layout& p = half.p;
-    const Result& result = half.result;
-    const int thread = thread_anew(), lane = thread % 32, row = thread / 32 % 4 * 16 + lane % 2 * 8;
-    chunk = lane % 2;
-    voxel = lane / 2;
-    line = lane / 16;
+  FF_DEVICE Piece(const Layout& p, int block_n) : p(p) {
+    const unsigned thread = thread_anew(), row = thread / 32 % 4 * 16 + thread % 2 * 8;
+    chunk = thread % 2;
+    voxel = thread % 32 / 2;
     channel = block_n * p.bn + (row & (p.bn - 1));
-    const int shift = row / 8 * 8 >> (6 - p.shifts_log2), column = voxel % 8;
-    lines = column < half.columns() ? half.lines(shift) : 0;
+    shift = row >> (6 - p.shifts_log2);
+  }
+  FF_DEVICE int line() const { return voxel / 8; }
+  // Lines from the first voxel's on that are in the map; there may be more than a half has.
+  FF_DEVICE int lines(const Half& half) const {
+    return (static_cast<int>(voxel % 8) < half.columns() ? half.lines(shift) : 0) - line();
+  }
+  // The number of the first voxel in the sample, and from it to the next one.
+  FF_DEVICE int number(const Half& half) const {
+    const Result& result = half.result;
     const Extent& at = half.origin;
-    number = ((result.first.d + at.d * p.out_step.d) * p.out.h + result.first.h + (at.h + shift) * p.out_step.h) *
-                 p.out.w +
-             result.first.w + (at.w + column) * p.out_step.w;
-    step = p.shifts * p.out_step.h * p.out.w;
+    const int h = at.h + shift + line() * p.shifts, w = at.w + voxel % 8;
+    return ((result.first.d + at.d * p.out_step.d) * p.out.h + result.first.h + h * p.out_step.h) * p.out.w +
+           result.first.w + w * p.out_step.w;
   }
-  // Calls f(voxel in the staging, number in the sample) for those of a group that are in the map; else absent(voxel).
-  template <class F, class G>
-  FF_DEVICE void each(int group, F f, G absent) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int here = group * kGroupLines + line + 2 * i;
-      if (here < lines) f(voxel + 16 * i, number + here * step);
-      else absent(voxel + 16 * i);
-    }
-  }
+  FF_DEVICE int step() const { return 2 * p.shifts * p.out_step.h * p.out.w; }
+  // From a voxel to the one of the next half.
+  FF_DEVICE int to_next() const { return p.half.h * p.out_step.h * p.out.w + p.half.w * p.out_step.w; }
 };
+constexpr int kVoxels = kLines / 2, kGroupVoxels = kGroupLines / 2;  // of a lane in a half and in a group
 
 // A kernel's parts:
 //   Planes    the contents of planes; see planes.h

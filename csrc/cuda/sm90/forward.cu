@@ -76,18 +76,25 @@ struct ForwardEpilogue {
 
   // Writes a half to a map.
   FF_DEVICE void put(const Params& p, const Layout& layout, const Half& half, const Accumulators& sums, T* to) const {
-    const Staging staging{layout.staging_at + thread_anew() / 32 * layout.staging_bytes};
-    const Piece piece(half, block_n);
-    const int valid = layout.co - piece.channel;
+    const Staging staging{static_cast<int>(layout.staging_at + thread_anew() / 32u * layout.staging_bytes)};
+    const Piece piece(layout, block_n);
+    const int row = staging.row(), place = staging.place(piece.voxel, piece.chunk);
+    const int valid = layout.co - piece.channel, lines = valid > 0 ? piece.lines(half) : 0;
+    const int number = piece.number(half), step = piece.step();
     T* sample = to + (n * layout.out.volume() * layout.co + piece.channel);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      staging.store<T>(sums, group);
+#pragma unroll
+      for (int line = 0; line < kGroupLines; line += 2) {
+        stage<T>(sums, group * kGroupLines + line, row + line * Staging::kLine);
+      }
       warp_barrier();
-      piece.each(group, [&](int voxel, int number) {
-        if (valid <= 0) return;
-        const Word16 word = load_shared16(staging.place(voxel, piece.chunk));
-        T* at = sample + static_cast<int64_t>(number) * layout.co;
+#pragma unroll
+      for (int i = 0; i < kGroupVoxels; ++i) {
+        const int voxel = group * kGroupVoxels + i;
+        if (2 * voxel >= lines) continue;
+        const Word16 word = load_shared16(place + i * Staging::kStep);
+        T* at = sample + static_cast<int64_t>(number + voxel * step) * layout.co;
         if (p.aligned) {
           store16(at, word);
         } else {
@@ -95,7 +102,7 @@ struct ForwardEpilogue {
           unpack16<T>(word, v);
           store_chunk(at, valid < 8 ? valid : 8, false, v);
         }
-      }, [](int) {});
+      }
       warp_barrier();
     }
   }

@@ -16,7 +16,7 @@ struct Clocks {
   double plane, chunk, epilogue;
 };
 constexpr double kSliceClocks = 128;
-constexpr Clocks kForwardClocks{900, 1.8, 5500}, kBackwardClocks{900, 3.6, 15600};
+constexpr Clocks kForwardClocks{900, 1.8, 5500}, kBackwardClocks{900, 3.5, 5500};
 
 // What the planner may choose.
 struct Choice {

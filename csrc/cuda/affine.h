@@ -63,6 +63,21 @@ FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act) {
   }
 }
 
+// The same with the usual activations in front of the switch, a jump by a table whose clocks count beside few values.
+template <int kV>
+FF_DEVICE void activate_few(float (&z)[kV], const float (&slope)[kV], int act) {
+  if (act == kNone) return;
+  if (act == kLeakyReLU) {
+#pragma unroll
+    for (int i = 0; i < kV; ++i) z[i] = z[i] > 0 ? z[i] : z[i] * slope[i];
+  } else if (act == kReLU) {
+#pragma unroll
+    for (int i = 0; i < kV; ++i) z[i] = z[i] <= 0 ? 0.0f : z[i];
+  } else {
+    activate(z, slope, act);
+  }
+}
+
 // The same with the derivatives of act(z) in z. Calls at_slope(i, derivative of act(z[i]) in the slope) where act has one.
 template <int kV, class F>
 FF_DEVICE void activate(float (&z)[kV], const float (&slope)[kV], int act, float (&dz)[kV], F at_slope) {
@@ -161,7 +176,7 @@ struct Coefficients {
       v[i] = row[kA][i % kV] * (v[i] - row[kP][i % kV]) + row[kB][i % kV];
       slope[i] = row[kSlope][i % kV];
     }
-    activate(v, slope, act);
+    activate_few(v, slope, act);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = row[kG][i % kV] * (v[i] - row[kQ][i % kV]) + row[kS][i % kV];
   }

@@ -239,28 +239,24 @@ struct GradientPlanes {
     plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
       float e[kValues], at_slope[kValues] = {};
       load_pieces<T>(at, place, e);
+      uint32_t words[kValues / 2];
       if (in.given.y) {
         float y[kValues];
         load_pieces<T>(beside, place, y);
         through_moments<kPieceChannels>(rows, act, number, y, e, at_slope);
-      } else {
-        // without a scale its row has ones
-        scaled<kPieceChannels>(rows, number, e);
-      }
-      add(e, at_slope);
-      if (!in.pending()) return;
-      uint32_t words[kValues / 2];
-      if (in.given.y) {
 #pragma unroll
         for (int i = 0; i < kValues; i += 2) {
           const int here = number[i / kPieceChannels] * in.channels + i % kPieceChannels;
           words[i / 2] = dithered_pair<T>(e[i], e[i + 1], begin + static_cast<uint32_t>(here));
         }
       } else {
+        // without a scale its row has ones
+        scaled<kPieceChannels>(rows, number, e);
 #pragma unroll
         for (int i = 0; i < kValues; i += 2) words[i / 2] = pack(e[i], e[i + 1], T{});
       }
-      store_pieces(at, number, place, words);
+      add(e, at_slope);
+      if (in.pending()) store_pieces(at, number, place, words);
     }, meanwhile);
   }
 };

@@ -134,15 +134,15 @@ FF_DEVICE void load_gradient_rows(const Gradients& in, int64_t n, int64_t batch,
   }
 }
 
-// e of kFew voxels, from dy in `e` and y; zero for voxels outside of the map, whose number is negative. Adds the gradients
-// at the slopes, of an activation that has some.
-template <int kW, int kFew, class Rows>
-FF_DEVICE void through_moments(const Rows& rows, int act, const int (&number)[kFew], float (&y)[kFew * kW],
-                               float (&e)[kFew * kW], float (&at_slope)[kFew * kW]) {
+// e, from dy in `e` and y, of kCount numbers, voxel after voxel, and the gradients at the slopes of an activation that has
+// some.
+template <int kW, int kCount, class Rows>
+FF_DEVICE void through_moments(const Rows& rows, int act, float (&y)[kCount], float (&e)[kCount],
+                               float (&at_slope)[kCount]) {
   float of_channel[kW];
   rows.get(kShift, of_channel);
 #pragma unroll
-  for (int i = 0; i < kFew * kW; ++i) y[i] += of_channel[i % kW];
+  for (int i = 0; i < kCount; ++i) y[i] += of_channel[i % kW];
   // y becomes the gradient of the moments at act(y)
   const auto at_moments = [&] {
     float mean[kW], dmean[kW], dvariance[kW];
@@ -150,34 +150,32 @@ FF_DEVICE void through_moments(const Rows& rows, int act, const int (&number)[kF
     rows.get(kDMean, dmean);
     rows.get(kDVariance, dvariance);
 #pragma unroll
-    for (int i = 0; i < kFew * kW; ++i) y[i] = dmean[i % kW] + (y[i] - mean[i % kW]) * dvariance[i % kW];
+    for (int i = 0; i < kCount; ++i) y[i] = dmean[i % kW] + (y[i] - mean[i % kW]) * dvariance[i % kW];
   };
   if (act == kNone) {
     at_moments();
 #pragma unroll
-    for (int i = 0; i < kFew * kW; ++i) e[i] += y[i];
+    for (int i = 0; i < kCount; ++i) e[i] += y[i];
   } else {
-    float slopes[kFew * kW], slope_z[kFew * kW];
+    float slopes[kCount], slope_z[kCount];
     rows.get(kActSlope, of_channel);
 #pragma unroll
-    for (int i = 0; i < kFew * kW; ++i) slopes[i] = of_channel[i % kW];
+    for (int i = 0; i < kCount; ++i) slopes[i] = of_channel[i % kW];
     activate(y, slopes, act, slope_z, [&](int i, float derivative) { at_slope[i] = derivative; });
     at_moments();
 #pragma unroll
-    for (int i = 0; i < kFew * kW; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       e[i] += y[i] * slope_z[i];
-      at_slope[i] = number[i / kW] >= 0 ? at_slope[i] * y[i] : 0.0f;
+      at_slope[i] *= y[i];
     }
   }
-#pragma unroll
-  for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] : 0.0f;
 }
-template <int kW, int kFew, class Rows>
-FF_DEVICE void scaled(const Rows& rows, const int (&number)[kFew], float (&e)[kFew * kW]) {
+template <int kW, int kCount, class Rows>
+FF_DEVICE void scaled(const Rows& rows, float (&e)[kCount]) {
   float scale[kW];
   rows.get(kShift, scale);
 #pragma unroll
-  for (int i = 0; i < kFew * kW; ++i) e[i] = number[i / kW] >= 0 ? e[i] * scale[i % kW] : 0.0f;
+  for (int i = 0; i < kCount; ++i) e[i] *= scale[i % kW];
 }
 
 template <class T, int kBlock>
@@ -200,11 +198,12 @@ struct RawGradient {
 
   FF_DEVICE static void transform(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside,
                                   int constants) {
-    run<2>(box, in, n, block, at, beside, constants, [](const float (&)[2 * kW], const float (&)[2 * kW]) {});
+    run<2>(box, in, n, block, at, beside, constants,
+           [](const int (&)[2], const float (&)[2 * kW], const float (&)[2 * kW]) {});
   }
 
-  // The transform, with a call of add(e, gradient at the slopes) for the channels of this thread's piece of `kFew` voxels
-  // at a time; both are zero outside of the map.
+  // The transform, with a call of add(numbers, e, gradient at the slopes) for the channels of this thread's piece of `kFew`
+  // voxels at a time. Voxels outside of the map have negative numbers, and no gradient.
   template <int kFew, class F>
   FF_DEVICE static void run(const Box& box, const Gradients& in, int64_t n, int block, int at, int beside,
                             int constants, F add) {
@@ -220,11 +219,11 @@ struct RawGradient {
       if (in.given.y) {
         float y[kFew * kW];
         Box::load_pieces(beside + offset, number, y);
-        through_moments<kW>(rows, act, number, y, e, at_slope);
+        through_moments<kW>(rows, act, y, e, at_slope);
       } else if (in.given.scale) {
-        scaled<kW>(rows, number, e);
+        scaled<kW>(rows, e);
       }
-      add(e, at_slope);
+      add(number, e, at_slope);
       if (!in.pending()) return;
       if (in.given.y) {
 #pragma unroll

@@ -171,6 +171,9 @@ FF_DEVICE uint32_t pack(float low, float high, Float16) {
   return bits;
 }
 
+// The high halves of two words.
+FF_DEVICE uint32_t high_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
+
 struct alignas(16) Word16 {
   uint32_t w[4];
 };
@@ -292,20 +295,23 @@ FF_DEVICE float dithered(float v, int64_t at) {
   return v == v ? bits_to_float(bits >> kLost << kLost) : v;
 }
 
-// The same for two neighbouring numbers, packed, by one hash: `at` is the number of the first one. Beside NaN, and where
-// infinities of both signs meet, numbers are rounded towards zero.
+// The same for four neighbouring numbers, packed in two words, by one hash: `at` is the number of the first one. Beside NaN,
+// and where infinities of both signs meet, a number is rounded towards zero.
 template <class T>
-FF_DEVICE uint32_t dithered_pair(float a, float b, uint32_t at) {
+FF_DEVICE void dither_four(const float* v, uint32_t at, uint32_t* words) {
   static_assert(sizeof(T) == 2, "float32 is not rounded");
   constexpr int kLost = std::is_same_v<T, BFloat16> ? 16 : 13;
   uint32_t h = at * 0x9e3779b1u;
   h = (h ^ (h >> 15)) * 0x2c1b3c6du;
-  h ^= h >> 16;
-  const float either = a + b;
-  h = either == either ? h : 0;
-  const uint32_t first = float_to_bits(a) + (h & ((1u << kLost) - 1)), second = float_to_bits(b) + (h >> (32 - kLost));
-  if constexpr (kLost == 16) return (second & 0xffff0000u) | first >> 16;
-  return pack(bits_to_float(first >> kLost << kLost), bits_to_float(second >> kLost << kLost), T{});
+#pragma unroll
+  for (int i = 0; i < 4; i += 2, h *= 0x297a2d39u) {
+    const float either = v[i] + v[i + 1];
+    const uint32_t random = either == either ? h ^ h >> 16 : 0;
+    const uint32_t first = float_to_bits(v[i]) + (random & ((1u << kLost) - 1)),
+                   second = float_to_bits(v[i + 1]) + (random >> (32 - kLost));
+    words[i / 2] = kLost == 16 ? high_halves(first, second)
+                               : pack(bits_to_float(first >> kLost << kLost), bits_to_float(second >> kLost << kLost), T{});
+  }
 }
 
 // The reason that `launch` returned, with the kernel's name in front; empty if the launch was accepted.

@@ -200,17 +200,18 @@ struct Wgrad {
       if (summing) {
         State state{};
         Output::template run<kFew>(gradient, p.e, n, block_m, at, beside, constants,
-                                   [&](const float (&e)[kFew* kW], const float (&slope)[kFew* kW]) {
+                                   [&](const int (&number)[kFew], const float (&e)[kFew* kW],
+                                       const float (&slope)[kFew* kW]) {
 #pragma unroll
           for (int i = 0; i < kFew * kW; ++i) {
-            state.row[0][i % kW] += e[i];
-            state.row[1][i % kW] += slope[i];
+            state.row[0][i % kW] += number[i / kW] >= 0 ? e[i] : 0.0f;
+            state.row[1][i % kW] += number[i / kW] >= 0 ? slope[i] : 0.0f;
           }
         });
         keep(plan.sums_at, state);
       } else if (raw) {
         Output::template run<kFew>(gradient, p.e, n, block_m, at, beside, constants,
-                                   [](const float (&)[kFew* kW], const float (&)[kFew* kW]) {});
+                                   [](const int (&)[kFew], const float (&)[kFew* kW], const float (&)[kFew* kW]) {});
       }
       if (pending || raw) barrier();
       if (tile + 1 < last) find(tile + 1);

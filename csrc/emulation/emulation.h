@@ -149,6 +149,7 @@ uint32_t pack(float low, float high, T) {
   from_float(high, b);
   return a.bits | static_cast<uint32_t>(b.bits) << 16;
 }
+inline uint32_t high_halves(uint32_t low, uint32_t high) { return (high & 0xffff0000u) | low >> 16; }
 
 struct alignas(16) Word16 {
   uint32_t w[4];

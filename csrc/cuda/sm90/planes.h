@@ -224,10 +224,10 @@ struct GradientPlanes {
   FF_DEVICE static void transform(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at,
                                   int beside, int constants, int count, G meanwhile) {
     run(plane, in, voxel, first, at, beside, constants, count,
-        [](const float (&)[kValues], const float (&)[kValues]) {}, meanwhile);
+        [](const int (&)[kFew], const float (&)[kValues], const float (&)[kValues]) {}, meanwhile);
   }
 
-  // The transform, with a call of add(e, gradient at the slopes) for a few voxels at a time.
+  // The transform, with a call of add(numbers, e, gradient at the slopes) for a few voxels at a time.
   template <class F, class G>
   FF_DEVICE static void run(const Plane<kCrew>& plane, const Gradients& in, int64_t voxel, int first, int at,
                             int beside, int constants, int count, F add, G meanwhile) {
@@ -243,19 +243,18 @@ struct GradientPlanes {
       if (in.given.y) {
         float y[kValues];
         load_pieces<T>(beside, place, y);
-        through_moments<kPieceChannels>(rows, act, number, y, e, at_slope);
+        through_moments<kPieceChannels>(rows, act, y, e, at_slope);
 #pragma unroll
-        for (int i = 0; i < kValues; i += 2) {
-          const int here = number[i / kPieceChannels] * in.channels + i % kPieceChannels;
-          words[i / 2] = dithered_pair<T>(e[i], e[i + 1], begin + static_cast<uint32_t>(here));
+        for (int i = 0; i < kFew; ++i) {
+          dither_four<T>(&e[i * kPieceChannels], begin + static_cast<uint32_t>(number[i] * in.channels), &words[2 * i]);
         }
       } else {
         // without a scale its row has ones
-        scaled<kPieceChannels>(rows, number, e);
+        scaled<kPieceChannels>(rows, e);
 #pragma unroll
         for (int i = 0; i < kValues; i += 2) words[i / 2] = pack(e[i], e[i + 1], T{});
       }
-      add(e, at_slope);
+      add(number, e, at_slope);
       if (in.pending()) store_pieces(at, number, place, words);
     }, meanwhile);
   }

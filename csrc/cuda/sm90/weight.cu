@@ -162,13 +162,15 @@ struct Wgrad {
       float* of_thread = held(layout) + thread_anew();
       const bool slopes = p.e.given.pre && p.e.given.pre_act != kNone;
       Output::run(gradient(layout, turn), p.e, voxel, share.first_out, e, beside(layout, tile), of_gradient(from), kRows,
-                  [&](const float (&v)[Output::kValues], const float (&slope)[Output::kValues]) {
+                  [&](const int (&number)[Output::kFew], const float (&v)[Output::kValues],
+                      const float (&slope)[Output::kValues]) {
+        const auto present = [&](int i) { return number[i / kPieceChannels] >= 0; };
 #pragma unroll
-        for (int i = 0; i < Output::kValues; ++i) sums[i % kPieceChannels] += v[i];
+        for (int i = 0; i < Output::kValues; ++i) sums[i % kPieceChannels] += present(i) ? v[i] : 0.0f;
         if (!slopes) return;
 #pragma unroll
         for (int i = 0; i < Output::kValues; ++i) {
-          of_thread[(kPieceChannels + i % kPieceChannels) * kWeightThreads] += slope[i];
+          of_thread[(kPieceChannels + i % kPieceChannels) * kWeightThreads] += present(i) ? slope[i] : 0.0f;
         }
       }, [] {});
 #pragma unroll

@@ -167,8 +167,8 @@ struct Coefficients {
   }
 
   // v becomes the value of the affine: kCount numbers, voxel after voxel. Several voxels at a time hide each other's
-  // latencies, and branch on the activation once.
-  template <int kCount>
+  // latencies, and branch on the activation once. kFew: so few that they do so as activate_few does.
+  template <bool kFew = false, int kCount>
   FF_DEVICE void apply(float (&v)[kCount], int act) const {
     float slope[kCount];
 #pragma unroll
@@ -176,7 +176,8 @@ struct Coefficients {
       v[i] = row[kA][i % kV] * (v[i] - row[kP][i % kV]) + row[kB][i % kV];
       slope[i] = row[kSlope][i % kV];
     }
-    activate_few(v, slope, act);
+    if constexpr (kFew) activate_few(v, slope, act);
+    else activate(v, slope, act);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = row[kG][i % kV] * (v[i] - row[kQ][i % kV]) + row[kS][i % kV];
   }

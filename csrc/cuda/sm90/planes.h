@@ -185,7 +185,7 @@ struct ActivatedPlanes {
     plane.template each<kFew>([&](const int (&number)[kFew], const int (&place)[kFew]) {
       float v[kFew * kPieceChannels];
       load_pieces<T>(at, place, v);
-      coef.apply(v, part.act);
+      coef.template apply<true>(v, part.act);
       uint32_t words[kFew * kPieceChannels / 2];
 #pragma unroll
       for (int i = 0; i < kFew * kPieceChannels; i += 2) words[i / 2] = pack(v[i], v[i + 1], T{});

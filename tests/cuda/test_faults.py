@@ -234,8 +234,8 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Any], None]]] = {
     "the gradient of the moments is left out of the halo": (
         "operands.h",
         "dgrad.cu",
-        "    e[i] += du * slope_z[i];",
-        "    if (number[i / kW] > 18) e[i] += du * slope_z[i];",
+        "        through_moments<kW>(rows, act, y, e, at_slope);",
+        "        if (number[0] > 18) through_moments<kW>(rows, act, y, e, at_slope);",
         _halo,
     ),
     "what other consumers gave is overwritten": (

@@ -195,7 +195,7 @@ FAULTS = (
     Fault(
         "cuda-gradient-of-the-variance-without-its-2",
         "csrc/cuda/operands.h",
-        "from.dstats[variance] * (2 * in.share)",
+        "2 * from.dstats[variance] * in.share",
         "from.dstats[variance] * in.share",
         f"{NETWORKS} -k as_good_as_eager",
     ),

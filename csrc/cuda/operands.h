@@ -220,18 +220,16 @@ struct RawGradient {
         float y[kFew * kW];
         Box::load_pieces(beside + offset, number, y);
         through_moments<kW>(rows, act, y, e, at_slope);
-      } else if (in.given.scale) {
-        scaled<kW>(rows, e);
-      }
-      add(number, e, at_slope);
-      if (!in.pending()) return;
-      if (in.given.y) {
+        add(number, e, at_slope);
 #pragma unroll
         for (int i = 0; i < kFew * kW; ++i) {
           e[i] = dithered<T>(e[i], begin + static_cast<int64_t>(number[i / kW]) * in.channels + i % kW);
         }
+      } else {
+        if (in.given.scale) scaled<kW>(rows, e);
+        add(number, e, at_slope);
       }
-      Box::store_pieces(at + offset, number, e);
+      if (in.pending()) Box::store_pieces(at + offset, number, e);
     });
   }
 };

@@ -246,7 +246,8 @@ struct GradientPlanes {
         through_moments<kPieceChannels>(rows, act, y, e, at_slope);
 #pragma unroll
         for (int i = 0; i < kFew; ++i) {
-          dither_four<T>(&e[i * kPieceChannels], begin + static_cast<uint32_t>(number[i] * in.channels), &words[2 * i]);
+          const uint32_t voxel_at = begin + static_cast<uint32_t>(number[i]) * static_cast<uint32_t>(in.channels);
+          dither_four<T>(&e[i * kPieceChannels], voxel_at, &words[2 * i]);
         }
       } else {
         // without a scale its row has ones

@@ -275,9 +275,8 @@ def test_a_planted_fault_is_caught(fault: str, library: Path, tmp_path: Path) ->
     build = {"flags": ("-O0",), "csrc": tmp_path / "csrc", "objects": others}
     extension = emulated.load(emulated.build(tmp_path / "build", **build))
     with emulated.installed(extension) as cuda, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cuda, "_TRITON", False
-        )  # the fault is in none of Triton's kernels, which take long
+        # the fault is in none of Triton's kernels, which take long
+        patch.setattr(cuda, "_TRITON", False)
         for seed in (0, 7):
             extension.set_seed(seed)
             try:
